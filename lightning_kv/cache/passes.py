@@ -1,0 +1,83 @@
+"""What one forward pass of the model is for, and the fixed sizes of a rollout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lightning_kv.cache.rotary import Rotary
+
+Phase = Literal["prefill", "denoise", "commit"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes that a cache and its policy need to know of the model.
+
+    Args:
+        layers: Number L of transformer blocks.
+        heads: Number H of attention heads per block.
+        head_dim: Width D of a head.
+        grid: Token rows and columns of one latent frame.
+        rotary: The model's rotary embedding.
+        train_horizon: Longest rollout seen in training, in latent frames.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    grid: tuple[int, int]
+    rotary: Rotary
+    train_horizon: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per latent frame."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass, as the sampler asks for it: plain data.
+
+    Args:
+        phase: ``prefill`` (given latents), ``denoise``, or ``commit`` (clean latents at t = 0).
+        frames: Ids of the latent frames in the query.
+        timesteps: Noise level of each of these frames, 0 (clean) to 1000.
+        chunk: Index of the chunk that becomes final next.
+        step: Denoising step, from 0.
+        final: Frames whose rows stay after this pass; none while denoising.
+        opens: True in the first pass of a chunk.
+        next_chunk: Number of frames of the next chunk; 0 after the last.
+        namespace: Which cache it reads and writes (``cond``; ``uncond`` under guidance).
+        times: Rotary time of each query frame; the frame id where not given.
+        samples: Indices into the batch; every sample where not given.
+        rebuild: True while a :class:`~lightning_kv.cache.decisions.Rebuild` is carried out.
+    """
+
+    phase: Phase
+    frames: tuple[int, ...]
+    timesteps: tuple[float, ...]
+    chunk: int
+    step: int = 0
+    final: tuple[int, ...] = ()
+    opens: bool = False
+    next_chunk: int = 0
+    namespace: str = "cond"
+    times: tuple[float, ...] | None = None
+    samples: tuple[int, ...] | None = None
+    rebuild: bool = False
+
+    @property
+    def start(self) -> int:
+        """First frame of the query."""
+        return self.frames[0]
+
+    @property
+    def query_times(self) -> tuple[float, ...]:
+        """Rotary time of each query frame."""
+        return self.times if self.times is not None else tuple(map(float, self.frames))
+
+    def only(self, samples: tuple[int, ...]) -> Pass:
+        """The same pass for some samples of the batch."""
+        return replace(self, samples=samples)

@@ -1,0 +1,69 @@
+"""Three-axis rotary position embedding (time, height, width), computed from positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary angles of causal Wan, for any position: no table, so no longest rollout.
+
+    A head vector of width D is D/2 interleaved complex pairs. The first pairs turn with time, the
+    next with the row, the last with the column of a token; each axis has its own series
+    ``theta ** (-2 i / d_axis)``. Source: Wan2.1 (arXiv 2503.20314) and RoFormer (arXiv 2104.09864).
+
+    Args:
+        head_dim: Width D of one head; even, and at least 6.
+        theta: Base of the series for time, height and width.
+    """
+
+    head_dim: int
+    theta: tuple[float, float, float] = (10000.0, 10000.0, 10000.0)
+
+    @property
+    def axes(self) -> tuple[int, int, int]:
+        """Real dimensions given to time, height and width; Wan's rule gives time the remainder."""
+        side = 2 * (self.head_dim // 6)
+        return self.head_dim - 2 * side, side, side
+
+    def frequencies(self, axis: int, device: torch.device | str = "cpu") -> Tensor:
+        """Radians per unit of position for the pairs of one axis, in float64."""
+        width = self.axes[axis]
+        pairs = torch.arange(0, width, 2, dtype=torch.float64, device=device)
+        return self.theta[axis] ** (-pairs / width)
+
+    def angles(self, time: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """Angles in radians, shape ``[..., D/2]``, for positions of shape ``[...]`` (float64)."""
+        parts = [
+            position.to(torch.float64).unsqueeze(-1) * self.frequencies(axis, position.device)
+            for axis, position in enumerate((time, row, column))
+        ]
+        return torch.cat(parts, dim=-1)
+
+    def time_angles(self, delta: Tensor) -> Tensor:
+        """Angles that move a rotated vector by ``delta`` frames and leave its place alone."""
+        turned = delta.to(torch.float64).unsqueeze(-1) * self.frequencies(0, delta.device)
+        still = turned.new_zeros(*delta.shape, self.head_dim // 2 - turned.shape[-1])
+        return torch.cat([turned, still], dim=-1)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn the complex pairs of ``x`` ``[..., D]`` by ``angles`` (broadcast to ``[..., D/2]``).
+
+    ``rotate(rotate(x, a), -a)`` is ``x`` up to rounding. Sine and cosine are taken in float64; the
+    product is formed in float32, or in float64 for float64 input.
+    """
+    work = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = angles.cos().to(work), angles.sin().to(work)
+    return rotate_by(x, cos, sin)
+
+
+def rotate_by(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """:func:`rotate` with the cosine and sine already at hand."""
+    even, odd = x.unflatten(-1, (-1, 2)).to(cos.dtype).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)

@@ -1,0 +1,274 @@
+"""Causal Wan: the diffusion transformer of the Self Forcing family, at any size.
+
+Parameter names and shapes are those of the original Wan2.1 weights (arXiv 2503.20314); the
+attention history is whatever the given session answers, so the model does not know who decides.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
+
+from lightning_kv.cache.passes import Geometry, Pass
+from lightning_kv.cache.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes and conventions of one checkpoint. Defaults of the conventions are Wan's.
+
+    Args:
+        dim: Hidden width.
+        ffn_dim: Width of the MLP.
+        layers: Number of blocks.
+        heads: Number of heads; ``dim / heads`` is the head width.
+        channels: Latent channels, in and out.
+        patch: Patch size over time, height, width.
+        text_dim: Width of the text states.
+        text_len: Number of text states; shorter prompts are zero-padded to it.
+        freq_dim: Width of the timestep sinusoid.
+        eps: Of every norm.
+        rope_theta: Rotary base for time, height, width.
+        prediction: What the network puts out: ``velocity`` (noise - x0) or ``x0``.
+        chunk: Latent frames denoised together.
+        train_horizon: Longest sequence seen in training, latent frames.
+        latent_size: Latent height and width the checkpoint was trained at.
+        timesteps: Noise levels of the few-step sampler, as the model sees them (0 to 1000).
+    """
+
+    dim: int
+    ffn_dim: int
+    layers: int
+    heads: int
+    channels: int = 16
+    patch: tuple[int, int, int] = (1, 2, 2)
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    eps: float = 1e-6
+    rope_theta: tuple[float, float, float] = (10000.0, 10000.0, 10000.0)
+    prediction: Literal["velocity", "x0"] = "velocity"
+    chunk: int = 3
+    train_horizon: int = 21
+    latent_size: tuple[int, int] = (60, 104)
+    timesteps: tuple[float, ...] = (1000.0, 937.5, 2500 / 3, 625.0)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> WanConfig:
+        """Rebuild from JSON, where tuples are lists."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    @property
+    def rotary(self) -> Rotary:
+        """The rotary embedding of one head."""
+        return Rotary(self.dim // self.heads, self.rope_theta)
+
+    def geometry(self, latent_size: tuple[int, int] | None = None) -> Geometry:
+        """Sizes for the cache, at a latent height and width (default: the trained one)."""
+        height, width = latent_size or self.latent_size
+        return Geometry(
+            layers=self.layers,
+            heads=self.heads,
+            head_dim=self.dim // self.heads,
+            grid=(height // self.patch[1], width // self.patch[2]),
+            rotary=self.rotary,
+            train_horizon=self.train_horizon,
+        )
+
+
+class Session(Protocol):
+    """What a model asks of the cache."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Pass) -> Tensor:
+        """Attention of queries before rotation ``[B, T, H, D]`` to history and own chunk."""
+        ...
+
+
+Context = list[tuple[Tensor, Tensor]]
+"""Keys and values of the text, per layer, each ``[B, H, L, D]``."""
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the full hidden width; statistics in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``[..., dim]``."""
+        work = x.float()
+        scale = torch.rsqrt(work.square().mean(-1, keepdim=True) + self.eps)
+        return (work * scale).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Projections shared by self- and cross-attention, under the original names."""
+
+    def __init__(self, dim: int, heads: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def query(self, x: Tensor) -> Tensor:
+        """Normalised queries ``[B, T, H, D]``."""
+        return self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised keys and values, each ``[B, T, H, D]``."""
+        keys, values = self.norm_k(self.k(x)), self.v(x)
+        return keys.unflatten(-1, (self.heads, -1)), values.unflatten(-1, (self.heads, -1))
+
+
+class Block(nn.Module):
+    """One transformer block: self-attention, cross-attention, MLP, modulated per frame."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.eps = config.eps
+        self.self_attn = Attention(dim, config.heads, config.eps)
+        self.cross_attn = Attention(dim, config.heads, config.eps)
+        self.norm3 = nn.LayerNorm(dim, config.eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def text(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the embedded text, each ``[B, H, L, D]``."""
+        keys, values = self.cross_attn.key_value(states)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def forward(self, x, modulation, text, layer: int, session: Session, step: Pass) -> Tensor:
+        """Advance tokens ``[B, F, n, dim]``; ``modulation`` is ``[B, F, 6, dim]``."""
+        shape = x.shape
+        parts = (self.modulation.unsqueeze(0) + modulation).unsqueeze(3).unbind(2)
+        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = parts
+        y = modulate(x, shift_sa, scale_sa, self.eps).flatten(1, 2)
+        attended = session.attend(
+            layer, self.self_attn.query(y), *self.self_attn.key_value(y), step
+        )
+        x = x + gate_sa * self.self_attn.o(attended.flatten(2)).view(shape)
+        query = self.cross_attn.query(self.norm3(x).flatten(1, 2)).transpose(1, 2)
+        crossed = scaled_dot_product_attention(query, *text).transpose(1, 2).flatten(2)
+        x = x + self.cross_attn.o(crossed).view(shape)
+        return x + gate_ffn * self.ffn(modulate(x, shift_ffn, scale_ffn, self.eps))
+
+
+class Head(nn.Module):
+    """Last norm, modulation and projection."""
+
+    def __init__(self, dim: int, out: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.head = nn.Linear(dim, out)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Project ``[B, F, n, dim]`` under the timestep embedding ``[B, F, dim]``."""
+        parts = self.modulation.unsqueeze(0) + embedding.unsqueeze(2)
+        shift, scale = parts.unsqueeze(3).unbind(2)
+        return self.head(modulate(x, shift, scale, self.eps))
+
+
+class CausalWan(nn.Module):
+    """Wan2.1 made causal over time (Self Forcing, arXiv 2506.08009).
+
+    Args:
+        config: Sizes and conventions.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.channels, dim, config.patch, stride=config.patch)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.head = Head(dim, math.prod(config.patch) * config.channels, config.eps)
+
+    def prepare(self, text: Tensor) -> Context:
+        """Text states ``[B, L, text_dim]`` to keys and values per layer, once per prompt.
+
+        The states are zero-padded to ``text_len``, and the padding is attended, as in Wan.
+
+        Raises:
+            ValueError: More than ``text_len`` states, or another width.
+        """
+        length, width = self.config.text_len, self.config.text_dim
+        if text.shape[1] > length or text.shape[2] != width:
+            raise ValueError(
+                f"Text states of shape {tuple(text.shape)} do not fit this model. "
+                f"It takes [batch, at most {length}, {width}]."
+            )
+        padded = nn.functional.pad(text, (0, 0, 0, length - text.shape[1]))
+        states = self.text_embedding(padded.to(self.patch_embedding.weight.dtype))
+        return [block.text(states) for block in self.blocks]
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Context, session: Session, step: Pass
+    ) -> Tensor:
+        """One pass over the frames of a query.
+
+        Args:
+            x: Noisy latents ``[B, F, C, H, W]``.
+            timesteps: ``[B, F]``, 0 (clean) to 1000 (noise).
+            context: From :meth:`prepare`.
+            session: Answers self-attention.
+            step: What this pass is for.
+
+        Returns:
+            The network's output ``[B, F, C, H, W]``; see :meth:`x0`.
+        """
+        batch, frames = x.shape[:2]
+        tokens = self.patch_embedding(x.transpose(1, 2))  # [B, dim, F, h, w]
+        grid = tokens.shape[-2:]
+        tokens = tokens.flatten(3).permute(0, 2, 3, 1)  # [B, F, n, dim]
+        embedding = self.time_embedding(self._sinusoid(timesteps).to(tokens.dtype))
+        modulation = self.time_projection(embedding).unflatten(-1, (6, -1))
+        for layer, (block, text) in enumerate(zip(self.blocks, context, strict=True)):
+            tokens = block(tokens, modulation, text, layer, session, step)
+        out = self.head(tokens, embedding)
+        patch_t, patch_h, patch_w = self.config.patch
+        out = out.view(batch, frames, *grid, patch_t, patch_h, patch_w, self.config.channels)
+        out = out.permute(0, 1, 4, 7, 2, 5, 3, 6)  # [B, F, pt, C, h, ph, w, pw]
+        return out.flatten(6, 7).flatten(4, 5).flatten(1, 2)
+
+    def x0(self, output: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
+        """Clean estimate from the network's output, in float64, cast back.
+
+        ``x_t = (1 - s) x0 + s noise`` with ``s = t / 1000``, so ``x0 = x_t - s * velocity``.
+        """
+        if self.config.prediction == "x0":
+            return output
+        sigma = (timesteps.double() / 1000).view(*timesteps.shape, 1, 1, 1)
+        return (x.double() - sigma * output.double()).to(x.dtype)
+
+    def _sinusoid(self, timesteps: Tensor) -> Tensor:
+        half = self.config.freq_dim // 2
+        steps = torch.arange(half, dtype=torch.float64, device=timesteps.device)
+        angles = timesteps.double().unsqueeze(-1) * 10000.0 ** (-steps / half)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Layer norm without gains, then scale and shift (per frame)."""
+    return layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
