@@ -24,10 +24,18 @@ REPEAT = 0.3  # chance that a column repeats its left neighbour
 
 # Sky, then four building colours; RGB in [0, 1].
 PALETTES: dict[str, tuple[tuple[float, float, float], ...]] = {
-    "dusk": ((0.95, 0.62, 0.45), (0.35, 0.12, 0.40), (0.62, 0.20, 0.32), (0.18, 0.22, 0.48), (0.80, 0.78, 0.30)),
-    "noon": ((0.55, 0.80, 0.97), (0.80, 0.30, 0.22), (0.92, 0.78, 0.42), (0.30, 0.55, 0.28), (0.42, 0.42, 0.50)),
-    "night": ((0.08, 0.08, 0.22), (0.20, 0.50, 0.60), (0.55, 0.25, 0.62), (0.72, 0.66, 0.55), (0.12, 0.32, 0.18)),
-    "mist": ((0.78, 0.80, 0.80), (0.50, 0.62, 0.72), (0.66, 0.48, 0.44), (0.28, 0.30, 0.34), (0.86, 0.88, 0.60)),
+    "dusk": ((0.95, 0.62, 0.45),
+             (0.35, 0.12, 0.40), (0.62, 0.20, 0.32),
+             (0.18, 0.22, 0.48), (0.80, 0.78, 0.30)),
+    "noon": ((0.55, 0.80, 0.97),
+             (0.80, 0.30, 0.22), (0.92, 0.78, 0.42),
+             (0.30, 0.55, 0.28), (0.42, 0.42, 0.50)),
+    "night": ((0.08, 0.08, 0.22),
+              (0.20, 0.50, 0.60), (0.55, 0.25, 0.62),
+              (0.72, 0.66, 0.55), (0.12, 0.32, 0.18)),
+    "mist": ((0.78, 0.80, 0.80),
+             (0.50, 0.62, 0.72), (0.66, 0.48, 0.44),
+             (0.28, 0.30, 0.34), (0.86, 0.88, 0.60)),
 }  # fmt: skip
 SPEEDS = {"slow": 1, "fast": 2}  # columns per frame
 SIZES = tuple(range(4, 15))  # camera positions between the walls
@@ -60,7 +68,8 @@ class PanoramaPrompt:
         """
         words = text.split()
         kinds = (tuple(PALETTES), tuple(SPEEDS), tuple(f"n{n}" for n in SIZES), STARTS)
-        if len(words) != 4 or any(word not in kind for word, kind in zip(words, kinds, strict=True)):
+        known = [word in kind for word, kind in zip(words, kinds, strict=False)]
+        if len(words) != len(kinds) or not all(known):
             raise ValueError(
                 f"The panorama world does not understand the prompt {text!r}. "
                 f"It reads four words, one of each: {', '.join('|'.join(kind) for kind in kinds)}. "
@@ -139,6 +148,26 @@ def draw_world(prompt: PanoramaPrompt, generator: torch.Generator) -> World:
     codes = torch.cat([torch.tensor([LEFT_WALL]), fresh[source], torch.tensor([RIGHT_WALL])])
     phase = int(torch.randint(0, prompt.period, (), generator=generator))
     return World(prompt, codes, 0 if prompt.start == "left" else phase)
+
+
+def world_for(prompt_text: str, world_seed: int) -> World:
+    """Draw the one world that belongs to a prompt and a seed.
+
+    Args:
+        prompt_text: Four words, such as ``"dusk fast n13 left"``.
+        world_seed: Any 64-bit integer; the stream of prompts carries one per prompt.
+
+    Raises:
+        ValueError: The prompt is not one of the panorama world.
+
+    >>> world = world_for("dusk fast n13 left", world_seed=7)
+    >>> world.prompt.period, tuple(world.codes.shape), world.phase
+    (24, (28,), 0)
+    >>> bool((world.codes == world_for("dusk fast n13 left", world_seed=7).codes).all())
+    True
+    """
+    generator = torch.Generator().manual_seed(world_seed)
+    return draw_world(PanoramaPrompt.parse(prompt_text), generator)
 
 
 def draw_prompt(

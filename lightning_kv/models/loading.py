@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,3 +60,81 @@ def save_embedded(path: Path, model: EmbeddedModel, metadata: dict[str, str]) ->
     phrases = json.dumps(list(model.encoder.phrases))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, path, {"config": config, "phrases": phrases, **metadata})
+
+
+def models() -> dict[str, WanConfig]:
+    """Model presets by name."""
+    return dict(PRESETS)
+
+
+def build_model(preset: str, device: str = "cpu") -> CausalWan:
+    """A network of a preset's size with fresh weights (``device="meta"`` allocates nothing).
+
+    Raises:
+        ValueError: Unknown preset.
+    """
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"No model {preset!r}.{hint} Known: {', '.join(PRESETS)}.")
+    with torch.device(device):
+        return CausalWan(PRESETS[preset])
+
+
+def load_model(name: str = "panorama", device: str | torch.device = "cpu") -> EmbeddedModel:
+    """The embedded model by name, or another weights file of its format by path.
+
+    Args:
+        name: ``panorama``, or a ``.safetensors`` file written by ``lightning-kv pretrain``.
+        device: Where to put it; weights are stored in float16 and used in float32.
+
+    Raises:
+        ValueError: Unknown name, or missing, truncated or foreign weights.
+    """
+    path = Path(name) if name.endswith(".safetensors") else WEIGHTS / f"{name}.safetensors"
+    if not name.endswith(".safetensors") and not path.is_file():
+        build_model(name, "meta")  # an unknown name is said first
+        raise ValueError(
+            f"The weights of {name!r} are not in this installation. "
+            "Models that ship with weights: "
+            f"{', '.join(sorted(p.stem for p in WEIGHTS.glob('*.safetensors'))) or 'none'}."
+        )
+    tensors, metadata = read_weights(path)
+    try:
+        config = WanConfig.from_dict(json.loads(metadata["config"]))
+        phrases = json.loads(metadata["phrases"])
+        network = CausalWan(config)
+        parts = {
+            prefix: {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(prefix)}
+            for prefix in ("network", "codec", "encoder")
+        }
+        network.load_state_dict(parts["network"], strict=True)
+        codec = PatchCodec(**parts["codec"])
+        encoder = PhraseEncoder(phrases, parts["encoder"]["states"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is no weights file of the embedded model: {error}. "
+            "Files written by `lightning-kv pretrain` have the keys network.*, codec.*, encoder.* "
+            "and the metadata config and phrases."
+        ) from error
+    network.float().eval().requires_grad_(False)
+    return EmbeddedModel(network.to(device), codec.to(device), encoder.to(device))
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        ValueError: No such file, or it is truncated or no safetensors file.
+    """
+    if not path.is_file():
+        raise ValueError(f"No weights file {path}. Give an existing .safetensors file.")
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size
+        raise ValueError(
+            f"{path} ({size} bytes) cannot be read as safetensors: {error}. "
+            "It may be cut off: copy it again, or train it again with `lightning-kv pretrain`."
+        ) from error

@@ -1,0 +1,1 @@
+"""Decisions: one file per idea, in retain/, select/, budget/, positions/ and precision/."""

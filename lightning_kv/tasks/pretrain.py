@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -20,82 +19,7 @@ from lightning_kv.models.codec import PatchCodec, PhraseEncoder
 from lightning_kv.models.loading import PRESETS, EmbeddedModel, save_embedded
 from lightning_kv.models.wan import CausalWan
 from lightning_kv.tasks.forcing import ForcingSession
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stretch of the curriculum.
-
-    Args:
-        steps: Optimiser steps.
-        chunks: Sequence length in chunks.
-        batch: Clean sequences per step.
-        sizes: Smallest and largest n (camera positions) that are drawn.
-        lr: Peak learning rate.
-        warmup: Steps of linear warm-up.
-        hold: Share of the stage at the peak; after it the rate falls linearly.
-        final: Last learning rate as a share of the peak.
-        floor: Loss weight is ``1 / max(t, floor)**2``.
-        head_dropout: Chance that a head is silenced for one sequence.
-    """
-
-    steps: int
-    chunks: int
-    batch: int
-    sizes: tuple[int, int]
-    lr: float
-    warmup: int = 0
-    hold: float = 1.0
-    final: float = 1.0
-    floor: float = 0.6
-    head_dropout: float = 0.0
-
-    def rate(self, step: int) -> float:
-        """Learning rate at a step of this stage."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        late = (step / self.steps - self.hold) / max(1 - self.hold, 1e-9)
-        return self.lr * (1 - (1 - self.final) * min(max(late, 0.0), 1.0))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything the training run depends on.
-
-    Args:
-        stages: The curriculum.
-        seed: Of worlds, noise and initial weights.
-        streams: Noisy streams per clean one.
-        shift: Timestep shift of the training noise; above 1 means more noise.
-        history_noise: Largest noise added to a clean chunk; makes rollouts correct themselves.
-        history_dropout: Share of the steps in which the visible history is cut.
-        slow: Share of slow pans.
-        ema: Decay of the averaged weights, before and after step 500.
-        weight_decay: Of the matrices.
-    """
-
-    stages: tuple[Stage, ...]
-    seed: int = 0
-    streams: int = 2
-    shift: float = 3.0
-    history_noise: float = 0.12
-    history_dropout: float = 0.3
-    slow: float = 0.35
-    ema: tuple[float, float] = (0.99, 0.995)
-    weight_decay: float = 0.02
-
-    @property
-    def steps(self) -> int:
-        """Steps of all stages."""
-        return sum(stage.steps for stage in self.stages)
-
-    def at(self, step: int) -> tuple[Stage, int]:
-        """The stage of a step, and the step within it."""
-        for stage in self.stages:
-            if step < stage.steps:
-                return stage, step
-            step -= stage.steps
-        return self.stages[-1], self.stages[-1].steps - 1
+from lightning_kv.tasks.options import PretrainOptions, Recipe
 
 
 @dataclass
@@ -319,26 +243,6 @@ class Pretrain(L.LightningModule):
         imsave(folder / f"step-{int(self.done):05d}.png", strip.clamp(0, 1).cpu().numpy())
 
 
-@dataclass
-class PretrainOptions:
-    """Settings of one training run.
-
-    Args:
-        recipe: What to train.
-        out: Run directory: checkpoints, losses, pictures and, at the end, the weights.
-        threads: CPU threads.
-        checkpoint_every: Steps between two checkpoints.
-        picture_every: Steps between two sample pictures.
-    """
-
-    recipe: Recipe
-    out: Path
-    threads: int = 2
-    checkpoint_every: int = 50
-    picture_every: int = 100
-    trainer: dict[str, Any] = field(default_factory=dict)
-
-
 def pretrain(options: PretrainOptions) -> Path:
     """Train, or go on from the last checkpoint in ``out``; returns the weights file.
 
@@ -351,7 +255,7 @@ def pretrain(options: PretrainOptions) -> Path:
     torch.set_num_threads(options.threads)
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
-    described = json.dumps(recipe_dict(options.recipe), indent=2)
+    described = json.dumps(asdict(options.recipe), indent=2)
     stamp = out / "recipe.json"
     if stamp.exists() and stamp.read_text() != described:
         raise ValueError(
@@ -365,9 +269,9 @@ def pretrain(options: PretrainOptions) -> Path:
         enable_version_counter=False,
     )  # fmt: skip
     trainer = L.Trainer(
-        accelerator="auto", devices=1, max_epochs=1, callbacks=[saver, RichProgressBar()],
+        accelerator=options.trainer.accelerator, devices=1, max_epochs=1, callbacks=[saver, RichProgressBar()],
         logger=CSVLogger(out, name="", version="log"), log_every_n_steps=10,
-        enable_model_summary=False, use_distributed_sampler=False, **options.trainer,
+        enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
     last = out / "last.ckpt"
     trainer.fit(task, ckpt_path=last if last.exists() else None, weights_only=False)
@@ -386,13 +290,6 @@ def pretrain(options: PretrainOptions) -> Path:
         },
     )
     return target
-
-
-def recipe_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data."""
-    from dataclasses import asdict
-
-    return asdict(recipe)
 
 
 def commit() -> str:

@@ -1,0 +1,404 @@
+"""The only cache object a model sees: it writes, asks the policy, and reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_kv.cache.attend import KERNELS
+from lightning_kv.cache.decisions import Event, Rebuild, Recode, Retention, Selection
+from lightning_kv.cache.needs import COLLECTORS, Collector
+from lightning_kv.cache.passes import Geometry, Pass
+from lightning_kv.cache.rotary import rotate, rotate_by
+from lightning_kv.cache.rows import Group
+from lightning_kv.cache.store import Cell, reachable_bytes
+from lightning_kv.cache.view import CacheView
+
+
+class Decider(Protocol):
+    """A cache policy at work on one sample: five answers, with their state."""
+
+    moves: bool
+    columns: dict[str, str]
+    needs: frozenset[str]
+    bias: str | None
+
+    def open(self, view: CacheView) -> Retention | None:
+        """What stays, asked in the first pass of a chunk, before attention."""
+        ...
+
+    def select(self, view: CacheView) -> Selection | None:
+        """What these queries read; everything where None."""
+        ...
+
+    def times(self, view: CacheView, group: Group) -> Tensor:
+        """Rotary time at which the rows of a group appear, ``[1 or h, N]``."""
+        ...
+
+    def commit(self, views: list[CacheView]) -> list[Retention | None] | Rebuild | None:
+        """What stays, asked after the commit pass for all layers together."""
+        ...
+
+    def recode(self, views: list[CacheView]) -> list[list[Recode]]:
+        """Which rows get which codec, per layer."""
+        ...
+
+    def event(self, event: Event, views: list[CacheView]) -> list[Retention | None] | Rebuild | None:
+        """The answer to an event."""
+        ...
+
+
+@dataclass
+class Cost:
+    """What one sample's cache cost.
+
+    Args:
+        rows_read: History rows read, times the queries that read them, summed over layers, heads
+            and the denoise and commit passes after the context.
+        rows_scored: The same for keys touched only to score them.
+        chunk_bytes: Held bytes while each chunk is denoised.
+        peak_bytes: The most that was ever held.
+    """
+
+    rows_read: int = 0
+    rows_scored: int = 0
+    chunk_bytes: list[int] = field(default_factory=list)
+    peak_bytes: int = 0
+
+
+@dataclass
+class Lane:
+    """One sample in one namespace: cells per layer, a decider and its statistics."""
+
+    cells: list[Cell]
+    decider: Decider
+    collectors: dict[str, Collector]
+    seed: int
+
+
+class CacheSession:
+    """Cache of one rollout.
+
+    Args:
+        geometry: Sizes of the model.
+        start: Makes a fresh decider; called once per sample and namespace.
+        seeds: Base of the random draws of each sample; their number is the batch size.
+        backend: Kernel name (see :data:`lightning_kv.cache.attend.KERNELS`).
+        context_frames: Given frames; passes over them are left out of the read counts.
+        tables: Values for needs that are not collected here, such as ``reference_mass``.
+
+    Raises:
+        ValueError: Unknown backend, or a need that nothing here can meet.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        start: Callable[[], Decider],
+        seeds: Sequence[int] = (0,),
+        backend: str = "sdpa",
+        context_frames: int = 0,
+        tables: dict[str, Any] | None = None,
+    ) -> None:
+        if backend not in KERNELS:
+            raise ValueError(
+                f"No attention backend {backend!r}. Backends here: {', '.join(sorted(KERNELS))}."
+            )
+        self.geometry, self.start, self.seeds = geometry, start, tuple(seeds)
+        self.kernel, self.context_frames = KERNELS[backend], context_frames
+        self.tables = tables or {}
+        self.costs = [Cost() for _ in self.seeds]
+        self.lanes: dict[tuple[str, int], Lane] = {}
+        self._trig: tuple[Any, Tensor, Tensor] | None = None
+        check_needs(start().needs, self.tables)
+
+    # -- what the model calls --------------------------------------------------------------
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Pass) -> Tensor:
+        """Attention of one layer to the selected history and the frames in flight.
+
+        Args:
+            layer: Index of the block.
+            q: Queries before rotation ``[B, T, H, D]``; k and v alike.
+            k: Keys before rotation.
+            v: Values.
+            step: The pass.
+
+        Returns:
+            ``[B, T, H, D]``.
+        """
+        cos, sin = self._angles(step, q)
+        raw_q, raw_k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
+        turned_q, turned_k = rotate_by(raw_q, cos, sin), rotate_by(raw_k, cos, sin)
+        out = torch.empty_like(turned_q)
+        for row, sample in enumerate(self._samples(step)):
+            lane = self.lane(sample, step.namespace, k)
+            cell = lane.cells[layer]
+            view = self._view(lane, layer, step)
+            view.query, view.raw_query = turned_q[row], raw_q[row]
+            if step.opens and not step.rebuild:
+                self._open(lane, view)
+            cell.write((turned_k if cell.rotated else raw_k)[row], v[row])
+            view.read_keys = [
+                self._keys(lane, view, group, cos, sin) for group in cell.memory.groups
+            ]
+            for collector in lane.collectors.values():
+                collector.observe(view)
+            selection = None if step.rebuild else lane.decider.select(view)
+            read, bias = resolve(selection, view, lane.decider.bias)
+            for i, group in enumerate(cell.memory.groups):
+                heads = list(group.heads)
+                values = cell.readable(group, "v")
+                out[row, heads] = self.kernel(
+                    view.query[heads], view.read_keys[i], values, read[i], bias[i]
+                )
+            self._count(sample, view, read)
+        return out.transpose(1, 2)
+
+    # -- what the rollout calls ------------------------------------------------------------
+
+    def finish(self, step: Pass) -> list[tuple[int, Rebuild]]:
+        """Close a pass after the last layer; commit and decide if it made frames final.
+
+        Returns:
+            Samples whose policy wants past frames encoded again.
+        """
+        rebuilds = []
+        for sample in self._samples(step):
+            lane = self.lanes[step.namespace, sample]
+            if step.opens and not step.rebuild:
+                self._weigh(sample, chunk=True)
+            if not step.final:
+                continue
+            self._commit(lane, step)
+            if not step.rebuild:
+                views = [self._view(lane, layer, step) for layer in range(len(lane.cells))]
+                answer = self._carry_out(lane, lane.decider.commit(views))
+                self.costs[sample].rows_scored += self._scored(views, step)
+                rebuilds += [(sample, answer)] if answer else []
+                self._recode(lane, step)
+            self._weigh(sample)
+        return rebuilds
+
+    def event(self, event: Event, step: Pass) -> list[tuple[int, Rebuild]]:
+        """Tell every sample's policy of an event before the pass ``step``.
+
+        Returns:
+            Samples whose policy wants past frames encoded again.
+        """
+        rebuilds = []
+        for (namespace, sample), lane in self.lanes.items():
+            if namespace == step.namespace:
+                views = [self._view(lane, layer, step) for layer in range(len(lane.cells))]
+                answer = self._carry_out(lane, lane.decider.event(event, views))
+                rebuilds += [(sample, answer)] if answer else []
+        return rebuilds
+
+    def lane(self, sample: int, namespace: str, like: Tensor) -> Lane:
+        """The cache of one sample, made when first asked for."""
+        found = self.lanes.get((namespace, sample))
+        if found is None:
+            decider = self.start()
+            collectors = {n: COLLECTORS[n]() for n in sorted(decider.needs) if n in COLLECTORS}
+            columns = dict(decider.columns)
+            for collector in collectors.values():
+                columns |= collector.columns
+            cells = [
+                Cell(self.geometry, not decider.moves, columns, like)
+                for _ in range(self.geometry.layers)
+            ]
+            found = Lane(cells, decider, collectors, self.seeds[sample])
+            self.lanes[namespace, sample] = found
+            here = Pass("prefill", (0,), (0.0,), chunk=0, namespace=namespace)
+            views = [self._view(found, layer, here) for layer in range(len(cells))]
+            decider.event(Event("start"), views)
+        return found
+
+    def clear(self, sample: int, namespace: str) -> None:
+        """Forget the rows of one sample (before a rebuild)."""
+        for cell in self.lanes[namespace, sample].cells:
+            cell.clear()
+
+    def held_bytes(self, sample: int) -> int:
+        """Distinct storages reachable from the store, the statistics and the policy's state."""
+        lanes = [lane for (_, owner), lane in self.lanes.items() if owner == sample]
+        return reachable_bytes(
+            [(cell.memory, cell.archive) for lane in lanes for cell in lane.cells],
+            [(lane.collectors, lane.decider) for lane in lanes],
+        )
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _samples(self, step: Pass) -> Sequence[int]:
+        return step.samples if step.samples is not None else range(len(self.seeds))
+
+    def _angles(self, step: Pass, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the query's tokens, shared by all layers of a pass."""
+        key = (step.query_times, like.device)
+        if self._trig is None or self._trig[0] != key:
+            rows, columns = self.geometry.grid
+            times = torch.tensor(step.query_times, dtype=torch.float64)
+            place = torch.arange(rows * columns).repeat(len(times))
+            time = times.repeat_interleave(rows * columns)
+            angles = self.geometry.rotary.angles(time, place // columns, place % columns)
+            work = torch.promote_types(like.dtype, torch.float32)
+            cos, sin = (x.to(like.device, work) for x in (angles.cos(), angles.sin()))
+            self._trig = key, cos, sin
+        return self._trig[1:]
+
+    def _view(self, lane: Lane, layer: int, step: Pass) -> CacheView:
+        collected = {name: x.value(layer) for name, x in lane.collectors.items()}
+        return CacheView(
+            lane.cells[layer], layer, step, collected=self.tables | collected, seed=lane.seed
+        )
+
+    def _open(self, lane: Lane, view: CacheView) -> None:
+        """An ``open`` retention decides with the chunk's first queries at hand."""
+        still = view.query.new_zeros(0, self.geometry.head_dim // 2)
+        view.read_keys = [self._keys(lane, view, group, still, still) for group in view.groups]
+        decision = lane.decider.open(view)
+        if decision is not None:
+            view.cell.apply(decision)
+            view.forget()
+
+    def _keys(self, lane: Lane, view: CacheView, group: Group, cos: Tensor, sin: Tensor) -> Tensor:
+        keys = view.cell.readable(group, "k")
+        if view.cell.rotated:
+            return keys
+        rows = len(group)
+        times = lane.decider.times(view, group)
+        angles = view.cell.angles(times, group.meta["place"])
+        past = rotate(keys[:, :rows], angles)
+        return torch.cat([past, rotate_by(keys[:, rows:], cos, sin)], dim=1)
+
+    def _commit(self, lane: Lane, step: Pass) -> None:
+        tokens, frames = self.geometry.tokens, step.frames
+        first, count = frames.index(step.final[0]), len(step.final)
+        final = slice(first * tokens, (first + count) * tokens)
+        times = step.query_times[first : first + count]
+        for layer, cell in enumerate(lane.cells):
+            device = cell.memory.groups[0].meta["time"].device
+            meta = {
+                "frame_id": torch.tensor(step.final, device=device).repeat_interleave(tokens),
+                "time": torch.tensor(times, device=device).repeat_interleave(tokens),
+                "place": torch.arange(tokens, device=device).repeat(count),
+            }
+            for collector in lane.collectors.values():
+                meta |= {n: x[:, final] for n, x in collector.initial(layer).items()}
+            cell.commit(final, meta)
+
+    def _carry_out(
+        self, lane: Lane, answer: list[Retention | None] | Rebuild | None
+    ) -> Rebuild | None:
+        if isinstance(answer, Rebuild):
+            return answer
+        for cell, decision in zip(lane.cells, answer or [None] * len(lane.cells), strict=True):
+            if decision is not None:
+                cell.apply(decision)
+        return None
+
+    def _recode(self, lane: Lane, step: Pass) -> None:
+        views = [self._view(lane, layer, step) for layer in range(len(lane.cells))]
+        for cell, decisions in zip(lane.cells, lane.decider.recode(views), strict=True):
+            for decision in decisions:
+                cell.recode(decision)
+
+    def _counts(self, step: Pass) -> bool:
+        return step.phase != "prefill" and not step.rebuild and step.start >= self.context_frames
+
+    def _count(self, sample: int, view: CacheView, read: list[Tensor | None]) -> None:
+        if not self._counts(view.step):
+            return
+        tokens, total = view.query.shape[1], 0
+        for group, chosen in zip(view.groups, read, strict=True):
+            if chosen is None:
+                total += len(group.heads) * len(group) * tokens
+            else:
+                total += int(chosen[..., : len(group)].sum()) * (tokens // chosen.shape[1])
+        self.costs[sample].rows_read += total
+        self.costs[sample].rows_scored += view.scored
+
+    def _scored(self, views: list[CacheView], step: Pass) -> int:
+        return sum(view.scored for view in views) if self._counts(step) else 0
+
+    def _weigh(self, sample: int, chunk: bool = False) -> None:
+        held, cost = self.held_bytes(sample), self.costs[sample]
+        cost.peak_bytes = max(cost.peak_bytes, held)
+        if chunk:
+            cost.chunk_bytes.append(held)
+
+
+def resolve(
+    selection: Selection | None, view: CacheView, bias: str | None
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """A selection as masks and biases per group, each ``[h, Q, N + P]`` or None.
+
+    Raises:
+        ValueError: A stream reads nothing at all.
+    """
+    flight = view.cell.provisional
+    read, extra = [], []
+    for group in view.groups:
+        mask = None if selection is None else _mask(selection, view, group, flight)
+        if mask is not None and not bool(mask.any(-1).all()):
+            raise ValueError(
+                f"A selection leaves a head of layer {view.layer} with nothing to read. "
+                "Every stream reads at least one row, usually its own chunk."
+            )
+        read.append(None if mask is None or bool(mask.all()) else mask)
+        extra.append(_bias(selection, group, flight, bias, 1 if mask is None else mask.shape[1]))
+    return read, extra
+
+
+def _mask(selection: Selection, view: CacheView, group: Group, flight: int) -> Tensor | None:
+    heads = list(group.heads)
+    if selection.frames is not None:
+        chosen = selection.frames[heads]
+        index = view.frame_index(group).unsqueeze(1).expand(len(heads), chosen.shape[1], -1)
+        past = chosen.gather(2, index)
+        if selection.current is None:
+            now = past.new_ones(*past.shape[:2], flight)
+        else:
+            per_frame = flight // selection.current.shape[2]
+            now = selection.current[heads].repeat_interleave(per_frame, dim=2)
+        return torch.cat([past, now.expand(-1, past.shape[1], -1)], dim=2)
+    if selection.rows is None:
+        return None
+    rows = selection.rows
+    mask = torch.stack([rows if isinstance(rows, Tensor) else rows[head] for head in heads])
+    missing = len(group) + flight - mask.shape[2]
+    return torch.cat([mask, mask.new_ones(*mask.shape[:2], missing)], dim=2)
+
+
+def _bias(
+    selection: Selection | None, group: Group, flight: int, kind: str | None, blocks: int
+) -> Tensor | None:
+    total = None
+    if kind == "log_weight" and bool((group.meta["weight"] != 1).any()):
+        weight = group.expanded("weight").log().unsqueeze(1)
+        total = torch.nn.functional.pad(weight, (0, flight)).expand(-1, blocks, -1)
+    if selection is not None and selection.bias is not None:
+        given = selection.bias
+        own = torch.stack([given if isinstance(given, Tensor) else given[h] for h in group.heads])
+        own = own.expand(-1, blocks, -1)
+        total = own if total is None else total + own
+    return total
+
+
+def check_needs(needs: frozenset[str], tables: dict[str, Any]) -> None:
+    """Refuse a policy that asks for a statistic nobody provides.
+
+    Raises:
+        ValueError: Names the needs, and what there is.
+    """
+    missing = sorted(needs - COLLECTORS.keys() - tables.keys())
+    if missing:
+        there = sorted(COLLECTORS.keys() | tables.keys())
+        raise ValueError(
+            f"The policy needs {missing}, which this rollout does not have. "
+            f"It can give: {', '.join(there)}. Pass others as `tables` to rollout()."
+        )

@@ -1,0 +1,163 @@
+"""What a policy part may look at: one layer of one sample, read-only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_kv.cache.passes import Geometry, Pass
+from lightning_kv.cache.rows import Group
+from lightning_kv.cache.store import Cell
+
+
+@dataclass
+class CacheView:
+    """The memory of one layer of one sample, and the pass that is asked about.
+
+    Args:
+        cell: The store's cell.
+        layer: Its layer.
+        step: The current pass.
+        read_keys: Per group, keys rotated as the queries will meet them, ``[h, N + P, D]``; the
+            last P rows are provisional. Only while a pass runs.
+        query: The pass's queries ``[H, T, D]`` after rotation; None between passes.
+        raw_query: The same before rotation.
+        collected: What was collected for the declared needs, by name (for this layer).
+        seed: Base of every random draw of this sample.
+        scored: Counts keys touched to score them, times the queries that touched them.
+    """
+
+    cell: Cell
+    layer: int
+    step: Pass
+    read_keys: list[Tensor] | None = None
+    query: Tensor | None = None
+    raw_query: Tensor | None = None
+    collected: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    scored: int = field(default=0, init=False)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Sizes of the model."""
+        return self.cell.geometry
+
+    @property
+    def groups(self) -> list[Group]:
+        """Heads with equal layout, together."""
+        return self.cell.memory.groups
+
+    @property
+    def heads(self) -> int:
+        """Number H of heads."""
+        return self.geometry.heads
+
+    @property
+    def query_frames(self) -> int:
+        """Number Q of frames in the query."""
+        return len(self.step.frames)
+
+    @cached_property
+    def frame_ids(self) -> Tensor:
+        """Ids of all frames that have committed rows in some head, ascending, int64 ``[F]``."""
+        ids = [group.meta["frame_id"].flatten() for group in self.groups]
+        return torch.cat(ids).unique().long()
+
+    @cached_property
+    def rows_per_frame(self) -> Tensor:
+        """Committed rows of each head in each frame, int64 ``[H, F]``."""
+        return self.per_frame([torch.ones(len(g.heads), 1, len(g)) for g in self.groups])[:, 0].long()
+
+    @property
+    def present(self) -> Tensor:
+        """Frames of which a head holds at least one row, bool ``[H, F]``."""
+        return self.rows_per_frame > 0
+
+    def forget(self) -> None:
+        """Drop what was derived from rows that have changed since."""
+        for name in ("frame_ids", "rows_per_frame"):
+            self.__dict__.pop(name, None)
+
+    def column(self, name: str) -> list[Tensor]:
+        """A row field or column of every head, each ``[N_h]``."""
+        return self.cell.memory.column(name)
+
+    def frame_index(self, group: Group) -> Tensor:
+        """Index into ``frame_ids`` of every row of a group, ``[1 or h, N]``."""
+        return torch.searchsorted(self.frame_ids, group.meta["frame_id"].long())
+
+    def per_frame(self, values: list[Tensor]) -> Tensor:
+        """Sum row values over frames.
+
+        Args:
+            values: Per group ``[h, Q, N]`` (committed rows).
+
+        Returns:
+            ``[H, Q, F]``, 0 where a head has no row.
+        """
+        out = values[0].new_zeros(self.heads, values[0].shape[1], len(self.frame_ids))
+        for group, value in zip(self.groups, values, strict=True):
+            index = self.frame_index(group).unsqueeze(1).expand_as(value)
+            part = value.new_zeros(*value.shape[:2], out.shape[2]).scatter_add(2, index, value)
+            out[list(group.heads)] = part
+        return out
+
+    def rows_of(self, frames: Tensor) -> list[Tensor]:
+        """Row indices that belong to chosen frames, per head; ``frames`` is bool ``[H or 1, F]``.
+
+        One tensor comes back, in place of a list, where all heads agree.
+        """
+        frames = frames.expand(self.heads, -1)
+        found: dict[int, Tensor] = {}
+        for group in self.groups:
+            index = self.frame_index(group)
+            chosen = frames[list(group.heads)]
+            if len(index) == 1 and bool((chosen == chosen[:1]).all()):
+                rows = chosen[0][index[0]].nonzero().flatten()
+                found |= dict.fromkeys(group.heads, rows)
+                continue
+            hit = chosen.gather(1, index.expand(len(group.heads), -1))
+            found |= {h: row.nonzero().flatten() for h, row in zip(group.heads, hit, strict=True)}
+        return [found[head] for head in range(self.heads)]
+
+    def frame_mean_keys(self) -> Tensor:
+        """Mean stored key of each head and frame, ``[H, F, D]``; counts the keys it touches."""
+        out = []
+        for group in self.groups:
+            keys = group.payload("k")
+            self.scored += keys.shape[0] * keys.shape[1]
+            index = self.frame_index(group).expand(len(group.heads), -1).unsqueeze(-1)
+            total = keys.new_zeros(len(keys), len(self.frame_ids), keys.shape[-1])
+            out.append((group.heads, total.scatter_add(1, index.expand_as(keys), keys)))
+        joined = out[0][1].new_zeros(self.heads, *out[0][1].shape[1:])
+        for heads, total in out:
+            joined[list(heads)] = total
+        return joined / self.rows_per_frame.clamp_min(1).unsqueeze(-1).to(joined)
+
+    def attention(self, per_query_frame: bool = False) -> list[Tensor]:
+        """Softmax mass on every committed row, summed over the queries, per group ``[h, Q, N]``.
+
+        The softmax runs over committed and provisional rows. Every query meets every key once
+        more to get it: the keys are counted in ``kv_scored_fraction``.
+
+        Args:
+            per_query_frame: Sums for each query frame (Q frames) instead of all together (Q = 1).
+        """
+        if self.query is None or self.read_keys is None:
+            raise ValueError(
+                "Attention was asked for between two passes, when there are no queries. "
+                "Ask in `select`, or in a `retain` part with when='open'."
+            )
+        out = []
+        for group, keys in zip(self.groups, self.read_keys, strict=True):
+            query = self.query[list(group.heads)]
+            logits = query @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5
+            mass = logits.softmax(-1)[..., : len(group)]
+            self.scored += len(group.heads) * query.shape[1] * len(group)
+            split = self.query_frames if per_query_frame else 1
+            out.append(mass.unflatten(1, (split, -1)).sum(2))
+        return out

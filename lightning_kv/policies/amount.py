@@ -1,0 +1,89 @@
+"""Budget amounts as people write them: ``9f``, ``9360t``, ``0.25``, ``2GiB``."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_kv.cache.view import CacheView
+
+_BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_PATTERN = re.compile(r"(\d+(?:\.\d+)?)(f|t|B|KiB|MiB|GiB)?")
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A budget: history per head, the current chunk not counted.
+
+    Args:
+        value: The number.
+        unit: ``f`` frames, ``t`` tokens, ``share`` of the history the reference holds, or ``B``
+            bytes of the whole cache of one clip, all layers, the current chunk included.
+    """
+
+    value: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> Amount:
+        """Read an amount.
+
+        >>> Amount.parse("9f"), Amount.parse("2KiB")
+        (Amount(value=9.0, unit='f'), Amount(value=2048.0, unit='B'))
+
+        Raises:
+            ValueError: Not an amount, not positive, or a share above 1.
+        """
+        found = _PATTERN.fullmatch(str(text).strip())
+        if not found:
+            raise ValueError(
+                f"{text!r} is not a budget. Write 9f (frames), 9360t (tokens), 0.25 (of the "
+                "history) or 2GiB (whole cache)."
+            )
+        value, unit = float(found[1]), found[2] or "share"
+        if value <= 0 or (unit == "share" and value > 1) or (unit in "ft" and value % 1):
+            raise ValueError(
+                f"The budget {text!r} is out of range. Frames and tokens are whole numbers from 1 "
+                "(9f, 9360t), a share lies between 0 and 1 (0.25), bytes are above 0 (2GiB)."
+            )
+        return cls(value * _BYTES[unit], "B") if unit in _BYTES else cls(value, unit)
+
+    def frames(self, view: CacheView) -> float:
+        """Frames per head in the pass that ``view`` is about; may be fractional for tokens."""
+        tokens = view.geometry.tokens
+        if self.unit == "f":
+            return self.value
+        if self.unit == "t":
+            return self.value / tokens
+        if self.unit == "share":
+            step = view.step
+            history = step.start + (len(step.final) if view.query is None else 0)
+            return float(max(1, math.floor(self.value * history)))
+        geometry = view.geometry
+        row = 2 * geometry.head_dim * view.cell.memory.groups[0].payload("k").element_size() + 16
+        frame = row * geometry.heads * geometry.layers * tokens
+        return float(math.floor(self.value / frame) - len(view.step.frames))
+
+    def check(self, policy: str, smallest: int, history: int, tokens: int) -> None:
+        """Refuse an amount that no rollout of this length could use.
+
+        Args:
+            policy: Name, for the message.
+            smallest: Frames that the part protects whatever happens.
+            history: Longest history of the rollout, in frames.
+            tokens: Tokens per frame.
+
+        Raises:
+            ValueError: Below ``smallest`` or above ``history``.
+        """
+        if self.unit not in "ft":
+            return
+        frames = self.value if self.unit == "f" else self.value / tokens
+        if not smallest <= frames <= history:
+            raise ValueError(
+                f"The budget of {policy!r} is {frames:g} frames. In a rollout with at most "
+                f"{history} history frames it must lie between {smallest}f and {history}f."
+            )

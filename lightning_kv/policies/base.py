@@ -1,0 +1,342 @@
+"""A cache policy is five answers: retain, select, budget, positions, precision."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_kv.cache.decisions import Event, Rebuild, Recode, Retention, Selection
+from lightning_kv.cache.passes import Geometry
+from lightning_kv.cache.rows import Group
+from lightning_kv.cache.view import CacheView
+from lightning_kv.policies.amount import Amount
+
+KINDS = ("retain", "select", "budget", "positions", "precision")
+
+
+class Part(ABC):
+    """One answer. Parts are frozen dataclasses: their ``repr`` is their configuration.
+
+    A part keeps nothing between calls; what it must remember is the object that :meth:`start`
+    makes, fresh for each rollout and sample.
+    """
+
+    kind: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    columns: ClassVar[dict[str, str]] = {}
+    registry: ClassVar[dict[str, dict[str, type[Part]]]] = {kind: {} for kind in KINDS}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "name" in cls.__dict__:
+            Part.registry[cls.kind][cls.name] = cls
+
+    def start(self) -> Any:
+        """State of one sample in one rollout: any object; its tensors count as cache bytes."""
+        return {}
+
+
+@dataclass(frozen=True)
+class BudgetPart(Part):
+    """How many frames each head may keep or read.
+
+    Args:
+        amount: History frames, the protected ones included: ``9f``, ``9360t`` (tokens), ``0.25``
+            (of the history the reference holds), ``2GiB`` (whole cache of one clip).
+    """
+
+    kind: ClassVar[str] = "budget"
+    uniform: ClassVar[bool] = False
+    amount: str = "9f"
+
+    def __post_init__(self) -> None:
+        Amount.parse(self.amount)
+
+    def frames(self, view: CacheView) -> float:
+        """The amount in frames per head, as it stands in this pass."""
+        return Amount.parse(self.amount).frames(view)
+
+    @abstractmethod
+    def lengths(self, score: Tensor, view: CacheView) -> Tensor:
+        """Frames for each stream, int64 ``[H, Q]`` or ``[H, 1]``, given scores ``[H, Q, F]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScoredPart(Part):
+    """The flow that scoring parts share: score, budget, lengths, top-k around a protected mask.
+
+    Args:
+        budget: How much; everything where None.
+    """
+
+    budget: BudgetPart | None = None
+
+    def score(self, view: CacheView, state: Any) -> Tensor:
+        """Higher stays longer: ``[H, Q, F]`` over the view's frames (Q may be 1).
+
+        By default the newest frames score highest.
+        """
+        return view.frame_ids.double().expand(view.heads, 1, -1)
+
+    def protected(self, view: CacheView, state: Any) -> Tensor:
+        """Frames that stay whatever their score, bool broadcast to ``[H, Q, F]``."""
+        return torch.zeros(1, 1, len(view.frame_ids), dtype=torch.bool)
+
+    def smallest(self, chunk: int) -> int:
+        """Fewest frames a budget must hold for this part to work, given frames per chunk."""
+        return 1
+
+    def choose(self, view: CacheView, state: Any) -> Tensor | None:
+        """Frames to keep or read, bool ``[H, Q, F]``; None where everything fits."""
+        if self.budget is None:
+            return None
+        present = view.present.unsqueeze(1)
+        total = present.sum(-1)
+        if self.budget.uniform and int(total.max()) <= self.budget.frames(view):
+            return None  # nothing to decide, so nothing is scored
+        score = self.score(view, state)
+        lengths = self.budget.lengths(score, view)
+        if bool((lengths >= total).all()):
+            return None
+        protected = self.protected(view, state).expand_as(score) & present
+        return top_frames(score, lengths, protected, present.expand_as(score))
+
+
+def top_frames(score: Tensor, lengths: Tensor, protected: Tensor, present: Tensor) -> Tensor:
+    """The best ``lengths`` frames of each stream; protected ones first, ties to the earlier.
+
+    Args:
+        score: ``[H, Q, F]``.
+        lengths: ``[H, Q]`` or ``[H, 1]``, protected frames included.
+        protected: bool ``[H, Q, F]``.
+        present: bool ``[H, Q, F]``; absent frames are never chosen.
+    """
+    key = score.double().masked_fill(protected, torch.inf).masked_fill(~present, -torch.inf)
+    order = key.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        2, order, torch.arange(order.shape[2], device=order.device).expand_as(order)
+    )
+    return ((rank < lengths.unsqueeze(-1)) & present) | protected
+
+
+@dataclass(frozen=True)
+class RetainPart(ScoredPart):
+    """What stays in memory. By default: the frames with the highest score.
+
+    ``when`` is ``commit`` (after the commit pass, all layers together) or ``open`` (in the first
+    pass of a chunk, layer by layer, with the queries at hand).
+    """
+
+    kind: ClassVar[str] = "retain"
+    when: ClassVar[str] = "commit"
+
+    def decide(self, views: list[CacheView], state: Any) -> list[Retention | None] | Rebuild | None:
+        """One decision per layer (``when="open"`` asks with one view at a time)."""
+        return [self._keep(view, state) for view in views]
+
+    def event(
+        self, event: Event, views: list[CacheView], state: Any
+    ) -> list[Retention | None] | Rebuild | None:
+        """The answer to an event; nothing by default."""
+        return None
+
+    def _keep(self, view: CacheView, state: Any) -> Retention | None:
+        frames = self.choose(view, state)
+        return None if frames is None else Retention(keep=view.rows_of(frames[:, 0]))
+
+
+@dataclass(frozen=True)
+class SelectPart(ScoredPart):
+    """What the queries of a pass read. By default: the frames with the highest score.
+
+    Args:
+        refresh: Choose in every ``pass``, or once per ``chunk`` (in its first pass).
+    """
+
+    kind: ClassVar[str] = "select"
+    refresh: str = "pass"
+
+    def __post_init__(self) -> None:
+        if self.refresh not in ("pass", "chunk"):
+            raise ValueError(f"refresh={self.refresh!r} is neither 'pass' nor 'chunk'.")
+
+    def pick(self, view: CacheView, state: Any) -> Selection | None:
+        """The selection of one pass and layer; everything where None."""
+        if self.refresh == "chunk" and not view.step.opens:
+            return state.get(view.layer)
+        frames = self.choose(view, state)
+        found = None if frames is None else Selection(frames=frames)
+        if self.refresh == "chunk":
+            state[view.layer] = found
+        return found
+
+
+@dataclass(frozen=True)
+class PositionsPart(Part):
+    """At which rotary time a held row appears."""
+
+    kind: ClassVar[str] = "positions"
+    moves: ClassVar[bool] = True
+
+    @abstractmethod
+    def times(self, view: CacheView, group: Group, state: Any) -> Tensor:
+        """Rotary times ``[1 or h, N]`` of a group's rows; the queries stay where they are."""
+        ...
+
+
+@dataclass(frozen=True)
+class PrecisionPart(Part):
+    """Which rows get which codec."""
+
+    kind: ClassVar[str] = "precision"
+
+    @abstractmethod
+    def assign(self, view: CacheView, state: Any) -> list[Recode]:
+        """Rows of one layer to store with a codec, asked after each retention."""
+        ...
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """One choice for each part.
+
+    Args:
+        name: The key in results.
+        retain: What stays in memory.
+        select: What is read.
+        positions: Where held rows appear.
+        precision: How rows are stored.
+        bias: ``log_weight`` lets a merged row count for the tokens it stands for.
+    """
+
+    name: str
+    retain: RetainPart
+    select: SelectPart
+    positions: PositionsPart
+    precision: PrecisionPart
+    bias: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.bias not in (None, "log_weight"):
+            raise ValueError(f"bias={self.bias!r} of policy {self.name!r}: use log_weight or none.")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Every part, budgets included."""
+        own = (self.retain, self.select, self.positions, self.precision)
+        return (*own, *(p.budget for p in own if isinstance(p, ScoredPart) and p.budget))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics the parts ask for."""
+        return frozenset().union(*(part.needs for part in self.parts))
+
+    def budgeted(self, amount: str, name: str | None = None) -> CachePolicy:
+        """The same policy with another amount in every budget it has.
+
+        Raises:
+            ValueError: It has no budget.
+        """
+        changed = {}
+        for kind in ("retain", "select"):
+            part = getattr(self, kind)
+            if part.budget is not None:
+                changed[kind] = replace(part, budget=replace(part.budget, amount=amount))
+        if not changed:
+            raise ValueError(
+                f"The policy {self.name!r} has no budget, so {self.name}@{amount} means nothing. "
+                f"Write {self.name!r}."
+            )
+        return replace(self, name=name or self.name, **changed)
+
+    def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
+        """Refuse a budget that cannot work in a rollout of so many frames.
+
+        Raises:
+            ValueError: Too small for what the part protects, or larger than the history.
+        """
+        for part in (self.retain, self.select):
+            if part.budget is not None:
+                amount = Amount.parse(part.budget.amount)
+                amount.check(self.name, part.smallest(chunk), frames - chunk, geometry.tokens)
+
+    def start(self) -> PolicyRun:
+        """This policy at work on one sample."""
+        return PolicyRun(self)
+
+
+@dataclass
+class PolicyRun:
+    """A policy with the state of one sample: what the session asks.
+
+    Args:
+        policy: The configuration.
+        states: State of each part.
+    """
+
+    policy: CachePolicy
+    states: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for kind in ("retain", "select", "positions", "precision"):
+            self.states[kind] = getattr(self.policy, kind).start()
+
+    @property
+    def moves(self) -> bool:
+        """Whether keys must be held raw."""
+        return self.policy.positions.moves
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Row columns that the parts declare."""
+        return {k: v for part in self.policy.parts for k, v in part.columns.items()}
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics to collect."""
+        return self.policy.needs
+
+    @property
+    def bias(self) -> str | None:
+        """The policy's logit bias."""
+        return self.policy.bias
+
+    def open(self, view: CacheView) -> Retention | None:
+        """See :class:`~lightning_kv.cache.session.Decider`."""
+        if self.policy.retain.when != "open":
+            return None
+        answer = self.policy.retain.decide([view], self.states["retain"])
+        if isinstance(answer, Rebuild):
+            raise ValueError(
+                f"The retain part of {self.policy.name!r} answered an open pass with Rebuild, which "
+                "needs all layers. Answer so at commit (when='commit') or at an event."
+            )
+        return answer[0] if answer else None
+
+    def select(self, view: CacheView) -> Selection | None:
+        """See :class:`~lightning_kv.cache.session.Decider`."""
+        return self.policy.select.pick(view, self.states["select"])
+
+    def times(self, view: CacheView, group: Group) -> Tensor:
+        """See :class:`~lightning_kv.cache.session.Decider`."""
+        return self.policy.positions.times(view, group, self.states["positions"])
+
+    def commit(self, views: list[CacheView]) -> list[Retention | None] | Rebuild | None:
+        """See :class:`~lightning_kv.cache.session.Decider`."""
+        if self.policy.retain.when != "commit":
+            return None
+        return self.policy.retain.decide(views, self.states["retain"])
+
+    def recode(self, views: list[CacheView]) -> list[list[Recode]]:
+        """See :class:`~lightning_kv.cache.session.Decider`."""
+        return [self.policy.precision.assign(view, self.states["precision"]) for view in views]
+
+    def event(self, event: Event, views: list[CacheView]) -> list[Retention | None] | Rebuild | None:
+        """See :class:`~lightning_kv.cache.session.Decider`."""
+        return self.policy.retain.event(event, views, self.states["retain"])

@@ -1,0 +1,72 @@
+"""Rows appear at another time than the one at which they were made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_kv.cache.rows import Group
+from lightning_kv.cache.view import CacheView
+from lightning_kv.policies.base import PositionsPart
+
+
+@dataclass(frozen=True)
+class Contiguous(PositionsPart):
+    """The held frames of each head stand side by side, right before the current chunk.
+
+    Block-relative rotary positions of Infinity-RoPE (arXiv 2511.20649).
+    """
+
+    name: ClassVar[str] = "contiguous"
+
+    def times(self, view: CacheView, group: Group, state: Any) -> Tensor:
+        """Start of the chunk minus the frame's rank, counted from the newest."""
+        rank = view.present.flip(1).cumsum(1).flip(1)[list(group.heads)]  # [h, F], newest is 1
+        index = view.frame_index(group).expand(len(group.heads), -1)
+        return view.step.query_times[0] - rank.gather(1, index).float()
+
+
+@dataclass(frozen=True)
+class SinkLag(PositionsPart):
+    """The sink follows the current chunk at a fixed distance; other rows stay.
+
+    Deep Forcing's sink (arXiv 2512.05081), also used by Focused Forcing (arXiv 2605.18346).
+
+    Args:
+        sink: Number of first frames that move.
+        lag: Frames between the first of them and the start of the current chunk; rows that are
+            nearer than that stay where they are.
+    """
+
+    name: ClassVar[str] = "sink-lag"
+    sink: int = 3
+    lag: int = 21
+
+    def times(self, view: CacheView, group: Group, state: Any) -> Tensor:
+        """Recorded times, those of the sink moved up."""
+        time, frame = group.meta["time"], group.meta["frame_id"]
+        moved = torch.maximum(time, view.step.query_times[0] - self.lag + frame.float())
+        return torch.where(frame < self.sink, moved, time)
+
+
+@dataclass(frozen=True)
+class Clamp(PositionsPart):
+    """No row appears further back than a largest lag.
+
+    Args:
+        lag: Largest distance to the start of the current chunk, in frames; what the model's
+            training allows (its horizon minus the chunk) where None.
+    """
+
+    name: ClassVar[str] = "clamp"
+    lag: int | None = None
+
+    def times(self, view: CacheView, group: Group, state: Any) -> Tensor:
+        """Recorded times, none before ``start - lag``."""
+        lag = self.lag
+        if lag is None:
+            lag = view.geometry.train_horizon - view.query_frames
+        return group.meta["time"].clamp_min(view.step.query_times[0] - lag)

@@ -1,0 +1,52 @@
+"""As computed, or with a codec once rows are old enough."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lightning_kv.cache.codecs import CODECS
+from lightning_kv.cache.decisions import Recode
+from lightning_kv.cache.view import CacheView
+from lightning_kv.policies.base import PrecisionPart
+
+
+@dataclass(frozen=True)
+class AsComputed(PrecisionPart):
+    """Rows are stored as the model computed them."""
+
+    name: ClassVar[str] = "as-computed"
+
+    def assign(self, view: CacheView, state: Any) -> list[Recode]:
+        """Nothing."""
+        return []
+
+
+@dataclass(frozen=True)
+class Aged(PrecisionPart):
+    """Rows get a codec when they reach an age.
+
+    Round-to-nearest integers per row, or 2 bits around centroids (Quant VideoGen,
+    arXiv 2602.02958).
+
+    Args:
+        codec: ``int8``, ``int4`` or ``int2-centroids``.
+        age: Frames that stay as computed, counted back from the newest; 0 encodes at once.
+    """
+
+    name: ClassVar[str] = "aged"
+    codec: str = "int8"
+    age: int = 0
+
+    def __post_init__(self) -> None:
+        if self.codec not in CODECS:
+            raise ValueError(
+                f"No codec {self.codec!r}. Codecs here: {', '.join(CODECS)} (as-computed is a part)."
+            )
+
+    def assign(self, view: CacheView, state: Any) -> list[Recode]:
+        """All rows older than ``age`` frames."""
+        if not len(view.frame_ids):
+            return []
+        old = view.frame_ids <= int(view.frame_ids[-1]) - self.age
+        return [Recode(self.codec, view.rows_of(old.unsqueeze(0)))] if bool(old.any()) else []

@@ -1,0 +1,151 @@
+"""Published methods by name, and policies from names, files and plain data."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lightning_kv import policies
+from lightning_kv.policies.base import BudgetPart, CachePolicy, Part
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "sliding-window": {"retain": {"part": "window", "budget": "9f"}},
+    "sink-window": {"retain": {"part": "window", "sink": 3, "budget": "9f"}},
+    "top-attention": {"select": {"part": "top-attention", "budget": "9f"}},
+    "random": {"select": {"part": "random", "budget": "9f"}},
+}
+"""One line says what a preset is: the parts that differ from the full cache."""
+
+ABOUT = {
+    "full": "Keep and read everything: the reference.",
+    "sliding-window": "Keep the newest frames (Self Forcing's rolling cache, arXiv 2506.08009).",
+    "sink-window": "Keep the first 3 frames and the newest (StreamingLLM, arXiv 2309.17453).",
+    "top-attention": "Keep everything, read the frames with the largest softmax mass, per head.",
+    "random": "Keep everything, read random frames and the last chunk: the control.",
+}
+
+DEFAULTS = {
+    "retain": "everything",
+    "select": "everything",
+    "budget": "uniform",
+    "positions": "absolute",
+    "precision": "as-computed",
+}
+
+
+def discover() -> None:
+    """Import every part file, so that a new file needs no entry anywhere."""
+    for kind in Part.registry:
+        package = importlib.import_module(f"{policies.__name__}.{kind}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def preset(name: str) -> CachePolicy:
+    """A published method: ``NAME`` or ``NAME@BUDGET`` (``top-attention@9f``).
+
+    Raises:
+        ValueError: Unknown name, or a budget that is not one.
+    """
+    base, _, amount = name.partition("@")
+    if base not in PRESETS:
+        raise ValueError(unknown("policy", base, PRESETS))
+    policy = policy_from_dict({"name": base, **PRESETS[base]})
+    return policy.budgeted(amount, name) if "@" in name else policy
+
+
+def load_policy(spec: str | dict[str, Any]) -> CachePolicy:
+    """A policy from a preset's name, a YAML file with its own ``name:``, or plain data.
+
+    Raises:
+        ValueError: Nothing of that name or path, or an unknown part or key.
+    """
+    if isinstance(spec, dict):
+        return policy_from_dict(spec)
+    if not spec.endswith((".yaml", ".yml")):
+        return preset(spec)
+    path = Path(spec)
+    if not path.is_file():
+        raise ValueError(f"No policy file {spec!r}. Give a path to a YAML file, or a preset name.")
+    import yaml
+
+    values = yaml.safe_load(path.read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{spec!r} holds no mapping. A policy file has `name:` and its parts.")
+    return policy_from_dict(values)
+
+
+def policy_from_dict(values: dict[str, Any]) -> CachePolicy:
+    """Build a policy from ``name`` and the parts that differ from the full cache.
+
+    >>> policy_from_dict({"name": "mine", "retain": {"part": "window", "budget": "6f"}}).retain
+    Window(budget=Uniform(amount='6f'), sink=0)
+
+    Raises:
+        ValueError: No name, an unknown key, an unknown part, or a wrong setting of a part.
+    """
+    known = [field.name for field in fields(CachePolicy)]
+    for key in values:
+        if key not in known:
+            raise ValueError(unknown("key of a policy", key, known))
+    if not values.get("name"):
+        raise ValueError(f"A policy without `name:`: {values}. The name is its key in results.")
+    parts = {
+        kind: build_part(kind, values.get(kind) or DEFAULTS[kind])
+        for kind in ("retain", "select", "positions", "precision")
+    }
+    return CachePolicy(str(values["name"]), **parts, bias=values.get("bias"))
+
+
+def build_part(kind: str, spec: str | dict[str, Any]) -> Part:
+    """A part from its name, or from ``{"part": name, setting: value, ...}``."""
+    discover()
+    known = Part.registry[kind]
+    settings = dict(spec) if isinstance(spec, dict) else {"part": spec}
+    name = settings.pop("part", DEFAULTS[kind])
+    if name not in known:
+        raise ValueError(unknown(f"{kind} part", name, known))
+    cls = known[name]
+    allowed = [field.name for field in fields(cls)]
+    for key in settings:
+        if key not in allowed:
+            raise ValueError(unknown(f"setting of the {kind} part {name!r}", key, allowed))
+    if settings.get("budget") is not None and not isinstance(settings["budget"], BudgetPart):
+        settings["budget"] = build_budget(settings["budget"])
+    if "shares" in settings:
+        settings["shares"] = tuple(tuple(row) for row in settings["shares"])
+    return cls(**settings)
+
+
+def build_budget(spec: str | float | dict[str, Any]) -> Part:
+    """A budget: an amount alone means the same for every head."""
+    return build_part("budget", spec if isinstance(spec, dict) else {"amount": str(spec)})
+
+
+def policy_to_dict(policy: CachePolicy) -> dict[str, Any]:
+    """Plain data from which :func:`policy_from_dict` makes the same policy."""
+    out: dict[str, Any] = {"name": policy.name}
+    for kind in ("retain", "select", "positions", "precision"):
+        out[kind] = _part_to_dict(getattr(policy, kind))
+    return out | {"bias": policy.bias}
+
+
+def _part_to_dict(part: Part) -> dict[str, Any]:
+    values = {field.name: getattr(part, field.name) for field in fields(part)}
+    return {"part": part.name} | {
+        key: _part_to_dict(value) if isinstance(value, Part) else value
+        for key, value in values.items()
+    }
+
+
+def unknown(what: str, given: str, known: Any) -> str:
+    """Text of an error about an unknown name, with the nearest known one."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"No {what} {given!r}.{hint} Known: {', '.join(names)}."

@@ -1,0 +1,39 @@
+"""Read random frames: the control that any score has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_kv.cache.view import CacheView
+from lightning_kv.policies.base import SelectPart
+
+
+@dataclass(frozen=True)
+class Random(SelectPart):
+    """Read random frames, drawn once per chunk and shared by heads and layers.
+
+    The frames of the chunk before are always read, so that what is lost is memory and not motion.
+    The draw depends on the rollout's seed, the prompt's key and the chunk alone.
+    """
+
+    name: ClassVar[str] = "random"
+
+    def score(self, view: CacheView, state: Any) -> Tensor:
+        """One uniform number per frame."""
+        rng = torch.Generator().manual_seed((view.seed * 1_000_003 + view.step.chunk) % 2**63)
+        draw = torch.rand(int(view.frame_ids.max()) + 1, generator=rng)
+        ids = view.frame_ids
+        return draw.to(ids.device)[ids].expand(view.heads, 1, -1)
+
+    def protected(self, view: CacheView, state: Any) -> Tensor:
+        """The chunk before this one."""
+        first = view.step.start - len(view.step.frames)
+        return (view.frame_ids >= first).view(1, 1, -1)
+
+    def smallest(self, chunk: int) -> int:
+        """The chunk before."""
+        return chunk

@@ -1,0 +1,31 @@
+"""Read the frames that hold the largest softmax mass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lightning_kv.cache.view import CacheView
+from lightning_kv.policies.base import SelectPart
+
+
+@dataclass(frozen=True)
+class TopAttention(SelectPart):
+    """Read, in each head, the frames with the largest softmax mass.
+
+    The mass is exact: the queries meet every held key once to find it, which
+    ``kv_scored_fraction`` shows. So this is a strong and simple yardstick for cheaper scores. It is
+    the frame-wise form of the oracle in Quest (arXiv 2406.10774).
+
+    Args:
+        per_query_frame: Choose for each query frame instead of for the whole chunk.
+    """
+
+    name: ClassVar[str] = "top-attention"
+    per_query_frame: bool = False
+
+    def score(self, view: CacheView, state: Any) -> Tensor:
+        """Softmax mass of each frame."""
+        return view.per_frame(view.attention(self.per_query_frame))

@@ -1,0 +1,256 @@
+"""The run directory: what is measured is on disk clip by clip, and any run can be taken up again.
+
+Layout::
+
+    run.json                  schema, fingerprint and what it was made of
+    config.yaml               the effective configuration
+    records/rank-00003.jsonl  one line per clip and policy, written by that rank
+    summary.json              means, intervals and costs
+    videos/                   moving pictures
+
+A record line, JSON without NaN and Infinity (what has no value is null)::
+
+    {"schema": 1, "policy": str, "key": str, "prompt": str, "rank": int,
+     "metrics": {name: float | null}, "curves": {name: [float | null, ...]},
+     "cost": {"kv_bytes_peak", "kv_bytes_mean", "kv_rows_read", "kv_rows_scored",
+              "kv_read_fraction", "kv_scored_fraction", "seconds_per_chunk": [float, ...]}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import operator
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+SCHEMA = 1
+FIELDS = ("policy", "key", "prompt", "metrics", "curves", "cost")
+NAMED = 6  # differing keys that an error names
+
+log = logging.getLogger(__name__)
+
+
+class RunDirectory:
+    """One evaluation on disk; several ranks append to it, each to its own file.
+
+    Args:
+        path: The directory; :meth:`open` creates it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.summary = self.path / "summary.json"
+        self.videos = self.path / "videos"
+
+    def open(self, fingerprint: str, described: dict[str, Any]) -> None:
+        """Create the directory, or check that it holds this very run.
+
+        One rank calls this before any rank appends. Nothing is written when it refuses.
+
+        Args:
+            fingerprint: Identity of the run, see :func:`fingerprint`.
+            described: What the fingerprint was made of, kept to explain a mismatch.
+
+        Raises:
+            ValueError: The path is a file, a directory that is not ours, or holds another run.
+        """
+        run = {"schema": SCHEMA, "fingerprint": fingerprint, "described": described}
+        text = json.dumps(run, indent=2, allow_nan=False) + "\n"
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            self._check(json.loads(text))
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path / "run.json", text)
+        for folder in (self.path / "records", self.videos):
+            folder.mkdir(exist_ok=True)
+
+    def _check(self, run: dict[str, Any]) -> None:
+        """Compare ``run.json`` with the run that is asked for."""
+        try:
+            found = json.loads((self.path / "run.json").read_bytes())
+            schema, held, described = (found[name] for name in run)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.path} is no run directory. It is not empty and has no readable run.json "
+                f"({error}). Give a directory that is new, empty, or made by an earlier run."
+            ) from error
+        if (schema, held) == (run["schema"], run["fingerprint"]):
+            return
+        names = differing(described, run["described"]) or ["fingerprint"]
+        there, asked = dict(leaves(found)), dict(leaves(run))
+        shown = "; ".join(
+            f"{name} (there {_value(there, name)}, asked {_value(asked, name)})"
+            for name in names[:NAMED]
+        )
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        raise ValueError(
+            f"{self.path} holds another run. These differ: {shown}{more}. "
+            "Give another directory, or the settings in its run.json to take that run up again."
+        )
+
+    def append(self, rank: int, record: Record) -> None:
+        """Write one record so that it survives a crash right after.
+
+        Args:
+            rank: Process that measured it; each has its own file.
+            record: A record line without ``schema`` and ``rank``.
+
+        Raises:
+            ValueError: A field is missing, or a number is NaN or infinite.
+        """
+        if missing := [name for name in FIELDS if name not in record]:
+            raise ValueError(
+                f"A record is incomplete. It has {sorted(record)} and lacks {missing}. "
+                f"Give all of {list(FIELDS)}."
+            )
+        wild = [n for n, v in leaves(record) if isinstance(v, float) and not math.isfinite(v)]
+        if wild:
+            raise ValueError(
+                f"A record holds a number that JSON has no word for. The record of "
+                f"{record['policy']!r} for {record['key']!r} is NaN or infinite in "
+                f"{', '.join(wild)}. Give None where there is no value."
+            )
+        line = json.dumps({"schema": SCHEMA, **record, "rank": rank}, allow_nan=False)
+        with (self.path / "records" / f"rank-{rank:05d}.jsonl").open("ab+") as file:
+            _cut_half_line(file)
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def records(self) -> list[Record]:
+        """Read the records of all ranks, each policy and key once.
+
+        A clip is measured again where a crash came between two of its policies: of records with
+        the same policy and key, the first counts.
+
+        Raises:
+            ValueError: A line is damaged, or two records of one policy and key disagree.
+        """
+        found: dict[tuple[str, str], Record] = {}
+        for path in sorted((self.path / "records").glob("rank-*.jsonl")):
+            for record in _read(path):
+                first = found.setdefault((record["policy"], record["key"]), record)
+                if names := differing(_measured(first), _measured(record), _agree):
+                    raise ValueError(
+                        f"Two records of {record['policy']!r} for {record['key']!r} disagree in "
+                        f"{', '.join(names[:NAMED])}. They are from ranks {first['rank']} and "
+                        f"{record['rank']} of {self.path}. Evaluate again into a new directory, "
+                        "on one kind of device."
+                    )
+        return list(found.values())
+
+    def finished(self, policies: Iterable[str]) -> set[str]:
+        """Keys for which a record of every policy is there."""
+        done = {(record["policy"], record["key"]) for record in self.records()}
+        wanted = list(policies)
+        return {key for _, key in done if all((name, key) in done for name in wanted)}
+
+
+def fingerprint(described: dict[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of ``described``: the order of keys does not matter."""
+    text = json.dumps(described, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write a whole file or nothing; a reader never sees half of it."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` that takes its place if all goes well."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """Every value inside nested dicts and lists, with its dotted name."""
+    if value and isinstance(value, (dict, list, tuple)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def differing(
+    first: object, second: object, same: Callable[[Any, Any], bool] = operator.eq
+) -> list[str]:
+    """Dotted names of the values that are not the same, or are on one side only."""
+    left, right = dict(leaves(first)), dict(leaves(second))
+    names = dict.fromkeys([*left, *right])
+    return [n for n in names if n not in left or n not in right or not same(left[n], right[n])]
+
+
+def _value(run: dict[str, object], name: str) -> str:
+    """How an error shows one described value."""
+    return repr(run.get(f"described.{name}", run.get(name, "nothing")))
+
+
+def _measured(record: Record) -> dict[str, Any]:
+    """What has to come out the same when a clip is measured twice: all but its timing."""
+    cost = {name: value for name, value in record["cost"].items() if name != "seconds_per_chunk"}
+    return {"cost": cost, **{name: record[name] for name in ("prompt", "metrics", "curves")}}
+
+
+def _agree(first: object, second: object) -> bool:
+    """Equal but for the last digits, which another number of ranks may change."""
+    if isinstance(first, (int, float)) and isinstance(second, (int, float)):
+        return math.isclose(first, second, rel_tol=1e-6, abs_tol=1e-9)
+    return first == second
+
+
+def _read(path: Path) -> list[Record]:
+    """Records of one file; what follows the last line break was never finished."""
+    *lines, half = path.read_bytes().split(b"\n")
+    if half:
+        log.warning(
+            "%s ends in a half-written record (%d bytes), as a crash leaves it. It is ignored: "
+            "its clip is not finished and is measured again when the run is taken up.",
+            path,
+            len(half),
+        )
+    return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _parse(line: bytes, place: str) -> Record:
+    """One record from one whole line."""
+    try:
+        record = json.loads(line)
+        complete = record["schema"] == SCHEMA and all(name in record for name in FIELDS)
+    except (ValueError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise ValueError(
+            f"A record cannot be read. {place} is {line[:60]!r}. It should be a JSON object of "
+            f"schema {SCHEMA} with {list(FIELDS)}: remove the line, and the clip is measured again."
+        )
+    return record
+
+
+def _cut_half_line(file: Any) -> None:
+    """Drop what a crash left after the last line break of an open file."""
+    if not (size := file.seek(0, os.SEEK_END)):
+        return
+    file.seek(size - 1)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)

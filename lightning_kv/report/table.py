@@ -1,0 +1,187 @@
+"""The table at the end of a run: who keeps the quality, and what it costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from textwrap import wrap
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+NOTHING = "\N{EN DASH}"
+NAME_WIDTH = 20  # characters after which a policy's name goes on in the next line
+Cell = tuple["float | None", str]  # value and how it is shown
+
+
+def render_tables(summary: dict[str, Any]) -> Group:
+    """Quality and cost of every policy, one table each; both fit into 120 columns.
+
+    Args:
+        summary: Content of ``summary.json``.
+    """
+    return Group(quality_table(summary), cost_table(summary))
+
+
+def quality_table(summary: dict[str, Any]) -> Table:
+    """Mean and 95 % interval of every metric; an arrow shows which way is better.
+
+    The figure after ± is the longer arm of the interval. The best value of a column, the
+    reference left out, is bold. Notes below say why a value is missing.
+    """
+    run, policies = summary["run"], summary["policies"]
+    given = f" ({run['context_frames']} of them given)" if run.get("context_frames") else ""
+    table = _table(
+        f"Quality, reference {summary['reference']}: mean ± 95 % interval, "
+        f"{run['prompts']} prompts, {run['frames']} frames{given}"
+    )
+    if notes := _notes(policies):
+        table.caption = Text("\n".join(notes))
+    columns = []
+    for name in dict.fromkeys(name for policy in policies.values() for name in policy["metrics"]):
+        results = [policy["metrics"][name] for policy in policies.values()]
+        better = results[0]["higher_is_better"]
+        unit = results[0]["unit"].replace("^2", "\N{SUPERSCRIPT TWO}")
+        header = "\n".join(name.split("_")) + (" ↑" if better else " ↓")
+        _column(table, f"{header}\n({unit})" if unit else header)
+        cells = [(r["mean"], format_estimate(r["mean"], r["ci95"])) for r in results]
+        columns.append(_highlight(cells, better, summary))
+    return _fill(table, summary, columns)
+
+
+def cost_table(summary: dict[str, Any]) -> Table:
+    """Cache bytes, rows read and scored, time per chunk and speed-up of every policy."""
+    table = _table(f"Cost; speed-up against {summary['reference']} on the same clips")
+    columns = []
+    for header, name, show, better in (
+        ("KV peak ↓", "kv_bytes_peak", format_bytes, False),
+        ("reads ↓", "kv_read_fraction", _percent, False),
+        ("scored ↓", "kv_scored_fraction", _percent, False),
+        ("ms/chunk\np50 ↓", "seconds_per_chunk_p50", _milliseconds, False),
+        ("ms/chunk\np95 ↓", "seconds_per_chunk_p95", _milliseconds, False),
+        ("speed-\nup ↑", "speedup", "{:.2f}x".format, True),
+    ):
+        _column(table, header)
+        values = [policy["cost"][name] for policy in summary["policies"].values()]
+        columns.append(_highlight([_cell(value, show) for value in values], better, summary))
+    return _fill(table, summary, columns)
+
+
+def format_estimate(mean: float | None, interval: list[float] | None) -> str:
+    """A mean and the longer arm of its interval, short: 14 characters for values below 1000.
+
+    >>> format_estimate(0.9941, [0.9921, 0.9955])
+    '0.994 ±0.002'
+    >>> format_estimate(0.0000312, [0.0000300, 0.0000325])
+    '3.1e-5 ±1e-6'
+    >>> format_estimate(0.0, [0.0, 0.0])
+    '0'
+    """
+    if mean is None:
+        return NOTHING
+    if not interval:
+        return _number(mean, abs(mean), 1)
+    arm = max(mean - interval[0], interval[1] - mean, 0.0)
+    scale = max(abs(mean), arm)
+    return f"{_number(mean, scale, 1)} ±{_number(arm, scale, 0)}" if scale else "0"
+
+
+def format_bytes(count: float) -> str:
+    """Bytes with a binary prefix.
+
+    >>> format_bytes(3_355_443)
+    '3.20 MiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1000 or unit == "GiB":
+            break
+        count /= 1024
+    digits = 0 if unit == "B" else max(0, 2 - int(math.log10(max(count, 1.0))))
+    return f"{count:.{digits}f} {unit}"
+
+
+def _number(value: float, scale: float, digits: int) -> str:
+    """A number as one of size ``scale`` is shown, so that mean and interval go together.
+
+    ``digits`` are those after the point of a number too small or large for plain notation.
+    """
+    if value == 0:
+        return "0"
+    if 1e-3 <= scale < 1e5:
+        return f"{value:.{1 if scale >= 10 else 3 if scale >= 0.01 else 4}f}"
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.1f}"
+
+
+def _cell(value: float | None, show: Callable[[float], str]) -> Cell:
+    return value, NOTHING if value is None else show(value)
+
+
+def _table(title: str) -> Table:
+    return Table(
+        box=box.SIMPLE_HEAD,
+        title=Text(title, style="bold"),
+        title_justify="left",
+        caption_justify="left",
+        padding=(0, 1, 0, 0),
+    )
+
+
+def _column(table: Table, header: str) -> None:
+    # Digits are never cut away: in a narrow window a cell breaks at its space instead.
+    if not table.columns:
+        table.add_column("policy", no_wrap=True)
+    table.add_column(Text(header), justify="right", overflow="fold")
+
+
+def _highlight(cells: list[Cell], higher_is_better: bool, summary: dict[str, Any]) -> list[Text]:
+    """Texts of one column, the best value bold, the reference left out."""
+    names = summary["policies"]
+    rivals = [
+        value
+        for name, (value, _) in zip(names, cells, strict=True)
+        if value is not None and name != summary["reference"]
+    ]
+    best = (max if higher_is_better else min)(rivals, default=None)
+    bold = [
+        best is not None and value == best and name != summary["reference"]
+        for name, (value, _) in zip(names, cells, strict=True)
+    ]
+    return [
+        Text(text, "bold" if strong else "") for strong, (_, text) in zip(bold, cells, strict=True)
+    ]
+
+
+def _fill(table: Table, summary: dict[str, Any], columns: list[list[Text]]) -> Table:
+    """Add one row per policy; the reference is marked."""
+    for name, *cells in zip(summary["policies"], *columns, strict=True):
+        label = f"{name} (reference)" if name == summary["reference"] else name
+        table.add_row(Text("\n".join(wrap(label, NAME_WIDTH))), *cells)
+    return table
+
+
+def _notes(policies: dict[str, Any]) -> list[str]:
+    """Why values are missing, one line per reason, with the policies it holds for."""
+    found: dict[str, list[str]] = {}
+    for policy, result in policies.items():
+        for metric, value in result["metrics"].items():
+            most = max(other["metrics"][metric]["n"] for other in policies.values())
+            if value["status"] != "ok":
+                found.setdefault(f"{metric}: {value['status']}", []).append(policy)
+            elif value["n"] < most:
+                found.setdefault(f"{metric}: over {value['n']} clips only", []).append(policy)
+    return [
+        reason if len(names) == len(policies) else f"{reason} ({', '.join(names)})"
+        for reason, names in found.items()
+    ]

@@ -1,0 +1,116 @@
+"""Moving pictures: labelled panels side by side, written as H.264."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from lightning_kv.report.records import replacing
+
+Frames = NDArray[np.uint8]
+
+FONT_SIZE = 14  # pixels
+STRIP = 22  # pixels: height of a line of text
+MARGIN = 6  # pixels: left and right of a text, and between panels
+BACKGROUND, INK = 24, 235  # grey levels
+
+
+def write_mp4(path: str | Path, frames: Frames, fps: float) -> None:
+    """Write frames as an H.264 file that any browser plays; a whole file or none.
+
+    Odd sizes are made even by repeating the last row or column: yuv420p halves them.
+
+    Args:
+        path: File to write.
+        frames: uint8 ``[F, H, W, 3]``, RGB.
+        fps: Frames per second.
+
+    Raises:
+        ValueError: The frames have another shape or type, or there are none.
+    """
+    frames = _checked(frames, "frames")
+    _, height, width, _ = frames.shape
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    with (
+        replacing(path) as temporary,
+        av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container,
+    ):
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "16"}
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
+def side_by_side(rows: list[tuple[str, Frames]], scale: int) -> Frames:
+    """Panels from left to right, each under its label, above a frame counter.
+
+    A panel is never narrower than its label, so every name can be read.
+
+    Args:
+        rows: Label and frames, uint8 ``[F, H, W, 3]``, of each panel; equal shapes.
+        scale: Every pixel becomes ``scale`` x ``scale`` pixels.
+
+    Returns:
+        uint8 ``[F, H', W', 3]``.
+
+    Raises:
+        ValueError: No panels, unequal shapes, or a scale below 1.
+    """
+    shapes = [_checked(frames, label).shape for label, frames in rows]
+    if len(set(shapes)) != 1 or scale < 1:
+        raise ValueError(
+            f"These panels cannot stand side by side. Given shapes {shapes} and scale {scale}. "
+            "Give one panel or more, all of one shape, and a scale of 1 or more."
+        )
+    count, _, width, _ = shapes[0]
+    width = max(width * scale, *(_text_width(label) + 2 * MARGIN for label, _ in rows))
+    panels = [_panel(label, frames, scale, width) for label, frames in rows]
+    gap = np.full((*panels[0].shape[:2], MARGIN, 3), BACKGROUND, np.uint8)
+    canvas = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=2)
+    counter = [_strip(f"frame {i} / {count}", canvas.shape[2]) for i in range(1, count + 1)]
+    return np.concatenate([canvas, np.stack(counter)], axis=1)
+
+
+def _checked(frames: Frames, name: str) -> Frames:
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
+        raise ValueError(
+            f"{name!r} is no moving picture. Given {frames.dtype} of shape {frames.shape}. "
+            "Give uint8 of shape [frames, height, width, 3] with one frame or more."
+        )
+    return frames
+
+
+def _panel(label: str, frames: Frames, scale: int, width: int) -> Frames:
+    """Enlarge frames, centre them on ``width`` pixels and put the label above."""
+    large = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    spare = width - large.shape[2]
+    sides = ((0, 0), (0, 0), (spare // 2, spare - spare // 2), (0, 0))
+    large = np.pad(large, sides, constant_values=BACKGROUND)
+    title = np.broadcast_to(_strip(label, width), (len(frames), STRIP, width, 3))
+    return np.concatenate([title, large], axis=1)
+
+
+def _strip(text: str, width: int) -> Frames:
+    """A line of text, uint8 ``[STRIP, width, 3]``."""
+    image = Image.new("RGB", (width, STRIP), (BACKGROUND,) * 3)
+    place = (MARGIN, STRIP // 2)
+    ImageDraw.Draw(image).text(place, text, (INK,) * 3, _font(), anchor="lm")
+    return np.asarray(image)
+
+
+def _text_width(text: str) -> int:
+    return int(np.ceil(_font().getlength(text)))
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(FONT_SIZE)

@@ -1,0 +1,205 @@
+"""Executes the passes of a sampler: one loop for every model, policy and task."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_kv.cache.decisions import Event, Rebuild
+from lightning_kv.cache.passes import Pass
+from lightning_kv.cache.session import CacheSession, Cost
+from lightning_kv.models.loading import EmbeddedModel
+from lightning_kv.models.samplers import (
+    ChunkPlan,
+    Noise,
+    Steps,
+    few_step,
+    keyed_noise,
+    stable_seed,
+)
+from lightning_kv.models.wan import Context
+from lightning_kv.policies.base import CachePolicy
+
+
+@dataclass
+class Rollout:
+    """What a rollout gives back.
+
+    Args:
+        latents: ``[B, F, C, h, w]``, the context included.
+        frames: Pixels ``[B, F, 3, H, W]`` in [0, 1]; None where decoding was not asked for.
+        costs: One per sample.
+        seconds_per_chunk: Wall-clock of each generated chunk, all samples of the batch together.
+        rebuilds: Number of chunks that were encoded again on a policy's word.
+        session: The session, for those who want to look into the cache.
+    """
+
+    latents: Tensor
+    frames: Tensor | None
+    costs: list[Cost]
+    seconds_per_chunk: list[float]
+    rebuilds: int
+    session: Any = field(repr=False)
+
+
+@torch.inference_mode()
+def rollout(
+    model: EmbeddedModel,
+    policy: CachePolicy,
+    prompts: str | Sequence[str],
+    frames: int,
+    *,
+    seed: int = 0,
+    keys: Sequence[str] | None = None,
+    context: Tensor | None = None,
+    events: Sequence[Event] = (),
+    backend: str = "sdpa",
+    noise: Noise | None = None,
+    sampler: Callable[..., Steps] = few_step,
+    session: CacheSession | None = None,
+    tables: dict[str, Any] | None = None,
+    decode: bool = True,
+    progress: Callable[[int, CacheSession], None] | None = None,
+) -> Rollout:
+    """Generate a clip per prompt under a cache policy.
+
+    Args:
+        model: From :func:`~lightning_kv.models.load_model`.
+        policy: From :func:`~lightning_kv.policies.preset` or ``load_policy``.
+        prompts: One prompt, or several of equal length for a batch.
+        frames: Latent frames, the context included; a multiple of the model's chunk.
+        seed: Of the noise.
+        keys: Names that noise and random policies are keyed by; the prompts where not given.
+        context: Clean latents ``[B, F0, C, h, w]`` that the rollout goes on from.
+        events: Prompt switches and scene cuts, each at the first frame of a chunk.
+        backend: Attention kernel, ``sdpa`` or ``reference``.
+        noise: Another source of noise than (seed, key, chunk, step).
+        sampler: Generator of passes.
+        session: Another session than a fresh one for ``policy`` (calibration, tests).
+        tables: Values for needs that the session does not collect.
+        decode: Also give pixels.
+        progress: Called after every chunk with its index and the session.
+
+    Raises:
+        ValueError: Frames, context, events, budget or prompts that do not fit together.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    keys = list(keys or prompts)
+    config = model.network.config
+    plan = ChunkPlan(frames, config.chunk, 0 if context is None else context.shape[1])
+    geometry = config.geometry()
+    policy.check(geometry, plan.chunk, frames)
+    _check_events(events, plan)
+    device = next(model.network.parameters()).device
+    if session is None:
+        session = CacheSession(
+            geometry,
+            policy.start,
+            [stable_seed(seed, key) for key in keys],
+            backend,
+            plan.context,
+            tables,
+        )
+    shape = (config.channels, *config.latent_size)
+    run = _Run(model, session, prompts, torch.empty(len(prompts), frames, *shape, device=device))
+    source = noise or keyed_noise(seed, keys, plan, shape)
+    given = None if context is None else context.to(device)
+    steps = sampler(plan, config.timesteps, lambda c, s: source(c, s).to(device), given)
+    seconds = run.all(steps, plan, {event.frame: event for event in events}, progress)
+    pixels = model.codec.decode(run.latents) if decode else None
+    return Rollout(run.latents, pixels, session.costs, seconds, run.rebuilds, session)
+
+
+class _Run:
+    """The loop, and what it remembers: past latents and the current prompt."""
+
+    def __init__(self, model: EmbeddedModel, session: CacheSession, prompts: list[str], latents: Tensor):
+        self.model, self.session, self.latents = model, session, latents
+        self.text = self.old_text = self._prepare(prompts)
+        self.batch, self.rebuilds = len(prompts), 0
+
+    def all(
+        self,
+        steps: Steps,
+        plan: ChunkPlan,
+        events: dict[int, Event],
+        progress: Callable[[int, CacheSession], None] | None,
+    ) -> list[float]:
+        """Run every pass; returns the seconds of each generated chunk."""
+        seconds, estimate, began = [], None, time.perf_counter()
+        while True:
+            try:
+                step, x = steps.send(estimate)
+            except StopIteration:
+                return seconds
+            if step.opens:
+                began = time.perf_counter()
+                if step.start in events:
+                    self._event(events[step.start], step)
+            estimate = self._forward(step, x, self.text)
+            if step.final:
+                self.latents[:, list(step.final)] = x[:, : len(step.final)]
+            for sample, answer in self.session.finish(step):
+                self._rebuild(sample, answer, step, plan.chunk)
+            if step.final:
+                if step.phase == "commit":
+                    self._wait()
+                    seconds.append(time.perf_counter() - began)
+                if progress:
+                    progress(step.chunk, self.session)
+
+    def _prepare(self, prompts: list[str]) -> Context:
+        return self.model.network.prepare(self.model.encoder(prompts))
+
+    def _wait(self) -> None:
+        if self.latents.is_cuda:
+            torch.cuda.synchronize(self.latents.device)
+
+    def _forward(self, step: Pass, x: Tensor, text: Context) -> Tensor:
+        network = self.model.network
+        level = torch.tensor(step.timesteps, device=x.device).expand(len(x), -1)
+        return network.x0(network(x, level, text, self.session, step), x, level)
+
+    def _event(self, event: Event, step: Pass) -> None:
+        self.old_text = self.text
+        if event.kind == "prompt_switch":
+            self.text = self._prepare([event.prompt] * self.batch)
+        for sample, answer in self.session.event(event, step):
+            self._rebuild(sample, answer, step, len(step.frames))
+
+    def _rebuild(self, sample: int, answer: Rebuild, step: Pass, chunk: int) -> None:
+        """Forget one sample's rows and encode past latents again, chunk by chunk, at t = 0."""
+        made = step.final[-1] + 1 if step.final else step.start
+        if answer.frames and not 0 <= min(answer.frames) <= max(answer.frames) < made:
+            raise ValueError(
+                f"A policy wants frames {answer.frames} encoded again, but only frames 0 to "
+                f"{made - 1} have been made. Name past frames."
+            )
+        text = self.text if answer.prompt == "new" else self.old_text
+        own = [(k[sample : sample + 1], v[sample : sample + 1]) for k, v in text]
+        self.session.clear(sample, step.namespace)
+        times = answer.times or tuple(map(float, answer.frames))
+        for low in range(0, len(answer.frames), chunk):
+            ids = answer.frames[low : low + chunk]
+            again = Pass(
+                "prefill", ids, (0.0,) * len(ids), step.chunk, final=ids, next_chunk=step.next_chunk,
+                namespace=step.namespace, times=times[low : low + chunk], samples=(sample,), rebuild=True,
+            )  # fmt: skip
+            self._forward(again, self.latents[sample : sample + 1, list(ids)], own)
+            self.session.finish(again)
+            self.rebuilds += 1
+
+
+def _check_events(events: Sequence[Event], plan: ChunkPlan) -> None:
+    for event in events:
+        if event.kind == "start" or event.frame % plan.chunk or not 0 < event.frame < plan.frames:
+            raise ValueError(
+                f"{event} cannot happen in a rollout of {plan.frames} frames in chunks of "
+                f"{plan.chunk}. Prompt switches and scene cuts come at the first frame of a later "
+                f"chunk, such as {plan.chunk * max(1, plan.count // 2)}."
+            )

@@ -1,0 +1,179 @@
+"""Settings of the commands: plain data without torch, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PRESET_POLICIES = ["full", "sliding-window@9f", "sink-window@9f", "top-attention@9f", "random@9f"]
+DEFAULT_METRICS = [
+    "psnr", "ssim", "latent_mse", "revisit_error", "recall", "recall_far", "ruler_error", "camera_rule",
+]  # fmt: skip
+
+
+@dataclass
+class TrainerOptions:
+    """Where a job runs.
+
+    Args:
+        devices: Processes on this machine (CPU) or GPUs: a number, or a list such as 0,2.
+        accelerator: cpu, gpu or auto.
+        num_nodes: Machines.
+    """
+
+    devices: int | str = 1
+    accelerator: str = "auto"
+    num_nodes: int = 1
+
+
+@dataclass
+class DataOptions:
+    """What streams in.
+
+    Args:
+        shards: Folder with prompt shards and their index.json (see data/README.md).
+        seed: Of the worlds that are drawn for the prompts.
+    """
+
+    shards: Path = Path("data/panorama-fast13")
+    seed: int = 0
+
+
+@dataclass
+class EvaluateOptions:
+    """Roll out the reference and every policy from the same prompts and noise, and compare.
+
+    Args:
+        policies: Names, names with a budget (top-attention@9f), YAML files, or parts in place:
+            {name: mine, retain: {part: window, budget: 6f}, precision: aged}.
+        reference: The policy that the others are compared with.
+        model: panorama, or a weights file that pretrain wrote.
+        data: Prompts and worlds.
+        prompts: Number of prompts from the start of the set; all where not given.
+        frames: Latent frames per clip, the context included.
+        context_frames: Given frames at the start; 0 generates from the prompt alone.
+        seed: Of the noise.
+        metrics: Which metrics (see `lightning-kv list metrics`).
+        out: Run directory. An unfinished run with the same settings goes on there.
+        batch: Clips rolled out together.
+        backend: Attention kernel, sdpa or reference.
+        threads: CPU threads per process; part of the fingerprint, it can change the last digit.
+        videos: Number of prompts to write side-by-side moving pictures of.
+        fps: Frames per second of these.
+        trainer: Where it runs.
+    """
+
+    policies: list[str | dict[str, Any]] = field(default_factory=lambda: list(PRESET_POLICIES))
+    reference: str = "full"
+    model: str = "panorama"
+    data: DataOptions = field(default_factory=DataOptions)
+    prompts: int | None = None
+    frames: int = 72
+    context_frames: int = 15
+    seed: int = 0
+    metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))
+    out: Path = Path("runs/evaluate")
+    batch: int = 1
+    backend: str = "sdpa"
+    threads: int = 1
+    videos: int = 4
+    fps: int = 8
+    trainer: TrainerOptions = field(default_factory=TrainerOptions)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of the curriculum.
+
+    Args:
+        steps: Optimiser steps.
+        chunks: Sequence length in chunks.
+        batch: Clean sequences per step.
+        sizes: Smallest and largest n (camera positions) that are drawn.
+        lr: Peak learning rate.
+        warmup: Steps of linear warm-up.
+        hold: Share of the stage at the peak; after it the rate falls linearly.
+        final: Last learning rate as a share of the peak.
+        floor: Loss weight is ``1 / max(t, floor)**2``.
+        head_dropout: Chance that a head is silenced for one sequence.
+    """
+
+    steps: int
+    chunks: int
+    batch: int
+    sizes: tuple[int, int]
+    lr: float
+    warmup: int = 0
+    hold: float = 1.0
+    final: float = 1.0
+    floor: float = 0.6
+    head_dropout: float = 0.0
+
+    def rate(self, step: int) -> float:
+        """Learning rate at a step of this stage."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        late = (step / self.steps - self.hold) / max(1 - self.hold, 1e-9)
+        return self.lr * (1 - (1 - self.final) * min(max(late, 0.0), 1.0))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything the training run depends on.
+
+    Args:
+        stages: The curriculum.
+        seed: Of worlds, noise and initial weights.
+        streams: Noisy streams per clean one.
+        shift: Timestep shift of the training noise; above 1 means more noise.
+        history_noise: Largest noise added to a clean chunk; makes rollouts correct themselves.
+        history_dropout: Share of the steps in which the visible history is cut.
+        slow: Share of slow pans.
+        ema: Decay of the averaged weights, before and after step 500.
+        weight_decay: Of the matrices.
+    """
+
+    stages: list[Stage]
+    seed: int = 0
+    streams: int = 2
+    shift: float = 3.0
+    history_noise: float = 0.12
+    history_dropout: float = 0.3
+    slow: float = 0.35
+    ema: tuple[float, float] = (0.99, 0.995)
+    weight_decay: float = 0.02
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def at(self, step: int) -> tuple[Stage, int]:
+        """The stage of a step, and the step within it."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage, step
+            step -= stage.steps
+        return self.stages[-1], self.stages[-1].steps - 1
+
+
+@dataclass
+class PretrainOptions:
+    """Train the embedded model on the panorama world, or go on from the last checkpoint in `out`.
+
+    Args:
+        recipe: What to train.
+        out: Run directory: checkpoints, losses, pictures and, at the end, the weights.
+        threads: CPU threads.
+        checkpoint_every: Steps between two checkpoints.
+        picture_every: Steps between two sample pictures; 0 for none.
+        trainer: Where it runs; one device.
+    """
+
+    recipe: Recipe
+    out: Path = Path("runs/pretrain_panorama")
+    threads: int = 2
+    checkpoint_every: int = 50
+    picture_every: int = 100
+    trainer: TrainerOptions = field(default_factory=TrainerOptions)

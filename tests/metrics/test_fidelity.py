@@ -1,0 +1,197 @@
+"""Fidelity to the reference rollout against closed forms, torchmetrics and plain loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
+
+from lightning_kv.metrics import METRICS, metric_by_name
+from lightning_kv.metrics.base import Clip, ClipMetric, clip_value
+from lightning_kv.metrics.fidelity import PSNR, SSIM, LatentMSE, latent_mse, psnr, ssim
+
+
+def random_clip(seed: int, frames: int = 6, context: int = 2, size: int = 32) -> Clip:
+    generator = torch.Generator().manual_seed(seed)
+    pixels, reference = torch.rand(2, frames, 3, size, size, generator=generator)
+    latents, reference_latents = torch.randn(2, frames, 16, 4, 4, generator=generator)
+    return Clip(latents, pixels, reference_latents, reference, context=context)
+
+
+def constant(*levels: float) -> torch.Tensor:
+    return torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 3, 24, 24)
+
+
+def test_psnr_closed_forms():
+    got = psnr(constant(0.1, 1.0, 0.4), constant(0.0, 0.0, 0.4))
+    assert got.tolist() == pytest.approx([20.0, 0.0, 100.0], abs=1e-5)
+    assert got.dtype == torch.float64
+
+
+def test_psnr_of_every_frame_is_that_of_torchmetrics():
+    clip = random_clip(0)
+    expected = [
+        peak_signal_noise_ratio(a.double(), b.double(), data_range=1.0).item()
+        for a, b in zip(clip.pixels, clip.reference_pixels, strict=True)
+    ]
+    # torchmetrics takes its logarithm of ten in float32.
+    assert psnr(clip.pixels, clip.reference_pixels).tolist() == pytest.approx(expected, rel=1e-7)
+
+
+def test_psnr_averages_decibels_and_not_errors():
+    # Frames with MSE 1e-4 and 1e-2: 30 dB as a mean over frames, 22.97 dB if pooled.
+    clip = Clip(torch.zeros(2, 4, 3, 3), constant(0.01, 0.1), reference_pixels=constant(0.0, 0.0))
+    assert clip_value(PSNR().curve(clip)) == pytest.approx(30.0, abs=1e-5)
+
+
+def test_ssim_closed_forms():
+    got = ssim(constant(0.0, 0.25, 0.3), constant(1.0, 0.75, 0.3))
+    assert got.tolist() == pytest.approx([9.99900009999e-05, 0.6000639897616381, 1.0], rel=1e-9)
+
+
+def test_ssim_of_every_frame_is_that_of_a_plain_gaussian_window():
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.rand(2, 3, 20, 24, generator=generator).double()
+    offsets = torch.arange(-5, 6).double()
+    window = torch.exp(-(offsets**2) / (2 * 1.5**2))
+    window = torch.outer(window, window) / window.sum() ** 2
+
+    def blur(image):
+        padded = torch.nn.functional.pad(image.unsqueeze(0), (5, 5, 5, 5), mode="reflect")[0]
+        return (padded.unfold(1, 11, 1).unfold(2, 11, 1) * window).sum((-2, -1))
+
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    luminance = (2 * mean_a * mean_b + 1e-4) / (mean_a**2 + mean_b**2 + 1e-4)
+    expected = (luminance * (2 * covariance + 9e-4) / (var_a + var_b + 9e-4)).mean().item()
+    assert ssim(a.unsqueeze(0), b.unsqueeze(0)).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_ssim_does_not_depend_on_how_frames_are_grouped():
+    clip = random_clip(2, frames=19)
+    expected = structural_similarity_index_measure(
+        clip.pixels.double(), clip.reference_pixels.double(), reduction="none", data_range=1.0
+    )
+    got = ssim(clip.pixels, clip.reference_pixels)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    assert ssim(clip.pixels[:1], clip.reference_pixels[:1]).shape == (1,)
+    assert ssim(clip.pixels[:9], clip.reference_pixels[:9]).tolist() == pytest.approx(
+        expected[:9].tolist(), rel=1e-12
+    )
+
+
+def test_latent_mse_is_the_plain_loop():
+    clip = random_clip(3)
+    expected = [
+        math.fsum((float(x) - float(y)) ** 2 for x, y in zip(a, b, strict=True)) / 256
+        for a, b in zip(
+            clip.latents.flatten(1).tolist(),
+            clip.reference_latents.flatten(1).tolist(),
+            strict=True,
+        )
+    ]
+    got = latent_mse(clip.latents, clip.reference_latents)
+    assert got.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("metric", [PSNR, SSIM, LatentMSE])
+def test_context_frames_do_not_count(metric):
+    clip = random_clip(4, context=3)
+    curve = metric().curve(clip)
+    assert curve.dtype == torch.float64
+    assert curve.isnan().tolist() == [True] * 3 + [False] * 3
+    for tensor in (clip.latents, clip.pixels):
+        tensor[:3] = 0.5
+    torch.testing.assert_close(metric().curve(clip), curve, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("metric", [PSNR, SSIM, LatentMSE])
+def test_metric_is_the_mean_over_clips_and_merges_by_addition(metric):
+    # Clips of different length weigh the same; shards may be uneven, and one may be empty.
+    clips = [random_clip(seed, frames=3 + seed) for seed in range(5)]
+    whole, shards = metric(), [metric(), metric(), metric()]
+    for clip in clips:
+        whole.update(clip)
+    shards[0].update(clips[0])
+    for clip in clips[1:]:
+        shards[2].update(clip)
+    for shard in shards[1:]:
+        shards[0].merge_state(shard)
+    expected = sum(clip_value(metric().curve(clip)) for clip in clips) / 5
+    assert whole.compute().item() == pytest.approx(expected, rel=1e-12)
+    assert shards[0].compute().item() == pytest.approx(expected, rel=1e-12)
+    assert whole.compute().dtype == torch.float64
+
+
+def test_a_clip_of_context_only_has_no_value():
+    empty, full = random_clip(5, context=6), random_clip(6)
+    metric = PSNR()
+    metric.update(empty)
+    assert clip_value(metric.curve(empty)) is None
+    assert metric.compute().isnan()
+    metric.update(full)
+    assert metric.compute().item() == pytest.approx(clip_value(metric.curve(full)), rel=1e-12)
+
+
+def test_states_are_float64_sums_and_reset():
+    metric = PSNR()
+    metric.update(random_clip(7))
+    assert {name: state.dtype for name, state in metric.metric_state.items()} == {
+        "total": torch.float64,
+        "clips": torch.float64,
+    }
+    metric.reset()
+    assert metric.total == 0
+    assert metric.clips == 0
+
+
+def test_every_metric_says_what_it_is():
+    for name, metric in METRICS.items():
+        assert issubclass(metric, ClipMetric)
+        assert metric.name == name
+        assert isinstance(metric.unit, str)
+        assert isinstance(metric.higher_is_better, bool)
+        assert metric.full_state_update is False
+    assert len({metric.recipe for metric in METRICS.values()}) == len(METRICS)
+
+
+def test_metric_by_name_makes_fresh_metrics_and_suggests_the_nearest():
+    first, second = metric_by_name(["ssim", "psnr"]), metric_by_name(["psnr"])
+    assert list(first) == ["ssim", "psnr"]
+    assert isinstance(first["psnr"], PSNR)
+    assert first["psnr"] is not second["psnr"]
+    with pytest.raises(ValueError, match=r"'recal_far'.*Did you mean 'recall_far'.*latent_mse"):
+        metric_by_name(["psnr", "recal_far"])
+
+
+PIXELS, LATENTS = torch.rand(4, 3, 32, 32), torch.randn(4, 16, 4, 4)
+BROKEN = PIXELS.clone()
+BROKEN[3, 0, 0, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("call", "given", "remedy"),
+    [
+        (lambda: psnr(PIXELS, PIXELS[:3]), "(3, 3, 32, 32)", "same shape"),
+        (lambda: latent_mse(LATENTS, LATENTS[0]), "(16, 4, 4)", "same shape"),
+        (lambda: psnr(PIXELS * 2 - 1, PIXELS), "from -", "[0, 1]"),
+        (lambda: ssim((PIXELS * 255).byte(), PIXELS), "uint8", "255"),
+        (lambda: psnr(BROKEN, PIXELS), "nan", "[0, 1]"),
+        (lambda: Clip(LATENTS, BROKEN), "pixels", "failed"),
+        (lambda: Clip(LATENTS, PIXELS[:3]), "'pixels': 3", "same number"),
+        (lambda: Clip(LATENTS, PIXELS, context=5), "5 of 4", "0 to 4"),
+        (lambda: PSNR().curve(Clip(LATENTS, PIXELS)), "without reference_pixels", "leave"),
+        (lambda: LatentMSE().update(Clip(LATENTS, PIXELS)), "without reference_latents", "leave"),
+    ],
+)
+def test_errors_say_what_was_given_and_what_would_work(call, given, remedy):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert given in str(error.value)
+    assert remedy in str(error.value)
