@@ -19,6 +19,7 @@ from lightning_kv.models.codec import PatchCodec, PhraseEncoder
 from lightning_kv.models.loading import PRESETS, EmbeddedModel, save_embedded
 from lightning_kv.models.wan import CausalWan
 from lightning_kv.tasks.forcing import ForcingSession
+from lightning_kv.tasks.muon import Muon
 from lightning_kv.tasks.options import PretrainOptions, Recipe
 
 
@@ -167,12 +168,7 @@ class Pretrain(L.LightningModule):
         held = {id(p) for p in matrices}
         rest = [p for p in self.model.parameters() if id(p) not in held]
         return [
-            torch.optim.Muon(
-                matrices,
-                lr=1e-3,
-                weight_decay=self.recipe.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            ),
+            Muon(matrices, weight_decay=self.recipe.weight_decay),
             torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
         ]
 

@@ -1,0 +1,25 @@
+"""Shared fixtures."""
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also run the long matrices")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        chosen = [item for item in items if "full" not in item.keywords]
+        config.hook.pytest_deselected(items=[item for item in items if "full" in item.keywords])
+        items[:] = chosen
+
+
+@pytest.fixture(scope="session")
+def panorama():
+    """The embedded model."""
+    from lightning_kv import load_model
+
+    return load_model("panorama")

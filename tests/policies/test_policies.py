@@ -1,0 +1,134 @@
+"""Names, amounts, the shared top-k flow, and what the presets do."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_kv.cache.passes import Geometry
+from lightning_kv.cache.rotary import Rotary
+from lightning_kv.policies.amount import Amount
+from lightning_kv.policies.base import Part, top_frames
+from lightning_kv.policies.presets import (
+    PRESETS,
+    discover,
+    load_policy,
+    policy_from_dict,
+    policy_to_dict,
+    preset,
+)
+
+GEOMETRY = Geometry(2, 3, 12, (2, 2), Rotary(12), 21)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_top_frames_equals_a_slow_pick(data):
+    heads, blocks, frames = (data.draw(st.integers(1, 4)) for _ in range(3))
+    frames += 3
+    values = st.lists(st.integers(-2, 2), min_size=frames, max_size=frames)
+    score, protected, present, lengths = [], [], [], []
+    for _ in range(heads * blocks):
+        score.append(data.draw(values))
+        there = data.draw(st.lists(st.booleans(), min_size=frames, max_size=frames))
+        present.append(there)
+        guarded = data.draw(st.lists(st.booleans(), min_size=frames, max_size=frames))
+        protected.append([g and t for g, t in zip(guarded, there, strict=True)])
+        lengths.append(data.draw(st.integers(0, frames)))
+    shape = (heads, blocks, frames)
+    picked = top_frames(
+        torch.tensor(score).double().view(shape),
+        torch.tensor(lengths).view(heads, blocks),
+        torch.tensor(protected).view(shape),
+        torch.tensor(present).view(shape),
+    ).view(-1, frames)
+    for row in range(heads * blocks):
+        chosen = [f for f in range(frames) if protected[row][f]]
+        rest = [f for f in range(frames) if present[row][f] and not protected[row][f]]
+        rest.sort(key=lambda f: (-score[row][f], f))
+        chosen += rest[: max(0, lengths[row] - len(chosen))]
+        assert picked[row].nonzero().flatten().tolist() == sorted(chosen)
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "unit"),
+    [("9f", 9, "f"), ("9360t", 9360, "t"), ("0.25", 0.25, "share"), ("1", 1, "share"),
+     ("2GiB", 2 * 2**30, "B"), ("1.5KiB", 1536, "B")],
+)  # fmt: skip
+def test_amounts(text, value, unit):
+    assert Amount.parse(text) == Amount(value, unit)
+
+
+@pytest.mark.parametrize("text", ["", "f", "-3f", "0f", "2.5f", "1.5", "0", "9 frames", "9F", "3GB"])
+def test_amounts_that_are_none(text):
+    with pytest.raises(ValueError, match=r"9f .*0\.25|\(9f, 9360t\)"):
+        Amount.parse(text)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_policy_survives_plain_data(name):
+    made = preset(name)
+    assert policy_from_dict(policy_to_dict(made)) == made
+    assert made.name == name
+
+
+def test_a_budget_in_the_name_reaches_the_part():
+    made = preset("top-attention@0.5")
+    assert made.name == "top-attention@0.5"
+    assert made.select.budget.amount == "0.5"
+    assert made.retain.budget is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("sliding-windw@9f", r"No policy 'sliding-windw'. Did you mean 'sliding-window'\?"),
+        ("sliding-window@", "'' is not a budget"),
+        ("sliding-window@nine", "'nine' is not a budget"),
+        ("full@9f", "has no budget"),
+        ("nowhere.yaml", "No policy file"),
+        ({"retain": "window"}, "without `name:`"),
+        ({"name": "x", "retan": "window"}, r"'retan'. Did you mean 'retain'\?"),
+        ({"name": "x", "retain": "windo"}, r"'windo'. Did you mean 'window'\?"),
+        ({"name": "x", "retain": {"part": "window", "snk": 1}}, r"'snk'. Did you mean 'sink'\?"),
+        ({"name": "x", "select": {"part": "random", "refresh": "now"}}, "neither 'pass' nor 'chunk'"),
+        ({"name": "x", "precision": {"part": "aged", "codec": "int3"}}, "No codec 'int3'"),
+        ({"name": "x", "bias": "mass"}, "use log_weight or none"),
+    ],
+)
+def test_what_is_wrong_is_said(spec, text):
+    with pytest.raises(ValueError, match=text):
+        load_policy(spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "fine"),
+    [("sliding-window@9f", 12, True), ("sliding-window@10f", 12, False), ("sink-window@3f", 12, False),
+     ("sink-window@4f", 12, True), ("random@2f", 12, False), ("sliding-window@36t", 12, True),
+     ("sliding-window@40t", 12, False), ("top-attention@0.5", 12, True)],
+)  # fmt: skip
+def test_budgets_are_checked_against_the_rollout(name, frames, fine):
+    if fine:
+        preset(name).check(GEOMETRY, 3, frames)
+    else:
+        with pytest.raises(ValueError, match=r"must lie between \d+f and 9f"):
+            preset(name).check(GEOMETRY, 3, frames)
+
+
+def test_yaml_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "name: mine\nretain: {part: window, budget: 12f}\n"
+        "select: {part: top-attention, budget: {part: uniform, amount: 6f}}\nprecision: aged\n"
+    )
+    made = load_policy(str(path))
+    assert (made.name, made.retain.budget.amount, made.select.budget.amount) == ("mine", "12f", "6f")
+
+
+def test_every_part_says_what_it_is():
+    discover()
+    for kind, parts in Part.registry.items():
+        assert parts, kind
+        for name, cls in parts.items():
+            if cls.__module__.startswith("lightning_kv"):
+                assert cls.__doc__ and not cls.__doc__.startswith(cls.__name__ + "("), name

@@ -1,0 +1,198 @@
+"""Rollouts of the embedded model: same numbers where numbers must be the same."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from lightning_kv import preset, rollout
+from lightning_kv.cache.decisions import Event, Rebuild
+from lightning_kv.models.samplers import ChunkPlan, keyed_noise
+from lightning_kv.policies.base import CachePolicy, RetainPart
+from lightning_kv.policies.presets import PRESETS, build_part, policy_from_dict
+
+PROMPTS = ["dusk fast n10 left", "noon fast n13 left", "night slow n7 any", "mist fast n5 left"]
+FRAMES = 24
+NAMES = [name if name == "full" else f"{name}@6f" for name in PRESETS]
+
+
+@pytest.fixture(scope="module")
+def alone(panorama):
+    """One clip per prompt and preset, one by one."""
+    return {
+        (name, prompt): rollout(panorama, preset(name), prompt, FRAMES)
+        for name in NAMES
+        for prompt in PROMPTS[: 4 if name != "full" else 4]
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_seed_gives_the_same_latents(panorama, alone, name):
+    again = rollout(panorama, preset(name), PROMPTS[0], FRAMES)
+    assert torch.equal(again.latents, alone[name, PROMPTS[0]].latents)
+    other = rollout(panorama, preset(name), PROMPTS[0], FRAMES, seed=1)
+    assert not torch.allclose(other.latents, again.latents, atol=0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_equals_one_by_one(panorama, alone, name):
+    together = rollout(panorama, preset(name), PROMPTS, FRAMES)
+    for index, prompt in enumerate(PROMPTS):
+        one = alone[name, prompt]
+        assert (together.latents[index] - one.latents[0]).abs().max() <= 1e-5
+        assert together.costs[index].rows_read == one.costs[0].rows_read
+        assert together.costs[index].chunk_bytes == one.costs[0].chunk_bytes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backends_agree(panorama, alone, name):
+    slow = rollout(panorama, preset(name), PROMPTS[1], FRAMES, backend="reference")
+    assert (slow.latents - alone[name, PROMPTS[1]].latents).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", [n for n in PRESETS if n != "full"])
+def test_a_budget_for_everything_is_the_full_cache_to_the_last_bit(panorama, alone, name):
+    whole = rollout(panorama, preset(f"{name}@{FRAMES - 3}f"), PROMPTS[0], FRAMES)
+    assert torch.equal(whole.latents, alone["full", PROMPTS[0]].latents)
+
+
+def test_policies_differ_and_read_less(alone):
+    full = alone["full", PROMPTS[0]]
+    for name in NAMES[1:]:
+        out = alone[name, PROMPTS[0]]
+        assert not torch.equal(out.latents, full.latents), name
+        assert out.costs[0].rows_read < full.costs[0].rows_read, name
+
+
+def test_reads_of_a_window_have_a_closed_form(alone):
+    chunks = range(FRAMES // 3)
+    streams, queries = 6 * 4, 48 * 5
+    full = sum(3 * 16 * c for c in chunks) * streams * queries
+    window = sum(16 * min(3 * c, 6) for c in chunks) * streams * queries
+    assert alone["full", PROMPTS[0]].costs[0].rows_read == full
+    for name in NAMES[1:]:
+        assert alone[name, PROMPTS[0]].costs[0].rows_read == window, name
+
+
+def test_context_is_kept_and_continued(panorama, alone):
+    given = alone["full", PROMPTS[0]].latents[:, :12]
+    out = rollout(panorama, preset("full"), PROMPTS[0], FRAMES, context=given)
+    assert torch.equal(out.latents[:, :12], given)
+    # Self Forcing's commit pass is the prefill pass, so going on from one's own frames changes nothing.
+    assert (out.latents - alone["full", PROMPTS[0]].latents).abs().max() <= 1e-5
+    assert len(out.seconds_per_chunk) == 4
+    assert out.frames.shape == (1, FRAMES, 3, 32, 32)
+
+
+def test_noise_depends_on_seed_key_chunk_and_step_alone():
+    plan, shape = ChunkPlan(24, 3), (16, 4, 4)
+    both = keyed_noise(5, ["a", "b"], plan, shape)
+    longer = keyed_noise(5, ["b"], ChunkPlan(48, 3), shape)
+    assert torch.equal(both(3, 2)[1], longer(3, 2)[0])
+    draws = [both(c, s)[i] for c in range(3) for s in range(3) for i in range(2)]
+    assert len({tuple(x.flatten()[:4].tolist()) for x in draws}) == len(draws)
+    sample = torch.stack([both(c, s) for c in range(8) for s in range(4)])
+    assert abs(float(sample.mean())) < 0.02
+    assert abs(float(sample.std()) - 1) < 0.02
+
+
+# -- events ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recache(RetainPart):
+    """LongLive's answer to a prompt switch: encode the last frames again."""
+
+    last: int = 6
+    seen: ClassVar[list[str]] = []
+
+    def event(self, event, views, state):
+        self.seen.append(event.kind)
+        if event.kind != "prompt_switch":
+            return None
+        return Rebuild(tuple(range(event.frame - self.last, event.frame)), prompt="new")
+
+
+def with_retain(part):
+    other = {kind: build_part(kind, name) for kind, name in
+             {"select": "everything", "positions": "absolute", "precision": "as-computed"}.items()}  # fmt: skip
+    return CachePolicy("test", retain=part, **other)
+
+
+def test_rebuild_after_a_switch_equals_a_fresh_rollout_from_those_frames(panorama):
+    first, second = PROMPTS[:2]
+    Recache.seen.clear()
+    switch = Event("prompt_switch", 12, second)
+    out = rollout(panorama, with_retain(Recache()), first, FRAMES, events=[switch])
+    assert Recache.seen == ["start", "prompt_switch"]
+    assert out.rebuilds == 2
+    plan = ChunkPlan(FRAMES, 3)
+    source = keyed_noise(0, [first], plan, (16, 4, 4))
+    fresh = rollout(
+        panorama, preset("full"), second, 18, context=out.latents[:, 6:12],
+        noise=lambda chunk, step: source(chunk + 2, step),
+    )  # fmt: skip
+    # Rotary embedding is relative: starting at frame 0 instead of 6 changes rounding only.
+    assert (fresh.latents - out.latents[:, 6:]).abs().max() <= 1e-4
+    kept = rollout(panorama, preset("full"), first, FRAMES, events=[switch])
+    assert torch.equal(kept.latents[:, :12], out.latents[:, :12])
+    assert not torch.allclose(kept.latents[:, 12:], out.latents[:, 12:], atol=1e-2)
+
+
+@dataclass(frozen=True)
+class Recompute(RetainPart):
+    """Krea's cache: before every chunk the last frames are encoded again."""
+
+    def decide(self, views, state):
+        made = views[0].step.final[-1] + 1
+        return Rebuild(tuple(range(max(0, made - 6), made)), prompt="old")
+
+
+def test_recompute_at_every_chunk_holds_only_those_frames(panorama):
+    out = rollout(panorama, with_retain(Recompute()), PROMPTS[0], 15)
+    cells = out.session.lanes["cond", 0].cells
+    assert {int(f) for f in cells[0].memory.column("frame_id")[0].unique()} == set(range(9, 15))
+    again = rollout(panorama, preset("full"), PROMPTS[0], 9, context=out.latents[:, 6:12],
+                    noise=lambda c, s: keyed_noise(0, [PROMPTS[0]], ChunkPlan(15, 3), (16, 4, 4))(c + 2, s))  # fmt: skip
+    assert (again.latents[:, 6:] - out.latents[:, 12:]).abs().max() <= 1e-4
+
+
+# -- bad input -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"frames": 25}, "no multiple of the model's chunk of 3 frames. Use 24 or 27"),
+        ({"frames": 0}, "leave nothing to generate"),
+        ({"policy": "sliding-window@30f"}, "between 1f and 21f"),
+        ({"backend": "fast"}, "No attention backend 'fast'. Backends here: reference, sdpa"),
+        ({"prompts": "dusk quick n10 left"}, r"does not know \['quick'\]"),
+        ({"prompts": ["dusk fast n10 left", "dusk"]}, "different length"),
+        ({"events": [Event("prompt_switch", 13, "dusk fast n10 left")]}, "first frame of a later chunk"),
+        ({"events": [Event("scene_cut", 24)]}, "first frame of a later chunk"),
+    ],
+)
+def test_what_does_not_fit_is_said(panorama, settings, text):
+    made = preset(settings.pop("policy", "full"))
+    call = {"prompts": PROMPTS[0], "frames": FRAMES} | settings
+    with pytest.raises(ValueError, match=text):
+        rollout(panorama, made, **call)
+
+
+def test_a_free_combination_runs(panorama):
+    made = policy_from_dict(
+        {
+            "name": "mix",
+            "retain": {"part": "window", "sink": 3, "budget": "15f"},
+            "select": {"part": "top-attention", "budget": "6f", "per_query_frame": True},
+            "positions": "contiguous",
+            "precision": {"part": "aged", "codec": "int8", "age": 3},
+        }
+    )
+    out = rollout(panorama, made, PROMPTS[0], 36)
+    full = rollout(panorama, preset("full"), PROMPTS[0], 36)
+    assert out.costs[0].peak_bytes < full.costs[0].peak_bytes / 2
+    assert out.costs[0].rows_read < full.costs[0].rows_read / 2
+    assert bool(out.latents.isfinite().all())
