@@ -6,4 +6,12 @@ from lightning_kv.rollout import Rollout, rollout
 
 __version__ = "0.1.0"
 
-__all__ = ["Rollout", "__version__", "build_model", "load_model", "load_policy", "preset", "rollout"]
+__all__ = [
+    "Rollout",
+    "__version__",
+    "build_model",
+    "load_model",
+    "load_policy",
+    "preset",
+    "rollout",
+]

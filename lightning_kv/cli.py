@@ -91,7 +91,9 @@ def evaluate_command(words: list[str]) -> None:
 
         console = Console(width=None if sys.stdout.isatty() else 120)
         console.print(render_tables(summary))
-        console.print(f"Results are in {options.out}: summary.json, records/, videos/", soft_wrap=True)
+        console.print(
+            f"Results are in {options.out}: summary.json, records/, videos/", soft_wrap=True
+        )
 
 
 def pretrain_command(words: list[str]) -> None:
@@ -187,4 +189,3 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", ".*srun. command is available.*")
-

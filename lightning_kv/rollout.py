@@ -95,7 +95,7 @@ def rollout(
     geometry = config.geometry()
     policy.check(geometry, plan.chunk, frames)
     _check_events(events, plan)
-    device = next(model.network.parameters()).device
+    like = next(model.network.parameters())
     if session is None:
         session = CacheSession(
             geometry,
@@ -106,19 +106,21 @@ def rollout(
             tables,
         )
     shape = (config.channels, *config.latent_size)
-    run = _Run(model, session, prompts, torch.empty(len(prompts), frames, *shape, device=device))
+    run = _Run(model, session, prompts, like.new_empty(len(prompts), frames, *shape))
     source = noise or keyed_noise(seed, keys, plan, shape)
-    given = None if context is None else context.to(device)
-    steps = sampler(plan, config.timesteps, lambda c, s: source(c, s).to(device), given)
+    given = None if context is None else context.to(like)
+    steps = sampler(plan, config.timesteps, lambda c, s: source(c, s).to(like), given)
     seconds = run.all(steps, plan, {event.frame: event for event in events}, progress)
-    pixels = model.codec.decode(run.latents) if decode else None
+    pixels = model.codec.decode(run.latents.float()) if decode else None
     return Rollout(run.latents, pixels, session.costs, seconds, run.rebuilds, session)
 
 
 class _Run:
     """The loop, and what it remembers: past latents and the current prompt."""
 
-    def __init__(self, model: EmbeddedModel, session: CacheSession, prompts: list[str], latents: Tensor):
+    def __init__(
+        self, model: EmbeddedModel, session: CacheSession, prompts: list[str], latents: Tensor
+    ):
         self.model, self.session, self.latents = model, session, latents
         self.text = self.old_text = self._prepare(prompts)
         self.batch, self.rebuilds = len(prompts), 0
@@ -187,9 +189,17 @@ class _Run:
         for low in range(0, len(answer.frames), chunk):
             ids = answer.frames[low : low + chunk]
             again = Pass(
-                "prefill", ids, (0.0,) * len(ids), step.chunk, final=ids, next_chunk=step.next_chunk,
-                namespace=step.namespace, times=times[low : low + chunk], samples=(sample,), rebuild=True,
-            )  # fmt: skip
+                "prefill",
+                ids,
+                (0.0,) * len(ids),
+                step.chunk,
+                final=ids,
+                next_chunk=step.next_chunk,
+                namespace=step.namespace,
+                times=times[low : low + chunk],
+                samples=(sample,),
+                rebuild=True,
+            )
             self._forward(again, self.latents[sample : sample + 1, list(ids)], own)
             self.session.finish(again)
             self.rebuilds += 1

@@ -4,7 +4,6 @@ import ast
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
 
 from lightning_kv.cache.session import CacheSession
@@ -61,9 +60,7 @@ def test_latents_equal_the_original(golden, model, name, backend):
         return noise[:, 3 * chunk : 3 * chunk + 3] if step == 0 else again[:, chunk, step - 1]
 
     policy = policy_from_dict({"name": name, **POLICIES[name]})
-    out = rollout(
-        model, policy, "recorded", 15, noise=recorded, backend=backend, decode=False
-    )
+    out = rollout(model, policy, "recorded", 15, noise=recorded, backend=backend, decode=False)
     assert isinstance(out.session, CacheSession)
     worst = (out.latents - tensors[name]).abs().max()
     assert worst <= 1e-5, f"largest difference {worst:.2e}"

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from lightning_kv import preset, rollout
+from lightning_kv.cache.attend import KERNELS
 from lightning_kv.cache.decisions import Event, Rebuild
+from lightning_kv.models.loading import EmbeddedModel
 from lightning_kv.models.samplers import ChunkPlan, keyed_noise
+from lightning_kv.models.wan import CausalWan
 from lightning_kv.policies.base import CachePolicy, RetainPart
 from lightning_kv.policies.presets import PRESETS, build_part, policy_from_dict
 
@@ -23,7 +26,7 @@ def alone(panorama):
     return {
         (name, prompt): rollout(panorama, preset(name), prompt, FRAMES)
         for name in NAMES
-        for prompt in PROMPTS[: 4 if name != "full" else 4]
+        for prompt in PROMPTS[:1]
     }
 
 
@@ -35,20 +38,45 @@ def test_the_same_seed_gives_the_same_latents(panorama, alone, name):
     assert not torch.allclose(other.latents, again.latents, atol=0.1)
 
 
+@pytest.fixture(scope="module")
+def exact(panorama):
+    """The model in float64: a rollout feeds rounding back into itself, chunk after chunk, and in
+    float32 that grows to about 1e-4 under policies that have lost the memory."""
+    network = CausalWan(panorama.network.config).double()
+    network.load_state_dict(panorama.network.state_dict())
+    return EmbeddedModel(network.eval(), panorama.codec, panorama.encoder)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_equals_one_by_one(panorama, alone, name):
-    together = rollout(panorama, preset(name), PROMPTS, FRAMES)
+def test_a_batch_equals_one_by_one(exact, name):
+    together = rollout(exact, preset(name), PROMPTS, FRAMES)
     for index, prompt in enumerate(PROMPTS):
-        one = alone[name, prompt]
-        assert (together.latents[index] - one.latents[0]).abs().max() <= 1e-5
+        one = rollout(exact, preset(name), prompt, FRAMES)
+        assert (together.latents[index] - one.latents[0]).abs().max() <= 1e-9
         assert together.costs[index].rows_read == one.costs[0].rows_read
         assert together.costs[index].chunk_bytes == one.costs[0].chunk_bytes
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_backends_agree(panorama, alone, name):
-    slow = rollout(panorama, preset(name), PROMPTS[1], FRAMES, backend="reference")
-    assert (slow.latents - alone[name, PROMPTS[1]].latents).abs().max() <= 1e-5
+def test_backends_agree_over_a_rollout(exact, name):
+    runs = [rollout(exact, preset(name), PROMPTS[1], FRAMES, backend=b) for b in KERNELS]
+    assert (runs[0].latents - runs[1].latents).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backends_agree_in_float32_in_every_pass(panorama, monkeypatch, name):
+    worst = []
+
+    def both(q, k, v, read, bias):
+        out = [KERNELS[name](q, k, v, read, bias) for name in ("sdpa", "reference")]
+        worst.append(float((out[0] - out[1]).abs().max() / v.abs().max()))
+        return out[0]
+
+    monkeypatch.setitem(KERNELS, "both", both)
+    out = rollout(panorama, preset(name), PROMPTS[1], FRAMES, backend="both")
+    assert torch.equal(out.latents, rollout(panorama, preset(name), PROMPTS[1], FRAMES).latents)
+    assert len(worst) == 8 * 5 * 6
+    assert max(worst) <= 1e-5
 
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if n != "full"])
@@ -79,7 +107,7 @@ def test_context_is_kept_and_continued(panorama, alone):
     given = alone["full", PROMPTS[0]].latents[:, :12]
     out = rollout(panorama, preset("full"), PROMPTS[0], FRAMES, context=given)
     assert torch.equal(out.latents[:, :12], given)
-    # Self Forcing's commit pass is the prefill pass, so going on from one's own frames changes nothing.
+    # A commit pass is a prefill pass, so going on from one's own frames changes nothing.
     assert (out.latents - alone["full", PROMPTS[0]].latents).abs().max() <= 1e-5
     assert len(out.seconds_per_chunk) == 4
     assert out.frames.shape == (1, FRAMES, 3, 32, 32)
@@ -115,8 +143,14 @@ class Recache(RetainPart):
 
 
 def with_retain(part):
-    other = {kind: build_part(kind, name) for kind, name in
-             {"select": "everything", "positions": "absolute", "precision": "as-computed"}.items()}  # fmt: skip
+    other = {
+        kind: build_part(kind, name)
+        for kind, name in {
+            "select": "everything",
+            "positions": "absolute",
+            "precision": "as-computed",
+        }.items()
+    }
     return CachePolicy("test", retain=part, **other)
 
 
@@ -130,9 +164,13 @@ def test_rebuild_after_a_switch_equals_a_fresh_rollout_from_those_frames(panoram
     plan = ChunkPlan(FRAMES, 3)
     source = keyed_noise(0, [first], plan, (16, 4, 4))
     fresh = rollout(
-        panorama, preset("full"), second, 18, context=out.latents[:, 6:12],
+        panorama,
+        preset("full"),
+        second,
+        18,
+        context=out.latents[:, 6:12],
         noise=lambda chunk, step: source(chunk + 2, step),
-    )  # fmt: skip
+    )
     # Rotary embedding is relative: starting at frame 0 instead of 6 changes rounding only.
     assert (fresh.latents - out.latents[:, 6:]).abs().max() <= 1e-4
     kept = rollout(panorama, preset("full"), first, FRAMES, events=[switch])
@@ -153,8 +191,14 @@ def test_recompute_at_every_chunk_holds_only_those_frames(panorama):
     out = rollout(panorama, with_retain(Recompute()), PROMPTS[0], 15)
     cells = out.session.lanes["cond", 0].cells
     assert {int(f) for f in cells[0].memory.column("frame_id")[0].unique()} == set(range(9, 15))
-    again = rollout(panorama, preset("full"), PROMPTS[0], 9, context=out.latents[:, 6:12],
-                    noise=lambda c, s: keyed_noise(0, [PROMPTS[0]], ChunkPlan(15, 3), (16, 4, 4))(c + 2, s))  # fmt: skip
+    again = rollout(
+        panorama,
+        preset("full"),
+        PROMPTS[0],
+        9,
+        context=out.latents[:, 6:12],
+        noise=lambda c, s: keyed_noise(0, [PROMPTS[0]], ChunkPlan(15, 3), (16, 4, 4))(c + 2, s),
+    )
     assert (again.latents[:, 6:] - out.latents[:, 12:]).abs().max() <= 1e-4
 
 
@@ -170,7 +214,10 @@ def test_recompute_at_every_chunk_holds_only_those_frames(panorama):
         ({"backend": "fast"}, "No attention backend 'fast'. Backends here: reference, sdpa"),
         ({"prompts": "dusk quick n10 left"}, r"does not know \['quick'\]"),
         ({"prompts": ["dusk fast n10 left", "dusk"]}, "different length"),
-        ({"events": [Event("prompt_switch", 13, "dusk fast n10 left")]}, "first frame of a later chunk"),
+        (
+            {"events": [Event("prompt_switch", 13, "dusk fast n10 left")]},
+            "first frame of a later chunk",
+        ),
         ({"events": [Event("scene_cut", 24)]}, "first frame of a later chunk"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Memory: what is stored and how it is read. Needs torch alone."""

@@ -16,7 +16,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, read: Tensor | None, bias: Tensor | None) -> Tensor:
-    """torch's fused kernel; rows that are not read are not touched.
+    """Torch's fused kernel; rows that are not read are not touched.
 
     Streams (a head and a block of queries) that read equally many rows run as one batch.
     """

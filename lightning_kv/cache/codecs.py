@@ -55,7 +55,8 @@ class Centroids:
     """Distance to the nearest of a few centroids, in 2 bits (Quant VideoGen, arXiv 2602.02958).
 
     Args:
-        count: Centroids per head; at most 256.
+        count: Centroids per head, at most 256; never more than one for 8 rows, whose codebook
+            would be larger than what it saves.
         iterations: Of k-means, started from evenly spaced rows.
     """
 
@@ -64,7 +65,7 @@ class Centroids:
 
     def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """See :class:`Codec`."""
-        count = min(self.count, x.shape[1])
+        count = max(1, min(self.count, x.shape[1] // 8))
         start = torch.linspace(0, x.shape[1] - 1, count).long()
         centre = x[:, start].clone()
         for _ in range(self.iterations):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from lightning_kv.cache.view import CacheView
 class Collector(Protocol):
     """Collects one statistic of one sample. Its tensors count as cache bytes."""
 
-    columns: dict[str, str]
+    columns: ClassVar[dict[str, str]]
 
     def observe(self, view: CacheView) -> None:
         """Look at a pass of one layer, before its attention."""
@@ -34,7 +34,7 @@ class QueryMoments:
     ``value`` is ``(mean [H, D], variance [H, D], count)``, or None before the first clean pass.
     """
 
-    columns: dict[str, str] = {}
+    columns: ClassVar[dict[str, str]] = {}
 
     def __init__(self) -> None:
         self.moments: dict[int, tuple[Tensor, Tensor, int]] = {}
@@ -72,7 +72,7 @@ class AttentionMass:
         sampled: Largest number of query rows per pass.
     """
 
-    columns = {"mass": "sum"}
+    columns: ClassVar[dict[str, str]] = {"mass": "sum"}
 
     def __init__(self, sampled: int = 520) -> None:
         self.sampled = sampled

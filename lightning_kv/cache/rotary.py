@@ -37,10 +37,10 @@ class Rotary:
         return self.theta[axis] ** (-pairs / width)
 
     def angles(self, time: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """Angles in radians, shape ``[..., D/2]``, for positions of shape ``[...]`` (float64)."""
+        """Angles in radians, shape ``[..., D/2]``, for positions that broadcast to ``[...]``."""
         parts = [
             position.to(torch.float64).unsqueeze(-1) * self.frequencies(axis, position.device)
-            for axis, position in enumerate((time, row, column))
+            for axis, position in enumerate(torch.broadcast_tensors(time, row, column))
         ]
         return torch.cat(parts, dim=-1)
 

@@ -12,7 +12,12 @@ from torch import Tensor
 from lightning_kv.cache.codecs import CODECS
 from lightning_kv.cache.decisions import PerHead
 
-FIELDS = {"frame_id": torch.int32, "time": torch.float32, "place": torch.int32, "weight": torch.float32}  # fmt: skip
+FIELDS = {
+    "frame_id": torch.int32,
+    "time": torch.float32,
+    "place": torch.int32,
+    "weight": torch.float32,
+}
 
 
 def per_head(value: PerHead, head: int) -> Tensor:
@@ -79,7 +84,9 @@ class Segment:
 
     def stack(self, others: Sequence[Segment]) -> Segment:
         """This segment and others of the same codec and length, heads after heads."""
-        rows = {name: torch.cat([x, *(o.rows[name] for o in others)]) for name, x in self.rows.items()}
+        rows = {
+            name: torch.cat([x, *(o.rows[name] for o in others)]) for name, x in self.rows.items()
+        }
         shared = {
             name: x if x.ndim == 0 else torch.cat([x, *(o.shared[name] for o in others)])
             for name, x in self.shared.items()
@@ -132,7 +139,9 @@ class Group:
             )
             buckets[tuple(counts.tolist())].append((position, rows))
         return [
-            self._take([position for position, _ in bucket], torch.stack([rows for _, rows in bucket]))
+            self._take(
+                [position for position, _ in bucket], torch.stack([rows for _, rows in bucket])
+            )
             for bucket in buckets.values()
         ]
 
@@ -208,7 +217,9 @@ class RowSet:
 
     def column(self, name: str) -> list[Tensor]:
         """One field of every head, each ``[N_h]``, by head."""
-        found = {h: row for g in self.groups for h, row in zip(g.heads, g.expanded(name), strict=True)}
+        found = {
+            h: row for g in self.groups for h, row in zip(g.heads, g.expanded(name), strict=True)
+        }
         return [found[head] for head in sorted(found)]
 
     def select(self, keep: PerHead) -> RowSet:
@@ -269,10 +280,10 @@ def _joined(first: Group, second: Group) -> Group:
 def _stacked(groups: list[Group]) -> Group:
     if len(groups) == 1:
         return groups[0]
-    order = sorted((head, g, p) for g, group in enumerate(groups) for p, head in enumerate(group.heads))
-    meta = {
-        name: torch.cat([group.expanded(name) for group in groups]) for name in groups[0].meta
-    }
+    order = sorted(
+        (head, g, p) for g, group in enumerate(groups) for p, head in enumerate(group.heads)
+    )
+    meta = {name: torch.cat([group.expanded(name) for group in groups]) for name in groups[0].meta}
     segments = [
         first.stack([group.segments[i] for group in groups[1:]])
         for i, first in enumerate(groups[0].segments)

@@ -278,7 +278,9 @@ def _recoded(group: Group, position: int, head: int, decision: Recode) -> Group:
     chosen = torch.isin(every, per_head(decision.rows, head).to(every))
     coded: list[tuple[Segment, Tensor]] = []
     plain: list[tuple[Segment, Tensor]] = []
-    for segment, index in zip(alone.segments, every.split([*map(len, alone.segments)]), strict=True):
+    for segment, index in zip(
+        alone.segments, every.split([*map(len, alone.segments)]), strict=True
+    ):
         if segment.codec is not None:
             coded.append((segment, index))
             continue

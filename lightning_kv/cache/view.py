@@ -70,7 +70,9 @@ class CacheView:
     @cached_property
     def rows_per_frame(self) -> Tensor:
         """Committed rows of each head in each frame, int64 ``[H, F]``."""
-        return self.per_frame([torch.ones(len(g.heads), 1, len(g)) for g in self.groups])[:, 0].long()
+        return self.per_frame([torch.ones(len(g.heads), 1, len(g)) for g in self.groups])[
+            :, 0
+        ].long()
 
     @property
     def present(self) -> Tensor:

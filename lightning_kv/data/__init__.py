@@ -1,0 +1,1 @@
+"""What streams in: prompt shards and the panorama world."""

@@ -357,7 +357,11 @@ def _revisits(clip: Clip) -> tuple[Tensor, Tensor, Tensor]:
     visit = first_visit(positions)
     shown = (visit < clip.context).view(-1, 1, 1, 1)  # elsewhere nobody can know the truth
     pixels = torch.where(shown, scene.truth_pixels, clip.pixels[visit])
-    return last_seen(positions), pixels, torch.where(shown, scene.truth_latents, clip.latents[visit])
+    return (
+        last_seen(positions),
+        pixels,
+        torch.where(shown, scene.truth_latents, clip.latents[visit]),
+    )
 
 
 def _distances(samples: Tensor, book: Tensor) -> Tensor:

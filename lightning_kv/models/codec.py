@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -90,5 +92,7 @@ class PhraseEncoder(nn.Module):
             raise ValueError(
                 f"The text encoder does not know {unknown} in {prompt!r}. It knows: {known}."
             )
-        pairs = [""] + [f"{left} {right}" for left, right in zip(words, words[1:], strict=False)]
-        return [self.phrases[p if p in self.phrases else w] for p, w in zip(pairs, words, strict=True)]
+        pairs = [""] + [f"{left} {right}" for left, right in pairwise(words)]
+        return [
+            self.phrases[p if p in self.phrases else w] for p, w in zip(pairs, words, strict=True)
+        ]

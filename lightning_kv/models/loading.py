@@ -105,7 +105,9 @@ def load_model(name: str = "panorama", device: str | torch.device = "cpu") -> Em
         phrases = json.loads(metadata["phrases"])
         network = CausalWan(config)
         parts = {
-            prefix: {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(prefix)}
+            prefix: {
+                k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(prefix)
+            }
             for prefix in ("network", "codec", "encoder")
         }
         network.load_state_dict(parts["network"], strict=True)

@@ -30,7 +30,7 @@ class ChunkPlan:
         context: Given frames at the start.
 
     Raises:
-        ValueError: ``frames`` or ``context`` is no multiple of the chunk, or nothing is left to make.
+        ValueError: ``frames`` or ``context`` is no multiple of the chunk, or nothing is left.
     """
 
     frames: int
@@ -65,7 +65,9 @@ class ChunkPlan:
         return self.chunk if index + 1 < self.count else 0
 
 
-def few_step(plan: ChunkPlan, timesteps: tuple[float, ...], noise: Noise, context: Tensor | None) -> Steps:
+def few_step(
+    plan: ChunkPlan, timesteps: tuple[float, ...], noise: Noise, context: Tensor | None
+) -> Steps:
     """Chunk by chunk in a few steps with fresh noise between them, then a commit pass at t = 0.
 
     Self Forcing (arXiv 2506.08009): ``x' = (1 - t') x0 + t' noise``, ``t`` over 1000. Given
@@ -86,7 +88,10 @@ def few_step(plan: ChunkPlan, timesteps: tuple[float, ...], noise: Noise, contex
         x = noise(index, 0)
         for step, t in enumerate(timesteps):
             level = (t,) * len(frames)
-            x0 = yield Pass("denoise", frames, level, index, step, opens=step == 0, next_chunk=after), x
+            x0 = yield (
+                Pass("denoise", frames, level, index, step, opens=step == 0, next_chunk=after),
+                x,
+            )
             if step + 1 < len(timesteps):
                 x = renoise(x0, noise(index, step + 1), timesteps[step + 1])
         yield clean("commit", frames, index, after), x0
@@ -113,9 +118,7 @@ def warp(steps: tuple[float, ...], shift: float) -> tuple[float, ...]:
     return tuple(1000 * shift * (t / 1000) / (1 + (shift - 1) * t / 1000) for t in steps)
 
 
-def keyed_noise(
-    seed: int, keys: list[str], plan: ChunkPlan, shape: tuple[int, int, int]
-) -> Noise:
+def keyed_noise(seed: int, keys: list[str], plan: ChunkPlan, shape: tuple[int, int, int]) -> Noise:
     """Noise that depends on (seed, prompt key, chunk, step) alone, drawn on the CPU.
 
     So a prompt gets the same noise alone, in a batch, on any device and in any order.

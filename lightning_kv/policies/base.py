@@ -18,7 +18,7 @@ from lightning_kv.policies.amount import Amount
 KINDS = ("retain", "select", "budget", "positions", "precision")
 
 
-class Part(ABC):
+class Part:
     """One answer. Parts are frozen dataclasses: their ``repr`` is their configuration.
 
     A part keeps nothing between calls; what it must remember is the object that :meth:`start`
@@ -42,7 +42,7 @@ class Part(ABC):
 
 
 @dataclass(frozen=True)
-class BudgetPart(Part):
+class BudgetPart(Part, ABC):
     """How many frames each head may keep or read.
 
     Args:
@@ -178,7 +178,7 @@ class SelectPart(ScoredPart):
 
 
 @dataclass(frozen=True)
-class PositionsPart(Part):
+class PositionsPart(Part, ABC):
     """At which rotary time a held row appears."""
 
     kind: ClassVar[str] = "positions"
@@ -191,7 +191,7 @@ class PositionsPart(Part):
 
 
 @dataclass(frozen=True)
-class PrecisionPart(Part):
+class PrecisionPart(Part, ABC):
     """Which rows get which codec."""
 
     kind: ClassVar[str] = "precision"
@@ -293,6 +293,11 @@ class PolicyRun:
         return self.policy.positions.moves
 
     @property
+    def opens(self) -> bool:
+        """Whether retention is asked in the first pass of a chunk."""
+        return self.policy.retain.when == "open"
+
+    @property
     def columns(self) -> dict[str, str]:
         """Row columns that the parts declare."""
         return {k: v for part in self.policy.parts for k, v in part.columns.items()}
@@ -309,13 +314,11 @@ class PolicyRun:
 
     def open(self, view: CacheView) -> Retention | None:
         """See :class:`~lightning_kv.cache.session.Decider`."""
-        if self.policy.retain.when != "open":
-            return None
         answer = self.policy.retain.decide([view], self.states["retain"])
         if isinstance(answer, Rebuild):
             raise ValueError(
-                f"The retain part of {self.policy.name!r} answered an open pass with Rebuild, which "
-                "needs all layers. Answer so at commit (when='commit') or at an event."
+                f"The retain part of {self.policy.name!r} answered an open pass with Rebuild, "
+                "which needs all layers. Answer so at commit or at an event."
             )
         return answer[0] if answer else None
 
@@ -329,7 +332,7 @@ class PolicyRun:
 
     def commit(self, views: list[CacheView]) -> list[Retention | None] | Rebuild | None:
         """See :class:`~lightning_kv.cache.session.Decider`."""
-        if self.policy.retain.when != "commit":
+        if self.opens:
             return None
         return self.policy.retain.decide(views, self.states["retain"])
 
@@ -337,6 +340,8 @@ class PolicyRun:
         """See :class:`~lightning_kv.cache.session.Decider`."""
         return [self.policy.precision.assign(view, self.states["precision"]) for view in views]
 
-    def event(self, event: Event, views: list[CacheView]) -> list[Retention | None] | Rebuild | None:
+    def event(
+        self, event: Event, views: list[CacheView]
+    ) -> list[Retention | None] | Rebuild | None:
         """See :class:`~lightning_kv.cache.session.Decider`."""
         return self.policy.retain.event(event, views, self.states["retain"])

@@ -1,0 +1,1 @@
+"""LightningModules and the settings of the commands."""

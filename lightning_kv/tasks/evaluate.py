@@ -79,7 +79,9 @@ class Evaluate(L.LightningModule):
         mine = len(range(self.global_rank, left, self.trainer.world_size))
         plan = self._plan()
         rollouts = len(self.policies) + 1
-        self.progress = RolloutProgress(mine, rollouts * plan.count, plan.chunk, self.global_rank == 0)
+        self.progress = RolloutProgress(
+            mine, rollouts * plan.count, plan.chunk, self.global_rank == 0
+        )
         self.progress.__enter__()
         if mine:
             prompt = next(iter(data.test_dataloader()))[0].prompt
@@ -138,7 +140,12 @@ class Evaluate(L.LightningModule):
         )
 
     def _record(
-        self, name: str, out: Rollout, compared: Rollout | None, reference: Rollout, starts: list[Start]
+        self,
+        name: str,
+        out: Rollout,
+        compared: Rollout | None,
+        reference: Rollout,
+        starts: list[Start],
     ) -> None:
         for index, start in enumerate(starts):
             clip = Clip(
@@ -166,7 +173,8 @@ class Evaluate(L.LightningModule):
         panels = [("world", start.truth)] if start.truth is not None else []
         panels += list(clips.items())
         rows = [
-            (label, (255 * x).round().byte().permute(0, 2, 3, 1).cpu().numpy()) for label, x in panels
+            (label, (255 * x).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+            for label, x in panels
         ]
         path = self.run.videos / f"{start.sample.key}.mp4"
         write_mp4(path, side_by_side(rows, scale=5), self.options.fps)
@@ -175,7 +183,7 @@ class Evaluate(L.LightningModule):
 def measure(
     metrics: nn.ModuleDict, clip: Clip
 ) -> tuple[dict[str, float | None], dict[str, list[float | None]]]:
-    """Update each metric with a clip; its value and its curve over time (null where it has none)."""
+    """Update each metric with a clip; its value and curve over time (null where it has none)."""
     values, curves = {}, {}
     for name, metric in metrics.items():
         if any(getattr(clip, need) is None for need in metric.needs):
@@ -213,7 +221,10 @@ def metric_info(metric: type[ClipMetric]) -> MetricInfo:
 
 
 def describe(
-    options: EvaluateOptions, policies: dict[str, CachePolicy], reference: CachePolicy, data: PromptData
+    options: EvaluateOptions,
+    policies: dict[str, CachePolicy],
+    reference: CachePolicy,
+    data: PromptData,
 ) -> dict[str, Any]:
     """Everything the numbers depend on: the run's fingerprint is made of it."""
     from lightning_kv.models.loading import WEIGHTS
@@ -330,7 +341,9 @@ def named_policies(specs: list[str | dict[str, Any]]) -> dict[str, CachePolicy]:
         ValueError: None, or two of the same name.
     """
     if not specs:
-        raise ValueError("No policies to evaluate: [] was given. Try --policies [sliding-window@9f].")
+        raise ValueError(
+            "No policies to evaluate: [] was given. Try --policies [sliding-window@9f]."
+        )
     found: dict[str, CachePolicy] = {}
     for spec in specs:
         policy = load_policy(spec)

@@ -1,7 +1,7 @@
 """Muon in float32: the optimiser of the matrices, without the bfloat16 of torch's own.
 
-``torch.optim.Muon`` orthogonalises in bfloat16, which processors without native bfloat16 emulate: it
-took 0.5 s of a 1.25 s training step. This one runs in float32, all matrices of a shape together.
+``torch.optim.Muon`` orthogonalises in bfloat16, which processors without native bfloat16 emulate:
+it took 0.5 s of a 1.25 s training step. This one runs in float32, matrices of a shape together.
 """
 
 from __future__ import annotations

@@ -8,8 +8,15 @@ from typing import Any
 
 PRESET_POLICIES = ["full", "sliding-window@9f", "sink-window@9f", "top-attention@9f", "random@9f"]
 DEFAULT_METRICS = [
-    "psnr", "ssim", "latent_mse", "revisit_error", "recall", "recall_far", "ruler_error", "camera_rule",
-]  # fmt: skip
+    "psnr",
+    "ssim",
+    "latent_mse",
+    "revisit_error",
+    "recall",
+    "recall_far",
+    "ruler_error",
+    "camera_rule",
+]
 
 
 @dataclass

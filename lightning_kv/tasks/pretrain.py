@@ -44,8 +44,16 @@ class Batch:
 class PanoramaBatches(IterableDataset):
     """Batch number i depends on (seed, rank, i) alone, so that a resumed run sees the same data."""
 
-    def __init__(self, recipe: Recipe, codec: PatchCodec, heads: tuple[int, int], start: int, rank: int):
-        self.recipe, self.codec, self.heads, self.start, self.rank = recipe, codec, heads, start, rank
+    def __init__(
+        self, recipe: Recipe, codec: PatchCodec, heads: tuple[int, int], start: int, rank: int
+    ):
+        self.recipe, self.codec, self.heads, self.start, self.rank = (
+            recipe,
+            codec,
+            heads,
+            start,
+            rank,
+        )
 
     def __iter__(self):
         for step in range(self.start, self.recipe.steps):
@@ -85,7 +93,7 @@ class PanoramaBatches(IterableDataset):
         )
 
     def _visible(self, chunks: int, rng: torch.Generator) -> list[list[int]]:
-        """Earlier chunks that each chunk may read: all, or a window, sink + window or random half."""
+        """Earlier chunks each chunk may read: all, a window, sink + window or a random half."""
         if float(torch.rand((), generator=rng)) >= self.recipe.history_dropout:
             return [list(range(i)) for i in range(chunks)]
         kind, window = (int(torch.randint(n, (), generator=rng)) for n in (3, 4))
@@ -261,14 +269,22 @@ def pretrain(options: PretrainOptions) -> Path:
     stamp.write_text(described)
     task = Pretrain(options.recipe, out, options.picture_every)
     saver = ModelCheckpoint(
-        out, filename="last", every_n_train_steps=options.checkpoint_every * 2, save_top_k=1,
+        out,
+        filename="last",
+        every_n_train_steps=options.checkpoint_every * 2,
+        save_top_k=1,
         enable_version_counter=False,
-    )  # fmt: skip
+    )
     trainer = L.Trainer(
-        accelerator=options.trainer.accelerator, devices=1, max_epochs=1, callbacks=[saver, RichProgressBar()],
-        logger=CSVLogger(out, name="", version="log"), log_every_n_steps=10,
-        enable_model_summary=False, use_distributed_sampler=False,
-    )  # fmt: skip
+        accelerator=options.trainer.accelerator,
+        devices=1,
+        max_epochs=1,
+        callbacks=[saver, RichProgressBar()],
+        logger=CSVLogger(out, name="", version="log"),
+        log_every_n_steps=10,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
     last = out / "last.ckpt"
     trainer.fit(task, ckpt_path=last if last.exists() else None, weights_only=False)
     if int(task.done) < options.recipe.steps:
@@ -293,7 +309,10 @@ def commit() -> str:
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

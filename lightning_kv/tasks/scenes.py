@@ -53,7 +53,7 @@ def panorama_start(sample: PromptSample, codec: PatchCodec, frames: int, context
 
 
 def books(world: World, codec: PatchCodec) -> tuple[Tensor, Tensor]:
-    """Latents of every column code ``[26, C, 3]`` and of the ground at every position ``[n, C, 4]``."""
+    """Latents of each column code ``[26, C, 3]`` and of the ground per position ``[n, C, 4]``."""
     device = codec.mean.device
     codes = codec.encode(column_tiles(world.prompt.palette).to(device)).squeeze(-1)
     ground = codec.encode(ruler(world.prompt.columns).to(device)).squeeze(-2)  # [C, columns]

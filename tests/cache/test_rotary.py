@@ -11,10 +11,14 @@ numbers = st.integers(-6000, 6000)
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.sampled_from([12, 24, 64, 128]), numbers, numbers, st.integers(0, 60), st.integers(0, 104))
+@given(
+    st.sampled_from([12, 24, 64, 128]), numbers, numbers, st.integers(0, 60), st.integers(0, 104)
+)
 def test_shift_inverse_and_relative_property(width, time, delta, row, column):
     rotary = Rotary(width)
-    x, y = torch.randn(2, width, dtype=torch.float64, generator=torch.Generator().manual_seed(width))
+    x, y = torch.randn(
+        2, width, dtype=torch.float64, generator=torch.Generator().manual_seed(width)
+    )
     spot = [torch.tensor(float(p)) for p in (time, row, column)]
     angles = rotary.angles(*spot)
     moved = rotary.angles(spot[0] + delta, *spot[1:])
@@ -34,7 +38,9 @@ def test_wan_layout_at_128():
     for position, width in ((time, 44), (row, 42), (column, 42)):
         pairs += [position * 10000 ** (-2 * i / width) for i in range(width // 2)]
     x = torch.randn(128, dtype=torch.float64)
-    z = torch.view_as_complex(x.view(-1, 2)) * torch.exp(1j * torch.tensor(pairs, dtype=torch.float64))
+    z = torch.view_as_complex(x.view(-1, 2)) * torch.exp(
+        1j * torch.tensor(pairs, dtype=torch.float64)
+    )
     angles = rotary.angles(*(torch.tensor(p) for p in (time, row, column)))
     torch.testing.assert_close(rotate(x, angles), torch.view_as_real(z).flatten())
 

@@ -113,7 +113,7 @@ class Twin:
             frame = step.frames[i // tokens]
             query = turn(q[i], step.query_times[i // tokens], i % tokens)
             logits, values = [], []
-            for index, (row, key) in enumerate(zip(stream.rows + flight, past + now)):
+            for index, (row, key) in enumerate(zip(stream.rows + flight, past + now, strict=True)):
                 current = index >= len(stream.rows)
                 if self.script.reads(stream, step, frame, index, row, current):
                     extra = self.script.bias(stream, step, frame, index, row)
@@ -121,7 +121,7 @@ class Twin:
                     values.append(row.v.double())
             top = max(logits)
             share = [math.exp(x - top) for x in logits]
-            out.append(sum(s * x for s, x in zip(share, values)) / sum(share))
+            out.append(sum(s * x for s, x in zip(share, values, strict=True)) / sum(share))
         return torch.stack(out)
 
     def finish(self, step):

@@ -52,14 +52,22 @@ def test_top_frames_equals_a_slow_pick(data):
 
 @pytest.mark.parametrize(
     ("text", "value", "unit"),
-    [("9f", 9, "f"), ("9360t", 9360, "t"), ("0.25", 0.25, "share"), ("1", 1, "share"),
-     ("2GiB", 2 * 2**30, "B"), ("1.5KiB", 1536, "B")],
-)  # fmt: skip
+    [
+        ("9f", 9, "f"),
+        ("9360t", 9360, "t"),
+        ("0.25", 0.25, "share"),
+        ("1", 1, "share"),
+        ("2GiB", 2 * 2**30, "B"),
+        ("1.5KiB", 1536, "B"),
+    ],
+)
 def test_amounts(text, value, unit):
     assert Amount.parse(text) == Amount(value, unit)
 
 
-@pytest.mark.parametrize("text", ["", "f", "-3f", "0f", "2.5f", "1.5", "0", "9 frames", "9F", "3GB"])
+@pytest.mark.parametrize(
+    "text", ["", "f", "-3f", "0f", "2.5f", "1.5", "0", "9 frames", "9F", "3GB"]
+)
 def test_amounts_that_are_none(text):
     with pytest.raises(ValueError, match=r"9f .*0\.25|\(9f, 9360t\)"):
         Amount.parse(text)
@@ -91,7 +99,10 @@ def test_a_budget_in_the_name_reaches_the_part():
         ({"name": "x", "retan": "window"}, r"'retan'. Did you mean 'retain'\?"),
         ({"name": "x", "retain": "windo"}, r"'windo'. Did you mean 'window'\?"),
         ({"name": "x", "retain": {"part": "window", "snk": 1}}, r"'snk'. Did you mean 'sink'\?"),
-        ({"name": "x", "select": {"part": "random", "refresh": "now"}}, "neither 'pass' nor 'chunk'"),
+        (
+            {"name": "x", "select": {"part": "random", "refresh": "now"}},
+            "neither 'pass' nor 'chunk'",
+        ),
         ({"name": "x", "precision": {"part": "aged", "codec": "int3"}}, "No codec 'int3'"),
         ({"name": "x", "bias": "mass"}, "use log_weight or none"),
     ],
@@ -103,10 +114,17 @@ def test_what_is_wrong_is_said(spec, text):
 
 @pytest.mark.parametrize(
     ("name", "frames", "fine"),
-    [("sliding-window@9f", 12, True), ("sliding-window@10f", 12, False), ("sink-window@3f", 12, False),
-     ("sink-window@4f", 12, True), ("random@2f", 12, False), ("sliding-window@36t", 12, True),
-     ("sliding-window@40t", 12, False), ("top-attention@0.5", 12, True)],
-)  # fmt: skip
+    [
+        ("sliding-window@9f", 12, True),
+        ("sliding-window@10f", 12, False),
+        ("sink-window@3f", 12, False),
+        ("sink-window@4f", 12, True),
+        ("random@2f", 12, False),
+        ("sliding-window@36t", 12, True),
+        ("sliding-window@40t", 12, False),
+        ("top-attention@0.5", 12, True),
+    ],
+)
 def test_budgets_are_checked_against_the_rollout(name, frames, fine):
     if fine:
         preset(name).check(GEOMETRY, 3, frames)
@@ -122,7 +140,11 @@ def test_yaml_file(tmp_path):
         "select: {part: top-attention, budget: {part: uniform, amount: 6f}}\nprecision: aged\n"
     )
     made = load_policy(str(path))
-    assert (made.name, made.retain.budget.amount, made.select.budget.amount) == ("mine", "12f", "6f")
+    assert (made.name, made.retain.budget.amount, made.select.budget.amount) == (
+        "mine",
+        "12f",
+        "6f",
+    )
 
 
 def test_every_part_says_what_it_is():

@@ -22,7 +22,9 @@ def test_steps_equal_torchs_up_to_bfloat16():
         runs.append(matrices)
     for ours, theirs, start in zip(*runs, starts, strict=True):
         moved = (theirs - start).norm()
-        assert (ours - theirs).norm() < 0.03 * moved
+        assert (
+            ours - theirs
+        ).norm() < 0.08 * moved  # a bfloat16 step alone differs from a float32 step by 0.06
 
 
 def test_singular_values_come_near_one_and_directions_stay():

@@ -1,0 +1,1 @@
+"""How many frames each head may keep or read."""

@@ -1,0 +1,1 @@
+"""At which rotary time a held row appears."""

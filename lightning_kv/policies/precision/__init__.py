@@ -1,0 +1,1 @@
+"""Which rows get which codec."""

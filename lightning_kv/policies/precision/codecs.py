@@ -41,7 +41,8 @@ class Aged(PrecisionPart):
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
             raise ValueError(
-                f"No codec {self.codec!r}. Codecs here: {', '.join(CODECS)} (as-computed is a part)."
+                f"No codec {self.codec!r}. Codecs here: {', '.join(CODECS)}. "
+                "For none, use the part as-computed."
             )
 
     def assign(self, view: CacheView, state: Any) -> list[Recode]:

@@ -1,0 +1,284 @@
+"""The commands: configurations, errors, results on disk, resume, launchers."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_kv.cli import main, parse
+from lightning_kv.models.loading import WEIGHTS
+from lightning_kv.tasks.options import EvaluateOptions, PretrainOptions
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--data.shards",
+    str(ROOT / "data/panorama-quick"),
+    "--prompts",
+    "3",
+    "--frames",
+    "24",
+    "--context_frames",
+    "12",
+    "--policies",
+    "[full,sliding-window@6f,random@6f]",
+    "--videos",
+    "1",
+]
+
+
+def run(words, **env):
+    """A command in a process of its own, as a user would start it."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("LT_", "TORCHELASTIC"))}
+    found = subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        env=clean | {"OMP_NUM_THREADS": "1"} | env,
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """One small evaluation in one process."""
+    out = tmp_path_factory.mktemp("single") / "run"
+    found = run([sys.executable, "-m", "lightning_kv", "evaluate", *SMALL, "--out", str(out)])
+    assert found.returncode == 0, found.stderr
+    return out, found.stdout
+
+
+def summary(out):
+    return json.loads((out / "summary.json").read_text())
+
+
+def test_the_run_directory_is_complete(single):
+    out, text = single
+    assert {p.name for p in out.iterdir()} == {
+        "config.yaml",
+        "records",
+        "run.json",
+        "summary.json",
+        "videos",
+    }
+    assert len(list((out / "videos").glob("*.mp4"))) == 1
+    lines = [json.loads(x) for p in (out / "records").iterdir() for x in p.read_text().splitlines()]
+    assert len(lines) == 9
+    assert {"policy", "key", "metrics", "cost"} <= lines[0].keys()
+    found = summary(out)
+    assert {"schema", "fingerprint", "reference", "model", "run", "policies"} <= found.keys()
+    assert found["run"]["prompts"] == 3
+    full = found["policies"]["full"]
+    assert full["metrics"]["latent_mse"]["mean"] == 0
+    assert full["metrics"]["psnr"]["mean"] == 100
+    assert full["cost"]["kv_read_fraction"] == 1
+    window = found["policies"]["sliding-window@6f"]
+    assert window["metrics"]["latent_mse"]["mean"] > 0
+    # chunks 4 to 7 read 12, 15, 18, 21 frames in full and 6 in the window
+    assert window["cost"]["kv_read_fraction"] == pytest.approx(24 / 66)
+    assert window["cost"]["kv_bytes_peak"] < full["cost"]["kv_bytes_peak"]
+    for name in found["policies"]:
+        assert name in text
+
+
+def test_its_config_gives_the_same_run_again(single, tmp_path):
+    out, _ = single
+    options = parse("evaluate", EvaluateOptions, ["-c", str(out / "config.yaml")])
+    assert options.frames == 24 and options.policies[1] == "sliding-window@6f"
+
+
+def test_means_of_torchmetrics_equal_the_summary(single):
+    """The summary comes from records; the reduced metric states say the same."""
+    out, _ = single
+    records = [
+        json.loads(x) for p in (out / "records").iterdir() for x in p.read_text().splitlines()
+    ]
+    for name, policy in summary(out)["policies"].items():
+        values = [r["metrics"]["recall"] for r in records if r["policy"] == name]
+        assert policy["metrics"]["recall"]["mean"] == pytest.approx(sum(values) / len(values))
+
+
+def comparable(out):
+    """Everything but timing."""
+    return (
+        {
+            (name, metric): value["mean"]
+            for name, policy in summary(out)["policies"].items()
+            for metric, value in policy["metrics"].items()
+        }
+        | {
+            (name, key): policy["cost"][key]
+            for name, policy in summary(out)["policies"].items()
+            for key in policy["cost"]
+            if key.startswith("kv_")
+        }
+        | {
+            (name, "n"): policy["metrics"]["recall"]["n"]
+            for name, policy in summary(out)["policies"].items()
+        }
+    )
+
+
+BIN = Path(sys.executable).parent
+LAUNCHERS = {
+    "trainer": [sys.executable, "-m", "lightning_kv", "evaluate", "--trainer.devices", "2"],
+    "console": [str(BIN / "lightning-kv"), "evaluate", "--trainer.devices", "2"],
+    "fabric": [
+        str(BIN / "fabric"),
+        "run",
+        "--accelerator",
+        "cpu",
+        "--devices",
+        "2",
+        "--strategy",
+        "ddp",
+        "tools/evaluate.py",
+        "--",
+    ],
+    "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "tools/evaluate.py"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_give_the_numbers_of_one(single, tmp_path, launcher):
+    out = tmp_path / "run"
+    found = run([*LAUNCHERS[launcher], *SMALL, "--out", str(out)])
+    assert found.returncode == 0, found.stderr
+    assert comparable(out) == pytest.approx(comparable(single[0]), rel=1e-6)
+    files = {p.name: p.read_text().splitlines() for p in (out / "records").iterdir()}
+    assert sorted(map(len, files.values())) == [3, 6], "each prompt on exactly one rank"
+    assert found.stdout.count("summary.json") == 1, "one job, one table"
+
+
+def test_an_interrupted_run_goes_on(single, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(single[0], out)
+    (path,) = (out / "records").iterdir()
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:4]) + lines[4][:50])
+    (out / "summary.json").unlink()
+    found = run([sys.executable, "-m", "lightning_kv", "evaluate", *SMALL, "--out", str(out)])
+    assert found.returncode == 0, found.stderr
+    assert comparable(out) == comparable(single[0])
+    assert path.read_text().splitlines()[:3] == [x.strip() for x in lines[:3]], (
+        "finished clips stay"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--policies", "[ful]"], "No policy 'ful'. Did you mean 'full'?"),
+        (["--policies", "[]"], "No policies to evaluate"),
+        (["--policies", "[full,full]"], "Two policies are called 'full'"),
+        (["--metrics", "[psrn]"], "Did you mean 'psnr'?"),
+        (["--policies", "[random@0f]"], "'0f' is out of range"),
+        (["--policies", "[random@30f]"], "must lie between 3f and 21f"),
+        (["--frames", "25"], "no multiple of the model's chunk of 3 frames. Use 24 or 27"),
+        (["--context_frames", "24"], "leave nothing to generate"),
+        (["--prompts", "0"], "Use 1 to 32"),
+        (["--prompts", "33"], "Use 1 to 32"),
+        (["--trainer.devices", "4"], "4 ranks share 3 prompts"),
+        (["--promts", "3"], "No setting 'promts'. Did you mean 'prompts'?"),
+        (["--frames", "many"], "frames"),
+        (["--model", "panorma"], "No model 'panorma'. Did you mean 'panorama'?"),
+        (["--model", "wan-1.3b"], "The weights of 'wan-1.3b' are not in this installation"),
+        (["--model", "nowhere.safetensors"], "No weights file nowhere.safetensors"),
+        (["--data.shards", "nowhere"], "nowhere"),
+        (["--backend", "flash"], "Backends here: reference, sdpa"),
+        (["--reference", "none"], "No policy 'none'"),
+        (["-c", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_input_is_said_and_nothing_is_written(words, text, tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", *SMALL, "--out", str(out), *words])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert text in error
+    assert "Traceback" not in error
+    assert not out.exists()
+
+
+def test_a_config_with_an_unknown_key_is_refused(tmp_path, capsys):
+    path = tmp_path / "wrong.yaml"
+    path.write_text("prompts: 2\nframe: 24\n")
+    with pytest.raises(SystemExit):
+        main(["evaluate", "-c", str(path), "--out", str(tmp_path / "run")])
+    assert "No setting 'frame'. Did you mean 'frames'?" in capsys.readouterr().err
+
+
+def test_a_directory_of_another_run_is_refused(single, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(single[0], out)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit):
+        main(["evaluate", *SMALL, "--seed", "1", "--out", str(out)])
+    assert "seed" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("cut", [0, 100, 100_000])
+def test_truncated_weights_are_refused(tmp_path, capsys, cut):
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes((WEIGHTS / "panorama.safetensors").read_bytes()[:cut])
+    with pytest.raises(SystemExit):
+        main(["evaluate", *SMALL, "--model", str(path), "--out", str(tmp_path / "run")])
+    assert "cannot be read as safetensors" in capsys.readouterr().err
+
+
+def test_foreign_weights_are_refused(tmp_path, capsys):
+    import torch
+    from safetensors.torch import save_file
+
+    path = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(3)}, path)
+    with pytest.raises(SystemExit):
+        main(["evaluate", *SMALL, "--model", str(path), "--out", str(tmp_path / "run")])
+    assert "is no weights file of the embedded model" in capsys.readouterr().err
+
+
+def test_an_unknown_command_is_said(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["evalute"])
+    assert stop.value.code == 2
+    assert "Did you mean 'evaluate'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "pretrain", "list"])
+def test_help_fits_a_screen_and_a_half_and_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 60
+    assert f"lightning-kv {command}" in text.partition("example")[2]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_parses_and_explains_its_keys(path):
+    kind = PretrainOptions if path.stem.startswith("pretrain") else EvaluateOptions
+    options = parse("pretrain" if kind is PretrainOptions else "evaluate", kind, ["-c", str(path)])
+    assert isinstance(options, kind)
+    for line in path.read_text().splitlines():
+        if line and not line.startswith((" ", "#")) and not line.endswith(":"):
+            assert "#" in line or "policies" in line, f"no comment: {line}"
+    assert yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("what", ["policies", "parts", "models", "metrics"])
+def test_lists(what, capsys):
+    main(["list", what, "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    main(["list", what])
+    text = capsys.readouterr().out
+    assert all(str(next(iter(row.values()))) in text for row in rows)
+    if what == "models":
+        assert {r["model"]: r["parameters"] for r in rows}["wan-1.3b"] == 1_418_996_800

@@ -1,0 +1,64 @@
+"""Who may import whom: the rules of the house, read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "lightning_kv"
+RULES = {
+    "cache": {"cache"},
+    "policies": {"cache", "policies"},
+    "models": {"cache", "models"},
+    "rollout": {"cache", "policies", "models", "rollout"},
+    "data": {"data"},
+    "metrics": {"metrics"},
+    "report": {"report"},
+    "tasks": {"cache", "policies", "models", "rollout", "data", "metrics", "report", "tasks"},
+}
+TORCH_ALONE = {"cache", "policies", "models", "rollout"}
+BESIDE_TORCH = {"torch", "yaml", "safetensors", "lightning_kv"}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            if node.module == "lightning_kv":
+                yield from (f"lightning_kv.{alias.name}" for alias in node.names)
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_module_imports_only_what_it_may(path):
+    import sys
+
+    floor = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for name in imports(path):
+        top, *rest = name.split(".")
+        if top == "lightning_kv" and rest and floor in RULES:
+            assert rest[0] in RULES[floor] | {"__version__"}, f"{floor} imports {name}"
+        if top == "lightning_kv" and rest[:1] == ["cli"]:
+            assert floor == "__main__", f"{floor} imports the command line"
+        if top == "lightning":
+            assert floor in ("tasks", "cli") or path.name == "datamodule.py", (
+                f"{floor} imports lightning"
+            )
+        if floor in TORCH_ALONE:
+            assert top in BESIDE_TORCH or top in sys.stdlib_module_names, f"{floor} imports {name}"
+
+
+def test_the_rules_see_every_floor():
+    floors = {p.relative_to(ROOT).parts[0].removesuffix(".py") for p in FILES}
+    assert set(RULES) <= floors
+    assert floors - set(RULES) == {"__init__", "__main__", "cli", "listing"}
+
+
+def test_no_module_is_over_400_lines():
+    long = {str(p): n for p in FILES if (n := len(p.read_text().splitlines())) > 400}
+    assert not long

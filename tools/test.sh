@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Lint and tests; makes its environment if there is none. --full adds the long matrices.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tools/environment.sh "[dev]"
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest --doctest-modules lightning_kv tests "$@"
