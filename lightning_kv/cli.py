@@ -80,9 +80,9 @@ def evaluate_command(words: list[str]) -> None:
     from lightning_kv.tasks.options import EvaluateOptions
 
     options = parse("evaluate", EvaluateOptions, words)
-    quiet()
     from lightning_kv.tasks.evaluate import evaluate
 
+    quiet()
     summary = evaluate(options)
     if summary:
         from rich.console import Console
@@ -101,9 +101,9 @@ def pretrain_command(words: list[str]) -> None:
     from lightning_kv.tasks.options import PretrainOptions
 
     options = parse("pretrain", PretrainOptions, words)
-    quiet()
     from lightning_kv.tasks.pretrain import pretrain
 
+    quiet()
     sys.stdout.write(f"Weights are in {pretrain(options)}\n")
 
 
@@ -142,15 +142,16 @@ def parse(command: str, options: type, words: list[str]) -> Any:
     parser = ArgumentParser(
         prog=f"lightning-kv {command}",
         description=options.__doc__.partition("Args:")[0].strip(),
+        usage=f"lightning-kv {command} -c FILE [--SETTING VALUE ...]",
         epilog=EXAMPLES[command],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
         exit_on_error=False,
     )
     parser.add_argument("-c", "--config", action="config", help="YAML file; may be repeated")
     parser.add_class_arguments(options, as_group=False)
     try:
         found = parser.parse_args(words)
-        made = parser.instantiate_classes(found)
+        made = parser.instantiate(found)
     except argparse.ArgumentError as error:
         raise ValueError(explain(str(error), options)) from None
     return options(**{field.name: made[field.name] for field in dataclasses.fields(options)})
@@ -159,7 +160,7 @@ def parse(command: str, options: type, words: list[str]) -> Any:
 def explain(text: str, options: type) -> str:
     """An error of the parser, with the nearest known setting where a name is unknown."""
     known = setting_names(options)
-    given = re.search(r"(?:Unrecognized arguments: --|[Kk]ey '|option ')([\w.\-]+)", text)
+    given = re.search(r"(?:[Uu]nrecognized arguments: --|[Oo]ption ')([\w.\-]+)", text)
     if given and given[1] not in known:
         near = difflib.get_close_matches(given[1], known, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -183,9 +184,16 @@ def setting_names(options: type, prefix: str = "") -> list[str]:
 
 
 def quiet() -> None:
-    """Keep Lightning's start-up notes to what a user must know."""
+    """Keep Lightning's start-up notes to what a user must know (its import sets the levels)."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", ".*srun. command is available.*")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Names beside their meaning, in at most 100 columns."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=100)

@@ -52,6 +52,19 @@ def reference(q: Tensor, k: Tensor, v: Tensor, read: Tensor | None, bias: Tensor
 KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "reference": reference}
 
 
+def known_backend(name: str) -> Kernel:
+    """The kernel of a name.
+
+    Raises:
+        ValueError: No kernel of that name.
+    """
+    if name not in KERNELS:
+        raise ValueError(
+            f"No attention backend {name!r}. Backends here: {', '.join(sorted(KERNELS))}."
+        )
+    return KERNELS[name]
+
+
 def _blocks(per_block: Tensor, tokens: int) -> Tensor:
     """``[h, Q, N]`` to one row per query, ``[h, T, N]``."""
     return per_block.repeat_interleave(tokens // per_block.shape[1], dim=1)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_kv.cache.attend import KERNELS
+from lightning_kv.cache.attend import known_backend
 from lightning_kv.cache.decisions import Event, Rebuild, Recode, Retention, Selection
 from lightning_kv.cache.needs import COLLECTORS, Collector
 from lightning_kv.cache.passes import Geometry, Pass
@@ -108,12 +108,8 @@ class CacheSession:
         context_frames: int = 0,
         tables: dict[str, Any] | None = None,
     ) -> None:
-        if backend not in KERNELS:
-            raise ValueError(
-                f"No attention backend {backend!r}. Backends here: {', '.join(sorted(KERNELS))}."
-            )
         self.geometry, self.start, self.seeds = geometry, start, tuple(seeds)
-        self.kernel, self.context_frames = KERNELS[backend], context_frames
+        self.kernel, self.context_frames = known_backend(backend), context_frames
         self.tables = tables or {}
         self.costs = [Cost() for _ in self.seeds]
         self.lanes: dict[tuple[str, int], Lane] = {}

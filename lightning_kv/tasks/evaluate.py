@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_kv
+from lightning_kv.cache.attend import known_backend
 from lightning_kv.data.datamodule import PromptData, PromptSample
 from lightning_kv.metrics import METRICS, Clip, ClipMetric, clip_value, metric_by_name
 from lightning_kv.metrics.statistics import bca_interval
@@ -269,6 +270,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     reference = load_policy(options.reference)
     model = load_model(options.model)
     metric_by_name(options.metrics)
+    known_backend(options.backend)
     config = model.network.config
     ChunkPlan(options.frames, config.chunk, options.context_frames)
     for policy in (reference, *policies.values()):
