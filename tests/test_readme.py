@@ -1,0 +1,83 @@
+"""What the README says can be typed, and it works."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_kv.cli import main, parse
+from lightning_kv.tasks.options import EvaluateOptions, PretrainOptions
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
+COMMANDS = [
+    line.split("   #")[0].strip()
+    for kind, block in BLOCKS
+    if kind == "bash"
+    for line in block.splitlines()
+    if line.strip()
+]
+SMALLER = ["--prompts", "1", "--frames", "36", "--videos", "0", "--trainer.devices", "1"]
+
+
+def test_there_is_something_to_test():
+    assert len(COMMANDS) > 12
+    assert sum(kind == "python" for kind, _ in BLOCKS) == 2
+
+
+@pytest.mark.parametrize("code", [block for kind, block in BLOCKS if kind == "python"])
+def test_python_runs(code, tmp_path):
+    path = tmp_path / "example.py"
+    path.write_text(code)
+    guard = "import sys; sys.modules['lightning'] = None; import runpy; runpy.run_path(sys.argv[1])"
+    found = subprocess.run(
+        [sys.executable, "-c", guard, str(path)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("lightning-kv evaluate")])
+def test_evaluate_commands_run(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line)[1:]
+    main([*words, *SMALLER, "--out", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "summary.json").is_file()
+    options = parse("evaluate", EvaluateOptions, words[1:])
+    assert len(options.policies) <= 5
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("lightning-kv list")])
+def test_list_commands_run(line, capsys):
+    main(shlex.split(line)[1:])
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line",
+    [c for c in COMMANDS if not c.startswith(("lightning-kv evaluate", "lightning-kv list"))],
+)
+def test_other_commands_name_what_is_there(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line)
+    if words[:2] == ["lightning-kv", "pretrain"]:
+        options = parse("pretrain", PretrainOptions, words[2:])
+        assert options.recipe.steps > 1000
+        return
+    if "-c" in words:  # launchers: test_cli runs them
+        assert words[0] in ("python", "fabric", "torchrun")
+        parse("evaluate", EvaluateOptions, words[words.index("-c") :][:2])
+    for word in words:
+        if word.startswith(("tools/", "configs/")):
+            assert (ROOT / word).is_file()
+
+
+def test_tables_of_the_package_are_up_to_date():
+    sys.path.insert(0, str(ROOT / "tools"))
+    from readme_tables import policy_table
+
+    assert policy_table() in TEXT

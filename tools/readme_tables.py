@@ -1,0 +1,73 @@
+"""Write the tables of README.md again, from run directories and from what is in the package.
+
+lightning-kv evaluate -c configs/quickstart.yaml
+lightning-kv evaluate -c configs/evaluate.yaml
+python tools/readme_tables.py
+"""
+
+import json
+import re
+from pathlib import Path
+
+from lightning_kv.listing import policies
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = ("recall", "revisit_error", "psnr", "ruler_error")
+
+
+def policy_table() -> str:
+    """The presets, one row each."""
+    rows = ["| policy | what it does | parts that differ from `full` |", "|---|---|---|"]
+    rows += [f"| `{row['policy']}` | {row['about']} | {row['parts']} |" for row in policies()]
+    return "\n".join(rows)
+
+
+def run_table(run: Path) -> str:
+    """Quality and cost of a run's policies."""
+    summary = json.loads((run / "summary.json").read_text())
+    head = [f"{name} {_arrow(summary, name)}" for name in COLUMNS]
+    head = ["policy", *head, "KV peak", "reads", "ms per chunk"]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, policy in summary["policies"].items():
+        cost = policy["cost"]
+        cells = [f"`{name}`", *(_cell(policy["metrics"][metric]) for metric in COLUMNS)]
+        cells += [
+            f"{cost['kv_bytes_peak'] / 2**20:.2f} MiB",
+            f"{100 * cost['kv_read_fraction']:.0f} %",
+            f"{1000 * cost['seconds_per_chunk_p50']:.0f}",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _arrow(summary: dict, metric: str) -> str:
+    first = next(iter(summary["policies"].values()))
+    return "↑" if first["metrics"][metric]["higher_is_better"] else "↓"
+
+
+def _cell(metric: dict) -> str:
+    if metric["mean"] is None:
+        return "n/a"
+    low, high = metric["ci95"]
+    digits = 1 if metric["unit"] == "dB" else 4 if metric["mean"] < 0.1 else 3
+    return f"{metric['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def fill(text: str, name: str, table: str) -> str:
+    """Put a table between its two marks."""
+    marks = rf"<!-- {name} -->\n.*?<!-- /{name} -->"
+    return re.sub(marks, f"<!-- {name} -->\n{table}\n<!-- /{name} -->", text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Rewrite README.md; tables of runs that are not there stay as they are."""
+    path = ROOT / "README.md"
+    text = fill(path.read_text(), "policies", policy_table())
+    for name in ("quickstart", "evaluate"):
+        if (ROOT / "runs" / name / "summary.json").is_file():
+            text = fill(text, name, run_table(ROOT / "runs" / name))
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
