@@ -169,12 +169,12 @@ class Cell:
         gone = [decision.discard, None if decision.restore_copy else decision.restore]
         gone = [rows for rows in gone if rows is not None]
         if gone:
-            lengths = self.archive.lengths
-            left = []
+            lengths, left = self.archive.lengths, []
+            device = self.archive.groups[0].meta["time"].device
             for head in range(self.geometry.heads):
-                stays = torch.ones(lengths[head], dtype=torch.bool)
+                stays = torch.ones(lengths[head], dtype=torch.bool, device=device)
                 for rows in gone:
-                    stays[per_head(rows, head).cpu()] = False
+                    stays[per_head(rows, head)] = False
                 left.append(stays.nonzero().flatten())
             self.archive = self.archive.select(left)
         return back

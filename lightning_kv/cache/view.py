@@ -70,9 +70,8 @@ class CacheView:
     @cached_property
     def rows_per_frame(self) -> Tensor:
         """Committed rows of each head in each frame, int64 ``[H, F]``."""
-        return self.per_frame([torch.ones(len(g.heads), 1, len(g)) for g in self.groups])[
-            :, 0
-        ].long()
+        ones = [torch.ones_like(g.expanded("time")).unsqueeze(1) for g in self.groups]
+        return self.per_frame(ones)[:, 0].long()
 
     @property
     def present(self) -> Tensor:

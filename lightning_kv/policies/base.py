@@ -86,7 +86,7 @@ class ScoredPart(Part):
 
     def protected(self, view: CacheView, state: Any) -> Tensor:
         """Frames that stay whatever their score, bool broadcast to ``[H, Q, F]``."""
-        return torch.zeros(1, 1, len(view.frame_ids), dtype=torch.bool)
+        return torch.zeros_like(view.frame_ids, dtype=torch.bool).view(1, 1, -1)
 
     def smallest(self, chunk: int) -> int:
         """Fewest frames a budget must hold for this part to work, given frames per chunk."""

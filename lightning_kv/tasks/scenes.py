@@ -42,7 +42,7 @@ def panorama_start(sample: PromptSample, codec: PatchCodec, frames: int, context
     world = world_for(sample.prompt, sample.world_seed)
     codes, rulers = books(world, codec)
     known = context > 0 or world.prompt.start == "left"
-    positions = world.positions(frames) if known else None
+    positions = world.positions(frames).to(codes.device) if known else None
     if not context:
         return Start(sample, Scene(codes, rulers, world.prompt.size, positions), None, None)
     pixels = world.render(frames)
