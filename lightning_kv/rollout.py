@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,12 +90,13 @@ def rollout(
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     keys = list(keys or prompts)
+    _check_batch(prompts, keys, context)
     config = model.network.config
     plan = ChunkPlan(frames, config.chunk, 0 if context is None else context.shape[1])
-    geometry = config.geometry()
+    like = next(model.network.parameters())
+    geometry = replace(config.geometry(), element_size=like.element_size())
     policy.check(geometry, plan.chunk, frames)
     _check_events(events, plan)
-    like = next(model.network.parameters())
     if session is None:
         session = CacheSession(
             geometry,
@@ -122,7 +123,7 @@ class _Run:
         self, model: EmbeddedModel, session: CacheSession, prompts: list[str], latents: Tensor
     ):
         self.model, self.session, self.latents = model, session, latents
-        self.text = self.old_text = self._prepare(prompts)
+        self.text = self._prepare(prompts)
         self.batch, self.rebuilds = len(prompts), 0
 
     def all(
@@ -145,9 +146,10 @@ class _Run:
                     self._event(events[step.start], step)
             estimate = self._forward(step, x, self.text)
             if step.final:
-                self.latents[:, list(step.final)] = x[:, : len(step.final)]
+                low = step.frames.index(step.final[0])
+                self.latents[:, list(step.final)] = x[:, low : low + len(step.final)]
             for sample, answer in self.session.finish(step):
-                self._rebuild(sample, answer, step, plan.chunk)
+                self._rebuild(sample, answer, step, plan.chunk, self.text)
             if step.final:
                 if step.phase == "commit":
                     self._wait()
@@ -168,24 +170,26 @@ class _Run:
         return network.x0(network(x, level, text, self.session, step), x, level)
 
     def _event(self, event: Event, step: Pass) -> None:
-        self.old_text = self.text
+        old = self.text
         if event.kind == "prompt_switch":
             self.text = self._prepare([event.prompt] * self.batch)
         for sample, answer in self.session.event(event, step):
-            self._rebuild(sample, answer, step, len(step.frames))
+            text = self.text if answer.prompt == "new" else old
+            self._rebuild(sample, answer, step, len(step.frames), text)
 
-    def _rebuild(self, sample: int, answer: Rebuild, step: Pass, chunk: int) -> None:
+    def _rebuild(self, sample: int, answer: Rebuild, step: Pass, chunk: int, text: Context) -> None:
         """Forget one sample's rows and encode past latents again, chunk by chunk, at t = 0."""
         made = step.final[-1] + 1 if step.final else step.start
-        if answer.frames and not 0 <= min(answer.frames) <= max(answer.frames) < made:
+        past = [f for f in sorted(set(answer.frames)) if 0 <= f < made]
+        times = tuple(map(float, answer.frames)) if answer.times is None else answer.times
+        if past != list(answer.frames) or len(times) != len(past):
             raise ValueError(
-                f"A policy wants frames {answer.frames} encoded again, but only frames 0 to "
-                f"{made - 1} have been made. Name past frames."
+                f"A policy wants frames {answer.frames} encoded again at times {answer.times}, when "
+                f"frames 0 to {made - 1} have been made. Name past frames, ascending, and as many "
+                "times or none."
             )
-        text = self.text if answer.prompt == "new" else self.old_text
         own = [(k[sample : sample + 1], v[sample : sample + 1]) for k, v in text]
         self.session.clear(sample, step.namespace)
-        times = answer.times or tuple(map(float, answer.frames))
         for low in range(0, len(answer.frames), chunk):
             ids = answer.frames[low : low + chunk]
             again = Pass(
@@ -203,10 +207,32 @@ class _Run:
             self._forward(again, self.latents[sample : sample + 1, list(ids)], own)
             self.session.finish(again)
             self.rebuilds += 1
+            self.session.costs[sample].rebuilt_frames += len(ids)
+        self.session.rebuilt(sample, step)
+
+
+def _check_batch(prompts: list[str], keys: list[str], context: Tensor | None) -> None:
+    given = {"prompts": len(prompts), "keys": len(keys)}
+    if context is not None:
+        given["clips of context"] = len(context)
+    if len(set(given.values())) > 1 or not prompts:
+        raise ValueError(
+            f"A batch that does not fit together: {given}. Give one key and one context per prompt, "
+            "and at least one prompt."
+        )
 
 
 def _check_events(events: Sequence[Event], plan: ChunkPlan) -> None:
+    if len({event.frame for event in events}) < len(events):
+        raise ValueError(
+            f"Two events at one frame: {list(events)}. Give each its own chunk: a policy answers one "
+            "before it sees the next."
+        )
     for event in events:
+        if event.kind == "prompt_switch" and not event.prompt:
+            raise ValueError(
+                f"{event} has no prompt to switch to. Give Event(kind, frame, prompt)."
+            )
         if event.kind == "start" or event.frame % plan.chunk or not 0 < event.frame < plan.frames:
             raise ValueError(
                 f"{event} cannot happen in a rollout of {plan.frames} frames in chunks of "

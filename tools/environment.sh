@@ -1,7 +1,6 @@
 # Sourced by the other scripts: a virtual environment in .venv with this package in it.
-# LIGHTNING_KV_VENV names another place, PYTHON another interpreter (3.10 to 3.12).
+# extras="[dev]" before sourcing adds extras. LIGHTNING_KV_VENV names another place, PYTHON another interpreter (3.10 to 3.12).
 venv="${LIGHTNING_KV_VENV:-.venv}"
-extras="${1:-}"
 marker="$venv/.lightning_kv$extras"
 if [ ! -x "$venv/bin/python" ]; then
   echo "== virtual environment in $venv"

@@ -2,7 +2,8 @@
 # Lint and tests; makes its environment if there is none. --full adds the long matrices.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source tools/environment.sh "[dev]"
+extras="[dev]"
+source tools/environment.sh
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest --doctest-modules lightning_kv tests "$@"

@@ -70,7 +70,8 @@ class Retention:
     Args:
         keep: Rows that stay; all where not given. Order and repeats do not matter.
         merge: New rows; one for all heads or one (or None) per head.
-        time: New rotary time of the kept rows, in ascending order of their old index.
+        time: New rotary time of the kept rows, in ascending order of their old index. Where keys
+            are held rotated, kept rows that have a codec are decoded by it.
         write: Column values, per head ``[N_h]``, written to the old rows before anything else.
         archive: Rows copied to the archive (held and counted, not read).
         restore: Rows of the archive that come back to memory and leave the archive.
@@ -92,11 +93,11 @@ class Retention:
 
 @dataclass(frozen=True)
 class Rebuild:
-    """Forget the memory and run the model over past clean latents again.
+    """Forget memory and archive, and run the model over past clean latents again.
 
     Args:
         frames: Ids of the frames to encode again, ascending.
-        prompt: ``new`` (the prompt after the event) or ``old``.
+        prompt: At a prompt switch, encode under the ``new`` prompt or the ``old`` one.
         times: Their rotary times; the frame ids where not given.
     """
 

@@ -41,7 +41,7 @@ class QueryMoments:
 
     def observe(self, view: CacheView) -> None:
         """See :class:`Collector`."""
-        if view.step.phase == "denoise":
+        if view.step.phase == "denoise" or view.step.rebuild:
             return
         query = view.raw_query.double()
         count, mean = query.shape[1], query.mean(1)
@@ -84,11 +84,10 @@ class AttentionMass:
             return
         tokens = view.query.shape[1]
         picked = torch.linspace(0, tokens - 1, min(tokens, self.sampled)).round().long()
-        fresh = view.query.new_zeros(view.heads, view.cell.provisional)
+        fresh = torch.zeros(view.heads, view.cell.provisional, device=view.query.device)
         for group, keys in zip(view.groups, view.read_keys, strict=True):
             query = view.query[list(group.heads)][:, picked]
-            logits = query @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5
-            mass = logits.softmax(-1).sum(1) * (tokens / len(picked))
+            mass = view.softmax(group, query, keys).sum(1) * (tokens / len(picked))
             view.scored += len(group.heads) * len(picked) * len(group)
             group.meta["mass"] = group.meta["mass"] + mass[:, : len(group)]
             fresh[list(group.heads)] = mass[:, len(group) :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from lightning_kv.cache.rotary import Rotary
@@ -21,6 +21,7 @@ class Geometry:
         grid: Token rows and columns of one latent frame.
         rotary: The model's rotary embedding.
         train_horizon: Longest rollout seen in training, in latent frames.
+        element_size: Bytes of one number of a key or value.
     """
 
     layers: int
@@ -29,11 +30,18 @@ class Geometry:
     grid: tuple[int, int]
     rotary: Rotary
     train_horizon: int
+    element_size: int = 4
 
     @property
     def tokens(self) -> int:
         """Tokens per latent frame."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one frame in all heads and layers as computed, 16 for each row's fields."""
+        row = 2 * self.head_dim * self.element_size + 16
+        return row * self.heads * self.layers * self.tokens
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,3 @@ class Pass:
     def query_times(self) -> tuple[float, ...]:
         """Rotary time of each query frame."""
         return self.times if self.times is not None else tuple(map(float, self.frames))
-
-    def only(self, samples: tuple[int, ...]) -> Pass:
-        """The same pass for some samples of the batch."""
-        return replace(self, samples=samples)

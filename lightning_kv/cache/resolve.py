@@ -30,8 +30,10 @@ def resolve(
                 f"A selection leaves a head of layer {view.layer} with nothing to read. "
                 "Every stream reads at least one row, usually its own chunk."
             )
-        read.append(None if mask is None or bool(mask.all()) else mask)
-        extra.append(_bias(selection, group, flight, bias, 1 if mask is None else mask.shape[1]))
+        added = _bias(selection, group, flight, bias)
+        blocks = max([1, *(x.shape[1] for x in (mask, added) if x is not None)])
+        read.append(None if mask is None or bool(mask.all()) else mask.expand(-1, blocks, -1))
+        extra.append(None if added is None else added.expand(-1, blocks, -1))
     return read, extra
 
 
@@ -56,16 +58,15 @@ def _mask(selection: Selection, view: CacheView, group: Group, flight: int) -> T
 
 
 def _bias(
-    selection: Selection | None, group: Group, flight: int, kind: str | None, blocks: int
+    selection: Selection | None, group: Group, flight: int, kind: str | None
 ) -> Tensor | None:
     total = None
     if kind == "log_weight" and bool((group.meta["weight"] != 1).any()):
         weight = group.expanded("weight").log().unsqueeze(1)
-        total = torch.nn.functional.pad(weight, (0, flight)).expand(-1, blocks, -1)
+        total = torch.nn.functional.pad(weight, (0, flight))
     if selection is not None and selection.bias is not None:
         given = selection.bias
         own = torch.stack([given if isinstance(given, Tensor) else given[h] for h in group.heads])
-        own = own.expand(-1, blocks, -1)
         total = own if total is None else total + own
     return total
 

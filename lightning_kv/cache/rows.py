@@ -180,6 +180,21 @@ def shrink(meta: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def per_group(value: PerHead, group: Group) -> Tensor:
+    """Values per row of a group, ``[h, N]``.
+
+    Raises:
+        ValueError: There is not one value for each row.
+    """
+    for head in group.heads:
+        if len(per_head(value, head)) != len(group):
+            raise ValueError(
+                f"A decision gives {len(per_head(value, head))} values for the {len(group)} rows of "
+                f"head {head}. Give one for each row."
+            )
+    return torch.stack([per_head(value, head) for head in group.heads])
+
+
 @dataclass
 class RowSet:
     """The rows of all heads of one layer and sample.
@@ -229,7 +244,7 @@ class RowSet:
     def write(self, name: str, value: PerHead) -> None:
         """Replace a metadata field; per head ``[N_h]``."""
         for group in self.groups:
-            rows = torch.stack([per_head(value, head) for head in group.heads])
+            rows = per_group(value, group)
             like = group.meta[name]
             group.meta |= shrink({name: rows.to(like)})
 

@@ -66,12 +66,14 @@ class Cost:
         rows_scored: The same for keys touched only to score them.
         chunk_bytes: Held bytes while each chunk is denoised.
         peak_bytes: The most that was ever held.
+        rebuilt_frames: Past frames that were encoded again on the policy's word.
     """
 
     rows_read: int = 0
     rows_scored: int = 0
     chunk_bytes: list[int] = field(default_factory=list)
     peak_bytes: int = 0
+    rebuilt_frames: int = 0
 
 
 @dataclass
@@ -171,7 +173,7 @@ class CacheSession:
         for sample in self._samples(step):
             lane = self.lanes[step.namespace, sample]
             if step.opens and not step.rebuild:
-                self._weigh(sample, chunk=True)
+                self._weigh(sample, chunk=step.phase == "denoise" and step.namespace == "cond")
             if not step.final:
                 continue
             self._commit(lane, step)
@@ -180,9 +182,15 @@ class CacheSession:
                 answer = self._carry_out(lane, lane.decider.commit(views))
                 self.costs[sample].rows_scored += self._scored(views, step)
                 rebuilds += [(sample, answer)] if answer else []
-                self._recode(lane, step)
+                if not answer:
+                    self._recode(lane, step)
             self._weigh(sample)
         return rebuilds
+
+    def rebuilt(self, sample: int, step: Pass) -> None:
+        """Close a rebuild: its rows get their codecs, its frames are counted."""
+        self._recode(self.lanes[step.namespace, sample], step)
+        self._weigh(sample)
 
     def event(self, event: Event, step: Pass) -> list[tuple[int, Rebuild]]:
         """Tell every sample's policy of an event before the pass ``step``.
@@ -215,7 +223,11 @@ class CacheSession:
             self.lanes[namespace, sample] = found
             here = Pass("prefill", (0,), (0.0,), chunk=0, namespace=namespace)
             views = [self._view(found, layer, here) for layer in range(len(cells))]
-            decider.event(Event("start"), views)
+            if decider.event(Event("start"), views) is not None:
+                raise ValueError(
+                    "A retain part answered the event 'start', when nothing is held yet. "
+                    "It may set up its state there; answer at commit or at a later event."
+                )
         return found
 
     def clear(self, sample: int, namespace: str) -> None:
@@ -253,7 +265,12 @@ class CacheSession:
     def _view(self, lane: Lane, layer: int, step: Pass) -> CacheView:
         collected = {name: x.value(layer) for name, x in lane.collectors.items()}
         return CacheView(
-            lane.cells[layer], layer, step, collected=self.tables | collected, seed=lane.seed
+            lane.cells[layer],
+            layer,
+            step,
+            collected=self.tables | collected,
+            seed=lane.seed,
+            log_weight=lane.decider.bias == "log_weight",
         )
 
     def _open(self, lane: Lane, view: CacheView) -> None:

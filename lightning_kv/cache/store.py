@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_kv.cache.decisions import Merge, PerHead, Recode, Retention
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.rotary import rotate
-from lightning_kv.cache.rows import FIELDS, Group, RowSet, Segment, per_head
+from lightning_kv.cache.rows import FIELDS, Group, RowSet, Segment, per_group, per_head, shrink
 
 REDUCERS = ("sum", "mean", "max", "keep")
 
@@ -148,12 +148,12 @@ class Cell:
 
     def _retimed(self, rows: RowSet, time: PerHead) -> RowSet:
         for group in rows.groups:
-            new = torch.stack([per_head(time, head) for head in group.heads]).to(group.meta["time"])
+            new = per_group(time, group).to(group.meta["time"])
             if self.rotated:
                 delta = self.geometry.rotary.time_angles(new - group.expanded("time"))
                 k, v = rotate(group.payload("k"), delta), group.payload("v")
                 group.segments = [Segment({"k": k, "v": v})]
-            group.meta["time"] = new
+            group.meta |= shrink({"time": new})
         return rows
 
     def _restored(self, decision: Retention) -> RowSet:
@@ -202,11 +202,12 @@ class Cell:
     def _merge(self, group: Group, merge: Merge) -> Group:
         source, target = merge.source, merge.target
         count = len(merge.frame_id)
-        if len(source) and (int(source.max()) >= len(group) or int(target.max()) >= count):
-            raise ValueError(
-                f"A merge names row {int(source.max())} of {len(group)} and target "
-                f"{int(target.max())} of {count}. Rows are counted from 0 in the old memory."
-            )
+        for index, size, what in ((source, len(group), "row"), (target, count, "target")):
+            if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
+                raise ValueError(
+                    f"A merge names {what}s {int(index.min())} to {int(index.max())} of {size}. "
+                    "Rows are counted from 0 in the old memory, targets in `frame_id`."
+                )
         meta = {name: group.expanded(name)[:, source] for name in group.meta}
         new = {"frame_id": merge.frame_id, "time": merge.time, "place": merge.place}
         at_target = self.angles(new["time"], new["place"])
@@ -216,14 +217,15 @@ class Cell:
             keys = rotate(keys, -at_source)
         elif not self.rotated and merge.align == "relative":
             keys = rotate(keys, at_source - at_target[target])
-        share = merge.coefficient.to(keys).unsqueeze(-1)
+        dtype, work = keys.dtype, torch.promote_types(keys.dtype, torch.float32)
+        keys, share = keys.to(work), merge.coefficient.to(keys.device, work).unsqueeze(-1)
         k = keys.new_zeros(len(keys), count, keys.shape[-1]).index_add(1, target, keys * share)
         if self.rotated and merge.align == "raw":
             k = rotate(k, at_target)
         if merge.correction is not None:
             extra = merge.correction.to(k)
             k = k + (rotate(extra, at_target) if self.rotated else extra)
-        values = group.payload("v")[:, source]
+        values = group.payload("v")[:, source].to(work)
         v = values.new_zeros(*k.shape).index_add(1, target, values * share)
         heads = len(group.heads)
         fresh = {name: x.to(FIELDS[name]).unsqueeze(0).expand(heads, -1) for name, x in new.items()}
@@ -233,7 +235,7 @@ class Cell:
             if name not in fresh:
                 how = self.columns.get(name, "sum")
                 fresh[name] = reduce_column(x, target, merge.coefficient, count, how)
-        return Group(group.heads, [Segment({"k": k, "v": v})], fresh)
+        return Group(group.heads, [Segment({"k": k.to(dtype), "v": v.to(dtype)})], fresh)
 
     def angles(self, time: Tensor, place: Tensor) -> Tensor:
         """Rotary angles ``[..., D/2]`` of rows at a time and place."""
@@ -261,14 +263,14 @@ def reduce_column(x: Tensor, target: Tensor, coefficient: Tensor, count: int, ho
         return blank.scatter_add(1, index, x)
     if how == "mean":
         total = blank[0].scatter_add(0, target, share)
-        return blank.scatter_add(1, index, x * share) / total
+        return blank.scatter_add(1, index, x * share) / torch.where(total == 0, 1, total)
     if how == "max":
         return blank.scatter_reduce(1, index, x, "amax", include_self=False)
-    order = share.argsort(stable=True, descending=True).flip(0)
-    out = blank.clone()
-    for pair in order.tolist():
-        out[:, target[pair]] = x[:, pair]
-    return out
+    order = share.argsort(stable=True, descending=True)
+    rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+    first = order.new_full((count,), len(order)).scatter_reduce(0, target, rank, "amin")
+    found = first < len(order)
+    return torch.where(found, x[:, order[first.clamp_max(len(order) - 1)]], blank)
 
 
 def _recoded(group: Group, position: int, head: int, decision: Recode) -> Group:
@@ -313,7 +315,8 @@ def _check(rows: PerHead | None, there: RowSet, what: str) -> None:
         index = per_head(rows, head)
         if len(index) and (int(index.max()) >= length or int(index.min()) < 0):
             raise ValueError(
-                f"A decision names {what} {int(index.max())} of head {head}, which has {length}. "
+                f"A decision names {what} {int(index.max() if index.min() >= 0 else index.min())} "
+                f"of head {head}, which has {length}. "
                 "Rows are counted from 0 in the view that the part was given."
             )
 

@@ -13,6 +13,8 @@ from lightning_kv.cache.passes import Geometry, Pass
 from lightning_kv.cache.rows import Group
 from lightning_kv.cache.store import Cell
 
+BLOCK = 2**25  # numbers held at once while attention is scored
+
 
 @dataclass
 class CacheView:
@@ -28,6 +30,7 @@ class CacheView:
         raw_query: The same before rotation.
         collected: What was collected for the declared needs, by name (for this layer).
         seed: Base of every random draw of this sample.
+        log_weight: Whether merged rows count for their weight in attention.
         scored: Counts keys touched to score them, times the queries that touched them.
     """
 
@@ -39,6 +42,7 @@ class CacheView:
     raw_query: Tensor | None = None
     collected: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    log_weight: bool = False
     scored: int = field(default=0, init=False)
 
     @property
@@ -100,8 +104,10 @@ class CacheView:
         Returns:
             ``[H, Q, F]``, 0 where a head has no row.
         """
-        out = values[0].new_zeros(self.heads, values[0].shape[1], len(self.frame_ids))
-        for group, value in zip(self.groups, values, strict=True):
+        work = torch.promote_types(values[0].dtype, torch.float32)
+        shape = (self.heads, values[0].shape[1], len(self.frame_ids))
+        out = values[0].new_zeros(shape, dtype=work)
+        for group, value in zip(self.groups, [x.to(work) for x in values], strict=True):
             index = self.frame_index(group).unsqueeze(1).expand_as(value)
             part = value.new_zeros(*value.shape[:2], out.shape[2]).scatter_add(2, index, value)
             out[list(group.heads)] = part
@@ -130,6 +136,7 @@ class CacheView:
         out = []
         for group in self.groups:
             keys = group.payload("k")
+            keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
             self.scored += keys.shape[0] * keys.shape[1]
             index = self.frame_index(group).expand(len(group.heads), -1).unsqueeze(-1)
             total = keys.new_zeros(len(keys), len(self.frame_ids), keys.shape[-1])
@@ -142,7 +149,8 @@ class CacheView:
     def attention(self, per_query_frame: bool = False) -> list[Tensor]:
         """Softmax mass on every committed row, summed over the queries, per group ``[h, Q, N]``.
 
-        The softmax runs over committed and provisional rows. Every query meets every key once
+        The softmax runs over committed and provisional rows, in float32, a block of queries at a
+        time; merged rows count for their weight if the policy's bias says so. Every query meets every key once
         more to get it: the keys are counted in ``kv_scored_fraction``.
 
         Args:
@@ -156,9 +164,23 @@ class CacheView:
         out = []
         for group, keys in zip(self.groups, self.read_keys, strict=True):
             query = self.query[list(group.heads)]
-            logits = query @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5
-            mass = logits.softmax(-1)[..., : len(group)]
             self.scored += len(group.heads) * query.shape[1] * len(group)
+            block = max(1, BLOCK // (keys.shape[0] * keys.shape[1]))
             split = self.query_frames if per_query_frame else 1
-            out.append(mass.unflatten(1, (split, -1)).sum(2))
+            parts = [
+                sum(
+                    self.softmax(group, q, keys)[..., : len(group)].sum(1)
+                    for q in frame.split(block, 1)
+                )
+                for frame in query.chunk(split, 1)
+            ]
+            out.append(torch.stack(parts, 1))
         return out
+
+    def softmax(self, group: Group, query: Tensor, keys: Tensor) -> Tensor:
+        """Attention weights ``[h, T, N + P]`` of some queries ``[h, T, D]``, in float32 or wider."""
+        logits = (query @ keys.transpose(1, 2)).to(torch.promote_types(query.dtype, torch.float32))
+        logits = logits / keys.shape[-1] ** 0.5
+        if self.log_weight:
+            logits[..., : len(group)] += group.expanded("weight").log().unsqueeze(1)
+        return logits.softmax(-1)

@@ -56,8 +56,8 @@ class Evaluate(L.LightningModule):
         super().__init__()
         self.options, self.policies, self.reference, self.run = options, policies, reference, run
         self.network, self.codec, self.encoder = model.network, model.codec, model.encoder
-        self.metrics = nn.ModuleDict(
-            {name: nn.ModuleDict(metric_by_name(options.metrics)) for name in self.names}
+        self.metrics = nn.ModuleList(
+            nn.ModuleDict(metric_by_name(options.metrics)) for _ in self.names
         )
         self.progress: RolloutProgress | None = None
         self.pictured: set[str] = set()
@@ -116,9 +116,9 @@ class Evaluate(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the means over all ranks; one reduction, after the last clip."""
-        for policy, metrics in self.metrics.items():
+        for policy, metrics in zip(self.names, self.metrics, strict=True):
             for name, metric in metrics.items():
-                self.log(f"{policy}/{name}", metric.compute(), rank_zero_only=False)
+                self.log(f"{policy}/{name}", metric)
 
     def _plan(self) -> ChunkPlan:
         return ChunkPlan(
@@ -157,7 +157,7 @@ class Evaluate(L.LightningModule):
                 context=self.options.context_frames,
                 scene=start.scene,
             )
-            metrics, curves = measure(self.metrics[name], clip)
+            metrics, curves = measure(self.metrics[self.names.index(name)], clip)
             self.run.append(
                 self.global_rank,
                 {

@@ -1,0 +1,92 @@
+"""The evaluation task's own pieces."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_kv.data.shards import PromptSample
+from lightning_kv.metrics import Clip, metric_by_name
+from lightning_kv.tasks.evaluate import measure
+from lightning_kv.tasks.launch import global_rank, launched
+from lightning_kv.tasks.options import TrainerOptions
+from lightning_kv.tasks.scenes import panorama_start
+
+
+@pytest.fixture
+def starts(panorama):
+    samples = [PromptSample(f"k{i}", "mist fast n7 left", 100 + i) for i in range(3)]
+    return [panorama_start(sample, panorama.codec, 24, 9) for sample in samples]
+
+
+def test_the_world_itself_is_perfect(panorama, starts):
+    names = ["recall", "recall_far", "revisit_error", "ruler_error", "camera_rule", "psnr"]
+    metrics = nn.ModuleDict(metric_by_name(names))
+    for start in starts:
+        latents = panorama.codec.encode(start.truth)
+        assert torch.equal(latents[:9], start.context)
+        clip = Clip(latents, panorama.codec.decode(latents), context=9, scene=start.scene)
+        values, curves = measure(metrics, clip)
+        assert values["recall"] == values["recall_far"] == values["camera_rule"] == 1
+        assert values["revisit_error"] < 1e-9 and values["ruler_error"] < 1e-9
+        assert values["psnr"] is None and curves["psnr"] == []
+        assert curves["recall"][:9] == [None] * 9
+    assert metrics["psnr"].clips == 0
+
+
+def test_metric_states_and_clip_values_say_the_same(panorama, starts):
+    metrics = nn.ModuleDict(metric_by_name(["recall", "ruler_error"]))
+    rng = torch.Generator().manual_seed(0)
+    found = {"recall": [], "ruler_error": []}
+    for start in starts:
+        latents = panorama.codec.encode(start.truth)
+        latents = latents + torch.randn(latents.shape, generator=rng)
+        pixels = panorama.codec.decode(latents)
+        values, _ = measure(metrics, Clip(latents, pixels, context=9, scene=start.scene))
+        for name in found:
+            found[name].append(values[name])
+    for name, values in found.items():
+        assert float(metrics[name].compute()) == pytest.approx(sum(values) / 3)
+        assert len(set(values)) == 3
+
+
+def test_another_world_is_not_recalled(panorama, starts):
+    mine, other = starts[:2]
+    latents = panorama.codec.encode(other.truth)
+    latents[:9] = mine.context
+    metrics = nn.ModuleDict(metric_by_name(["recall", "camera_rule"]))
+    clip = Clip(latents, panorama.codec.decode(latents), context=9, scene=mine.scene)
+    values, _ = measure(metrics, clip)
+    assert values["camera_rule"] == 1
+    assert values["recall"] < 0.4
+
+
+LAUNCH = {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x", "RANK": "3"}
+
+
+@pytest.mark.parametrize(
+    ("env", "asked", "found"),
+    [
+        ({}, TrainerOptions(3), TrainerOptions(3)),
+        (LAUNCH, TrainerOptions(), TrainerOptions(2, "auto", 2)),
+        (
+            LAUNCH | {"LT_DEVICES": "2", "LT_ACCELERATOR": "cpu"},
+            TrainerOptions(),
+            TrainerOptions(2, "cpu", 2),
+        ),
+        (LAUNCH | {"LT_DEVICES": "auto"}, TrainerOptions(2, "cpu"), TrainerOptions(2, "cpu", 2)),
+    ],
+)
+def test_the_launcher_is_believed(monkeypatch, env, asked, found):
+    for name in (*LAUNCH, "LT_DEVICES", "LT_ACCELERATOR", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert launched(asked) == found
+    assert global_rank() == (3 if env else 0)
+
+
+def test_a_contradiction_is_refused(monkeypatch):
+    for name, value in LAUNCH.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"--trainer.devices 5 contradicts the launcher"):
+        launched(TrainerOptions(5))
