@@ -117,9 +117,13 @@ def list_command(words: list[str]) -> None:
         epilog="example:\n  lightning-kv list policies --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=KINDS, help="what to list")
+    parser.add_argument("what", metavar="WHAT", help=f"one of: {', '.join(KINDS)}")
     parser.add_argument("--json", action="store_true", help="for programs")
     chosen = parser.parse_args(words)
+    if chosen.what not in KINDS:
+        near = difflib.get_close_matches(chosen.what, KINDS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Cannot list {chosen.what!r}.{hint} Lists: {', '.join(KINDS)}.")
     rows = listing(chosen.what)
     if chosen.json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")

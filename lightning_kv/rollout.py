@@ -184,7 +184,7 @@ class _Run:
         times = tuple(map(float, answer.frames)) if answer.times is None else answer.times
         if past != list(answer.frames) or len(times) != len(past):
             raise ValueError(
-                f"A policy wants frames {answer.frames} encoded again at times {answer.times}, when "
+                f"A policy wants frames {answer.frames} encoded again at times {answer.times}; "
                 f"frames 0 to {made - 1} have been made. Name past frames, ascending, and as many "
                 "times or none."
             )
@@ -217,16 +217,16 @@ def _check_batch(prompts: list[str], keys: list[str], context: Tensor | None) ->
         given["clips of context"] = len(context)
     if len(set(given.values())) > 1 or not prompts:
         raise ValueError(
-            f"A batch that does not fit together: {given}. Give one key and one context per prompt, "
-            "and at least one prompt."
+            f"A batch that does not fit together: {given}. Give one key and one context for each "
+            "prompt, and at least one prompt."
         )
 
 
 def _check_events(events: Sequence[Event], plan: ChunkPlan) -> None:
     if len({event.frame for event in events}) < len(events):
         raise ValueError(
-            f"Two events at one frame: {list(events)}. Give each its own chunk: a policy answers one "
-            "before it sees the next."
+            f"Two events at one frame: {list(events)}. Give each its own chunk: a policy answers "
+            "one before it sees the next."
         )
     for event in events:
         if event.kind == "prompt_switch" and not event.prompt:

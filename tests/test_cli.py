@@ -93,8 +93,7 @@ def test_its_config_gives_the_same_run_again(single, tmp_path):
     assert options.frames == 24 and options.policies[1] == "sliding-window@6f"
 
 
-def test_means_of_torchmetrics_equal_the_summary(single):
-    """The summary comes from records; the reduced metric states say the same."""
+def test_the_summary_is_the_mean_of_the_records(single):
     out, _ = single
     records = [
         json.loads(x) for p in (out / "records").iterdir() for x in p.read_text().splitlines()
@@ -191,6 +190,20 @@ def test_an_interrupted_run_goes_on(single, tmp_path):
         (["--model", "wan-1.3b"], "The weights of 'wan-1.3b' are not in this installation"),
         (["--model", "nowhere.safetensors"], "No weights file nowhere.safetensors"),
         (["--data.shards", "nowhere"], "nowhere"),
+        (["--threads", "0"], "leaves nobody to work"),
+        (["--trainer.devices", "0"], "starts no process"),
+        (
+            ["--policies", "[{name: full, retain: {part: window, budget: 3f}}]"],
+            "like the reference",
+        ),
+        (["--policies", "[{name: x, retain: {part: window, sink: many}}]"], "It takes int."),
+        (["--policies", "[{name: x, retain: [window]}]"], "No retain part ['window']"),
+        (
+            ["--policies", "[{name: x, precision: {part: aged, age: -4}}]"],
+            "age of 0 frames or more",
+        ),
+        (["--policies", "[top-attention@1MiB]"], "reading less frees none"),
+        (["--policies", "[sliding-window@1KiB]"], "are 296448 bytes"),
         (["--backend", "flash"], "Backends here: reference, sdpa"),
         (["--reference", "none"], "No policy 'none'"),
         (["-c", "nowhere.yaml"], "nowhere.yaml"),
@@ -243,6 +256,12 @@ def test_foreign_weights_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", *SMALL, "--model", str(path), "--out", str(tmp_path / "run")])
     assert "is no weights file of the embedded model" in capsys.readouterr().err
+
+
+def test_an_unknown_list_is_said(capsys):
+    with pytest.raises(SystemExit):
+        main(["list", "polices"])
+    assert "Did you mean 'policies'?" in capsys.readouterr().err
 
 
 def test_an_unknown_command_is_said(capsys):

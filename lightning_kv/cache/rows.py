@@ -189,8 +189,8 @@ def per_group(value: PerHead, group: Group) -> Tensor:
     for head in group.heads:
         if len(per_head(value, head)) != len(group):
             raise ValueError(
-                f"A decision gives {len(per_head(value, head))} values for the {len(group)} rows of "
-                f"head {head}. Give one for each row."
+                f"A decision gives {len(per_head(value, head))} values for head {head}, which has "
+                f"{len(group)} rows. Give one for each row."
             )
     return torch.stack([per_head(value, head) for head in group.heads])
 

@@ -150,8 +150,8 @@ class CacheView:
         """Softmax mass on every committed row, summed over the queries, per group ``[h, Q, N]``.
 
         The softmax runs over committed and provisional rows, in float32, a block of queries at a
-        time; merged rows count for their weight if the policy's bias says so. Every query meets every key once
-        more to get it: the keys are counted in ``kv_scored_fraction``.
+        time; merged rows count for their weight if the policy's bias says so. Every query meets
+        every key once more to get it: the keys are counted in ``kv_scored_fraction``.
 
         Args:
             per_query_frame: Sums for each query frame (Q frames) instead of all together (Q = 1).
@@ -178,7 +178,7 @@ class CacheView:
         return out
 
     def softmax(self, group: Group, query: Tensor, keys: Tensor) -> Tensor:
-        """Attention weights ``[h, T, N + P]`` of some queries ``[h, T, D]``, in float32 or wider."""
+        """Attention weights ``[h, T, N + P]`` of queries ``[h, T, D]``, in float32 or wider."""
         logits = (query @ keys.transpose(1, 2)).to(torch.promote_types(query.dtype, torch.float32))
         logits = logits / keys.shape[-1] ** 0.5
         if self.log_weight:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_kv.cache.passes import Geometry
     from lightning_kv.cache.view import CacheView
 
 _BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -62,28 +63,37 @@ class Amount:
             step = view.step
             history = step.start + (len(step.final) if view.query is None else 0)
             return float(max(1, math.floor(self.value * history)))
-        geometry = view.geometry
-        row = 2 * geometry.head_dim * view.cell.memory.groups[0].payload("k").element_size() + 16
-        frame = row * geometry.heads * geometry.layers * tokens
-        return float(math.floor(self.value / frame) - len(view.step.frames))
+        return self._of_bytes(view.geometry, len(view.step.frames))
 
-    def check(self, policy: str, smallest: int, history: int, tokens: int) -> None:
+    def _of_bytes(self, geometry: Geometry, chunk: int) -> float:
+        """History frames that fit beside the current chunk."""
+        return float(math.floor(self.value / geometry.frame_bytes) - chunk)
+
+    def check(
+        self, policy: str, smallest: int, history: int, chunk: int, geometry: Geometry
+    ) -> None:
         """Refuse an amount that no rollout of this length could use.
 
         Args:
             policy: Name, for the message.
             smallest: Frames that the part protects whatever happens.
             history: Longest history of the rollout, in frames.
-            tokens: Tokens per frame.
+            chunk: Frames per chunk.
+            geometry: Sizes of the model.
 
         Raises:
-            ValueError: Below ``smallest`` or above ``history``.
+            ValueError: Below ``smallest``; or frames or tokens above ``history``.
         """
-        if self.unit not in "ft":
-            return
-        frames = self.value if self.unit == "f" else self.value / tokens
-        if not smallest <= frames <= history:
+        frames = {
+            "f": self.value,
+            "t": self.value / geometry.tokens,
+            "share": math.floor(self.value * history),
+            "B": self._of_bytes(geometry, chunk),
+        }[self.unit]
+        if frames < smallest or (self.unit in "ft" and frames > history):
+            least = (smallest + chunk) * geometry.frame_bytes
             raise ValueError(
                 f"The budget of {policy!r} is {frames:g} frames. In a rollout with at most "
-                f"{history} history frames it must lie between {smallest}f and {history}f."
+                f"{history} history frames it must lie between {smallest}f and {history}f "
+                f"({smallest}f of this model, with the current chunk, are {least} bytes)."
             )

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_kv.cache.decisions import Event, Rebuild, Recode, Retention, Selection
 from lightning_kv.cache.passes import Geometry
-from lightning_kv.cache.rows import Group
+from lightning_kv.cache.rows import FIELDS, Group
+from lightning_kv.cache.store import REDUCERS
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.amount import Amount
 
@@ -94,7 +95,7 @@ class ScoredPart(Part):
 
     def choose(self, view: CacheView, state: Any) -> Tensor | None:
         """Frames to keep or read, bool ``[H, Q, F]``; None where everything fits."""
-        if self.budget is None:
+        if self.budget is None or not len(view.frame_ids):
             return None
         present = view.present.unsqueeze(1)
         total = present.sum(-1)
@@ -233,6 +234,25 @@ class CachePolicy:
         return (*own, *(p.budget for p in own if isinstance(p, ScoredPart) and p.budget))
 
     @property
+    def columns(self) -> dict[str, str]:
+        """Row columns that the parts declare, with their reducers.
+
+        Raises:
+            ValueError: Two parts want different reducers, or a name or reducer is not allowed.
+        """
+        found: dict[str, str] = {}
+        for part in self.parts:
+            for name, how in part.columns.items():
+                if name in FIELDS or how not in REDUCERS or found.get(name, how) != how:
+                    raise ValueError(
+                        f"The column {name!r} ({how}) of the part {part.name!r} in {self.name!r} "
+                        f"does not work: columns so far are {found}. Names other than "
+                        f"{', '.join(FIELDS)}, and one of {', '.join(REDUCERS)}, would."
+                    )
+                found[name] = how
+        return found
+
+    @property
     def needs(self) -> frozenset[str]:
         """Statistics the parts ask for."""
         return frozenset().union(*(part.needs for part in self.parts))
@@ -264,7 +284,13 @@ class CachePolicy:
         for part in (self.retain, self.select):
             if part.budget is not None:
                 amount = Amount.parse(part.budget.amount)
-                amount.check(self.name, part.smallest(chunk), frames - chunk, geometry.tokens)
+                if amount.unit == "B" and part.kind == "select":
+                    raise ValueError(
+                        f"The budget {part.budget.amount} of {self.name!r} is bytes, but reading "
+                        "less frees none. Give frames, tokens or a share, or put it on `retain`."
+                    )
+                least = part.smallest(chunk)
+                amount.check(self.name, least, frames - chunk, chunk, geometry)
 
     def start(self) -> PolicyRun:
         """This policy at work on one sample."""
@@ -299,8 +325,8 @@ class PolicyRun:
 
     @property
     def columns(self) -> dict[str, str]:
-        """Row columns that the parts declare."""
-        return {k: v for part in self.policy.parts for k, v in part.columns.items()}
+        """Row columns that the parts declare, with their reducers."""
+        return self.policy.columns
 
     @property
     def needs(self) -> frozenset[str]:

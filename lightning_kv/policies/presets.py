@@ -7,7 +7,8 @@ import importlib
 import pkgutil
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from lightning_kv import policies
 from lightning_kv.policies.base import BudgetPart, CachePolicy, Part
@@ -74,7 +75,12 @@ def load_policy(spec: str | dict[str, Any]) -> CachePolicy:
         raise ValueError(f"No policy file {spec!r}. Give a path to a YAML file, or a preset name.")
     import yaml
 
-    values = yaml.safe_load(path.read_text())
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{spec!r} is no YAML: {error}. A policy file has `name:` and its parts."
+        ) from error
     if not isinstance(values, dict):
         raise ValueError(f"{spec!r} holds no mapping. A policy file has `name:` and its parts.")
     return policy_from_dict(values)
@@ -108,7 +114,7 @@ def build_part(kind: str, spec: str | dict[str, Any]) -> Part:
     known = Part.registry[kind]
     settings = dict(spec) if isinstance(spec, dict) else {"part": spec}
     name = settings.pop("part", DEFAULTS[kind])
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(unknown(f"{kind} part", name, known))
     cls = known[name]
     allowed = [field.name for field in fields(cls)]
@@ -119,7 +125,24 @@ def build_part(kind: str, spec: str | dict[str, Any]) -> Part:
         settings["budget"] = build_budget(settings["budget"])
     if "shares" in settings:
         settings["shares"] = tuple(tuple(row) for row in settings["shares"])
+    for key, value in settings.items():
+        check_type(kind, name, key, value, get_type_hints(cls)[key])
     return cls(**settings)
+
+
+def check_type(kind: str, part: str, key: str, value: Any, hint: Any) -> None:
+    """Refuse a setting that is no number, word or switch where one is expected.
+
+    Raises:
+        ValueError: Says what would be.
+    """
+    allowed = [t for t in (get_args(hint) or (hint,)) if t in (int, float, str, bool, NoneType)]
+    plain = bool in allowed if isinstance(value, bool) else isinstance(value, tuple(allowed))
+    if allowed and not plain and not isinstance(value, Part):
+        names = " or ".join("none" if t is NoneType else t.__name__ for t in allowed)
+        raise ValueError(
+            f"The setting {key!r} of the {kind} part {part!r} is {value!r}. It takes {names}."
+        )
 
 
 def build_budget(spec: str | float | dict[str, Any]) -> Part:

@@ -99,6 +99,10 @@ def _metric(name: str, info: MetricInfo, clips: list[Record], interval: Interval
     """One metric of one policy over its clips."""
     values = _values(clip["metrics"].get(name) for clip in clips)
     reason = info.undefined if clips else "no clip is finished"
+    failed = [clip["failure"] for clip in clips if clip.get("failure")]
+    status = "ok" if values else f"no value: {reason}"
+    if failed:
+        status = f"{len(failed)} of {len(clips)} clips failed: {failed[0]}"
     return {
         "mean": _mean(values),
         "ci95": _bounds(values, interval),
@@ -106,7 +110,7 @@ def _metric(name: str, info: MetricInfo, clips: list[Record], interval: Interval
         "unit": info.unit,
         "higher_is_better": info.higher_is_better,
         "recipe": info.recipe,
-        "status": "ok" if values else f"no value: {reason}",
+        "status": status,
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from dataclasses import asdict
@@ -13,25 +12,30 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-import lightning_kv
 from lightning_kv.cache.attend import known_backend
 from lightning_kv.data.datamodule import PromptData, PromptSample
-from lightning_kv.metrics import METRICS, Clip, ClipMetric, clip_value, metric_by_name
+from lightning_kv.metrics import METRICS, Clip, metric_by_name
 from lightning_kv.metrics.statistics import bca_interval
 from lightning_kv.models.loading import EmbeddedModel, load_model
 from lightning_kv.models.samplers import ChunkPlan
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.presets import load_policy, policy_to_dict
 from lightning_kv.report.records import RunDirectory, fingerprint, write_atomic
-from lightning_kv.report.summary import MetricInfo, summarise
+from lightning_kv.report.summary import summarise
 from lightning_kv.report.video import side_by_side, write_mp4
 from lightning_kv.rollout import Rollout, rollout
-from lightning_kv.tasks.launch import global_rank, launched
+from lightning_kv.tasks.launch import is_first, launched
 from lightning_kv.tasks.options import EvaluateOptions
 from lightning_kv.tasks.progress import RolloutProgress
+from lightning_kv.tasks.results import (
+    broken,
+    cost,
+    describe,
+    measure,
+    metric_info,
+    versions,
+)
 from lightning_kv.tasks.scenes import Start, panorama_start, stack_context
-
-COMPARED = ("psnr", "ssim", "latent_mse")  # need another rollout to compare with
 
 
 class Evaluate(L.LightningModule):
@@ -61,6 +65,7 @@ class Evaluate(L.LightningModule):
         )
         self.progress: RolloutProgress | None = None
         self.pictured: set[str] = set()
+        self.recorded: set[tuple[str, str]] = set()
 
     @property
     def names(self) -> list[str]:
@@ -148,7 +153,21 @@ class Evaluate(L.LightningModule):
         reference: Rollout,
         starts: list[Start],
     ) -> None:
+        metrics_of = self.metrics[self.names.index(name)]
         for index, start in enumerate(starts):
+            if (name, start.sample.key) in self.recorded:
+                continue  # finished before this run was taken up again
+            record = {
+                "policy": name,
+                "key": start.sample.key,
+                "prompt": start.sample.prompt,
+                "cost": cost(out, reference, index),
+            }
+            failure = broken(out, reference, index)
+            if failure:
+                empty = {"metrics": dict.fromkeys(metrics_of), "curves": {}, "failure": failure}
+                self.run.append(self.global_rank, record | empty)
+                continue
             clip = Clip(
                 latents=out.latents[index],
                 pixels=out.frames[index],
@@ -157,17 +176,9 @@ class Evaluate(L.LightningModule):
                 context=self.options.context_frames,
                 scene=start.scene,
             )
-            metrics, curves = measure(self.metrics[self.names.index(name)], clip)
+            metrics, curves = measure(metrics_of, clip)
             self.run.append(
-                self.global_rank,
-                {
-                    "policy": name,
-                    "key": start.sample.key,
-                    "prompt": start.sample.prompt,
-                    "metrics": metrics,
-                    "curves": curves,
-                    "cost": cost(out, reference, index),
-                },
+                self.global_rank, record | {"metrics": metrics, "curves": curves, "failure": None}
             )
 
     def _picture(self, start: Start, clips: dict[str, Tensor]) -> None:
@@ -181,93 +192,23 @@ class Evaluate(L.LightningModule):
         write_mp4(path, side_by_side(rows, scale=5), self.options.fps)
 
 
-def measure(
-    metrics: nn.ModuleDict, clip: Clip
-) -> tuple[dict[str, float | None], dict[str, list[float | None]]]:
-    """Update each metric with a clip; its value and curve over time (null where it has none)."""
-    values, curves = {}, {}
-    for name, metric in metrics.items():
-        if any(getattr(clip, need) is None for need in metric.needs):
-            values[name], curves[name] = None, []
-            continue
-        metric.update(clip)
-        curve = metric.curve(clip)
-        values[name] = clip_value(curve)
-        curves[name] = [None if x != x else x for x in curve.tolist()]
-    return values, curves
-
-
-def cost(out: Rollout, reference: Rollout, index: int) -> dict[str, Any]:
-    """What one clip cost; reads as a share of the reference's."""
-    own, base = out.costs[index], reference.costs[index].rows_read
-    return {
-        "kv_bytes_peak": own.peak_bytes,
-        "kv_bytes_mean": sum(own.chunk_bytes) / len(own.chunk_bytes),
-        "kv_rows_read": own.rows_read,
-        "kv_rows_scored": own.rows_scored,
-        "kv_read_fraction": own.rows_read / base if base else None,
-        "kv_scored_fraction": own.rows_scored / base if base else None,
-        "seconds_per_chunk": out.seconds_per_chunk,
-    }
-
-
-def metric_info(metric: type[ClipMetric]) -> MetricInfo:
-    """What the summary says about a metric."""
-    undefined = (
-        "this is the reference itself"
-        if metric.name in COMPARED
-        else "no frame shows a place that was seen before"
-    )
-    return MetricInfo(metric.unit, metric.higher_is_better, metric.recipe, undefined)
-
-
-def describe(
-    options: EvaluateOptions,
-    policies: dict[str, CachePolicy],
-    reference: CachePolicy,
-    data: PromptData,
-) -> dict[str, Any]:
-    """Everything the numbers depend on: the run's fingerprint is made of it."""
-    from lightning_kv.models.loading import WEIGHTS
-
-    named = not options.model.endswith(".safetensors")
-    weights = WEIGHTS / f"{options.model}.safetensors" if named else Path(options.model)
-    return {
-        "model": options.model,
-        "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        "policies": {name: policy_to_dict(policy) for name, policy in policies.items()},
-        "reference": policy_to_dict(reference),
-        "data": {
-            "shards": [shard.sha256 for shard in data.index.shards],
-            "seed": options.data.seed,
-            "prompts": data.total,
-        },
-        "frames": options.frames,
-        "context_frames": options.context_frames,
-        "seed": options.seed,
-        "metrics": {name: METRICS[name].recipe for name in options.metrics},
-        "batch": options.batch,
-        "backend": options.backend,
-        "threads": options.threads,
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of this package and of torch."""
-    return {"lightning_kv": lightning_kv.__version__, "torch": torch.__version__}
-
-
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Run, or go on with, an evaluation; rank 0 writes ``summary.json`` and returns it.
 
     Raises:
         ValueError: Anything that does not fit, before anything is written.
     """
-    torch.set_num_threads(options.threads)
     settings = launched(options.trainer)
     policies = named_policies(options.policies)
     reference = load_policy(options.reference)
+    if policies.get(reference.name, reference) != reference:
+        raise ValueError(
+            f"A policy is called {reference.name!r} like the reference, but is another one: "
+            f"{policies[reference.name]}. Give it its own name."
+        )
+    if options.threads < 1:
+        raise ValueError(f"--threads {options.threads} leaves nobody to work. Use 1 or more.")
+    torch.set_num_threads(options.threads)
     model = load_model(options.model)
     metric_by_name(options.metrics)
     known_backend(options.backend)
@@ -276,7 +217,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     for policy in (reference, *policies.values()):
         policy.check(config.geometry(), config.chunk, options.frames)
     data = PromptData(options.data.shards, options.prompts, options.data.seed, options.batch)
-    described = describe(options, policies, reference, data)
+    described = describe(options, policies, reference, data, settings.accelerator)
     mark = fingerprint(described)
     trainer = L.Trainer(
         accelerator=settings.accelerator,
@@ -290,12 +231,14 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     )
     enough(trainer.world_size, data.total)
     run = RunDirectory(options.out)
-    if global_rank() == 0:
+    if is_first():
         run.open(mark, described)
         write_atomic(run.config, config_yaml(options))
     task = Evaluate(options, model, policies, reference, run)
-    data.finished = run.finished(task.names) if run.path.is_dir() else set()
-    if options.frames > config.train_horizon and global_rank() == 0:
+    if run.path.is_dir():
+        task.recorded = {(record["policy"], record["key"]) for record in run.records()}
+        data.finished = run.finished(task.names)
+    if options.frames > config.train_horizon and is_first():
         L.pytorch.utilities.rank_zero_warn(
             f"{options.frames} frames exceed the {config.train_horizon} that {options.model} was "
             "trained for: the reference itself may fail."
@@ -325,6 +268,7 @@ def summary_of(
             "context_frames": options.context_frames,
             "seed": options.seed,
             "data_seed": options.data.seed,
+            "batch": options.batch,
             "device": device,
             "versions": versions() | {"python": platform.python_version()},
         },

@@ -5,47 +5,76 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+import torch
+
 from lightning_kv.tasks.options import TrainerOptions
 
 
-def under_launcher() -> bool:
-    """True where another program has started the ranks already."""
-    return "LOCAL_WORLD_SIZE" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ
+def resolved(accelerator: str) -> str:
+    """``auto`` as a CUDA GPU if there is one, else the CPU (other devices lack float64)."""
+    if accelerator != "auto":
+        return accelerator
+    return "gpu" if torch.cuda.is_available() else "cpu"
 
 
 def launched(options: TrainerOptions) -> TrainerOptions:
-    """Trainer settings that agree with the launcher.
+    """Trainer settings that agree with the launcher, with nothing left open.
 
     A Trainer does not read what `fabric run` and torchrun were told, and would run a whole job in
     every process. Under a launcher its word counts; settings that contradict it are refused.
 
     Raises:
-        ValueError: ``devices`` or ``num_nodes`` were set to something else than the launcher's.
+        ValueError: A setting contradicts the launcher, or is out of range.
     """
+    told, source = _told()
+    for name, value in told.items():
+        own = getattr(options, name)
+        if own not in (None, "auto", value):
+            raise ValueError(
+                f"--trainer.{name} {own} contradicts {source}, which says {value}. "
+                f"Leave --trainer.{name} out, or change what {source} is given."
+            )
+    settings = replace(options, **told)
+    settings.accelerator = resolved(settings.accelerator)
+    settings.devices = 1 if settings.devices is None else settings.devices
+    settings.num_nodes = 1 if settings.num_nodes is None else settings.num_nodes
+    for name in ("devices", "num_nodes"):
+        value = getattr(settings, name)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"--trainer.{name} {value} starts no process. Use 1 or more.")
+    return settings
+
+
+def _told() -> tuple[dict[str, int | str], str]:
+    """Settings that a launcher implies, and its name."""
     env = os.environ.get
-    default = TrainerOptions()
     if under_launcher():
         local, world = int(env("LOCAL_WORLD_SIZE", "1")), int(env("WORLD_SIZE", "1"))
-        asked = env("LT_DEVICES")
-        devices = asked if asked not in (None, "auto", "-1") else local
-        devices = int(devices) if str(devices).isdigit() else devices
-        found = TrainerOptions(devices, env("LT_ACCELERATOR", options.accelerator), world // local)
-        source = "the launcher"
-    elif _under_srun():
+        asked = env("LT_DEVICES", "auto")
+        devices = str(local) if asked in ("auto", "-1") else asked
+        told = {
+            "devices": int(devices) if devices.isdigit() else devices,
+            "num_nodes": world // local,
+        }
+        accelerator = env("LT_ACCELERATOR", "auto")
+        if accelerator != "auto":
+            told["accelerator"] = "gpu" if accelerator == "cuda" else accelerator
+        if env("LT_PRECISION"):
+            raise ValueError(
+                f"`fabric run --precision {env('LT_PRECISION')}` would be ignored: a model runs in "
+                "the precision of its weights. Leave --precision out."
+            )
+        return told, "the launcher"
+    if _under_srun():
         nodes = int(env("SLURM_NNODES", "1"))
         tasks = env("SLURM_NTASKS_PER_NODE") or str(int(env("SLURM_NTASKS", "1")) // nodes)
-        found = TrainerOptions(int(tasks), options.accelerator, nodes)
-        source = "srun"
-    else:
-        return options
-    for name in ("devices", "num_nodes"):
-        own = getattr(options, name)
-        if own not in (getattr(default, name), getattr(found, name)):
-            raise ValueError(
-                f"--trainer.{name} {own} contradicts {source}, which has started "
-                f"{getattr(found, name)}. Leave --trainer.{name} out, or change the launcher's."
-            )
-    return replace(options, **vars(found))
+        return {"devices": int(tasks), "num_nodes": nodes}, "srun"
+    return {}, ""
+
+
+def under_launcher() -> bool:
+    """True where torchrun, or `fabric run` through it, has started the ranks already."""
+    return "LOCAL_WORLD_SIZE" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _under_srun() -> bool:
@@ -54,10 +83,10 @@ def _under_srun() -> bool:
     return SLURMEnvironment.detect()
 
 
-def global_rank() -> int:
-    """Rank of this process, before any process group exists."""
-    for name in ("RANK", "SLURM_PROCID") if under_launcher() or _under_srun() else ():
-        if name in os.environ:
-            return int(os.environ[name])
-    local, node = os.environ.get("LOCAL_RANK", "0"), os.environ.get("NODE_RANK", "0")
-    return int(local) + int(node) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def is_first() -> bool:
+    """Whether this is rank 0, before any process group exists."""
+    if under_launcher():
+        return os.environ.get("RANK", "0") == "0"
+    if _under_srun():
+        return os.environ.get("SLURM_PROCID", "0") == "0"
+    return os.environ.get("LOCAL_RANK", "0") == os.environ.get("NODE_RANK", "0") == "0"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 PRESET_POLICIES = ["full", "sliding-window@9f", "sink-window@9f", "top-attention@9f", "random@9f"]
 DEFAULT_METRICS = [
@@ -24,14 +24,15 @@ class TrainerOptions:
     """Where a job runs.
 
     Args:
-        devices: Processes on this machine (CPU) or GPUs: a number, or a list such as 0,2.
-        accelerator: cpu, gpu or auto.
-        num_nodes: Machines.
+        devices: Processes on this machine (CPU) or GPUs: a number, or a list such as 0,2. One, or
+            what the launcher started, where not given.
+        accelerator: cpu, gpu, or auto (a CUDA GPU if there is one).
+        num_nodes: Machines; one, or the launcher's, where not given.
     """
 
-    devices: int | str = 1
-    accelerator: str = "auto"
-    num_nodes: int = 1
+    devices: int | str | None = None
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    num_nodes: int | None = None
 
 
 @dataclass
@@ -175,7 +176,7 @@ class PretrainOptions:
         threads: CPU threads.
         checkpoint_every: Steps between two checkpoints.
         picture_every: Steps between two sample pictures; 0 for none.
-        trainer: Where it runs; one device.
+        accelerator: cpu, gpu, or auto (a CUDA GPU if there is one); always one device.
     """
 
     recipe: Recipe
@@ -183,4 +184,4 @@ class PretrainOptions:
     threads: int = 2
     checkpoint_every: int = 50
     picture_every: int = 100
-    trainer: TrainerOptions = field(default_factory=TrainerOptions)
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"

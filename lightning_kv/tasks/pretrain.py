@@ -19,6 +19,7 @@ from lightning_kv.models.codec import PatchCodec, PhraseEncoder
 from lightning_kv.models.loading import PRESETS, EmbeddedModel, save_embedded
 from lightning_kv.models.wan import CausalWan
 from lightning_kv.tasks.forcing import ForcingSession
+from lightning_kv.tasks.launch import resolved
 from lightning_kv.tasks.muon import Muon
 from lightning_kv.tasks.options import PretrainOptions, Recipe
 
@@ -165,8 +166,9 @@ class Pretrain(L.LightningModule):
     def train_dataloader(self) -> DataLoader:
         """Batches from the step this run has reached."""
         config = self.model.config
+        codec = copy.deepcopy(self.codec).cpu()  # worlds are drawn on the CPU
         data = PanoramaBatches(
-            self.recipe, self.codec, (config.layers, config.heads), int(self.done), self.global_rank
+            self.recipe, codec, (config.layers, config.heads), int(self.done), self.global_rank
         )
         return DataLoader(data, batch_size=None)
 
@@ -276,7 +278,7 @@ def pretrain(options: PretrainOptions) -> Path:
         enable_version_counter=False,
     )
     trainer = L.Trainer(
-        accelerator=options.trainer.accelerator,
+        accelerator=resolved(options.accelerator),
         devices=1,
         max_epochs=1,
         callbacks=[saver, RichProgressBar()],
@@ -298,7 +300,7 @@ def pretrain(options: PretrainOptions) -> Path:
             "commit": commit(),
             "steps": str(int(task.done)),
             "final_losses": json.dumps(task.losses),
-            "reproduce": "lightning-kv pretrain -c configs/pretrain_panorama.yaml",
+            "reproduce": "lightning-kv pretrain, with the recipe in this metadata",
         },
     )
     return target

@@ -6,9 +6,9 @@ from torch import nn
 
 from lightning_kv.data.shards import PromptSample
 from lightning_kv.metrics import Clip, metric_by_name
-from lightning_kv.tasks.evaluate import measure
-from lightning_kv.tasks.launch import global_rank, launched
+from lightning_kv.tasks.launch import is_first, launched
 from lightning_kv.tasks.options import TrainerOptions
+from lightning_kv.tasks.results import measure
 from lightning_kv.tasks.scenes import panorama_start
 
 
@@ -66,8 +66,8 @@ LAUNCH = {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"
 @pytest.mark.parametrize(
     ("env", "asked", "found"),
     [
-        ({}, TrainerOptions(3), TrainerOptions(3)),
-        (LAUNCH, TrainerOptions(), TrainerOptions(2, "auto", 2)),
+        ({}, TrainerOptions(3, "cpu"), TrainerOptions(3, "cpu", 1)),
+        (LAUNCH, TrainerOptions(accelerator="cpu"), TrainerOptions(2, "cpu", 2)),
         (
             LAUNCH | {"LT_DEVICES": "2", "LT_ACCELERATOR": "cpu"},
             TrainerOptions(),
@@ -82,7 +82,7 @@ def test_the_launcher_is_believed(monkeypatch, env, asked, found):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert launched(asked) == found
-    assert global_rank() == (3 if env else 0)
+    assert is_first() == (not env)
 
 
 def test_a_contradiction_is_refused(monkeypatch):

@@ -18,7 +18,7 @@ class Table(BudgetPart):
 
     Args:
         shares: One row per layer, one number per head; 1 is the amount itself. A head gets
-            ``round(share * amount)`` frames.
+            ``round(share * amount)`` frames, and never less than what is protected.
     """
 
     name: ClassVar[str] = "table"

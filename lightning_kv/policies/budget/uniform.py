@@ -22,5 +22,5 @@ class Uniform(BudgetPart):
 
     def lengths(self, score: Tensor, view: CacheView) -> Tensor:
         """The amount, rounded down to whole frames."""
-        frames = max(1, math.floor(self.frames(view)))
+        frames = math.floor(self.frames(view))
         return torch.full((len(score), 1), frames, dtype=torch.int64, device=score.device)

@@ -44,6 +44,10 @@ class Aged(PrecisionPart):
                 f"No codec {self.codec!r}. Codecs here: {', '.join(CODECS)}. "
                 "For none, use the part as-computed."
             )
+        if self.age < 0:
+            raise ValueError(
+                f"age={self.age} frames. Rows are coded at an age of 0 frames or more."
+            )
 
     def assign(self, view: CacheView, state: Any) -> list[Recode]:
         """All rows older than ``age`` frames."""

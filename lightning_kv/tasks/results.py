@@ -1,0 +1,109 @@
+"""From rollouts to the numbers of a record, and what a run's numbers depend on."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lightning_kv
+from lightning_kv.data.datamodule import PromptData
+from lightning_kv.metrics import METRICS, Clip, ClipMetric, clip_value
+from lightning_kv.models.loading import WEIGHTS
+from lightning_kv.policies.base import CachePolicy
+from lightning_kv.policies.presets import policy_to_dict
+from lightning_kv.report.summary import MetricInfo
+from lightning_kv.rollout import Rollout
+from lightning_kv.tasks.options import EvaluateOptions
+
+COMPARED = ("psnr", "ssim", "latent_mse")  # need another rollout to compare with
+
+
+def broken(out: Rollout, reference: Rollout, index: int) -> str | None:
+    """Why a clip cannot be measured; None where it can."""
+    for whose, rollouts in (("the", out), ("the reference's", reference)):
+        bad = ~rollouts.latents[index].isfinite().flatten(1).all(1)
+        if bool(bad.any()):
+            return f"{whose} latents are not finite from frame {int(bad.float().argmax())} on"
+    return None
+
+
+def measure(
+    metrics: nn.ModuleDict, clip: Clip
+) -> tuple[dict[str, float | None], dict[str, list[float | None]]]:
+    """Update each metric with a clip; its value and curve over time (null where it has none)."""
+    values, curves = {}, {}
+    for name, metric in metrics.items():
+        if any(getattr(clip, need) is None for need in metric.needs):
+            values[name], curves[name] = None, []
+            continue
+        metric.update(clip)
+        curve = metric.curve(clip)
+        values[name] = clip_value(curve)
+        curves[name] = [None if x != x else x for x in curve.tolist()]
+    return values, curves
+
+
+def cost(out: Rollout, reference: Rollout, index: int) -> dict[str, Any]:
+    """What one clip cost; reads as a share of the reference's. Seconds are the whole batch's."""
+    own, base = out.costs[index], reference.costs[index].rows_read
+    return {
+        "kv_bytes_peak": own.peak_bytes,
+        "kv_bytes_mean": sum(own.chunk_bytes) / len(own.chunk_bytes),
+        "kv_rows_read": own.rows_read,
+        "kv_rows_scored": own.rows_scored,
+        "kv_read_fraction": own.rows_read / base if base else None,
+        "kv_scored_fraction": own.rows_scored / base if base else None,
+        "kv_rebuilt_frames": own.rebuilt_frames,
+        "seconds_per_chunk": out.seconds_per_chunk,
+    }
+
+
+def metric_info(metric: type[ClipMetric]) -> MetricInfo:
+    """What the summary says about a metric."""
+    undefined = (
+        "this is the reference itself"
+        if metric.name in COMPARED
+        else "no frame shows a place that was seen before"
+    )
+    return MetricInfo(metric.unit, metric.higher_is_better, metric.recipe, undefined)
+
+
+def describe(
+    options: EvaluateOptions,
+    policies: dict[str, CachePolicy],
+    reference: CachePolicy,
+    data: PromptData,
+    accelerator: str,
+) -> dict[str, Any]:
+    """Everything the numbers depend on: the run's fingerprint is made of it."""
+    named = not options.model.endswith(".safetensors")
+    weights = WEIGHTS / f"{options.model}.safetensors" if named else Path(options.model)
+    return {
+        "model": options.model,
+        "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "policies": {name: policy_to_dict(policy) for name, policy in policies.items()},
+        "reference": policy_to_dict(reference),
+        "data": {
+            "shards": [shard.sha256 for shard in data.index.shards],
+            "seed": options.data.seed,
+            "prompts": data.total,
+        },
+        "frames": options.frames,
+        "context_frames": options.context_frames,
+        "seed": options.seed,
+        "metrics": {name: METRICS[name].recipe for name in options.metrics},
+        "batch": options.batch,
+        "backend": options.backend,
+        "threads": options.threads,
+        "accelerator": accelerator,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of torch."""
+    return {"lightning_kv": lightning_kv.__version__, "torch": torch.__version__}
