@@ -170,6 +170,64 @@ def test_an_interrupted_run_goes_on(single, tmp_path):
     )
 
 
+def test_an_interrupted_run_in_batches_goes_on(tmp_path):
+    """A clip that is rolled out again beside other neighbours is not measured twice."""
+    out = tmp_path / "run"
+    words = ["evaluate", *SMALL, "--batch", "3", "--videos", "0", "--out", str(out)]
+    main(words)
+    (path,) = (out / "records").iterdir()
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-2]))
+    main(words)
+    again = path.read_text().splitlines(keepends=True)
+    assert again[: len(lines) - 2] == lines[:-2]
+    found = [(r["policy"], r["key"]) for r in map(json.loads, again)]
+    assert len(found) == len(set(found)) == 9
+
+
+def test_a_rollout_that_breaks_is_a_failure_on_record(tmp_path, monkeypatch):
+    """NaN latents of one policy leave the others measured, and JSON without NaN."""
+    import torch
+
+    from lightning_kv.tasks import evaluate as task
+
+    def breaking(model, policy, *given, **options):
+        out = rollout(model, policy, *given, **options)
+        if policy.name == "random@6f":
+            out.latents[:, 14:] = torch.nan
+        return out
+
+    rollout = task.rollout
+    monkeypatch.setattr(task, "rollout", breaking)
+    out = tmp_path / "run"
+    main(["evaluate", *SMALL, "--videos", "0", "--out", str(out)])
+    text = (out / "summary.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(name))["policies"]
+    broken = found["random@6f"]["metrics"]["recall"]
+    assert (broken["mean"], broken["n"]) == (None, 0)
+    assert broken["status"] == "3 of 3 clips failed: the latents are not finite from frame 14 on"
+    assert found["full"]["metrics"]["recall"]["status"] == "ok"
+
+
+def test_a_share_in_a_policy_name_is_a_name_like_others(tmp_path):
+    out = tmp_path / "run"
+    main(
+        [
+            "evaluate",
+            *SMALL,
+            "--policies",
+            "[top-attention@0.25]",
+            "--prompts",
+            "1",
+            "--out",
+            str(out),
+        ]
+    )
+    found = summary(out)["policies"]
+    assert set(found) == {"full", "top-attention@0.25"}
+    assert found["full"]["metrics"]["psnr"]["status"] == "no value: this is the reference itself"
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [

@@ -1,6 +1,6 @@
 """Rollouts of the embedded model: same numbers where numbers must be the same."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -9,11 +9,15 @@ import torch
 from lightning_kv import preset, rollout
 from lightning_kv.cache.attend import KERNELS
 from lightning_kv.cache.decisions import Event, Rebuild
+from lightning_kv.data.shards import PromptSample
+from lightning_kv.metrics import Clip
+from lightning_kv.metrics.panorama import Recall
 from lightning_kv.models.loading import EmbeddedModel
 from lightning_kv.models.samplers import ChunkPlan, keyed_noise
 from lightning_kv.models.wan import CausalWan
 from lightning_kv.policies.base import CachePolicy, RetainPart
 from lightning_kv.policies.presets import PRESETS, build_part, policy_from_dict
+from lightning_kv.tasks.scenes import panorama_start
 
 PROMPTS = ["dusk fast n10 left", "noon fast n13 left", "night slow n7 any", "mist fast n5 left"]
 FRAMES = 24
@@ -202,6 +206,42 @@ def test_recompute_at_every_chunk_holds_only_those_frames(panorama):
     assert (again.latents[:, 6:] - out.latents[:, 12:]).abs().max() <= 1e-4
 
 
+def test_rows_of_a_rebuild_get_their_codecs(panorama):
+    aged = build_part("precision", {"part": "aged", "codec": "int8"})
+    plain = with_retain(Recompute())
+    coded = replace(plain, precision=aged)
+    runs = [rollout(panorama, made, PROMPTS[0], 15) for made in (plain, coded)]
+    assert runs[1].costs[0].peak_bytes < runs[0].costs[0].peak_bytes
+    codecs = {
+        segment.codec
+        for group in runs[1].session.lanes["cond", 0].cells[0].memory.groups
+        for segment in group.segments
+        if len(segment)
+    }
+    assert codecs == {"int8"}
+    assert runs[0].costs[0].rebuilt_frames == 3 + 6 * 4
+
+
+def test_bytes_are_weighed_while_chunks_are_denoised(panorama, alone):
+    given = alone["full", PROMPTS[0]].latents[:, :12]
+    out = rollout(panorama, preset("full"), PROMPTS[0], FRAMES, context=given)
+    assert len(out.costs[0].chunk_bytes) == len(out.seconds_per_chunk) == 4
+
+
+@pytest.mark.parametrize("amount", ["1MiB", "700KiB"])
+def test_a_budget_in_bytes_holds_for_the_whole_cache(panorama, amount):
+    out = rollout(panorama, preset(f"sliding-window@{amount}"), PROMPTS[0], 36)
+    limit = {"1MiB": 2**20, "700KiB": 700 * 2**10}[amount]
+    assert limit * 0.8 < out.costs[0].peak_bytes <= limit
+
+
+def test_a_share_follows_the_history(panorama):
+    out = rollout(panorama, preset("top-attention@0.5"), PROMPTS[0], FRAMES)
+    streams, queries = 6 * 4, 48 * 5
+    read = sum(3 * c // 2 for c in range(FRAMES // 3) if c > 0)
+    assert out.costs[0].rows_read == 16 * read * streams * queries
+
+
 # -- bad input -------------------------------------------------------------------------------
 
 
@@ -218,6 +258,10 @@ def test_recompute_at_every_chunk_holds_only_those_frames(panorama):
             {"events": [Event("prompt_switch", 13, "dusk fast n10 left")]},
             "first frame of a later chunk",
         ),
+        ({"events": [Event("prompt_switch", 6)]}, "has no prompt to switch to"),
+        ({"events": [Event("scene_cut", 6), Event("scene_cut", 6)]}, "Two events at one frame"),
+        ({"keys": ["a", "b"]}, "does not fit together"),
+        ({"context": torch.zeros(2, 3, 16, 4, 4)}, "does not fit together"),
         ({"events": [Event("scene_cut", 24)]}, "first frame of a later chunk"),
     ],
 )
@@ -243,3 +287,63 @@ def test_a_free_combination_runs(panorama):
     assert out.costs[0].peak_bytes < full.costs[0].peak_bytes / 2
     assert out.costs[0].rows_read < full.costs[0].rows_read / 2
     assert bool(out.latents.isfinite().all())
+
+
+# -- memory matters ---------------------------------------------------------------------------
+
+EXPECTED = {
+    "full": (0.99, 1.0),
+    "top-attention@9f": (0.97, 1.0),
+    "random@9f": (0.0, 0.6),
+    "sliding-window@9f": (0.0, 0.2),
+}
+
+
+def recall_of(model, name, worlds):
+    """Mean recall over worlds of the fast pan, n = 13, 72 frames of which 15 are given."""
+    samples = [
+        PromptSample(f"memory-{i}", f"{palette} fast n13 left", 1000 + i)
+        for i, palette in enumerate(["dusk", "noon", "night", "mist"] * (worlds // 4))
+    ]
+    metric = Recall()
+    for sample in samples:
+        start = panorama_start(sample, model.codec, 72, 15)
+        out = rollout(
+            model, preset(name), sample.prompt, 72, keys=[sample.key], context=start.context[None]
+        )
+        metric.update(Clip(out.latents[0], out.frames[0], context=15, scene=start.scene))
+    return float(metric.compute())
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_cache_that_forgets_is_caught(panorama, name):
+    low, high = EXPECTED[name]
+    assert low - 0.01 <= recall_of(panorama, name, 4) <= high + 0.1 * (high < 1)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", EXPECTED)
+def test_recall_on_32_worlds(panorama, name):
+    low, high = EXPECTED[name]
+    assert low <= recall_of(panorama, name, 32) <= high
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("budget", ["3f", "9f", "0.5", "160t"])
+@pytest.mark.parametrize("positions", ["absolute", "contiguous", "clamp"])
+@pytest.mark.parametrize("precision", ["as-computed", "aged"])
+@pytest.mark.parametrize("select", ["everything", "top-attention", "random"])
+def test_every_combination_agrees_on_both_backends(exact, budget, positions, precision, select):
+    chosen = {"part": select} if select == "everything" else {"part": select, "budget": budget}
+    made = policy_from_dict(
+        {
+            "name": "mix",
+            "retain": {"part": "window", "budget": "12f", "sink": 2},
+            "select": chosen,
+            "positions": positions,
+            "precision": precision,
+        }
+    )
+    runs = [rollout(exact, made, PROMPTS[:2], 30, backend=backend) for backend in KERNELS]
+    assert (runs[0].latents - runs[1].latents).abs().max() <= 1e-8
+    assert runs[0].costs == runs[1].costs

@@ -372,6 +372,42 @@ def test_selection_of_rows_with_a_bias(backend):
     both(policy(select=ByRow()), RowScript(), backend=backend)
 
 
+@dataclass(frozen=True)
+class OnlyBias(SelectPart):
+    """Reads everything, with a bias for each query frame."""
+
+    whole: bool = True
+
+    def pick(self, view, state):
+        bias = [
+            torch.cat([f.float(), torch.full((view.cell.provisional,), 2.0)]).expand(CHUNK, -1)
+            * torch.tensor([[0.1], [0.2]])
+            for f in view.column("frame_id")
+        ]
+        frames = None if self.whole else torch.ones(view.heads, 1, len(view.frame_ids)).bool()
+        if frames is not None and frames.shape[2] > 2:
+            frames[:, :, 0] = False
+        return Selection(frames=frames, bias=bias)
+
+
+class OnlyBiasScript(Script):
+    def __init__(self, whole):
+        self.whole = whole
+
+    def reads(self, stream, step, frame, index, row, current):
+        return self.whole or current or row.frame > 0 or step.chunk < 2
+
+    def bias(self, stream, step, frame, index, row):
+        level = row.frame if index < len(stream.rows) else 2.0
+        return level * (0.1, 0.2)[step.frames.index(frame)]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_bias_for_each_query_frame(whole, backend):
+    both(policy(select=OnlyBias(whole=whole)), OnlyBiasScript(whole), backend=backend)
+
+
 # -- budget: ragged lengths, per head and per sample -----------------------------------------
 
 
@@ -460,24 +496,39 @@ def test_contiguous_positions_of_an_unbroken_window_change_nothing():
 
 def test_noisy_passes_leave_committed_rows_alone():
     session = CacheSession(GEOMETRY, policy({"part": "window", "budget": "3f"}).start, (0, 1))
-    seen = {}
+    held, checked = {}, []
 
-    def check(step):
-        for b in range(2):
-            for layer, cell in enumerate(session.lanes["cond", b].cells):
-                group = cell.memory.groups[0]
-                now = (
-                    group.payload("k").clone(),
-                    group.payload("v").clone(),
-                    group.meta["time"].clone(),
-                )
-                if step.opens:
-                    seen[b, layer] = now
-                for old, new in zip(seen[b, layer], now, strict=True):
-                    assert torch.equal(old, new)
+    def rows():
+        return {
+            (b, layer): [
+                (group.payload("k").clone(), group.payload("v").clone(), group.meta["time"].clone())
+                for group in session.lanes["cond", b].cells[layer].memory.groups
+            ]
+            for b in range(2)
+            for layer in range(GEOMETRY.layers)
+        }
 
+    def check(step):  # after the model's pass, before it is closed
+        if step.chunk == 0:
+            return
+        now = rows()
+        for key, groups in held.items():
+            for old, new in zip(groups, now[key], strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
+                checked.append(step.phase)
+
+    finish = session.finish
+
+    def close(step):
+        answer = finish(step)
+        if step.final:
+            held.clear()
+            held.update(rows())
+        return answer
+
+    session.finish = close
     drive(session, passes(), check=check)
-    assert len(seen) == 4
+    assert checked.count("denoise") == 4 * 2 * 4
 
 
 def test_merging_two_equal_rows_under_log_weight_changes_nothing():
@@ -687,6 +738,15 @@ def test_a_need_that_nothing_meets_is_said_at_once():
         (Retention(keep=torch.tensor([99])), r"names row 99 of head 0, which has 8"),
         (Retention(restore=torch.tensor([0])), r"names archive row 0 of head 0, which has 0"),
         (Retention(write={"nothing": torch.zeros(8)}), r"column 'nothing', which no part declares"),
+        (Retention(time=torch.zeros(1)), r"gives 1 values for head 0, which has 8"),
+        (
+            Retention(
+                merge=Merge(
+                    torch.tensor([-1]), torch.tensor([0]), torch.ones(1), *[torch.zeros(1)] * 3
+                )
+            ),
+            r"names rows -1 to -1 of 8",
+        ),
     ],
 )
 def test_impossible_decisions_are_refused(decision, text):
@@ -698,3 +758,87 @@ def test_impossible_decisions_are_refused(decision, text):
     session = CacheSession(GEOMETRY, policy(Wrong()).start, (0,))
     with pytest.raises(ValueError, match=text):
         drive(session, passes(1), 1)
+
+
+def test_a_part_that_answers_start_is_refused():
+    @dataclass(frozen=True)
+    class Early(RetainPart):
+        def event(self, event, views, state):
+            return [None] * len(views)
+
+    session = CacheSession(GEOMETRY, policy(Early()).start, (0,))
+    with pytest.raises(ValueError, match="answered the event 'start'"):
+        drive(session, passes(1), 1)
+
+
+def test_parts_that_disagree_about_a_column_are_refused():
+    @dataclass(frozen=True)
+    class Other(SelectPart):
+        columns: ClassVar[dict[str, str]] = {"mark": "sum"}
+
+    with pytest.raises(ValueError, match=r"column 'mark' \(sum\)"):
+        CacheSession(GEOMETRY, policy(Shelf(), select=Other()).start, (0,)).lane(
+            0, "cond", torch.zeros(1)
+        )
+
+
+def test_scoring_in_blocks_changes_nothing(monkeypatch):
+    """Attention mass is the same a query at a time, and frame by frame adds up to the whole."""
+    found = {}
+    for block in (1, 2**25):
+        monkeypatch.setattr("lightning_kv.cache.view.BLOCK", block)
+        masses = []
+
+        @dataclass(frozen=True)
+        class Ask(SelectPart):
+            def pick(self, view, state, masses=masses):
+                masses.append(view.per_frame(view.attention(per_query_frame=True)))
+                masses.append(view.per_frame(view.attention()))
+                return None
+
+        drive(CacheSession(GEOMETRY, policy(select=Ask()).start, (0,)), passes(3), 1)
+        found[block] = masses
+    for a, b in zip(*found.values(), strict=True):
+        torch.testing.assert_close(a, b)
+    for split, whole in zip(found[1][::2], found[1][1::2], strict=True):
+        torch.testing.assert_close(split.sum(1, keepdim=True), whole)
+
+
+def test_random_with_a_table_runs_from_the_first_chunk():
+    budget = {"part": "table", "amount": "4f", "shares": [[1, 1, 1]] * 2}
+    session = CacheSession(
+        GEOMETRY, policy(select={"part": "random", "budget": budget}).start, (0,)
+    )
+    drive(session, passes(4), 1)
+    assert session.costs[0].rows_read == 6 * 8 * 3 * (2 + 4 + 4) * TOKENS
+
+
+@pytest.mark.parametrize("positions", ["absolute", "contiguous"])
+def test_bfloat16_merges_do_not_lose_small_terms(positions):
+    """1560 rows of one are 1560 in a sum, although bfloat16 alone stops at 256."""
+
+    @dataclass(frozen=True)
+    class Sum(RetainPart):
+        def decide(self, views, state):
+            rows = 520 * TOKENS
+            merge = Merge(
+                torch.arange(rows),
+                torch.zeros(rows).long(),
+                torch.ones(rows),
+                torch.zeros(1),
+                torch.zeros(1),
+                torch.zeros(1),
+                align="relative",
+            )
+            return [Retention(keep=torch.arange(0), merge=merge)] * len(views)
+
+    frames = tuple(range(520))
+    step = Pass("commit", frames, (0.0,) * 520, 0, final=frames, opens=True, times=(0.0,) * 520)
+    session = CacheSession(GEOMETRY, policy(Sum(), positions=positions).start, (0,))
+    x = torch.ones(1, 520 * TOKENS, GEOMETRY.heads, GEOMETRY.head_dim, dtype=torch.bfloat16)
+    for layer in range(GEOMETRY.layers):
+        assert session.attend(layer, x, x, x, step).dtype == torch.bfloat16
+    session.finish(step)
+    group = session.lanes["cond", 0].cells[0].memory.groups[0]
+    assert group.payload("v").dtype == torch.bfloat16
+    assert float(group.payload("v")[0, 0, 0]) == pytest.approx(2080, rel=0.01)
