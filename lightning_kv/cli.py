@@ -191,9 +191,14 @@ def quiet() -> None:
     """Keep Lightning's start-up notes to what a user must know (its import sets the levels)."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", ".*srun. command is available.*")
+    for text in (
+        "does not have many workers",  # worlds are drawn in no time
+        "isinstance.treespec, LeafSpec",  # between lightning and torch
+        "srun. command is available",
+        "Checkpoint directory .* exists and is not empty",  # that is how a run goes on
+        "no pre-optimization state was saved",  # the state after the step is the one wanted
+    ):
+        warnings.filterwarnings("ignore", f".*{text}.*")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
