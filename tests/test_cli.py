@@ -261,7 +261,7 @@ def test_a_share_in_a_policy_name_is_a_name_like_others(tmp_path):
             "age of 0 frames or more",
         ),
         (["--policies", "[top-attention@1MiB]"], "reading less frees none"),
-        (["--policies", "[sliding-window@1KiB]"], "are 296448 bytes"),
+        (["--policies", "[sliding-window@1KiB]"], "are 319488 bytes"),
         (["--backend", "flash"], "Backends here: reference, sdpa"),
         (["--reference", "none"], "No policy 'none'"),
         (["-c", "nowhere.yaml"], "nowhere.yaml"),

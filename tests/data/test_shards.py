@@ -139,19 +139,20 @@ def test_committed_sets_are_what_the_tool_writes(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "pace"),
+    ("name", "count", "look"),
     [
-        ("panorama-fast13", 64, ("fast", "n13")),
-        ("panorama-quick", 32, ("fast", "n10")),
-        ("panorama-slow12", 32, ("slow", "n12")),
+        ("panorama-fast13", 64, ("fast", "n13", "left")),
+        ("panorama-fast13-any", 32, ("fast", "n13", "any")),
+        ("panorama-quick", 32, ("fast", "n10", "left")),
+        ("panorama-slow12", 32, ("slow", "n12", "left")),
     ],
 )
-def test_committed_sets_are_balanced(name, count, pace):
+def test_committed_sets_are_balanced(name, count, look):
     words = [sample.prompt.split() for sample in PromptShards(read_index(ROOT / "data" / name))]
     assert len(words) == count
-    assert {(speed, size) for _, speed, size, _ in words} == {pace}
-    for eight in (words[i : i + 8] for i in range(0, count, 8)):
-        assert len({(palette, start) for palette, _, _, start in eight}) == 8
+    assert {tuple(rest) for _, *rest in words} == {look}
+    for four in (words[i : i + 4] for i in range(0, count, 4)):
+        assert len({palette for palette, *_ in four}) == 4
 
 
 def test_readme_of_the_sets_runs(tmp_path, monkeypatch):
@@ -164,7 +165,7 @@ def test_readme_of_the_sets_runs(tmp_path, monkeypatch):
 
 def test_sets_share_no_world():
     samples = [s for name in SETS for s in PromptShards(read_index(ROOT / "data" / name))]
-    assert len({sample.world_seed for sample in samples}) == len(samples) == 128
+    assert len({sample.world_seed for sample in samples}) == len(samples) == 160
     torch.Generator().manual_seed(max(sample.world_seed for sample in samples))
 
 
