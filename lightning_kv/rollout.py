@@ -57,6 +57,7 @@ def rollout(
     seed: int = 0,
     keys: Sequence[str] | None = None,
     context: Tensor | None = None,
+    latent_size: tuple[int, int] | None = None,
     events: Sequence[Event] = (),
     backend: str = "sdpa",
     noise: Noise | None = None,
@@ -69,13 +70,14 @@ def rollout(
     """Generate a clip per prompt under a cache policy.
 
     Args:
-        model: From :func:`~lightning_kv.models.load_model`.
-        policy: From :func:`~lightning_kv.policies.preset` or ``load_policy``.
+        model: From :func:`lightning_kv.load_model`.
+        policy: From :func:`lightning_kv.preset` or :func:`lightning_kv.load_policy`.
         prompts: One prompt, or several of equal length for a batch.
         frames: Latent frames, the context included; a multiple of the model's chunk.
         seed: Of the noise.
         keys: Names that noise and random policies are keyed by; the prompts where not given.
         context: Clean latents ``[B, F0, C, h, w]`` that the rollout goes on from.
+        latent_size: Latent height and width; those the model was trained at where not given.
         events: Prompt switches and scene cuts, each at the first frame of a chunk.
         backend: Attention kernel, ``sdpa`` or ``reference``.
         noise: Another source of noise than (seed, key, chunk, step).
@@ -94,19 +96,14 @@ def rollout(
     config = model.network.config
     plan = ChunkPlan(frames, config.chunk, 0 if context is None else context.shape[1])
     like = next(model.network.parameters())
-    geometry = replace(config.geometry(), element_size=like.element_size())
+    size = latent_size or config.latent_size
+    geometry = replace(config.geometry(size), element_size=like.element_size())
     policy.check(geometry, plan.chunk, frames)
     _check_events(events, plan)
     if session is None:
-        session = CacheSession(
-            geometry,
-            policy.start,
-            [stable_seed(seed, key) for key in keys],
-            backend,
-            plan.context,
-            tables,
-        )
-    shape = (config.channels, *config.latent_size)
+        seeds = [stable_seed(seed, key) for key in keys]
+        session = CacheSession(geometry, policy.start, seeds, backend, plan.context, tables)
+    shape = (config.channels, *size)
     run = _Run(model, session, prompts, like.new_empty(len(prompts), frames, *shape))
     source = noise or keyed_noise(seed, keys, plan, shape)
     given = None if context is None else context.to(like)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -199,23 +200,12 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         ValueError: Anything that does not fit, before anything is written.
     """
     settings = launched(options.trainer)
-    policies = named_policies(options.policies)
-    reference = load_policy(options.reference)
-    if policies.get(reference.name, reference) != reference:
-        raise ValueError(
-            f"A policy is called {reference.name!r} like the reference, but is another one: "
-            f"{policies[reference.name]}. Give it its own name."
-        )
     if options.threads < 1:
         raise ValueError(f"--threads {options.threads} leaves nobody to work. Use 1 or more.")
     torch.set_num_threads(options.threads)
+    policies, reference = chosen_policies(options)
     model = load_model(options.model)
-    metric_by_name(options.metrics)
-    known_backend(options.backend)
-    config = model.network.config
-    ChunkPlan(options.frames, config.chunk, options.context_frames)
-    for policy in (reference, *policies.values()):
-        policy.check(config.geometry(), config.chunk, options.frames)
+    check_options(options, model, [reference, *policies.values()])
     data = PromptData(options.data.shards, options.prompts, options.data.seed, options.batch)
     described = describe(options, policies, reference, data, settings.accelerator)
     mark = fingerprint(described)
@@ -238,16 +228,48 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     if run.path.is_dir():
         task.recorded = {(record["policy"], record["key"]) for record in run.records()}
         data.finished = run.finished(task.names)
-    if options.frames > config.train_horizon and is_first():
-        L.pytorch.utilities.rank_zero_warn(
-            f"{options.frames} frames exceed the {config.train_horizon} that {options.model} was "
-            "trained for: the reference itself may fail."
-        )
     trainer.test(task, datamodule=data, verbose=False)
     trainer.strategy.barrier("records are written")
     if trainer.is_global_zero:
         return summary_of(run, task, data, mark, str(trainer.strategy.root_device))
     return {}
+
+
+def chosen_policies(options: EvaluateOptions) -> tuple[dict[str, CachePolicy], CachePolicy]:
+    """Policies by name, and the reference.
+
+    Raises:
+        ValueError: One is unknown, or another policy is called like the reference.
+    """
+    policies, reference = named_policies(options.policies), load_policy(options.reference)
+    if policies.get(reference.name, reference) != reference:
+        raise ValueError(
+            f"A policy is called {reference.name!r} like the reference, but is another one: "
+            f"{policies[reference.name]}. Give it its own name."
+        )
+    return policies, reference
+
+
+def check_options(
+    options: EvaluateOptions, model: EmbeddedModel, policies: list[CachePolicy]
+) -> None:
+    """Refuse metrics, kernel, frames and budgets that do not work, before anything is written.
+
+    Raises:
+        ValueError: The first that does not.
+    """
+    config = model.network.config
+    metric_by_name(options.metrics)
+    known_backend(options.backend)
+    ChunkPlan(options.frames, config.chunk, options.context_frames)
+    for policy in policies:
+        policy.check(config.geometry(), config.chunk, options.frames)
+    if options.frames > config.train_horizon and is_first():
+        warnings.warn(
+            f"{options.frames} frames exceed the {config.train_horizon} that {options.model} was "
+            "trained for: the reference itself may fail.",
+            stacklevel=2,
+        )
 
 
 def summary_of(

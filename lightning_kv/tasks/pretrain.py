@@ -255,12 +255,8 @@ def pretrain(options: PretrainOptions) -> Path:
     Raises:
         ValueError: ``out`` holds a run with another recipe.
     """
-    from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-    from lightning.pytorch.loggers import CSVLogger
-
     torch.set_num_threads(options.threads)
     out = options.out
-    out.mkdir(parents=True, exist_ok=True)
     described = json.dumps(asdict(options.recipe), indent=2)
     stamp = out / "recipe.json"
     if stamp.exists() and stamp.read_text() != described:
@@ -268,42 +264,50 @@ def pretrain(options: PretrainOptions) -> Path:
             f"{out} holds a training run with another recipe. "
             "Give another --out, or the recipe in its recipe.json."
         )
+    out.mkdir(parents=True, exist_ok=True)
     stamp.write_text(described)
     task = Pretrain(options.recipe, out, options.picture_every)
+    last = out / "last.ckpt"
+    trainer_for(options).fit(task, ckpt_path=last if last.exists() else None, weights_only=False)
+    if int(task.done) < options.recipe.steps:
+        raise RuntimeError(
+            f"Stopped at step {int(task.done)} of {options.recipe.steps}. "
+            "Give the same command again to go on."
+        )
+    target = out / "panorama.safetensors"
+    metadata = {
+        "recipe": described,
+        "commit": commit(),
+        "steps": str(int(task.done)),
+        "final_losses": json.dumps(task.losses),
+        "reproduce": "lightning-kv pretrain, with the recipe in this metadata",
+    }
+    save_embedded(target, EmbeddedModel(task.average, task.codec, task.encoder), metadata)
+    return target
+
+
+def trainer_for(options: PretrainOptions) -> L.Trainer:
+    """A Trainer that saves checkpoints and logs losses in the run directory."""
+    from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+    from lightning.pytorch.loggers import CSVLogger
+
     saver = ModelCheckpoint(
-        out,
+        options.out,
         filename="last",
-        every_n_train_steps=options.checkpoint_every * 2,
+        every_n_train_steps=options.checkpoint_every * 2,  # two optimisers step each time
         save_top_k=1,
         enable_version_counter=False,
     )
-    trainer = L.Trainer(
+    return L.Trainer(
         accelerator=resolved(options.accelerator),
         devices=1,
         max_epochs=1,
         callbacks=[saver, RichProgressBar()],
-        logger=CSVLogger(out, name="", version="log"),
+        logger=CSVLogger(options.out, name="", version="log"),
         log_every_n_steps=10,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    last = out / "last.ckpt"
-    trainer.fit(task, ckpt_path=last if last.exists() else None, weights_only=False)
-    if int(task.done) < options.recipe.steps:
-        raise RuntimeError(f"Stopped at step {int(task.done)} of {options.recipe.steps}.")
-    target = out / "panorama.safetensors"
-    save_embedded(
-        target,
-        EmbeddedModel(task.average, task.codec, task.encoder),
-        {
-            "recipe": described,
-            "commit": commit(),
-            "steps": str(int(task.done)),
-            "final_losses": json.dumps(task.losses),
-            "reproduce": "lightning-kv pretrain, with the recipe in this metadata",
-        },
-    )
-    return target
 
 
 def commit() -> str:

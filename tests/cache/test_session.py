@@ -31,7 +31,7 @@ def policy(retain="everything", select="everything", positions="absolute", bias=
     return CachePolicy("test", **built, precision=precision, bias=bias)
 
 
-def both(made, script, batch=2, chunks=5, backend="sdpa", seeds=None):
+def assert_both_agree(made, script, batch=2, chunks=5, backend="sdpa", seeds=None):
     """Outputs of the session and of the twin must agree; returns both."""
     session = CacheSession(GEOMETRY, made.start, seeds or tuple(range(batch)), backend)
     twin = Twin(batch, script)
@@ -42,7 +42,7 @@ def both(made, script, batch=2, chunks=5, backend="sdpa", seeds=None):
     return session, twin
 
 
-def same_rows(session, twin):
+def assert_same_rows(session, twin):
     """Memory and archive of both hold the same rows."""
     for (b, layer, h), stream in twin.streams.items():
         cell = session.lanes["cond", b].cells[layer]
@@ -72,8 +72,8 @@ def same_rows(session, twin):
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_full_cache(backend):
-    session, twin = both(policy(), Script(), backend=backend)
-    same_rows(session, twin)
+    session, twin = assert_both_agree(policy(), Script(), backend=backend)
+    assert_same_rows(session, twin)
 
 
 # -- retain ----------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def test_window(budget, sink, storage):
     made = policy(
         {"part": "window", "budget": f"{budget}f", "sink": sink}, positions=STORAGE[storage]
     )
-    same_rows(*both(made, WindowScript(budget, sink)))
+    assert_same_rows(*assert_both_agree(made, WindowScript(budget, sink)))
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ class EvenScript(Script):
 
 
 def test_open_retention_decides_with_the_queries_at_hand():
-    session, twin = both(policy(EvenAtOpen()), EvenScript())
-    same_rows(session, twin)
+    session, twin = assert_both_agree(policy(EvenAtOpen()), EvenScript())
+    assert_same_rows(session, twin)
     lengths = {len(stream.rows) for stream in twin.streams.values()}
     assert len(lengths) > 1, "the streams should be ragged"
 
@@ -259,8 +259,8 @@ class FoldScript(Script):
 @pytest.mark.parametrize("align", ["raw", "relative"])
 def test_merges_columns_and_fractional_times(align, storage):
     made = policy(Fold(align=align), positions=STORAGE[storage], bias="log_weight")
-    session, twin = both(made, FoldScript(align))
-    same_rows(session, twin)
+    session, twin = assert_both_agree(made, FoldScript(align))
+    assert_same_rows(session, twin)
     times = session.lanes["cond", 0].cells[0].memory.column("time")[1]
     assert bool((times % 1 == 0.25).any()), "some times should be fractional"
 
@@ -311,13 +311,13 @@ class ShelfScript(Script):
 @pytest.mark.parametrize("storage", STORAGE)
 def test_archive_and_new_times(storage):
     made = policy(Shelf(), positions=STORAGE[storage])
-    session, twin = both(made, ShelfScript(), chunks=3)
-    same_rows(session, twin)
+    session, twin = assert_both_agree(made, ShelfScript(), chunks=3)
+    assert_same_rows(session, twin)
     before = session.held_bytes(0)
     empty = CacheSession(GEOMETRY, policy(positions=STORAGE[storage]).start, (0, 1))
     drive(empty, passes(3))
     assert before >= empty.held_bytes(0), "archived rows are counted"
-    same_rows(*both(made, ShelfScript()))
+    assert_same_rows(*assert_both_agree(made, ShelfScript()))
 
 
 # -- select ----------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ class ParityScript(Script):
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_selection_for_each_query_frame(backend):
-    both(policy(select=ByParity()), ParityScript(), backend=backend)
+    assert_both_agree(policy(select=ByParity()), ParityScript(), backend=backend)
 
 
 @dataclass(frozen=True)
@@ -369,7 +369,7 @@ class RowScript(Script):
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_selection_of_rows_with_a_bias(backend):
-    both(policy(select=ByRow()), RowScript(), backend=backend)
+    assert_both_agree(policy(select=ByRow()), RowScript(), backend=backend)
 
 
 @dataclass(frozen=True)
@@ -405,7 +405,7 @@ class OnlyBiasScript(Script):
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_bias_for_each_query_frame(whole, backend):
-    both(policy(select=OnlyBias(whole=whole)), OnlyBiasScript(whole), backend=backend)
+    assert_both_agree(policy(select=OnlyBias(whole=whole)), OnlyBiasScript(whole), backend=backend)
 
 
 # -- budget: ragged lengths, per head and per sample -----------------------------------------
@@ -433,8 +433,10 @@ class RaggedScript(Script):
 
 @pytest.mark.parametrize("storage", STORAGE)
 def test_ragged_lengths_in_a_batch(storage):
-    session, twin = both(policy(Ragged(), positions=STORAGE[storage]), RaggedScript(), batch=3)
-    same_rows(session, twin)
+    session, twin = assert_both_agree(
+        policy(Ragged(), positions=STORAGE[storage]), RaggedScript(), batch=3
+    )
+    assert_same_rows(session, twin)
     even = CacheSession(GEOMETRY, policy({"part": "window", "budget": "3f"}).start, (0,))
     drive(even, passes(), 1)
     assert session.held_bytes(0) < even.held_bytes(0), "a smaller head must free memory"
@@ -478,7 +480,7 @@ class TimeScript(WindowScript):
 )
 def test_positions(part, rule):
     made = policy({"part": "window", "budget": "5f", "sink": 2}, positions=part)
-    both(made, TimeScript(rule))
+    assert_both_agree(made, TimeScript(rule))
 
 
 def test_contiguous_positions_of_an_unbroken_window_change_nothing():
