@@ -196,6 +196,7 @@ def quiet() -> None:
         "isinstance.treespec, LeafSpec",  # between lightning and torch
         "srun. command is available",
         "Checkpoint directory .* exists and is not empty",  # that is how a run goes on
+        "was called before the ``update`` method",  # the reference has nothing to be compared with
         "no pre-optimization state was saved",  # the state after the step is the one wanted
     ):
         warnings.filterwarnings("ignore", f".*{text}.*")

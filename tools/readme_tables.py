@@ -48,9 +48,9 @@ def _arrow(summary: dict, metric: str) -> str:
 def _cell(metric: dict) -> str:
     if metric["mean"] is None:
         return "n/a"
-    low, high = metric["ci95"]
-    digits = 1 if metric["unit"] == "dB" else 4 if metric["mean"] < 0.1 else 3
-    return f"{metric['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    style = ".1f" if metric["unit"] == "dB" else ".3f" if metric["mean"] >= 0.01 else ".1e"
+    mean, low, high = (format(x, style) for x in (metric["mean"], *metric["ci95"]))
+    return mean if mean == low == high else f"{mean} [{low}, {high}]"
 
 
 def fill(text: str, name: str, table: str) -> str:

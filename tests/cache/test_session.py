@@ -31,12 +31,12 @@ def policy(retain="everything", select="everything", positions="absolute", bias=
     return CachePolicy("test", **built, precision=precision, bias=bias)
 
 
-def assert_both_agree(made, script, batch=2, chunks=5, backend="sdpa", seeds=None):
+def assert_both_agree(made, script, batch=2, chunks=5, backend="sdpa", steps=None):
     """Outputs of the session and of the twin must agree; returns both."""
-    session = CacheSession(GEOMETRY, made.start, seeds or tuple(range(batch)), backend)
+    session = CacheSession(GEOMETRY, made.start, tuple(range(batch)), backend)
     twin = Twin(batch, script)
-    ours = drive(session, passes(chunks), batch)
-    theirs = drive(twin, passes(chunks), batch)
+    steps = list(steps or passes(chunks))
+    ours, theirs = drive(session, steps, batch), drive(twin, steps, batch)
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=0, msg=lambda m, i=i: f"call {i}: {m}")
     return session, twin
@@ -450,6 +450,34 @@ def test_budget_table_gives_each_head_its_share():
     for layer, row in enumerate(shares):
         lengths = session.lanes["cond", 0].cells[layer].memory.lengths
         assert lengths == {h: round(4 * share) * TOKENS for h, share in enumerate(row)}
+
+
+# -- several chunks in flight ----------------------------------------------------------------
+
+
+def rolling(apart):
+    """Two chunks in flight; the older one is committed apart, or as a part of the same pass."""
+    for chunk in range(4):
+        flight = tuple(range(chunk * CHUNK, (chunk + 2) * CHUNK))
+        oldest = flight[:CHUNK]
+        levels = (250.0,) * CHUNK + (750.0,) * CHUNK
+        yield Pass("denoise", flight, levels, chunk, 0, () if apart else oldest, True, CHUNK)
+        if apart:
+            yield Pass("commit", oldest, (0.0,) * CHUNK, chunk, 0, oldest, False, CHUNK)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("storage", STORAGE)
+def test_several_chunks_in_flight(storage, apart):
+    window = {"part": "window", "budget": "3f", "sink": 1}
+    made = policy(window, select=ByParity(), positions=STORAGE[storage])
+
+    class Both(WindowScript, ParityScript):
+        pass
+
+    session, twin = assert_both_agree(made, Both(3, 1), steps=rolling(apart))
+    assert_same_rows(session, twin)
+    assert session.lanes["cond", 0].cells[0].memory.column("frame_id")[0].max() == 7
 
 
 # -- positions -------------------------------------------------------------------------------
