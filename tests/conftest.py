@@ -12,9 +12,9 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--full"):
-        chosen = [item for item in items if "full" not in item.keywords]
-        config.hook.pytest_deselected(items=[item for item in items if "full" in item.keywords])
-        items[:] = chosen
+        long = [item for item in items if item.get_closest_marker("full")]  # not a mere id "full"
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
 
 
 @pytest.fixture(scope="session")
