@@ -115,8 +115,8 @@ class Evaluate(L.LightningModule):
                 self._picture(start, {name: frames[index] for name, frames in clips.items()})
         self.progress.end(len(batch))
 
-    def on_test_end(self) -> None:
-        """Leave the terminal tidy."""
+    def close(self) -> None:
+        """Leave the terminal tidy, after an error too."""
         if self.progress is not None:
             self.progress.__exit__()
 
@@ -228,7 +228,10 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     if run.path.is_dir():
         task.recorded = {(record["policy"], record["key"]) for record in run.records()}
         data.finished = run.finished(task.names)
-    trainer.test(task, datamodule=data, verbose=False)
+    try:
+        trainer.test(task, datamodule=data, verbose=False)
+    finally:
+        task.close()
     trainer.strategy.barrier("records are written")
     if trainer.is_global_zero:
         return summary_of(run, task, data, mark, str(trainer.strategy.root_device))
