@@ -89,26 +89,6 @@ def paired_interval(
     return bca_interval(_finite(a) - _finite(b), level, resamples, seed)
 
 
-def percentile(values: Sequence[float], q: float) -> float | None:
-    """The q-th percentile, between neighbours by linear interpolation; None of no values.
-
-    Args:
-        values: Finite numbers.
-        q: 0 to 100.
-
-    Raises:
-        ValueError: A value is not finite, or q is not between 0 and 100.
-
-    Example:
-        >>> percentile([1.0, 2.0, 4.0], 75)
-        3.0
-    """
-    data = _finite(values)
-    if not 0 <= q <= 100:
-        raise ValueError(f"There is no percentile {q}. Pass a number from 0 to 100, such as 95.")
-    return float(np.percentile(data, q)) if len(data) else None
-
-
 def _finite(values: Sequence[float]) -> np.ndarray:
     data = np.asarray(values, dtype=np.float64)
     if not np.isfinite(data).all():

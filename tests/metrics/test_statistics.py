@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.special import ndtr, ndtri
 from scipy.stats import t as student
 
-from lightning_kv.metrics.statistics import bca_interval, paired_interval, percentile
+from lightning_kv.metrics.statistics import bca_interval, paired_interval
 
 
 def slow_bca(values, level, resamples, seed):
@@ -93,26 +93,12 @@ def test_paired_interval_sees_through_a_common_spread():
     assert paired_interval(clips + 1.0 + noise, clips) == bca_interval(clips + 1.0 + noise - clips)
 
 
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20), st.floats(0, 100))
-def test_percentile_interpolates_between_sorted_neighbours(values, q):
-    rank = q / 100 * (len(values) - 1)
-    ordered, below = sorted(values), math.floor(rank)
-    above = min(below + 1, len(values) - 1)
-    expected = ordered[below] + (rank - below) * (ordered[above] - ordered[below])
-    assert percentile(values, q) == pytest.approx(expected, rel=1e-9, abs=1e-6)
-
-
-def test_percentile_of_nothing_is_nothing():
-    assert percentile([], 50) is None
-
-
 @pytest.mark.parametrize(
     ("call", "given", "remedy"),
     [
         (lambda: bca_interval([1.0, math.nan]), "1 of 2", "Leave out"),
         (lambda: bca_interval([1.0, 2.0], level=95), "95", "between 0 and 1"),
         (lambda: paired_interval([1.0, 2.0], [1.0]), "2 and 1", "same clips"),
-        (lambda: percentile([1.0], 101), "101", "0 to 100"),
     ],
 )
 def test_errors_say_what_was_given_and_what_would_work(call, given, remedy):
