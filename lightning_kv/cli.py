@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lightning_kv import __version__
@@ -60,13 +60,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.write(f"lightning-kv {__version__}\n")
         return
     if words[0] not in commands:
-        near = difflib.get_close_matches(words[0], commands, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        fail(f"No command {words[0]!r}.{hint} Commands: {', '.join(commands)}.")
+        fail(f"No command {words[0]!r}.{hint(words[0], commands)} Commands: {', '.join(commands)}.")
     try:
         commands[words[0]](words[1:])
     except ValueError as error:
         fail(str(error))
+
+
+def hint(given: str, known: Iterable[str]) -> str:
+    """The nearest known name, as a question; nothing where none is near."""
+    near = difflib.get_close_matches(given, known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def fail(text: str) -> None:
@@ -121,9 +125,8 @@ def list_command(words: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="for programs")
     chosen = parser.parse_args(words)
     if chosen.what not in KINDS:
-        near = difflib.get_close_matches(chosen.what, KINDS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Cannot list {chosen.what!r}.{hint} Lists: {', '.join(KINDS)}.")
+        near = hint(chosen.what, KINDS)
+        raise ValueError(f"Cannot list {chosen.what!r}.{near} Lists: {', '.join(KINDS)}.")
     rows = listing(chosen.what)
     if chosen.json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
@@ -166,9 +169,7 @@ def explain(text: str, options: type) -> str:
     known = setting_names(options)
     given = re.search(r"(?:[Uu]nrecognized arguments: --|[Oo]ption ')([\w.\-]+)", text)
     if given and given[1] not in known:
-        near = difflib.get_close_matches(given[1], known, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        return f"No setting {given[1]!r}.{hint} Settings: {', '.join(known)}."
+        return f"No setting {given[1]!r}.{hint(given[1], known)} Settings: {', '.join(known)}."
     return text
 
 

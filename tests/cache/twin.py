@@ -23,10 +23,9 @@ def turn(vector, time, place, sign=1.0):
     row, column = divmod(int(place), GEOMETRY.grid[1])
     out = []
     pairs = torch.view_as_complex(vector.double().reshape(-1, 2).contiguous())
-    for axis, position in enumerate((time, row, column)):
+    for position in (time, row, column):
         for j in range(2):  # 4 real dimensions for each axis at head width 12
             out.append(sign * position * 10000.0 ** (-2 * j / 4))
-            assert axis < 3
     angles = torch.tensor(out, dtype=torch.float64)
     return torch.view_as_real(pairs * torch.exp(1j * angles)).flatten()
 
