@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_kv.cache.decisions import Event, Rebuild
 from lightning_kv.cache.passes import Pass
-from lightning_kv.cache.session import CacheSession, Cost
+from lightning_kv.cache.session import CacheSession, Cost, Watch
 from lightning_kv.models.loading import EmbeddedModel
 from lightning_kv.models.samplers import (
     ChunkPlan,
@@ -65,6 +65,7 @@ def rollout(
     session: CacheSession | None = None,
     tables: dict[str, Any] | None = None,
     decode: bool = True,
+    watch: Watch | None = None,
     progress: Callable[[int, CacheSession], None] | None = None,
 ) -> Rollout:
     """Generate a clip per prompt under a cache policy.
@@ -85,6 +86,7 @@ def rollout(
         session: Another session than a fresh one for ``policy`` (calibration, tests).
         tables: Values for needs that the session does not collect.
         decode: Also give pixels.
+        watch: Told of every pass of every layer, such as a :class:`lightning_kv.cache.trace.Trace`.
         progress: Called after every chunk with its index and the session.
 
     Raises:
@@ -102,7 +104,7 @@ def rollout(
     _check_events(events, plan)
     if session is None:
         seeds = [stable_seed(seed, key) for key in keys]
-        session = CacheSession(geometry, policy.start, seeds, backend, plan.context, tables)
+        session = CacheSession(geometry, policy.start, seeds, backend, plan.context, tables, watch)
     shape = (config.channels, *size)
     run = _Run(model, session, prompts, like.new_empty(len(prompts), frames, *shape))
     source = noise or keyed_noise(seed, keys, plan, shape)

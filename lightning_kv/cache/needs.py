@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
+from lightning_kv.cache.decisions import Event
 from lightning_kv.cache.view import CacheView
 
 
@@ -27,40 +30,161 @@ class Collector(Protocol):
         """Column values ``[H, P]`` of the rows that are about to be committed."""
         ...
 
+    def event(self, event: Event) -> None:
+        """Something happens between two chunks."""
+        ...
+
+
+@dataclass
+class Moments:
+    """What queries before rotation look like, in one layer.
+
+    Args:
+        mean: ``[H, G, D]``, one for each spatial cell of the frame.
+        variance: ``[H, D / 2]``: mean squared distance of a complex pair from the mean of its cell.
+        cell: int64 ``[tokens]``: the cell, 0 to G - 1, of every place of a frame.
+        count: Clean passes that went in since the start or the last prompt switch.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    cell: Tensor
+    count: int
+
 
 class QueryMoments:
     """Running mean and variance of the queries before rotation, over clean passes.
 
-    ``value`` is ``(mean [H, D], variance [H, D], count)``, or None before the first clean pass.
+    A prompt switch forgets them.
+
+    Args:
+        cells: Rows and columns of spatial cells; each has its own mean. Never more than tokens.
+        rate: Smallest weight of a new pass: 0 weighs all passes alike, 0.1 forgets old ones.
     """
 
     columns: ClassVar[dict[str, str]] = {}
 
-    def __init__(self) -> None:
-        self.moments: dict[int, tuple[Tensor, Tensor, int]] = {}
+    def __init__(self, cells: tuple[int, int] = (1, 1), rate: float = 0.0) -> None:
+        self.cells, self.rate = cells, rate
+        self.moments: dict[int, Moments] = {}
 
     def observe(self, view: CacheView) -> None:
         """See :class:`Collector`."""
-        if view.step.phase == "denoise" or view.step.rebuild:
+        query = clean_queries(view)
+        if query is None:
             return
-        query = view.raw_query.double()
-        count, mean = query.shape[1], query.mean(1)
-        spread = query.var(1, unbiased=False)
-        if view.layer in self.moments:
-            old_mean, old_spread, old = self.moments[view.layer]
-            total, delta = old + count, mean - old_mean
-            share = count / total
-            spread = old_spread * (1 - share) + spread * share + delta**2 * share * (1 - share)
-            mean, count = old_mean + delta * share, total
-        self.moments[view.layer] = mean, spread, count
+        layout = cell_index(view.geometry.grid, self.cells, query.device)
+        cell = layout.repeat(query.shape[1] // len(layout))
+        share = one_hot(cell).to(query)  # [T, G]
+        mean = torch.einsum("htd,tg->hgd", query, share / share.sum(0))
+        spread = (query - mean[:, cell]).square().mean(1)
+        old = self.moments.get(view.layer)
+        if old is not None:
+            weight = max(1 / (old.count + 1), self.rate)
+            delta = mean - old.mean
+            moved = torch.einsum("hgd,g->hd", delta.square(), share.mean(0))
+            mean = old.mean + weight * delta
+            spread = weight * spread + weight * (1 - weight) * moved
+        variance = spread.unflatten(-1, (-1, 2)).sum(-1)
+        if old is not None:
+            variance = variance + (1 - weight) * old.variance
+        count = 1 if old is None else old.count + 1
+        self.moments[view.layer] = Moments(mean, variance, layout, count)
 
-    def value(self, layer: int) -> tuple[Tensor, Tensor, int] | None:
+    def value(self, layer: int) -> Moments | None:
         """See :class:`Collector`."""
         return self.moments.get(layer)
 
     def initial(self, layer: int) -> dict[str, Tensor]:
         """See :class:`Collector`."""
         return {}
+
+    def event(self, event: Event) -> None:
+        """See :class:`Collector`."""
+        if event.kind == "prompt_switch":
+            self.moments.clear()
+
+
+@dataclass
+class Bank:
+    """Queries before rotation that were asked lately, in one layer.
+
+    Args:
+        query: ``[H, R, D]``, oldest first.
+        place: int64 ``[R]``, their positions in the frame.
+    """
+
+    query: Tensor
+    place: Tensor
+
+
+class QueryBank:
+    """The queries before rotation of the newest clean frames. A prompt switch empties it.
+
+    Args:
+        frames: How many frames are remembered.
+        rows: Queries of each of them, evenly spaced, another set for each frame; all where the
+            frame has no more.
+    """
+
+    columns: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, frames: int = 24, rows: int = 16) -> None:
+        self.frames, self.rows = frames, rows
+        self.banks: dict[int, Bank] = {}
+
+    def observe(self, view: CacheView) -> None:
+        """See :class:`Collector`."""
+        query = clean_queries(view)
+        if query is None:
+            return
+        tokens = view.geometry.tokens
+        rows = min(self.rows, tokens)
+        first = torch.arange(rows, device=query.device) * tokens // rows
+        ids = torch.tensor(view.step.final, device=query.device).unsqueeze(1)
+        place = (first + ids) % tokens  # [frames, rows]
+        index = torch.arange(len(place), device=query.device).unsqueeze(1) * tokens + place
+        query, place = query[:, index.flatten()], place.flatten()
+        if view.layer in self.banks:
+            old = self.banks[view.layer]
+            query, place = torch.cat([old.query, query], 1), torch.cat([old.place, place])
+        kept = self.frames * rows
+        self.banks[view.layer] = Bank(query[:, -kept:].clone(), place[-kept:].clone())
+
+    def value(self, layer: int) -> Bank | None:
+        """See :class:`Collector`."""
+        return self.banks.get(layer)
+
+    def initial(self, layer: int) -> dict[str, Tensor]:
+        """See :class:`Collector`."""
+        return {}
+
+    def event(self, event: Event) -> None:
+        """See :class:`Collector`."""
+        if event.kind == "prompt_switch":
+            self.banks.clear()
+
+
+def clean_queries(view: CacheView) -> Tensor | None:
+    """Queries before rotation of the frames that become final now, ``[H, T, D]``, float32 up."""
+    step = view.step
+    if step.phase == "denoise" or step.rebuild or not step.final:
+        return None
+    tokens, low = view.geometry.tokens, step.frames.index(step.final[0])
+    query = view.raw_query[:, low * tokens : (low + len(step.final)) * tokens]
+    return query.to(torch.promote_types(query.dtype, torch.float32))
+
+
+def cell_index(
+    grid: tuple[int, int], cells: tuple[int, int], device: torch.device | str = "cpu"
+) -> Tensor:
+    """The spatial cell of every place of a frame, int64 ``[tokens]``, cells in raster order."""
+    index = torch.zeros(1, dtype=torch.int64, device=device)
+    for size, count in zip(grid, cells, strict=True):
+        count = min(size, count)
+        own = torch.arange(size, device=device) * count // size
+        index = (index.unsqueeze(1) * count + own).flatten()
+    return index
 
 
 class AttentionMass:
@@ -100,8 +224,12 @@ class AttentionMass:
         """See :class:`Collector`."""
         return {"mass": self.pending.pop(layer)} if layer in self.pending else {}
 
+    def event(self, event: Event) -> None:
+        """Mass that was paid stays paid."""
+
 
 COLLECTORS: dict[str, type[Collector]] = {
+    "query_bank": QueryBank,
     "query_moments": QueryMoments,
     "attention_mass": AttentionMass,
 }

@@ -71,13 +71,13 @@ def _bias(
     return total
 
 
-def check_needs(needs: frozenset[str], tables: dict[str, Any]) -> None:
+def check_needs(needs: dict[str, dict[str, Any]], tables: dict[str, Any]) -> None:
     """Refuse a policy that asks for a statistic nobody provides.
 
     Raises:
         ValueError: Names the needs, and what there is.
     """
-    missing = sorted(needs - COLLECTORS.keys() - tables.keys())
+    missing = sorted(needs.keys() - COLLECTORS.keys() - tables.keys())
     if missing:
         there = sorted(COLLECTORS.keys() | tables.keys())
         raise ValueError(

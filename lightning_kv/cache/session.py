@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +27,7 @@ class Decider(Protocol):
     moves: bool
     opens: bool
     columns: dict[str, str]
-    needs: frozenset[str]
+    needs: dict[str, dict[str, Any]]
     bias: str | None
 
     def open(self, view: CacheView) -> Retention | None:
@@ -76,6 +77,9 @@ class Cost:
     rebuilt_frames: int = 0
 
 
+Watch = Callable[[int, CacheView, Selection | None], None]
+
+
 @dataclass
 class Lane:
     """One sample in one namespace: cells per layer, a decider and its statistics."""
@@ -96,6 +100,7 @@ class CacheSession:
         backend: Kernel name (see :data:`lightning_kv.cache.attend.KERNELS`).
         context_frames: Given frames; passes over them are left out of the read counts.
         tables: Values for needs that are not collected here, such as ``reference_mass``.
+        watch: Told of every pass of every layer: sample, view and selection.
 
     Raises:
         ValueError: Unknown backend, or a need that nothing here can meet.
@@ -109,7 +114,9 @@ class CacheSession:
         backend: str = "sdpa",
         context_frames: int = 0,
         tables: dict[str, Any] | None = None,
+        watch: Watch | None = None,
     ) -> None:
+        self.watch = watch
         self.geometry, self.start, self.seeds = geometry, start, tuple(seeds)
         self.kernel, self.context_frames = known_backend(backend), context_frames
         self.tables = tables or {}
@@ -152,6 +159,8 @@ class CacheSession:
                 collector.observe(view)
             selection = None if step.rebuild else lane.decider.select(view)
             read, bias = resolve(selection, view, lane.decider.bias)
+            if self.watch is not None:
+                self.watch(sample, view, selection)
             for i, group in enumerate(cell.memory.groups):
                 heads = list(group.heads)
                 values = cell.readable(group, "v")
@@ -178,7 +187,7 @@ class CacheSession:
                 continue
             self._commit(lane, step)
             if not step.rebuild:
-                views = [self._view(lane, layer, step) for layer in range(len(lane.cells))]
+                views = self._views(lane, step)
                 answer = self._carry_out(lane, lane.decider.commit(views))
                 self.costs[sample].rows_scored += self._scored(views, step)
                 rebuilds += [(sample, answer)] if answer else []
@@ -201,8 +210,9 @@ class CacheSession:
         rebuilds = []
         for (namespace, sample), lane in self.lanes.items():
             if namespace == step.namespace:
-                views = [self._view(lane, layer, step) for layer in range(len(lane.cells))]
-                answer = self._carry_out(lane, lane.decider.event(event, views))
+                for collector in lane.collectors.values():
+                    collector.event(event)
+                answer = self._carry_out(lane, lane.decider.event(event, self._views(lane, step)))
                 rebuilds += [(sample, answer)] if answer else []
         return rebuilds
 
@@ -211,7 +221,8 @@ class CacheSession:
         found = self.lanes.get((namespace, sample))
         if found is None:
             decider = self.start()
-            collectors = {n: COLLECTORS[n]() for n in sorted(decider.needs) if n in COLLECTORS}
+            asked = {n: x for n, x in sorted(decider.needs.items()) if n in COLLECTORS}
+            collectors = {name: COLLECTORS[name](**how) for name, how in asked.items()}
             columns = dict(decider.columns)
             for collector in collectors.values():
                 columns |= collector.columns
@@ -222,8 +233,7 @@ class CacheSession:
             found = Lane(cells, decider, collectors, self.seeds[sample])
             self.lanes[namespace, sample] = found
             here = Pass("prefill", (0,), (0.0,), chunk=0, namespace=namespace)
-            views = [self._view(found, layer, here) for layer in range(len(cells))]
-            if decider.event(Event("start"), views) is not None:
+            if decider.event(Event("start"), self._views(found, here)) is not None:
                 raise ValueError(
                     "A retain part answered the event 'start', when nothing is held yet. "
                     "It may set up its state there; answer at commit or at a later event."
@@ -273,6 +283,28 @@ class CacheSession:
             log_weight=lane.decider.bias == "log_weight",
         )
 
+    def _views(self, lane: Lane, step: Pass) -> list[CacheView]:
+        """Every layer between two passes; each can say how the next chunk will meet its keys."""
+        views = [self._view(lane, layer, step) for layer in range(len(lane.cells))]
+        for view in views:
+            view.look_ahead = partial(self._ahead, lane, view)
+        return views
+
+    def _ahead(self, lane: Lane, view: CacheView) -> CacheView:
+        """The view that the next chunk would have, before it has queries."""
+        step = view.step
+        last, count = step.frames[-1], len(step.frames)
+        if step.final:
+            last, count = step.final[-1], step.next_chunk or len(step.final)
+        start = step.query_times[step.frames.index(last)] + 1
+        frames = tuple(range(last + 1, last + 1 + count))
+        times = tuple(start + i for i in range(count))
+        coming = replace(step, frames=frames, timesteps=(0.0,) * count, times=times, final=())
+        found = replace(view, step=coming)
+        still = torch.zeros(0, self.geometry.head_dim // 2)
+        found.read_keys = [self._keys(lane, found, group, still, still) for group in view.groups]
+        return found
+
     def _open(self, lane: Lane, view: CacheView) -> None:
         """An ``open`` retention decides with the chunk's first queries at hand."""
         still = view.query.new_zeros(0, self.geometry.head_dim // 2)
@@ -319,8 +351,8 @@ class CacheSession:
         return None
 
     def _recode(self, lane: Lane, step: Pass) -> None:
-        views = [self._view(lane, layer, step) for layer in range(len(lane.cells))]
-        for cell, decisions in zip(lane.cells, lane.decider.recode(views), strict=True):
+        answers = lane.decider.recode(self._views(lane, step))
+        for cell, decisions in zip(lane.cells, answers, strict=True):
             for decision in decisions:
                 cell.recode(decision)
 

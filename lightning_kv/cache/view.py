@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,11 @@ from lightning_kv.cache.rows import Group
 from lightning_kv.cache.store import Cell
 
 BLOCK = 2**25  # numbers held at once while attention is scored
+
+NO_QUERIES = (
+    "Attention was asked for between two passes, when there are no queries. "
+    "Ask in `select`, or in a `retain` part with when='open'."
+)
 
 
 @dataclass
@@ -31,6 +37,7 @@ class CacheView:
         collected: What was collected for the declared needs, by name (for this layer).
         seed: Base of every random draw of this sample.
         log_weight: Whether merged rows count for their weight in attention.
+        look_ahead: Between passes: makes the view of the next chunk, see :meth:`ahead`.
         scored: Counts keys touched to score them, times the queries that touched them.
     """
 
@@ -43,6 +50,7 @@ class CacheView:
     collected: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     log_weight: bool = False
+    look_ahead: Callable[[], CacheView] | None = None
     scored: int = field(default=0, init=False)
 
     @property
@@ -81,6 +89,19 @@ class CacheView:
     def present(self) -> Tensor:
         """Frames of which a head holds at least one row, bool ``[H, F]``."""
         return self.rows_per_frame > 0
+
+    def ahead(self) -> CacheView:
+        """The same memory as the next chunk will meet it, for a decision between two passes.
+
+        Its ``read_keys`` are rotated as that chunk's queries will find them, and its ``step`` says
+        where that chunk stands; there are no queries yet.
+        """
+        if self.look_ahead is None:
+            raise ValueError(
+                "A look at the next chunk was asked for in the middle of a pass. "
+                "Ask when a chunk is committed, or at an event."
+            )
+        return self.look_ahead()
 
     def forget(self) -> None:
         """Drop what was derived from rows that have changed since."""
@@ -157,10 +178,7 @@ class CacheView:
             per_query_frame: Sums for each query frame (Q frames) instead of all together (Q = 1).
         """
         if self.query is None or self.read_keys is None:
-            raise ValueError(
-                "Attention was asked for between two passes, when there are no queries. "
-                "Ask in `select`, or in a `retain` part with when='open'."
-            )
+            raise ValueError(NO_QUERIES)
         out = []
         for group, keys in zip(self.groups, self.read_keys, strict=True):
             query = self.query[list(group.heads)]
@@ -177,10 +195,49 @@ class CacheView:
             out.append(torch.stack(parts, 1))
         return out
 
+    def frame_logits(self, per_query_frame: bool = False) -> Tensor:
+        """Log-sum-exp of each frame's logits, averaged over the queries, ``[H, Q, F]``.
+
+        Counts every held key once for every query, as :meth:`attention` does. -inf where a head
+        holds nothing of a frame.
+        """
+        if self.query is None or self.read_keys is None:
+            raise ValueError(NO_QUERIES)
+        split = self.query_frames if per_query_frame else 1
+        out = self.query.new_full(
+            (self.heads, split, len(self.frame_ids)),
+            -torch.inf,
+            dtype=torch.promote_types(self.query.dtype, torch.float32),
+        )
+        for group, keys in zip(self.groups, self.read_keys, strict=True):
+            heads = list(group.heads)
+            query, past = self.query[heads], keys[:, : len(group)]
+            self.scored += len(heads) * query.shape[1] * len(group)
+            index = self.frame_index(group).expand(len(heads), -1).unsqueeze(1)
+            block = max(1, BLOCK // max(1, past.shape[0] * past.shape[1]))
+            parts = [
+                torch.cat([self._by_frame(group, q, past, index) for q in f.split(block, 1)], 1)
+                for f in query.chunk(split, 1)
+            ]
+            out[heads] = torch.stack([part.mean(1) for part in parts], 1)
+        return out
+
+    def _by_frame(self, group: Group, query: Tensor, keys: Tensor, index: Tensor) -> Tensor:
+        logits = self.logits(group, query, keys)
+        index = index.expand_as(logits)
+        shape = (*logits.shape[:2], len(self.frame_ids))
+        top = logits.new_full(shape, -torch.inf).scatter_reduce(2, index, logits, "amax")
+        total = logits.new_zeros(shape).scatter_add(2, index, (logits - top.gather(2, index)).exp())
+        return top + total.log()
+
     def softmax(self, group: Group, query: Tensor, keys: Tensor) -> Tensor:
         """Attention weights ``[h, T, N + P]`` of queries ``[h, T, D]``, in float32 or wider."""
+        return self.logits(group, query, keys).softmax(-1)
+
+    def logits(self, group: Group, query: Tensor, keys: Tensor) -> Tensor:
+        """What the softmax is taken of, ``[h, T, rows]``; the group's rows come first."""
         logits = (query @ keys.transpose(1, 2)).to(torch.promote_types(query.dtype, torch.float32))
         logits = logits / keys.shape[-1] ** 0.5
         if self.log_weight:
             logits[..., : len(group)] += group.expanded("weight").log().unsqueeze(1)
-        return logits.softmax(-1)
+        return logits

@@ -22,13 +22,12 @@ KINDS = ("retain", "select", "budget", "positions", "precision")
 class Part:
     """One answer. Parts are frozen dataclasses: their ``repr`` is their configuration.
 
-    A part keeps nothing between calls; what it must remember is the object that :meth:`start`
-    makes, fresh for each rollout and sample.
+    A part keeps nothing between calls; what it must remember is the object that :meth:`fresh`
+    makes, for each rollout and sample.
     """
 
     kind: ClassVar[str] = ""
     name: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()
     columns: ClassVar[dict[str, str]] = {}
     registry: ClassVar[dict[str, dict[str, type[Part]]]] = {kind: {} for kind in KINDS}
 
@@ -37,7 +36,17 @@ class Part:
         if "name" in cls.__dict__:
             Part.registry[cls.kind][cls.name] = cls
 
-    def start(self) -> Any:
+    @property
+    def needs(self) -> dict[str, dict[str, Any]]:
+        """Statistics to collect for this part, by name, each with its settings."""
+        return {}
+
+    @classmethod
+    def prepared(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings as people write them, made into those of the dataclass (files are read)."""
+        return settings
+
+    def fresh(self) -> Any:
         """State of one sample in one rollout: any object; its tensors count as cache bytes."""
         return {}
 
@@ -62,6 +71,10 @@ class BudgetPart(Part, ABC):
         """The amount in frames per head, as it stands in this pass."""
         return Amount.parse(self.amount).frames(view)
 
+    def check(self, geometry: Geometry) -> None:
+        """Refuse a budget that was made for another model."""
+        return
+
     @abstractmethod
     def lengths(self, score: Tensor, view: CacheView) -> Tensor:
         """Frames for each stream, int64 ``[H, Q]`` or ``[H, 1]``, given scores ``[H, Q, F]``."""
@@ -70,7 +83,7 @@ class BudgetPart(Part, ABC):
 
 @dataclass(frozen=True)
 class ScoredPart(Part):
-    """The flow that scoring parts share: score, budget, lengths, top-k around a protected mask.
+    """The flow that scoring parts share: scores, budget, lengths, top-k around a protected mask.
 
     Args:
         budget: How much; everything where None.
@@ -78,15 +91,15 @@ class ScoredPart(Part):
 
     budget: BudgetPart | None = None
 
-    def score(self, view: CacheView, state: Any) -> Tensor:
+    def scores(self, view: CacheView, state: Any) -> Tensor:
         """Higher stays longer: ``[H, Q, F]`` over the view's frames (Q may be 1).
 
         By default the newest frames score highest.
         """
         return view.frame_ids.double().expand(view.heads, 1, -1)
 
-    def protected(self, view: CacheView, state: Any) -> Tensor:
-        """Frames that stay whatever their score, bool broadcast to ``[H, Q, F]``."""
+    def protected(self, view: CacheView, scores: Tensor) -> Tensor:
+        """Frames that stay whatever the others score, bool broadcast to ``[H, Q, F]``."""
         return torch.zeros_like(view.frame_ids, dtype=torch.bool).view(1, 1, -1)
 
     def smallest(self, chunk: int) -> int:
@@ -101,12 +114,12 @@ class ScoredPart(Part):
         total = present.sum(-1)
         if self.budget.uniform and int(total.max()) <= self.budget.frames(view):
             return None  # nothing to decide, so nothing is scored
-        score = self.score(view, state)
-        lengths = self.budget.lengths(score, view)
+        scores = self.scores(view, state)
+        lengths = self.budget.lengths(scores, view)
         if bool((lengths >= total).all()):
             return None
-        protected = self.protected(view, state).expand_as(score) & present
-        return top_frames(score, lengths, protected, present.expand_as(score))
+        protected = self.protected(view, scores).expand_as(scores) & present
+        return top_frames(scores, lengths, protected, present.expand_as(scores))
 
 
 def top_frames(score: Tensor, lengths: Tensor, protected: Tensor, present: Tensor) -> Tensor:
@@ -253,9 +266,21 @@ class CachePolicy:
         return found
 
     @property
-    def needs(self) -> frozenset[str]:
-        """Statistics the parts ask for."""
-        return frozenset().union(*(part.needs for part in self.parts))
+    def needs(self) -> dict[str, dict[str, Any]]:
+        """Statistics the parts ask for, by name, with their settings.
+
+        Raises:
+            ValueError: Two parts want one statistic with different settings.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for part in self.parts:
+            for name, how in part.needs.items():
+                if found.setdefault(name, how) != how:
+                    raise ValueError(
+                        f"Two parts of {self.name!r} want {name!r} with other settings: "
+                        f"{found[name]} and {how}. Give both the same."
+                    )
+        return found
 
     def budgeted(self, amount: str, name: str | None = None) -> CachePolicy:
         """The same policy with another amount in every budget it has.
@@ -283,6 +308,7 @@ class CachePolicy:
         """
         for part in (self.retain, self.select):
             if part.budget is not None:
+                part.budget.check(geometry)
                 amount = Amount.parse(part.budget.amount)
                 if amount.unit == "B" and part.kind == "select":
                     raise ValueError(
@@ -311,7 +337,7 @@ class PolicyRun:
 
     def __post_init__(self) -> None:
         for kind in ("retain", "select", "positions", "precision"):
-            self.states[kind] = getattr(self.policy, kind).start()
+            self.states[kind] = getattr(self.policy, kind).fresh()
 
     @property
     def moves(self) -> bool:
@@ -329,7 +355,7 @@ class PolicyRun:
         return self.policy.columns
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> dict[str, dict[str, Any]]:
         """Statistics to collect."""
         return self.policy.needs
 

@@ -19,6 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sink-window": {"retain": {"part": "window", "sink": 3, "budget": "9f"}},
     "top-attention": {"select": {"part": "top-attention", "budget": "9f"}},
     "random": {"select": {"part": "random", "budget": "9f"}},
+    "focused-forcing": {"select": {"part": "focused", "budget": "9f"}},
 }
 """One line says what a preset is: the parts that differ from the full cache."""
 
@@ -27,6 +28,8 @@ ABOUT = {
     "sliding-window": "Keep the newest frames (Self Forcing's rolling cache, arXiv 2506.08009).",
     "sink-window": "Keep the first 3 frames and the newest (StreamingLLM, arXiv 2309.17453).",
     "top-attention": "Keep everything, read the frames with the largest softmax mass, per head.",
+    "focused-forcing": "Keep everything, read per head and query frame what is looked at and diverse "
+    "(arXiv 2605.18346).",
     "random": "Keep everything, read random frames and the last chunk: the control.",
 }
 
@@ -123,11 +126,15 @@ def build_part(kind: str, spec: str | dict[str, Any]) -> Part:
             raise ValueError(unknown(f"setting of the {kind} part {name!r}", key, allowed))
     if settings.get("budget") is not None and not isinstance(settings["budget"], BudgetPart):
         settings["budget"] = build_budget(settings["budget"])
-    if "shares" in settings:
-        settings["shares"] = tuple(tuple(row) for row in settings["shares"])
+    settings = {key: frozen(value) for key, value in cls.prepared(settings).items()}
     for key, value in settings.items():
         check_type(kind, name, key, value, get_type_hints(cls)[key])
     return cls(**settings)
+
+
+def frozen(value: Any) -> Any:
+    """Lists as tuples, at every depth: parts are hashable."""
+    return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
 
 
 def check_type(kind: str, part: str, key: str, value: Any, hint: Any) -> None:

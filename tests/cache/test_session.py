@@ -715,7 +715,7 @@ def test_centroids_beat_plain_two_bits_on_clustered_rows():
 
 @dataclass(frozen=True)
 class Asking(RetainPart):
-    needs: ClassVar[frozenset[str]] = frozenset({"query_moments", "attention_mass"})
+    needs: ClassVar[dict] = {"query_moments": {}, "attention_mass": {}}
 
     def decide(self, views, state):
         state["moments"] = views[1].collected["query_moments"]
@@ -744,17 +744,18 @@ def test_collected_statistics_equal_slow_ones():
                 for i, share in enumerate(logits.softmax(0).tolist()):
                     mass[i] += share
     seen = torch.cat(queries).double()
-    mean, variance, count = state["moments"]
-    assert count == len(seen)
-    torch.testing.assert_close(mean[2], seen.mean(0))
-    torch.testing.assert_close(variance[2], seen.var(0, unbiased=False))
+    found = state["moments"]
+    assert found.count == 3
+    torch.testing.assert_close(found.mean[2, 0].double(), seen.mean(0))
+    variance = seen.var(0, unbiased=False).view(-1, 2).sum(1)
+    torch.testing.assert_close(found.variance[2].double(), variance)
     assert state["mass"][2].tolist() == pytest.approx(mass, rel=1e-4)
 
 
 def test_a_need_that_nothing_meets_is_said_at_once():
     @dataclass(frozen=True)
     class Greedy(RetainPart):
-        needs: ClassVar[frozenset[str]] = frozenset({"reference_mass"})
+        needs: ClassVar[dict] = {"reference_mass": {}}
 
     with pytest.raises(ValueError, match=r"reference_mass.*can give: attention_mass"):
         CacheSession(GEOMETRY, policy(Greedy()).start, (0,))

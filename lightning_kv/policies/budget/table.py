@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import BudgetPart
+from lightning_kv.policies.tables import check_heads, read_table
 
 
 @dataclass(frozen=True)
@@ -17,24 +20,26 @@ class Table(BudgetPart):
     """A share of the amount for each head, so that some keep more and some less.
 
     Args:
-        shares: One row per layer, one number per head; 1 is the amount itself. A head gets
+        shares: One row per layer, one number per head, or the path of a JSON file with them under
+            ``shares``; 1 is the amount itself. A head gets
             ``round(share * amount)`` frames, and never less than what is protected.
     """
 
     name: ClassVar[str] = "table"
     shares: tuple[tuple[float, ...], ...] = ()
 
-    def lengths(self, score: Tensor, view: CacheView) -> Tensor:
-        """The layer's row of the table, in frames.
+    @classmethod
+    def prepared(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Reads the table if it is a path."""
+        if isinstance(settings.get("shares"), str | Path):
+            settings = settings | {"shares": read_table(settings["shares"], "shares")}
+        return settings
 
-        Raises:
-            ValueError: The table has another shape than the model.
-        """
-        shape = [len(row) for row in self.shares]
-        if shape != [view.heads] * view.geometry.layers:
-            raise ValueError(
-                f"The budget table has {len(shape)} rows of {sorted(set(shape))} heads. This model "
-                f"has {view.geometry.layers} layers of {view.heads} heads: give one number each."
-            )
+    def check(self, geometry: Geometry) -> None:
+        """The table has the model's shape."""
+        check_heads(self.shares, geometry, "budget table")
+
+    def lengths(self, score: Tensor, view: CacheView) -> Tensor:
+        """The layer's row of the table, in frames."""
         shares = torch.tensor(self.shares[view.layer], device=score.device)
         return (shares * self.frames(view)).round().long().unsqueeze(1)

@@ -32,7 +32,7 @@ class Window(RetainPart):
     name: ClassVar[str] = "window"
     sink: int = 0
 
-    def protected(self, view: CacheView, state: Any) -> Tensor:
+    def protected(self, view: CacheView, scores: Tensor) -> Tensor:
         """The sink."""
         return (view.frame_ids < self.sink).view(1, 1, -1)
 

@@ -22,14 +22,14 @@ class Random(SelectPart):
 
     name: ClassVar[str] = "random"
 
-    def score(self, view: CacheView, state: Any) -> Tensor:
+    def scores(self, view: CacheView, state: Any) -> Tensor:
         """One uniform number per frame."""
         rng = torch.Generator().manual_seed((view.seed * 1_000_003 + view.step.chunk) % 2**63)
         draw = torch.rand(int(view.frame_ids.max()) + 1, generator=rng)
         ids = view.frame_ids
         return draw.to(ids.device)[ids].expand(view.heads, 1, -1)
 
-    def protected(self, view: CacheView, state: Any) -> Tensor:
+    def protected(self, view: CacheView, scores: Tensor) -> Tensor:
         """The chunk before this one."""
         first = view.step.start - len(view.step.frames)
         return (view.frame_ids >= first).view(1, 1, -1)

@@ -26,6 +26,6 @@ class TopAttention(SelectPart):
     name: ClassVar[str] = "top-attention"
     per_query_frame: bool = False
 
-    def score(self, view: CacheView, state: Any) -> Tensor:
+    def scores(self, view: CacheView, state: Any) -> Tensor:
         """Softmax mass of each frame."""
         return view.per_frame(view.attention(self.per_query_frame))

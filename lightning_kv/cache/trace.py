@@ -1,0 +1,100 @@
+"""What every head keeps and reads, chunk by chunk: the raw material of a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_kv.cache.decisions import Selection
+from lightning_kv.cache.view import CacheView
+
+
+@dataclass
+class _Seen:
+    """One layer in one chunk: frames, what is held of them, and reads summed over passes."""
+
+    frames: Tensor
+    held: Tensor
+    weight: Tensor
+    read: Tensor
+    passes: int = 0
+
+
+class Trace:
+    """Watches a session (``rollout(..., watch=Trace())``) and remembers shares, not rows.
+
+    Only the ``cond`` namespace is watched. Nothing leaves the device before :meth:`arrays`.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, int, int], _Seen] = {}
+        self._frames = 0
+
+    def __call__(self, sample: int, view: CacheView, selection: Selection | None) -> None:
+        """Note one pass of one layer."""
+        step = view.step
+        if step.namespace != "cond" or step.rebuild:
+            return
+        self._frames = max(self._frames, step.frames[-1] + 1)
+        key = (sample, step.chunk, view.layer)
+        if key not in self._seen:
+            rows = view.rows_per_frame.float() / view.geometry.tokens
+            weight = view.per_frame([g.expanded("weight").unsqueeze(1) for g in view.groups])
+            weight = weight[:, 0] / view.geometry.tokens
+            self._seen[key] = _Seen(view.frame_ids, rows, weight, rows.new_zeros(1, 1, 1))
+        seen = self._seen[key]
+        seen.passes += 1
+        seen.read = _together(seen.read, self._share(view, selection, seen.held))
+
+    def _share(self, view: CacheView, selection: Selection | None, held: Tensor) -> Tensor:
+        """Rows read of each frame ÷ tokens of a frame, ``[H, Q or 1, F]``."""
+        if selection is not None and selection.frames is not None:
+            return selection.frames * held.unsqueeze(1)
+        if selection is None or selection.rows is None:
+            return held.unsqueeze(1)
+        rows = selection.rows
+        chosen = []
+        for group in view.groups:
+            own = [rows if isinstance(rows, Tensor) else rows[head] for head in group.heads]
+            chosen.append(torch.stack(own)[..., : len(group)].float())
+        return view.per_frame(chosen) / view.geometry.tokens
+
+    def arrays(self, sample: int) -> dict[str, np.ndarray]:
+        """Shares of one sample: C chunks, L layers, H heads, Q query frames of a chunk, F frames.
+
+        Returns:
+            ``held`` uint8 ``[C, L, H, F]``: 255 × rows held while the chunk is denoised ÷ tokens
+            of a frame. ``weight`` float16, alike: tokens that these rows stand for.
+            ``read`` uint8 ``[C, Q, L, H, F]``: 255 × rows read ÷ tokens, mean over the passes.
+        """
+        own = {key[1:]: seen for key, seen in self._seen.items() if key[0] == sample}
+        chunks, layers = (1 + max((k[i] for k in own), default=-1) for i in (0, 1))
+        heads = max((len(seen.held) for seen in own.values()), default=0)
+        asked = max((seen.read.shape[1] for seen in own.values()), default=1)
+        held = np.zeros((chunks, layers, heads, self._frames), np.float32)
+        weight, read = held.copy(), np.zeros((chunks, asked, *held.shape[1:]), np.float32)
+        for (chunk, layer), seen in own.items():
+            frames = seen.frames.cpu().numpy()
+            held[chunk, layer][:, frames] = seen.held.cpu().numpy()
+            weight[chunk, layer][:, frames] = seen.weight.cpu().numpy()
+            share = (seen.read / seen.passes).expand(heads, asked, len(frames))
+            read[chunk, :, layer][:, :, frames] = share.transpose(0, 1).cpu().numpy()
+        return {
+            "held": _bytes(held),
+            "read": _bytes(read),
+            "weight": weight.astype(np.float16),
+        }
+
+
+def _together(total: Tensor, share: Tensor) -> Tensor:
+    """Add reads; where query frames differ in number, those of the pass count on average."""
+    if 1 not in (total.shape[1], share.shape[1]) and total.shape[1] != share.shape[1]:
+        share = share.mean(1, keepdim=True)
+    return total + share
+
+
+def _bytes(share: np.ndarray) -> np.ndarray:
+    return np.rint(255 * share.clip(0, 1)).astype(np.uint8)

@@ -1,0 +1,84 @@
+"""More frames for the heads that matter more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_kv.cache.passes import Geometry
+from lightning_kv.cache.view import CacheView
+from lightning_kv.policies.amount import Amount
+from lightning_kv.policies.base import BudgetPart
+from lightning_kv.policies.tables import check_heads, read_table
+
+
+@dataclass(frozen=True)
+class Importance(BudgetPart):
+    """More frames for the heads that matter more, between a least and a most.
+
+    Focused Forcing (arXiv 2605.18346): importance scaled to [0, 1] over all heads of the model,
+    ``round(least + importance ** gamma * (most - least))``. The paper counts the current chunk in
+    its budgets, so its 4 to 9 of a model with chunks of 3 is ``least: 1f, amount: 6f`` here.
+
+    Args:
+        amount: The most, that of the most important head.
+        least: What the least important head gets, in the same unit.
+        gamma: Above 1, the middle heads come closer to the least.
+        importance: One row per layer, one number per head; or the path of a JSON file with them
+            under ``importance`` (see configs/heads).
+    """
+
+    name: ClassVar[str] = "importance"
+    least: str = "1f"
+    gamma: float = 2.0
+    importance: tuple[tuple[float, ...], ...] = ()
+
+    @classmethod
+    def prepared(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Reads the table if it is a path."""
+        if isinstance(settings.get("importance"), str | Path):
+            settings = settings | {"importance": read_table(settings["importance"], "importance")}
+        return settings
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        most, least = self.bounds
+        if most.unit != least.unit or most.value < least.value or most.unit == "B":
+            raise ValueError(
+                f"An importance budget from {self.least} to {self.amount} does not work. Give "
+                "both as frames, tokens or shares, the least first: least: 1f, amount: 6f."
+            )
+        if self.gamma <= 0:
+            raise ValueError(f"gamma={self.gamma} of an importance budget must be above 0, like 2.")
+        if not self.importance or not torch.tensor(sum(self.importance, ())).isfinite().all():
+            raise ValueError(
+                "An importance budget needs `importance`: finite numbers, one row per layer and "
+                f"one number per head, or the path of a JSON file. Given: {self.importance}."
+            )
+
+    @property
+    def bounds(self) -> tuple[Amount, Amount]:
+        """The most and the least."""
+        return Amount.parse(self.amount), Amount.parse(self.least)
+
+    def check(self, geometry: Geometry) -> None:
+        """The table has the model's shape."""
+        check_heads(self.importance, geometry, "importance table")
+
+    def budgets(self, most: float, least: float) -> Tensor:
+        """Frames of every head, int64 ``[L, H]``; half a frame goes to the even neighbour."""
+        values = torch.tensor(self.importance, dtype=torch.float64)
+        span = values.max() - values.min()
+        share = (values - values.min()) / span if span > 1e-12 else None
+        if share is None:
+            return torch.full(values.shape, round((most + least) / 2))
+        return (least + share**self.gamma * (most - least)).round().long()
+
+    def lengths(self, score: Tensor, view: CacheView) -> Tensor:
+        """The layer's row of :meth:`budgets`."""
+        most, least = (bound.frames(view) for bound in self.bounds)
+        return self.budgets(most, least)[view.layer].unsqueeze(1).to(score.device)

@@ -1,0 +1,116 @@
+"""Read the frames that the queries look at and that are unlike the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from lightning_kv.cache.decisions import Selection
+from lightning_kv.cache.view import CacheView
+from lightning_kv.policies.base import SelectPart
+from lightning_kv.policies.scores import (
+    diversity,
+    pooled_flight,
+    pooled_keys,
+    standardised,
+)
+
+SCORES = ("logit", "lse", "mass")
+WINDOW = 21  # frames: the window whose filling starts the paper's selection
+
+
+@dataclass(frozen=True)
+class Focused(SelectPart):
+    """Read the frames that the queries look at and that are unlike the rest.
+
+    Focused Forcing (arXiv 2605.18346), the form for chunk-wise models: per head and query frame,
+    ``λ · attention + (1 - λ) · diversity``, both standardised over the history. The best of the
+    first frames (the anchor) and the current chunk are always read.
+
+    Args:
+        score: What attention means: the ``logit`` between pooled tokens (the paper's, cheap), the
+            log-sum-exp of all logits of a frame (``lse``) or its softmax ``mass`` (both meet every
+            key once more, see ``kv_scored_fraction``).
+        attention_weight: λ, from 0 (only diversity) to 1 (only attention).
+        groups: Token groups per frame that are pooled; one for each row of the grid where None.
+        mean_share: α of the pooling: the share of the mean, the rest is the maximum.
+        per_query_frame: Choose for each query frame; once for the whole chunk otherwise.
+        anchors: First held frames, the best of which is always read; 0 for none.
+        start: ``budget`` starts when the history exceeds the budget; ``paper`` when a window of 21
+            frames is full; a number at that chunk. Before it, everything is read.
+    """
+
+    name: ClassVar[str] = "focused"
+    score: str = "logit"
+    attention_weight: float = 0.5
+    groups: int | None = None
+    mean_share: float = 0.5
+    per_query_frame: bool = True
+    anchors: int = 3
+    start: str | int = "budget"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score not in SCORES:
+            raise ValueError(
+                f"No score {self.score!r} for a focused selection. Scores: {', '.join(SCORES)}."
+            )
+        for name in ("attention_weight", "mean_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} of a focused selection is out of range. It is a "
+                    "share: give a number from 0 to 1, such as 0.5."
+                )
+        if isinstance(self.start, str) and self.start not in ("budget", "paper"):
+            raise ValueError(
+                f"A focused selection cannot start at {self.start!r}. "
+                "Give budget, paper, or the number of a chunk."
+            )
+
+    def pick(self, view: CacheView, state: Any) -> Selection | None:
+        """Everything before the start; the shared flow from there on."""
+        first = {"budget": 0, "paper": WINDOW // view.query_frames - 1}.get(
+            self.start, self.start
+        )
+        return None if view.step.chunk < first else super().pick(view, state)
+
+    def scores(self, view: CacheView, state: Any) -> Tensor:
+        """``[H, Q, F]``; what depends on the history alone is found once per chunk."""
+        if state.get("chunk") != view.step.chunk:
+            state.clear()
+            state["chunk"] = view.step.chunk
+        present, weight = view.present.unsqueeze(1), self.attention_weight
+        total = torch.zeros((), device=view.frame_ids.device)
+        if weight > 0:
+            total = total + weight * standardised(self._attention(view, state), present)
+        if weight < 1:
+            key = ("diversity", view.layer)
+            if key not in state:
+                state[key] = standardised(diversity(view).unsqueeze(1), present)
+            total = total + (1 - weight) * state[key]
+        return total
+
+    def _attention(self, view: CacheView, state: Any) -> Tensor:
+        if self.score == "lse":
+            return view.frame_logits(self.per_query_frame)
+        if self.score == "mass":
+            return view.per_frame(view.attention(self.per_query_frame))
+        groups, key = self.groups or view.geometry.grid[0], ("pooled", view.layer)
+        if key not in state:
+            state[key] = pooled_keys(view, groups, self.mean_share)
+        query = pooled_flight(view, view.query, groups, self.mean_share)
+        if not self.per_query_frame:
+            query = query.mean(1, keepdim=True)
+        view.scored += query.shape[0] * query.shape[1] * state[key].shape[1]
+        return query @ state[key].transpose(1, 2) / query.shape[-1] ** 0.5
+
+    def protected(self, view: CacheView, scores: Tensor) -> Tensor:
+        """The anchor."""
+        present = view.present.unsqueeze(1)
+        early = present & (present.cumsum(-1) <= self.anchors)
+        best = scores.masked_fill(~early, -torch.inf).argmax(-1)
+        return one_hot(best, scores.shape[-1]).bool() & early
