@@ -303,6 +303,10 @@ class CacheSession:
         found = replace(view, step=coming)
         still = torch.zeros(0, self.geometry.head_dim // 2)
         found.read_keys = [self._keys(lane, found, group, still, still) for group in view.groups]
+        found.read_times = [
+            group.meta["time"] if view.cell.rotated else lane.decider.times(found, group)
+            for group in view.groups
+        ]
         return found
 
     def _open(self, lane: Lane, view: CacheView) -> None:

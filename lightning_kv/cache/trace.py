@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,30 +62,32 @@ class Trace:
             chosen.append(torch.stack(own)[..., : len(group)].float())
         return view.per_frame(chosen) / view.geometry.tokens
 
-    def arrays(self, sample: int) -> dict[str, np.ndarray]:
-        """Shares of one sample: C chunks, L layers, H heads, Q query frames of a chunk, F frames.
+    def arrays(self, sample: int) -> dict[str, Any]:
+        """Shares of one sample, as numpy arrays.
+
+        C chunks, L layers, H heads, Q query frames of a chunk, F frames.
 
         Returns:
-            ``held`` uint8 ``[C, L, H, F]``: 255 × rows held while the chunk is denoised ÷ tokens
+            ``held`` uint8 ``[C, L, H, F]``: 255 x rows held while the chunk is denoised ÷ tokens
             of a frame. ``weight`` float16, alike: tokens that these rows stand for.
-            ``read`` uint8 ``[C, Q, L, H, F]``: 255 × rows read ÷ tokens, mean over the passes.
+            ``read`` uint8 ``[C, Q, L, H, F]``: 255 x rows read ÷ tokens, mean over the passes.
         """
         own = {key[1:]: seen for key, seen in self._seen.items() if key[0] == sample}
         chunks, layers = (1 + max((k[i] for k in own), default=-1) for i in (0, 1))
         heads = max((len(seen.held) for seen in own.values()), default=0)
         asked = max((seen.read.shape[1] for seen in own.values()), default=1)
-        held = np.zeros((chunks, layers, heads, self._frames), np.float32)
-        weight, read = held.copy(), np.zeros((chunks, asked, *held.shape[1:]), np.float32)
+        held = torch.zeros(chunks, layers, heads, self._frames)
+        weight, read = held.clone(), torch.zeros(chunks, asked, *held.shape[1:])
         for (chunk, layer), seen in own.items():
-            frames = seen.frames.cpu().numpy()
-            held[chunk, layer][:, frames] = seen.held.cpu().numpy()
-            weight[chunk, layer][:, frames] = seen.weight.cpu().numpy()
+            frames = seen.frames.cpu()
+            held[chunk, layer][:, frames] = seen.held.cpu()
+            weight[chunk, layer][:, frames] = seen.weight.cpu()
             share = (seen.read / seen.passes).expand(heads, asked, len(frames))
-            read[chunk, :, layer][:, :, frames] = share.transpose(0, 1).cpu().numpy()
+            read[chunk, :, layer][:, :, frames] = share.transpose(0, 1).cpu()
         return {
-            "held": _bytes(held),
-            "read": _bytes(read),
-            "weight": weight.astype(np.float16),
+            "held": _bytes(held).numpy(),
+            "read": _bytes(read).numpy(),
+            "weight": weight.half().numpy(),
         }
 
 
@@ -96,5 +98,5 @@ def _together(total: Tensor, share: Tensor) -> Tensor:
     return total + share
 
 
-def _bytes(share: np.ndarray) -> np.ndarray:
-    return np.rint(255 * share.clip(0, 1)).astype(np.uint8)
+def _bytes(share: Tensor) -> Tensor:
+    return (255 * share.clamp(0, 1)).round().to(torch.uint8)

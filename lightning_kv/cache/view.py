@@ -37,6 +37,7 @@ class CacheView:
         collected: What was collected for the declared needs, by name (for this layer).
         seed: Base of every random draw of this sample.
         log_weight: Whether merged rows count for their weight in attention.
+        read_times: Per group, the times of these keys ``[1 or h, N]``; only when looking ahead.
         look_ahead: Between passes: makes the view of the next chunk, see :meth:`ahead`.
         scored: Counts keys touched to score them, times the queries that touched them.
     """
@@ -50,6 +51,7 @@ class CacheView:
     collected: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     log_weight: bool = False
+    read_times: list[Tensor] | None = None
     look_ahead: Callable[[], CacheView] | None = None
     scored: int = field(default=0, init=False)
 

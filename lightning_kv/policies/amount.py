@@ -52,6 +52,29 @@ class Amount:
             )
         return cls(value * _BYTES[unit], "B") if unit in _BYTES else cls(value, unit)
 
+    def over(self, other: Amount) -> float:
+        """This amount as a share of another one of the same unit.
+
+        Raises:
+            ValueError: Their units differ.
+        """
+        if self.unit != other.unit:
+            raise ValueError(
+                f"Memory in {other.unit!r} and reads in {self.unit!r} have no ratio that one "
+                "budget could keep. Give both, such as 15f/9f."
+            )
+        return self.value / other.value
+
+    def scaled(self, share: float) -> str:
+        """A share of this amount as people write it; frames, tokens and bytes are whole.
+
+        >>> Amount.parse("10f").scaled(0.6)
+        '6f'
+        """
+        if self.unit == "share":
+            return f"{self.value * share:g}"
+        return f"{max(1, round(self.value * share))}{self.unit}"
+
     def frames(self, view: CacheView) -> float:
         """Frames per head in the pass that ``view`` is about; may be fractional for tokens."""
         tokens = view.geometry.tokens

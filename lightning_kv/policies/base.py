@@ -15,6 +15,7 @@ from lightning_kv.cache.rows import FIELDS, Group
 from lightning_kv.cache.store import REDUCERS
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.amount import Amount
+from lightning_kv.policies.scores import top_frames
 
 KINDS = ("retain", "select", "budget", "positions", "precision")
 
@@ -106,6 +107,10 @@ class ScoredPart(Part):
         """Fewest frames a budget must hold for this part to work, given frames per chunk."""
         return 1
 
+    def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
+        """Refuse settings that make no sense for a model and a rollout of so many frames."""
+        return
+
     def choose(self, view: CacheView, state: Any) -> Tensor | None:
         """Frames to keep or read, bool ``[H, Q, F]``; None where everything fits."""
         if self.budget is None or not len(view.frame_ids):
@@ -120,23 +125,6 @@ class ScoredPart(Part):
             return None
         protected = self.protected(view, scores).expand_as(scores) & present
         return top_frames(scores, lengths, protected, present.expand_as(scores))
-
-
-def top_frames(score: Tensor, lengths: Tensor, protected: Tensor, present: Tensor) -> Tensor:
-    """The best ``lengths`` frames of each stream; protected ones first, ties to the earlier.
-
-    Args:
-        score: ``[H, Q, F]``.
-        lengths: ``[H, Q]`` or ``[H, 1]``, protected frames included.
-        protected: bool ``[H, Q, F]``.
-        present: bool ``[H, Q, F]``; absent frames are never chosen.
-    """
-    key = score.double().masked_fill(protected, torch.inf).masked_fill(~present, -torch.inf)
-    order = key.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        2, order, torch.arange(order.shape[2], device=order.device).expand_as(order)
-    )
-    return ((rank < lengths.unsqueeze(-1)) & present) | protected
 
 
 @dataclass(frozen=True)
@@ -283,21 +271,33 @@ class CachePolicy:
         return found
 
     def budgeted(self, amount: str, name: str | None = None) -> CachePolicy:
-        """The same policy with another amount in every budget it has.
+        """The same policy with another budget.
+
+        Args:
+            amount: ``9f``; or ``15f/9f`` for a policy with two budgets, memory and reads. One
+                amount alone sets its memory, and leaves reads the same share of it.
+            name: Of the new policy.
 
         Raises:
-            ValueError: It has no budget.
+            ValueError: It has no budget, or fewer than there are amounts.
         """
-        changed = {}
-        for kind in ("retain", "select"):
-            part = getattr(self, kind)
-            if part.budget is not None:
-                changed[kind] = replace(part, budget=replace(part.budget, amount=amount))
-        if not changed:
+        mine = {kind: getattr(self, kind) for kind in ("retain", "select")}
+        mine = {kind: part for kind, part in mine.items() if part.budget is not None}
+        amounts = amount.split("/")
+        if len(amounts) == 1 and len(mine) == 2:
+            old = [Amount.parse(part.budget.amount) for part in mine.values()]
+            amounts.append(Amount.parse(amount).scaled(old[1].over(old[0])))
+        if len(amounts) != len(mine):
+            has = {0: "no budget", 1: "one budget", 2: "two budgets"}[len(mine)]
+            way = {0: self.name, 1: f"{self.name}@9f", 2: f"{self.name}@15f/9f"}[len(mine)]
             raise ValueError(
-                f"The policy {self.name!r} has no budget, so {self.name}@{amount} means nothing. "
-                f"Write {self.name!r}."
+                f"The policy {self.name!r} has {has}, so {self.name}@{amount} means nothing. "
+                f"Write {way!r}."
             )
+        changed = {
+            kind: replace(part, budget=replace(part.budget, amount=text))
+            for (kind, part), text in zip(mine.items(), amounts, strict=True)
+        }
         return replace(self, name=name or self.name, **changed)
 
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
@@ -307,6 +307,7 @@ class CachePolicy:
             ValueError: Too small for what the part protects, or larger than the history.
         """
         for part in (self.retain, self.select):
+            part.check(geometry, chunk, frames)
             if part.budget is not None:
                 part.budget.check(geometry)
                 amount = Amount.parse(part.budget.amount)

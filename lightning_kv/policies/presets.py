@@ -8,7 +8,7 @@ import pkgutil
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from lightning_kv import policies
 from lightning_kv.policies.base import BudgetPart, CachePolicy, Part
@@ -19,7 +19,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sink-window": {"retain": {"part": "window", "sink": 3, "budget": "9f"}},
     "top-attention": {"select": {"part": "top-attention", "budget": "9f"}},
     "random": {"select": {"part": "random", "budget": "9f"}},
+    "h2o": {"retain": {"part": "heavy-hitters", "budget": "9f"}},
     "focused-forcing": {"select": {"part": "focused", "budget": "9f"}},
+    "future-forcing": {"retain": {"part": "future", "budget": "9f"}, "bias": "log_weight"},
+    "future-focused": {
+        "retain": {"part": "future", "budget": "15f"},
+        "select": {"part": "focused", "budget": "9f"},
+        "bias": "log_weight",
+    },
 }
 """One line says what a preset is: the parts that differ from the full cache."""
 
@@ -28,9 +35,13 @@ ABOUT = {
     "sliding-window": "Keep the newest frames (Self Forcing's rolling cache, arXiv 2506.08009).",
     "sink-window": "Keep the first 3 frames and the newest (StreamingLLM, arXiv 2309.17453).",
     "top-attention": "Keep everything, read the frames with the largest softmax mass, per head.",
-    "focused-forcing": "Keep everything, read per head and query frame what is looked at and diverse "
-    "(arXiv 2605.18346).",
     "random": "Keep everything, read random frames and the last chunk: the control.",
+    "h2o": "Keep the frames with the largest accumulated softmax mass (H2O, arXiv 2306.14048).",
+    "focused-forcing": "Keep everything, read what is looked at and diverse, per head and query "
+    "frame (Focused Forcing, arXiv 2605.18346).",
+    "future-forcing": "Keep what queries to come will ask for, once "
+    "(Future Forcing, arXiv 2605.30083; rebuilt from its description).",
+    "future-focused": "Future Forcing's memory, Focused Forcing's reads.",
 }
 
 DEFAULTS = {
@@ -51,7 +62,7 @@ def discover() -> None:
 
 
 def preset(name: str) -> CachePolicy:
-    """A published method: ``NAME`` or ``NAME@BUDGET`` (``top-attention@9f``).
+    """A published method: ``NAME``, or ``NAME@BUDGET`` (``top-attention@9f``).
 
     Raises:
         ValueError: Unknown name, or a budget that is not one.
@@ -143,7 +154,8 @@ def check_type(kind: str, part: str, key: str, value: Any, hint: Any) -> None:
     Raises:
         ValueError: Says what would be.
     """
-    allowed = [t for t in (get_args(hint) or (hint,)) if t in (int, float, str, bool, NoneType)]
+    choices = (hint,) if get_origin(hint) is tuple else get_args(hint) or (hint,)
+    allowed = [t for t in choices if t in (int, float, str, bool, NoneType)]
     plain = bool in allowed if isinstance(value, bool) else isinstance(value, tuple(allowed))
     if allowed and not plain and not isinstance(value, Part):
         names = " or ".join("none" if t is NoneType else t.__name__ for t in allowed)

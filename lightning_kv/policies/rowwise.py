@@ -8,16 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_kv.cache.decisions import PerHead, Retention
+from lightning_kv.cache.decisions import Retention
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import RetainPart
+from lightning_kv.policies.checks import between, choice
+from lightning_kv.policies.layout import Layout
+from lightning_kv.policies.scores import top_frames
 
 GRANULARITIES = ("frame", "token")
 
 
 @dataclass(frozen=True)
 class RowScoredPart(RetainPart):
-    """Keep the rows, or the frames, with the highest scores, and always the newest chunk.
+    """Keep the frames, or the single rows, with the highest scores, and the newest chunk.
+
+    Whatever is ranked is called a unit: a frame (U = F) or a row at a frame and place (U = F · T).
 
     Args:
         granularity: Keep or drop whole ``frame``s, or single ``token``s of any frame.
@@ -28,67 +33,63 @@ class RowScoredPart(RetainPart):
     sink: int = 0
 
     def __post_init__(self) -> None:
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(
-                f"granularity={self.granularity!r} of the part {self.name!r} is unknown. "
-                f"Use one of: {', '.join(GRANULARITIES)}."
-            )
-        if self.sink < 0:
-            raise ValueError(
-                f"sink={self.sink} of the part {self.name!r} is below 0. Give a number of frames, "
-                "0 for none."
-            )
+        choice(self, granularity=GRANULARITIES)
+        between(self, 0, None, "sink")
 
-    def row_scores(self, view: CacheView, state: Any) -> list[Tensor]:
-        """Score of every held row, per group ``[h, N]``."""
+    def row_scores(self, view: CacheView, layout: Layout) -> Tensor:
+        """Score of every row, ``[H, F, T]``; that of a frame is the sum over its rows."""
         raise NotImplementedError
-
-    def scores(self, view: CacheView, state: Any) -> Tensor:
-        """Frames: the sum over their rows."""
-        return view.per_frame([x.unsqueeze(1) for x in self.row_scores(view, state)])
-
-    def protected(self, view: CacheView, scores: Tensor) -> Tensor:
-        """The sink and the chunk that was just committed."""
-        return self.kept_frames(view).view(1, 1, -1)
-
-    def kept_frames(self, view: CacheView) -> Tensor:
-        """Frames that stay whatever their score, bool ``[F]``."""
-        return (view.frame_ids < self.sink) | (view.frame_ids >= view.step.final[0])
 
     def smallest(self, chunk: int) -> int:
         """The sink and the newest chunk."""
         return self.sink + chunk
 
-    def kept(self, view: CacheView, state: Any) -> PerHead | None:
-        """Rows that stay, per head; None where everything fits."""
-        if self.granularity == "frame":
-            frames = self.choose(view, state)
-            return None if frames is None else view.rows_of(frames[:, 0])
+    def fits(self, view: CacheView) -> bool:
+        """Whether every head holds no more than the budget whatever its score."""
         if self.budget is None or not len(view.frame_ids):
-            return None
-        total = view.rows_per_frame.sum(-1)
-        if self.budget.uniform and self._rows(view) >= int(total.max()):
-            return None
-        scores = self.row_scores(view, state)
-        summed = view.per_frame([x.unsqueeze(1) for x in scores])
-        return self._best_rows(view, scores, self.budget.lengths(summed, view))
+            return True
+        held = int(view.rows_per_frame.sum(-1).max())
+        return self.budget.uniform and held <= self.budget.frames(view) * view.geometry.tokens
 
-    def _rows(self, view: CacheView) -> int:
-        return int(self.budget.frames(view) * view.geometry.tokens)
+    def units(self, per_row: Tensor) -> Tensor:
+        """Row values ``[H, F, T]`` summed over units, ``[H, U]``; where bool, whether any is."""
+        if self.granularity == "token":
+            return per_row.flatten(1)
+        return per_row.any(-1) if per_row.dtype == torch.bool else per_row.sum(-1)
 
-    def _best_rows(self, view: CacheView, scores: list[Tensor], lengths: Tensor) -> PerHead:
-        """The best rows of each head: as many as so many whole frames have."""
-        guarded, found = self.kept_frames(view), {}
-        for group, score in zip(view.groups, scores, strict=True):
-            safe = guarded[view.frame_index(group)].expand_as(score)
-            order = score.double().masked_fill(safe, torch.inf).argsort(dim=-1, descending=True, stable=True)
-            for head, own, best in zip(group.heads, safe, order, strict=True):
-                wanted = int(lengths[head, 0]) * view.geometry.tokens
-                if self.budget.uniform:
-                    wanted = self._rows(view)
-                found[head] = best[: max(wanted, int(own.sum()))].sort().values
-        return [found[head] for head in range(view.heads)]
+    def guarded(self, view: CacheView, layout: Layout) -> Tensor:
+        """Units that stay whatever their score, bool ``[H, U]``: the sink and the newest chunk."""
+        ids = layout.frame_ids
+        safe = (ids < self.sink) | (ids >= view.step.final[0])
+        return self.units(safe.view(1, -1, 1) & layout.there)
+
+    def lengths(self, scores: Tensor, view: CacheView) -> Tensor:
+        """Units that each head may keep, int64 ``[H, 1]``, given scores ``[H, U]``."""
+        tokens = view.geometry.tokens
+        if self.granularity == "frame":
+            return self.budget.lengths(scores.unsqueeze(1), view)
+        if self.budget.uniform:
+            rows = int(self.budget.frames(view) * tokens)
+            return torch.full((len(scores), 1), rows, device=scores.device)
+        frames = scores.unflatten(1, (-1, tokens)).sum(-1).unsqueeze(1)
+        return self.budget.lengths(frames, view) * tokens
+
+    def best(self, scores: Tensor, there: Tensor, view: CacheView, layout: Layout) -> Tensor:
+        """The units to keep, bool ``[H, U]``, of those that are there."""
+        safe = self.guarded(view, layout).unsqueeze(1)
+        lengths = self.lengths(scores, view)
+        return top_frames(scores.unsqueeze(1), lengths, safe, there.unsqueeze(1))[:, 0]
+
+    def rows(self, units: Tensor, layout: Layout) -> Tensor:
+        """Units ``[H, U]`` as rows, bool ``[H, F, T]``."""
+        if self.granularity == "token":
+            return units.unflatten(1, layout.row.shape[1:])
+        return units.unsqueeze(-1) & layout.there
 
     def _keep(self, view: CacheView, state: Any) -> Retention | None:
-        rows = self.kept(view, state)
-        return None if rows is None else Retention(keep=rows)
+        if self.fits(view):
+            return None
+        layout = Layout.of(view)
+        scores = self.units(self.row_scores(view, layout))
+        kept = self.best(scores, self.units(layout.there), view, layout)
+        return Retention(keep=layout.rows(self.rows(kept, layout)))

@@ -1,4 +1,4 @@
-"""How frames are scored against the queries at hand, and against each other."""
+"""How frames are scored against the queries at hand and against each other, and the best picked."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ from lightning_kv.cache.rows import Group
 from lightning_kv.cache.view import CacheView
 
 FLAT = 1e-6  # a spread below this share of the largest score is rounding, not a preference
+
+
+def top_frames(score: Tensor, lengths: Tensor, protected: Tensor, present: Tensor) -> Tensor:
+    """The best ``lengths`` frames of each stream; protected ones first, ties to the earlier.
+
+    Args:
+        score: ``[H, Q, F]``.
+        lengths: ``[H, Q]`` or ``[H, 1]``, protected frames included.
+        protected: bool ``[H, Q, F]``.
+        present: bool ``[H, Q, F]``; absent frames are never chosen.
+    """
+    key = score.double().masked_fill(protected, torch.inf).masked_fill(~present, -torch.inf)
+    order = key.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        2, order, torch.arange(order.shape[2], device=order.device).expand_as(order)
+    )
+    return ((rank < lengths.unsqueeze(-1)) & present) | protected
 
 
 def standardised(scores: Tensor, present: Tensor) -> Tensor:
@@ -38,9 +55,9 @@ def pooled(x: Tensor, bucket: Tensor, shape: tuple[int, int], mean_share: float)
 
     Args:
         x: Keys or queries ``[h, N, D]``.
-        bucket: int64 ``[h, N]``: frame × P + token group of each row.
+        bucket: int64 ``[h, N]``: frame x P + token group of each row.
         shape: Number of frames F and of token groups P of a frame.
-        mean_share: α, the share of the mean; the rest is the element-wise maximum.
+        mean_share: The share of the mean; the rest is the element-wise maximum.
 
     Returns:
         ``[h, F, D]``; zeros for a frame without rows.
@@ -59,7 +76,7 @@ def pooled(x: Tensor, bucket: Tensor, shape: tuple[int, int], mean_share: float)
 
 
 def pooled_keys(view: CacheView, groups: int, mean_share: float) -> Tensor:
-    """:func:`pooled` of every held frame, as the queries meet it, ``[H, F, D]``; counts its rows."""
+    """:func:`pooled` of each held frame, as the queries meet it, ``[H, F, D]``; counts its rows."""
     found = []
     for group, keys in zip(view.groups, view.read_keys, strict=True):
         place = token_group(group.meta["place"], view.geometry.tokens, groups)

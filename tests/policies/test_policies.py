@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.rotary import Rotary
 from lightning_kv.policies.amount import Amount
-from lightning_kv.policies.base import Part, top_frames
+from lightning_kv.policies.base import Part
 from lightning_kv.policies.presets import (
     PRESETS,
     discover,
@@ -17,6 +17,7 @@ from lightning_kv.policies.presets import (
     policy_to_dict,
     preset,
 )
+from lightning_kv.policies.scores import top_frames
 
 GEOMETRY = Geometry(2, 3, 12, (2, 2), Rotary(12), 21)
 

@@ -70,3 +70,36 @@ class Clamp(PositionsPart):
         if lag is None:
             lag = view.geometry.train_horizon - view.query_frames
         return group.meta["time"].clamp_min(view.step.query_times[0] - lag)
+
+
+@dataclass(frozen=True)
+class TemporalCorrection(PositionsPart):
+    """Held frames close ranks behind the chunk, in a window that the model knows.
+
+    The dynamic temporal correction of Future Forcing (arXiv 2605.30083), rebuilt from its
+    description: a frame appears as many frames back as there are younger frames in any head of the
+    layer, so all heads agree; the sink keeps the far end of the window.
+
+    Args:
+        window: Frames in reach, the current chunk left out; no row appears further back.
+        sink: First frames of the video that stay at the far end.
+    """
+
+    name: ClassVar[str] = "temporal-correction"
+    window: int = 21
+    sink: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sink < self.window:
+            raise ValueError(
+                f"A temporal correction with window={self.window} and sink={self.sink} leaves no "
+                "room. Give a window larger than the sink, and a sink of 0 or more."
+            )
+
+    def times(self, view: CacheView, group: Group, state: Any) -> Tensor:
+        """Start of the chunk minus the rank, or minus the place in the window for the sink."""
+        ids = view.frame_ids
+        rank = torch.arange(len(ids), 0, -1, device=ids.device).clamp_max(self.window - self.sink)
+        lag = torch.where(ids < self.sink, self.window - ids, rank)
+        lag = torch.minimum(lag, view.step.start - ids)
+        return view.step.query_times[0] - lag[view.frame_index(group)].float()

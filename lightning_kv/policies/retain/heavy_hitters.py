@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lightning_kv.cache.view import CacheView
+from lightning_kv.policies.layout import Layout
 from lightning_kv.policies.rowwise import RowScoredPart
 
 
@@ -30,6 +31,6 @@ class HeavyHitters(RowScoredPart):
         """The mass."""
         return {"attention_mass": {"sampled": self.queries}}
 
-    def row_scores(self, view: CacheView, state: Any) -> list[Tensor]:
+    def row_scores(self, view: CacheView, layout: Layout) -> Tensor:
         """The accumulated mass."""
-        return [group.expanded("mass") for group in view.groups]
+        return layout.spread(view, [group.expanded("mass") for group in view.groups])

@@ -12,6 +12,7 @@ from torch.nn.functional import one_hot
 from lightning_kv.cache.decisions import Selection
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import SelectPart
+from lightning_kv.policies.checks import between, choice
 from lightning_kv.policies.scores import (
     diversity,
     pooled_flight,
@@ -37,7 +38,7 @@ class Focused(SelectPart):
             key once more, see ``kv_scored_fraction``).
         attention_weight: λ, from 0 (only diversity) to 1 (only attention).
         groups: Token groups per frame that are pooled; one for each row of the grid where None.
-        mean_share: α of the pooling: the share of the mean, the rest is the maximum.
+        mean_share: Of the pooling: the share of the mean, the rest is the maximum.
         per_query_frame: Choose for each query frame; once for the whole chunk otherwise.
         anchors: First held frames, the best of which is always read; 0 for none.
         start: ``budget`` starts when the history exceeds the budget; ``paper`` when a window of 21
@@ -55,16 +56,11 @@ class Focused(SelectPart):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.score not in SCORES:
-            raise ValueError(
-                f"No score {self.score!r} for a focused selection. Scores: {', '.join(SCORES)}."
-            )
-        for name in ("attention_weight", "mean_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} of a focused selection is out of range. It is a "
-                    "share: give a number from 0 to 1, such as 0.5."
-                )
+        choice(self, score=SCORES)
+        between(self, 0, 1, "attention_weight", "mean_share")
+        between(self, 0, None, "anchors")
+        if self.groups is not None:
+            between(self, 1, None, "groups")
         if isinstance(self.start, str) and self.start not in ("budget", "paper"):
             raise ValueError(
                 f"A focused selection cannot start at {self.start!r}. "
@@ -73,16 +69,12 @@ class Focused(SelectPart):
 
     def pick(self, view: CacheView, state: Any) -> Selection | None:
         """Everything before the start; the shared flow from there on."""
-        first = {"budget": 0, "paper": WINDOW // view.query_frames - 1}.get(
-            self.start, self.start
-        )
+        first = {"budget": 0, "paper": WINDOW // view.query_frames - 1}.get(self.start, self.start)
         return None if view.step.chunk < first else super().pick(view, state)
 
     def scores(self, view: CacheView, state: Any) -> Tensor:
         """``[H, Q, F]``; what depends on the history alone is found once per chunk."""
-        if state.get("chunk") != view.step.chunk:
-            state.clear()
-            state["chunk"] = view.step.chunk
+        self.renew(view, state)
         present, weight = view.present.unsqueeze(1), self.attention_weight
         total = torch.zeros((), device=view.frame_ids.device)
         if weight > 0:
@@ -93,6 +85,12 @@ class Focused(SelectPart):
                 state[key] = standardised(diversity(view).unsqueeze(1), present)
             total = total + (1 - weight) * state[key]
         return total
+
+    def renew(self, view: CacheView, state: Any) -> None:
+        """Forget what was found for another chunk."""
+        if state.get("chunk") != view.step.chunk:
+            state.clear()
+            state["chunk"] = view.step.chunk
 
     def _attention(self, view: CacheView, state: Any) -> Tensor:
         if self.score == "lse":

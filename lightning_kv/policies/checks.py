@@ -1,0 +1,37 @@
+"""Settings of parts that cannot work are refused when a policy is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def choice(part: Any, **allowed: tuple[Any, ...]) -> None:
+    """Refuse a setting that is none of the known words.
+
+    Raises:
+        ValueError: Names the setting, what it is and what it may be.
+    """
+    for name, words in allowed.items():
+        value = getattr(part, name)
+        if value not in words:
+            known = ", ".join("none" if word is None else str(word) for word in words)
+            raise ValueError(
+                f"{name}={value!r} of the {part.kind} part {part.name!r} is unknown. "
+                f"Use one of: {known}."
+            )
+
+
+def between(part: Any, low: float, high: float | None, *names: str) -> None:
+    """Refuse numbers outside ``[low, high]``.
+
+    Raises:
+        ValueError: Names the setting, what it is and what it may be.
+    """
+    for name in names:
+        value = getattr(part, name)
+        if value < low or (high is not None and value > high):
+            room = f"{low} or more" if high is None else f"from {low} to {high}"
+            raise ValueError(
+                f"{name}={value} of the {part.kind} part {part.name!r} is out of range. "
+                f"It must be {room}."
+            )

@@ -1,0 +1,107 @@
+"""Queries that have not been asked yet, from the queries that were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_kv.cache.needs import Bank, Moments
+from lightning_kv.cache.rotary import rotate
+from lightning_kv.cache.view import CacheView
+
+PROXIES = ("mean", "cells", "bank")
+
+
+@dataclass(frozen=True)
+class FutureQueries:
+    """What the next chunks may ask in one layer.
+
+    Args:
+        query: ``[H, J, D]``, rotated to the times and places at which they would be asked.
+        variance: ``[H, D / 2]`` of a complex pair around these; None where ``query`` is the whole
+            distribution itself.
+    """
+
+    query: Tensor
+    variance: Tensor | None
+
+
+def future_queries(
+    collected: Moments | Bank, ahead: CacheView, horizon: int, steps: int
+) -> FutureQueries:
+    """Past queries, asked again at future times.
+
+    The queries before rotation hardly change their distribution over a video (Future Forcing,
+    arXiv 2605.30083), so those of the past, turned to future times, stand for those to come.
+
+    Args:
+        collected: Means per cell, or a bank of single queries.
+        ahead: The view of the next chunk.
+        horizon: Frames that are looked ahead.
+        steps: At how many evenly spaced times within the horizon.
+    """
+    start = ahead.step.query_times[0]
+    rows, columns = ahead.geometry.grid
+    if isinstance(collected, Bank):
+        base, variance = collected.query, None
+        row = collected.place.div(columns, rounding_mode="floor").double()
+        column = (collected.place % columns).double()
+    else:
+        base, variance = collected.mean, collected.variance
+        row, column = cell_centres(collected.cell, (rows, columns))
+    times = start + torch.arange(steps, dtype=torch.float64) * horizon / steps
+    angles = ahead.geometry.rotary.angles(
+        times.to(row.device).unsqueeze(1), row.to(base.device), column.to(base.device)
+    )
+    turned = rotate(base.unsqueeze(1), angles)  # [H, times, R, D]
+    return FutureQueries(turned.flatten(1, 2), variance)
+
+
+def cell_centres(cell: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Mean row and column of each cell, float64 ``[G]``, given the cell of every place."""
+    place = torch.arange(len(cell), device=cell.device)
+    count = cell.bincount().double()
+    row = place.div(grid[1], rounding_mode="floor").double()
+    column = (place % grid[1]).double()
+    return tuple(x.new_zeros(len(count)).index_add(0, cell, x) / count for x in (row, column))
+
+
+def expected_mass(
+    view: CacheView, ahead: CacheView, asked: FutureQueries, variance: bool, value_norm: bool
+) -> list[Tensor]:
+    """Softmax mass of every row under every query to come, per group ``[h, J, N]``.
+
+    Counts every held key once for every query.
+
+    Args:
+        view: At commit.
+        ahead: The view of the next chunk.
+        asked: The queries to come.
+        variance: Add half the variance of the logit, so that a mean query counts for the Gaussian
+            around it: ``sum_f variance_f |k_f|^2 / (4 D)`` over complex pairs f.
+        value_norm: Multiply by the length of the row's value; no longer a share then.
+    """
+    found = []
+    for group, keys in zip(ahead.groups, ahead.read_keys, strict=True):
+        heads = list(group.heads)
+        logits = view.logits(group, asked.query[heads], keys)
+        if variance:
+            logits = logits + log_mean_exp(asked.variance[heads], keys).unsqueeze(1)
+        mass = logits.softmax(-1)
+        if value_norm:
+            mass = mass * group.payload("v").float().norm(dim=-1).unsqueeze(1)
+        view.scored += len(heads) * logits.shape[1] * len(group)
+        found.append(mass)
+    return found
+
+
+def log_mean_exp(variance: Tensor, keys: Tensor) -> Tensor:
+    """Half the variance of the logits of keys ``[h, N, D]``, ``[h, N]``.
+
+    The logarithm of the mean of ``exp(q k / sqrt(D))`` over queries q that spread as an isotropic
+    complex Gaussian of ``variance`` ``[h, D / 2]`` around 0.
+    """
+    power = keys.to(variance.dtype).square().unflatten(-1, (-1, 2)).sum(-1)
+    return (power * variance.unsqueeze(1)).sum(-1) / (4 * keys.shape[-1])
