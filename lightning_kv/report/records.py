@@ -2,11 +2,13 @@
 
 Layout::
 
-    run.json                  schema, fingerprint and what it was made of
+    run.json                  schema, fingerprint, what it was made of, what a report needs
     config.yaml               the effective configuration
     records/rank-00003.jsonl  one line per clip and policy, written by that rank
     summary.json              means, intervals and costs
-    videos/                   moving pictures
+    videos/                   moving pictures, one file per prompt
+    traces/                   which frames were kept and read, one file per pictured prompt
+    report.html               all of it on one page
 
 A record line, JSON without NaN and Infinity (what has no value is null)::
 
@@ -51,8 +53,12 @@ class RunDirectory:
         self.config = self.path / "config.yaml"
         self.summary = self.path / "summary.json"
         self.videos = self.path / "videos"
+        self.traces = self.path / "traces"
+        self.report = self.path / "report.html"
 
-    def open(self, fingerprint: str, described: dict[str, Any]) -> None:
+    def open(
+        self, fingerprint: str, described: dict[str, Any], about: dict[str, Any] | None = None
+    ) -> None:
         """Create the directory, or check that it holds this very run.
 
         One rank calls this before any rank appends. Nothing is written when it refuses.
@@ -60,30 +66,55 @@ class RunDirectory:
         Args:
             fingerprint: Identity of the run, see :func:`fingerprint`.
             described: What the fingerprint was made of, kept to explain a mismatch.
+            about: What a report needs to know without the model; without it there is none. Kept
+                from the first time, and never compared.
 
         Raises:
             ValueError: The path is a file, a directory that is not ours, or holds another run.
         """
         run = {"schema": SCHEMA, "fingerprint": fingerprint, "described": described}
-        text = json.dumps(run, indent=2, allow_nan=False) + "\n"
+        text = json.dumps(run | {"about": about or {}}, indent=2, allow_nan=False) + "\n"
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            self._check(json.loads(text))
+            self._check(json.loads(json.dumps(run)))
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path / "run.json", text)
-        for folder in (self.path / "records", self.videos):
+        for folder in (self.path / "records", self.videos, self.traces):
             folder.mkdir(exist_ok=True)
+
+    def held(self) -> dict[str, Any]:
+        """Content of ``run.json``: schema, fingerprint, described, about.
+
+        Raises:
+            ValueError: There is no run directory here.
+        """
+        try:
+            found = json.loads((self.path / "run.json").read_bytes())
+            return {name: found[name] for name in ("schema", "fingerprint", "described")} | found
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.path} is no run directory. It has no readable run.json "
+                f"({type(error).__name__}: {error}). To evaluate, give a directory that is new, "
+                "empty, or made by an earlier run; to report, one that `evaluate` made."
+            ) from error
+
+    def about(self) -> dict[str, Any]:
+        """What :meth:`open` was told for reports.
+
+        Raises:
+            ValueError: There is no run directory here, or one that says nothing about itself.
+        """
+        if about := self.held().get("about"):
+            return about
+        raise ValueError(
+            f"{self.path} says too little about itself. Its run.json has no 'about', as an older "
+            "version wrote it. Evaluate again into a new directory."
+        )
 
     def _check(self, run: dict[str, Any]) -> None:
         """Compare ``run.json`` with the run that is asked for."""
-        try:
-            found = json.loads((self.path / "run.json").read_bytes())
-            schema, held, described = (found[name] for name in run)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.path} is no run directory. It is not empty and has no readable run.json "
-                f"({error}). Give a directory that is new, empty, or made by an earlier run."
-            ) from error
+        found = self.held()
+        schema, held, described = (found[name] for name in run)
         if (schema, held) == (run["schema"], run["fingerprint"]):
             return
         names = differing(described, run["described"]) or ["fingerprint"]

@@ -83,10 +83,29 @@ def format_estimate(mean: float | None, interval: list[float] | None) -> str:
     if mean is None:
         return NOTHING
     if not interval:
-        return _number(mean, abs(mean), 1)
+        return format_number(mean, abs(mean), 1)
     arm = max(mean - interval[0], interval[1] - mean, 0.0)
     scale = max(abs(mean), arm)
-    return f"{_number(mean, scale, 1)} ±{_number(arm, scale, 0)}" if scale else "0"
+    return f"{format_number(mean, scale, 1)} ±{format_number(arm, scale, 0)}" if scale else "0"
+
+
+def format_number(value: float, scale: float, digits: int = 1) -> str:
+    """A number as one of size ``scale`` is shown, so that mean and interval go together.
+
+    Args:
+        value: The number.
+        scale: Size of the numbers it stands with.
+        digits: Those after the point where it is too small or large for plain notation.
+
+    >>> format_number(0.98765, 1.0), format_number(0.0000312, 0.0000312)
+    ('0.988', '3.1e-5')
+    """
+    if value == 0:
+        return "0"
+    if 1e-3 <= scale < 1e5:
+        return f"{value:.{1 if scale >= 10 else 3 if scale >= 0.01 else 4}f}"
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def format_bytes(count: float) -> str:
@@ -101,19 +120,6 @@ def format_bytes(count: float) -> str:
         count /= 1024
     digits = 0 if unit == "B" else max(0, 2 - int(math.log10(max(count, 1.0))))
     return f"{count:.{digits}f} {unit}"
-
-
-def _number(value: float, scale: float, digits: int) -> str:
-    """A number as one of size ``scale`` is shown, so that mean and interval go together.
-
-    ``digits`` are those after the point of a number too small or large for plain notation.
-    """
-    if value == 0:
-        return "0"
-    if 1e-3 <= scale < 1e5:
-        return f"{value:.{1 if scale >= 10 else 3 if scale >= 0.01 else 4}f}"
-    mantissa, exponent = f"{value:.{digits}e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
 
 
 def _percent(share: float) -> str:

@@ -14,8 +14,8 @@ from lightning_kv.report.records import replacing
 
 Frames = NDArray[np.uint8]
 
-FONT_SIZE = 14  # pixels
-STRIP = 22  # pixels: height of a line of text
+FONT_SIZE = 17  # pixels
+STRIP = 26  # pixels: height of a line of text
 MARGIN = 6  # pixels: left and right of a text, and between panels
 BACKGROUND, INK = 24, 235  # grey levels
 
@@ -43,14 +43,14 @@ def write_mp4(path: str | Path, frames: Frames, fps: float) -> None:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "16"}
+        stream.options = {"crf": "20"}
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
 
 
-def side_by_side(rows: list[tuple[str, Frames]], scale: int) -> Frames:
+def side_by_side(rows: list[tuple[str, Frames]], scale: int, columns: int | None = None) -> Frames:
     """Panels from left to right, each under its label, above a frame counter.
 
     A panel is never narrower than its label, so every name can be read.
@@ -58,26 +58,39 @@ def side_by_side(rows: list[tuple[str, Frames]], scale: int) -> Frames:
     Args:
         rows: Label and frames, uint8 ``[F, H, W, 3]``, of each panel; equal shapes.
         scale: Every pixel becomes ``scale`` x ``scale`` pixels.
+        columns: Panels in a line; more go on in the next line. None: all in one line.
 
     Returns:
         uint8 ``[F, H', W', 3]``.
 
     Raises:
-        ValueError: No panels, unequal shapes, or a scale below 1.
+        ValueError: No panels, unequal shapes, or a scale or number of columns below 1.
     """
     shapes = [_checked(frames, label).shape for label, frames in rows]
-    if len(set(shapes)) != 1 or scale < 1:
+    columns = len(rows) if columns is None else columns
+    if len(set(shapes)) != 1 or scale < 1 or columns < 1:
         raise ValueError(
-            f"These panels cannot stand side by side. Given shapes {shapes} and scale {scale}. "
-            "Give one panel or more, all of one shape, and a scale of 1 or more."
+            f"These panels cannot stand side by side. Given shapes {shapes}, scale {scale} and "
+            f"{columns} columns. Give one panel or more, all of one shape, and a scale and a "
+            "number of columns of 1 or more."
         )
     count, _, width, _ = shapes[0]
     width = max(width * scale, *(_text_width(label) + 2 * MARGIN for label, _ in rows))
     panels = [_panel(label, frames, scale, width) for label, frames in rows]
-    gap = np.full((*panels[0].shape[:2], MARGIN, 3), BACKGROUND, np.uint8)
-    canvas = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=2)
+    columns = min(columns, len(panels))
+    panels += [np.full_like(panels[0], BACKGROUND)] * (-len(panels) % columns)
+    lines = [_joined(panels[i : i + columns], axis=2) for i in range(0, len(panels), columns)]
+    canvas = _joined(lines, axis=1)
     counter = [_strip(f"frame {i} / {count}", canvas.shape[2]) for i in range(1, count + 1)]
     return np.concatenate([canvas, np.stack(counter)], axis=1)
+
+
+def _joined(parts: list[Frames], axis: int) -> Frames:
+    """Parts with a gap between each two."""
+    shape = list(parts[0].shape)
+    shape[axis] = MARGIN
+    gap = np.full(shape, BACKGROUND, np.uint8)
+    return np.concatenate([part for each in parts for part in (each, gap)][:-1], axis=axis)
 
 
 def _checked(frames: Frames, name: str) -> Frames:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lightning_kv.report.records import RunDirectory, fingerprint, write_atomic
 
 DESCRIBED = {"model": "panorama", "run": {"frames": 72, "seed": 0}, "policies": ["full", "random"]}
+ABOUT = {"reference": "full", "policies": {"full": {"retain": "everything"}}, "fps": 8}
 
 
 def a_record(policy: str = "full", key: str = "k0", **changes: object) -> dict:
@@ -40,7 +41,7 @@ def a_record(policy: str = "full", key: str = "k0", **changes: object) -> dict:
 
 def opened(path: Path, described: dict = DESCRIBED) -> RunDirectory:
     run = RunDirectory(path)
-    run.open(fingerprint(described), described)
+    run.open(fingerprint(described), described, ABOUT)
     return run
 
 
@@ -55,11 +56,16 @@ def test_a_line_is_plain_json_in_the_file_of_its_rank(tmp_path: Path) -> None:
     run.append(3, a_record())
     lines = (tmp_path / "a" / "b" / "records" / "rank-00003.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"schema": 1, "rank": 3, **a_record()}]
-    assert (tmp_path / "a" / "b" / "videos").is_dir()
+    assert {p.name for p in (tmp_path / "a" / "b").iterdir() if p.is_dir()} == {
+        "records",
+        "videos",
+        "traces",
+    }
     assert json.loads((tmp_path / "a" / "b" / "run.json").read_text()) == {
         "schema": 1,
         "fingerprint": fingerprint(DESCRIBED),
         "described": DESCRIBED,
+        "about": ABOUT,
     }
 
 
@@ -156,10 +162,34 @@ def test_another_run_is_refused_and_the_differences_are_named(tmp_path: Path) ->
     assert contents(tmp_path) == before
 
 
+def test_what_a_run_says_about_itself_is_read_back_and_never_compared(tmp_path: Path) -> None:
+    run = opened(tmp_path)
+    assert RunDirectory(tmp_path).about() == ABOUT
+    run.open(fingerprint(DESCRIBED), DESCRIBED, {"reference": "another", "fps": 12})
+    assert run.about() == ABOUT, "kept from the first time"
+    assert run.held()["fingerprint"] == fingerprint(DESCRIBED)
+
+
+@pytest.mark.parametrize("content", [None, "[1, 2]", "{", '{"schema": 1}'])
+def test_there_is_nothing_to_say_about_what_is_no_run(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"is no run directory.*run\.json.*one that `evaluate`"):
+        RunDirectory(tmp_path).about()
+
+
+def test_a_run_of_an_older_version_cannot_be_reported(tmp_path: Path) -> None:
+    old = {"schema": 1, "fingerprint": fingerprint(DESCRIBED), "described": DESCRIBED}
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    opened(tmp_path).append(0, a_record())
+    with pytest.raises(ValueError, match=r"no 'about'.*Evaluate again"):
+        RunDirectory(tmp_path).about()
+
+
 def test_a_fingerprint_that_differs_alone_is_refused(tmp_path: Path) -> None:
     opened(tmp_path)
     with pytest.raises(ValueError, match="fingerprint"):
-        RunDirectory(tmp_path).open("0" * 64, DESCRIBED)
+        RunDirectory(tmp_path).open("0" * 64, DESCRIBED, ABOUT)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "run.json"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -131,15 +132,48 @@ def test_a_narrow_panel_is_centred_under_its_label() -> None:
     assert abs(columns[0] - (canvas.shape[2] - 1 - columns[-1])) <= 1
 
 
+@pytest.mark.parametrize(("count", "columns"), [(1, 3), (3, 3), (5, 3), (7, 2), (4, None)])
+def test_panels_go_on_in_the_next_line(count: int, columns: int | None) -> None:
+    # Every panel has a grey level of its own, and is wider than its one-letter label.
+    levels = [60 + 20 * index for index in range(count)]
+    rows = [
+        (chr(ord("a") + index), np.full((2, 16, 24, 3), level, np.uint8))
+        for index, level in enumerate(levels)
+    ]
+    canvas = side_by_side(rows, 2, columns)[0]
+    across = min(columns or count, count)
+    boxes = []
+    for level in levels:
+        ys, xs = np.nonzero((canvas == level).all(-1))
+        inside = [(y, x) for y, x in zip(ys, xs, strict=True) if _block(canvas, y, x, level)]
+        (top, left), (bottom, right) = inside[0], inside[-1]
+        assert (bottom - top, right - left) == (24, 40), "all 32 x 48 pixels of a panel are there"
+        boxes.append((top, left))
+    tops, lefts = sorted({y for y, _ in boxes}), sorted({x for _, x in boxes})
+    assert boxes == [(tops[i // across], lefts[i % across]) for i in range(count)]
+    assert (len(lefts), len(tops)) == (across, -(-count // across))
+    steps = {b - a for a, b in pairwise(lefts)}
+    assert len(steps) < 2
+    assert min(steps, default=49) > 48
+    assert canvas.shape[1] == lefts[-1] + 48
+
+
+def _block(canvas: np.ndarray, y: int, x: int, level: int) -> bool:
+    """Whether an 8 x 8 block of one level starts here: no label holds one."""
+    block = canvas[y : y + 8, x : x + 8]
+    return block.shape == (8, 8, 3) and bool((block == level).all())
+
+
 @pytest.mark.parametrize(
-    ("rows", "scale"),
+    ("rows", "scale", "columns"),
     [
-        ([], 2),
-        ([("a", flat(2, 8, 8)), ("b", flat(3, 8, 8))], 2),
-        ([("a", flat(2, 8, 8)), ("b", flat(2, 8, 6))], 2),
-        ([("a", flat(2, 8, 8))], 0),
+        ([], 2, None),
+        ([("a", flat(2, 8, 8)), ("b", flat(3, 8, 8))], 2, None),
+        ([("a", flat(2, 8, 8)), ("b", flat(2, 8, 6))], 2, None),
+        ([("a", flat(2, 8, 8))], 0, None),
+        ([("a", flat(2, 8, 8))], 1, 0),
     ],
 )
-def test_panels_that_do_not_fit_are_refused(rows: list, scale: int) -> None:
+def test_panels_that_do_not_fit_are_refused(rows: list, scale: int, columns: int | None) -> None:
     with pytest.raises(ValueError, match="side by side"):
-        side_by_side(rows, scale)
+        side_by_side(rows, scale, columns)

@@ -1,0 +1,41 @@
+document.documentElement.classList.add("js");
+
+// A click on a head sorts by it; empty cells stay last.
+for (const table of document.querySelectorAll("table.results")) {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
+    const first = head.dataset.better === "more" ? "descending" : "ascending";
+    const other = first === "ascending" ? "descending" : "ascending";
+    const order = head.getAttribute("aria-sort") === first ? other : first;
+    for (const each of heads) each.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", order);
+    const sign = order === "ascending" ? 1 : -1;
+    const value = (row) => row.cells[column].dataset.value;
+    const compare = (a, b) => {
+      const [x, y] = [value(a), value(b)];
+      if (x === "" || y === "") return (x === "") - (y === "");
+      return sign * (column ? x - y : x.localeCompare(y, undefined, { numeric: true }));
+    };
+    const body = table.tBodies[0];
+    body.append(...[...body.rows].sort(compare));
+  }));
+}
+
+// One metric at a time, the same in all charts.
+const choose = (metric) => {
+  for (const tab of document.querySelectorAll(".tab")) tab.classList.toggle("chosen", tab.dataset.metric === metric);
+  for (const button of document.querySelectorAll(".tabs button")) button.setAttribute("aria-pressed", button.dataset.metric === metric);
+};
+for (const button of document.querySelectorAll(".tabs button")) button.addEventListener("click", () => choose(button.dataset.metric));
+const firstTab = document.querySelector(".tabs button");
+if (firstTab) choose(firstTab.dataset.metric);
+
+// A click on a family in the legend fades the others; another click brings them back.
+const chips = [...document.querySelectorAll(".legend button")];
+const keep = (family) => {
+  document.body.classList.toggle("faded", family !== null);
+  for (const chip of chips) chip.setAttribute("aria-pressed", chip.dataset.family === family);
+  for (const mark of document.querySelectorAll('svg g[id^="policy-"]')) mark.classList.toggle("kept", mark.id.startsWith(`policy-${family}-`));
+  for (const chart of document.querySelectorAll(".charts figure")) chart.classList.toggle("kept", chart.querySelector("svg g.kept") !== null);
+};
+for (const chip of chips) chip.addEventListener("click", () => keep(chip.getAttribute("aria-pressed") === "true" ? null : chip.dataset.family));

@@ -1,0 +1,112 @@
+"""Run directories made by hand: their numbers, pictures and traces are known beforehand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_kv.report.entries import PageRun
+from lightning_kv.report.records import RunDirectory, fingerprint
+from lightning_kv.report.summary import MetricInfo, summarise
+from lightning_kv.report.traces import write_traces
+from lightning_kv.report.video import write_mp4
+
+FRAMES, CHUNK, LAYERS, HEADS = 12, 3, 2, 2
+METRICS = {
+    "psnr": MetricInfo("dB", True, "10 log10(1 / mse) < the better", "this is the reference"),
+    "recall": MetricInfo("share", True, "share of columns that come back"),
+    "ruler_error": MetricInfo("latent^2", False, "mse of the ground row"),
+}
+
+
+def window_trace(kept: int) -> dict[str, np.ndarray]:
+    """All heads keep and read the newest ``kept`` frames of the past, and the chunk itself."""
+    chunks = FRAMES // CHUNK
+    held = np.zeros((chunks, LAYERS, HEADS, FRAMES), np.uint8)
+    for chunk in range(chunks):
+        held[chunk, :, :, max(0, chunk * CHUNK - kept) : (chunk + 1) * CHUNK] = 255
+    return {
+        "held": held,
+        "read": held[:, None].copy(),
+        "weight": (held / 255).astype(np.float16),
+    }
+
+
+def a_record(policy: str, key: str, prompt: str, recall: float | None, psnr: float | None) -> dict:
+    start = [None] * 4
+    curve = [None if recall is None else recall / (1 + f) for f in range(FRAMES - 4)]
+    return {
+        "policy": policy,
+        "key": key,
+        "prompt": prompt,
+        "metrics": {"psnr": psnr, "recall": recall, "ruler_error": 0.0004},
+        "curves": {"recall": start + curve, "psnr": [psnr] * FRAMES},
+        "cost": {
+            "kv_bytes_peak": 5_000_000 if policy == "full" else 1_000_000,
+            "kv_bytes_mean": 400_000.0,
+            "kv_rows_read": 10,
+            "kv_rows_scored": 0,
+            "kv_read_fraction": 1.0 if policy == "full" else 0.25,
+            "kv_scored_fraction": 0.0,
+            "seconds_per_chunk": [0.04, 0.05],
+        },
+    }
+
+
+def spread(values: list[float]) -> tuple[float, float] | None:
+    """An interval that is easy to check."""
+    return (min(values), max(values)) if len(values) > 1 else None
+
+
+@pytest.fixture
+def make_run() -> Callable[..., PageRun]:
+    """Makes a run with ``recall[policy][prompt]``; ``None`` stands for a clip not measured."""
+
+    def make(
+        path: Path,
+        recall: dict[str, list[float | None]],
+        prompts: list[str],
+        pictured: int = 99,
+        total: int | None = None,
+    ) -> PageRun:
+        described = {"model": "panorama", "at": str(path)}
+        mark, run = fingerprint(described), RunDirectory(path)
+        policies = {name: {"name": name} for name in recall}
+        run.open(mark, described, {"reference": "full", "policies": policies})
+        run.config.write_text("prompts: 3  # <worlds>\n")
+        for number, prompt in enumerate(prompts):
+            key = f"k{number}"
+            for name, values in recall.items():
+                if number < len(values):
+                    psnr = None if name == "full" else 20.0 + number
+                    run.append(0, a_record(name, key, prompt, values[number], psnr))
+            if number < pictured:
+                grey = np.full((5, 16, 16, 3), 40 + 30 * number, np.uint8)
+                write_mp4(run.videos / f"{key}.mp4", grey, 8)
+                traces = {name: window_trace(3 * i) for i, name in enumerate(recall)}
+                write_traces(run.traces / f"{key}.npz", traces)
+        summary = summarise(
+            run.records(),
+            reference="full",
+            policies=policies,
+            metrics=METRICS,
+            run={
+                "prompts": total or len(prompts),
+                "frames": FRAMES,
+                "context_frames": 4,
+                "seed": 7,
+                "device": "cpu",
+                "versions": {"torch": "9.9"},
+            },
+            model={"name": "panorama"},
+            fingerprint=mark,
+            interval=spread,
+        )
+        run.summary.write_text(json.dumps(summary))
+        return PageRun(run, summary)
+
+    return make

@@ -1,0 +1,233 @@
+"""The page, parsed: it needs no network and says the numbers of the summary; a browser opens it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from lightning_kv.report.page import PageRun, write_page
+
+RECALL = {
+    "full": [1.0, 1.0, 1.0],
+    "window@3f": [0.25, 0.5, 0.75],
+    "window@6f": [0.5, 0.625, 1.0],
+    '<i>"&odd@9f': [0.1, 0.2, 0.3],
+}
+PROMPTS = ["plain", '<b>"x"&amp;</b><script>alert(1)</script>', "third"]
+VOID = {"meta", "link", "img", "br", "input", "hr"}
+SVG_LEAVES = {"line", "circle", "path", "use", "rect"}
+
+
+class Page(HTMLParser):
+    """Every element with its attributes, every text with the elements around it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[tuple[str, ...], str]] = []
+        self.open: list[str] = []
+        self.feed(path.read_text())
+        self.close()
+        assert not self.open, "every element is closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append((tuple(self.open), data.strip()))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+    def text(self, *inside: str) -> str:
+        chosen = [text for around, text in self.texts if set(inside) <= set(around)]
+        return " ".join(" ".join(chosen).split())
+
+
+def results(page: Page) -> dict[str, list[str]]:
+    """The values of every row of the big table."""
+    rows: dict[str, list[str]] = {}
+    for tag, attrs in page.tags:
+        if tag == "th" and attrs.get("scope") == "row":
+            own = rows.setdefault(attrs["data-value"], [])
+        elif tag == "td":
+            own.append(attrs["data-value"])
+    return rows
+
+
+@pytest.fixture
+def run(tmp_path: Path, make_run) -> PageRun:
+    return make_run(tmp_path / "my run", RECALL, PROMPTS)
+
+
+def written(
+    path: Path, runs: list[PageRun], verdict: tuple[str, ...] = ("Run window@6f.",)
+) -> Page:
+    write_page(path, runs, list(verdict))
+    return Page(path)
+
+
+def test_nothing_is_loaded_from_anywhere(tmp_path: Path, run: PageRun) -> None:
+    page = written(tmp_path / "report.html", [run])
+    for tag, attrs in page.tags:
+        for name in ("src", "srcset", "data", "poster", "action", "xlink:href", "href"):
+            value = attrs.get(name) or ""
+            assert value.startswith(("data:", "#")) or not value, f"<{tag} {name}={value[:60]}>"
+    text = (tmp_path / "report.html").read_text()
+    assert not re.search(r"@import|url\((?!['\"]?#|data:)", text)
+    assert not re.search(r"\b(fetch|XMLHttpRequest|import\()", text)
+    assert re.findall(r"https?://[^\"'<> ]+", text) == []
+
+
+def test_the_table_holds_the_numbers_of_the_summary(tmp_path: Path, run: PageRun) -> None:
+    page = written(tmp_path / "report.html", [run])
+    rows = results(page)
+    assert list(rows) == list(RECALL)
+    heads = page.text("table", "thead")
+    assert heads.startswith(
+        "policy recall\xa0↑ share psnr\xa0↑ dB KV peak\xa0↓".replace("\xa0", " ")
+    )
+    for name, policy in run.summary["policies"].items():
+        metrics, cost = policy["metrics"], policy["cost"]
+        expected = [
+            *(metrics[m]["mean"] for m in ("recall", "psnr")),
+            *(cost[c] for c in ("kv_bytes_peak", "kv_bytes_mean", "kv_read_fraction")),
+            *(cost[c] for c in ("kv_scored_fraction", "seconds_per_chunk_p50", "speedup")),
+            metrics["ruler_error"]["mean"],
+        ]
+        shown = [None if value == "" else float(value) for value in rows[name]]
+        assert shown == expected
+    text = page.text("table", "tbody")
+    assert "0.500 0.250 … 0.750" in text, "mean and interval of window@3f"
+    assert text.count("reference") == 1
+
+
+def test_the_best_of_a_column_is_marked_and_the_reference_is_not(tmp_path, run: PageRun) -> None:
+    page = written(tmp_path / "report.html", [run])
+    cells = [attrs for tag, attrs in page.tags if tag == "td"]
+    columns = len(cells) // len(RECALL)
+    best = [index for index, attrs in enumerate(cells) if attrs.get("class") == "best"]
+    assert best == [2 * columns], "recall of window@6f; in the other columns all are equal"
+
+
+def test_verdict_facts_and_recipes_are_there(tmp_path: Path, run: PageRun) -> None:
+    verdict = ("Run window@6f: it is <enough>.", "It saves 80 %.")
+    page = written(tmp_path / "report.html", [run], verdict)
+    assert page.text("section", "p").startswith(" ".join(verdict))
+    facts = page.text("header", "dl")
+    for fact in ("model panorama", "prompts 3", "latent frames 12", "of them given 4", "seed 7"):
+        assert fact in facts
+    assert "reference full" in facts
+    assert "10 log10(1 / mse) < the better" in page.text("dd")
+    assert run.summary["fingerprint"] in page.text("code")
+    assert "9.9" in page.text("dd")
+    config = run.directory.config
+    assert page.text("pre").startswith(f"lightning-kv evaluate -c '{config}' prompts: 3 # <worlds>")
+    assert page.text("h1") == "my run"
+    assert "Half-finished" not in page.text("body")
+
+
+def test_odd_prompts_and_names_are_text(tmp_path: Path, run: PageRun) -> None:
+    page = written(tmp_path / "report.html", [run])
+    assert f"Median: {PROMPTS[1]}" in page.text("h3")
+    assert len(page.all("script")) == 1
+    assert '<i>"&odd' in page.text("button")
+    assert not {"b", "i"} & {tag for tag, attrs in page.tags if tag == "i" and not attrs}
+
+
+def test_moving_pictures_are_inside_and_play(tmp_path: Path, run: PageRun) -> None:
+    page = written(tmp_path / "report.html", [run])
+    videos = page.all("video")
+    assert len(videos) == 3
+    greys = []
+    for attrs in videos:
+        assert {"controls", "loop", "muted", "autoplay", "playsinline"} <= set(attrs)
+        kind, content = attrs["src"].split(",", 1)
+        assert kind == "data:video/mp4;base64"
+        with av.open(io.BytesIO(base64.b64decode(content))) as container:
+            frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+        assert len(frames) == 5
+        greys.append(np.mean(frames))
+    # The prompt with the highest recall is the third, the lowest is the first.
+    np.testing.assert_allclose(greys, [100, 70, 40], atol=3)
+    assert re.findall(r"(Best|Median|Worst): (\w+)", page.text("h3")) == [
+        ("Best", "third"),
+        ("Worst", "plain"),
+    ]
+    assert "among the 3 prompts with a moving picture" in page.text("p")
+    assert "window@3f 0.750 window@6f 1.000" in page.text("figcaption", "ul")
+
+
+def test_pictures_show_what_every_layer_and_head_keeps(tmp_path: Path, run: PageRun) -> None:
+    page = written(tmp_path / "report.html", [run])
+    images = {attrs["alt"]: attrs["src"] for attrs in page.all("img")}
+    assert len(images) == len(RECALL) * (1 + 2), "an overview and two layers for each policy"
+    assert all(alt for alt in images)
+    (overview,) = (src for alt, src in images.items() if alt.startswith("window@6f, mean"))
+    with Image.open(io.BytesIO(base64.b64decode(overview.split(",", 1)[1]))) as image:
+        pixels = np.asarray(image)
+    # window@6f is the third policy, whose trace keeps six frames: in the last chunk 3 to 8.
+    blue = pixels[11, :, 2].astype(int) - pixels[11, :, 0] > 20
+    assert np.flatnonzero(blue).tolist() == [3, 4, 5, 6, 7, 8]
+    assert "keeps 6 of 9 past frames, reads 6" in page.text("figure")
+    unfolded = [attrs for attrs in page.all("details") if "open" in attrs]
+    assert len(unfolded) == 2
+
+
+def test_a_half_finished_run_says_so(tmp_path: Path, make_run) -> None:
+    recall = {"full": [1.0, 1.0], "window@3f": [0.5], "late": []}
+    run = make_run(tmp_path / "half", recall, PROMPTS, pictured=1, total=8)
+    page = written(tmp_path / "report.html", [run], ())
+    assert "0 of 8 prompts finished" in page.text("header")
+    assert results(page)["late"].count("") == 9
+    assert "Only: plain" in page.text("h3"), "the one prompt that both policies with values have"
+    assert "No verdict" in page.text("section")
+    done = make_run(tmp_path / "more", {"full": [1.0, 1.0], "w": [0.5, 0.5]}, PROMPTS, total=8)
+    assert "2 of 8 prompts finished" in written(tmp_path / "b.html", [done]).text("header")
+
+
+def test_a_run_without_pictures_says_so(tmp_path: Path, make_run) -> None:
+    run = make_run(tmp_path / "bare", {"full": [1.0]}, ["p"], pictured=0)
+    page = written(tmp_path / "report.html", [run])
+    assert "No moving pictures" in page.text("p")
+    assert "No traces" in page.text("p")
+    assert not page.all("video")
+
+
+def test_several_runs_share_the_table(tmp_path: Path, make_run, run: PageRun) -> None:
+    other = make_run(tmp_path / "other", {"full": [1.0], "top": [0.9]}, ["p"])
+    page = written(tmp_path / "report.html", [run, other])
+    names = ["my run/full", *list(RECALL)[1:], "other/full", "top"]
+    assert list(results(page)) == names
+    assert page.text("h1") == "my run, other"
+    assert page.text("table").count("reference") == 2
+    assert len(page.all("video")) == 4
+    assert "Only: p" in page.text("h3")
+
+
+def test_a_damaged_trace_is_an_error_and_leaves_the_old_page(tmp_path: Path, run: PageRun) -> None:
+    path = tmp_path / "report.html"
+    written(path, [run])
+    before = path.read_bytes()
+    for trace in run.directory.traces.iterdir():
+        trace.write_bytes(b"cut")
+    with pytest.raises(ValueError, match="A trace cannot be read"):
+        write_page(path, [run], [])
+    assert path.read_bytes() == before
