@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import json
 import logging
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lightning_kv import __version__
+from lightning_kv.arguments import Words, hint, parse
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 USAGE = """\
 usage: lightning-kv COMMAND [options]
@@ -23,26 +25,20 @@ cost in quality?
 
 commands:
   evaluate   roll out the reference and every policy from the same prompts and noise, and compare
+  recommend  which policy to run, from a run's results: what it saves, what it costs, how sure
+  report     write report.html again, of one run or several, finished or not
+  inspect    the same in the terminal
+  generate   one video from a prompt, and what its cache cost
   pretrain   train the embedded panorama model
-  list       policies, models or metrics that are there
+  list       policies, parts, models or metrics that are there
 
   lightning-kv COMMAND --help    says more
   lightning-kv --version
 
 example:
-  lightning-kv evaluate -c configs/quickstart.yaml --policies [sliding-window@9f,top-attention@6f]
-"""
-
-EXAMPLES = {
-    "evaluate": """\
-examples:
   lightning-kv evaluate -c configs/quickstart.yaml
-  lightning-kv evaluate -c configs/evaluate.yaml --policies [full,sink-window@12f] --out runs/sinks
-  lightning-kv evaluate -c configs/evaluate.yaml --trainer.devices 2""",
-    "pretrain": """\
-example:
-  lightning-kv pretrain -c configs/pretrain_panorama.yaml --out runs/pretrain_panorama""",
-}
+  lightning-kv recommend runs/quickstart
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], None]] = {
         "evaluate": evaluate_command,
+        "recommend": recommend_command,
+        "report": report_command,
+        "inspect": inspect_command,
+        "generate": generate_command,
         "pretrain": pretrain_command,
         "list": list_command,
     }
@@ -65,12 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commands[words[0]](words[1:])
     except ValueError as error:
         fail(str(error))
-
-
-def hint(given: str, known: Iterable[str]) -> str:
-    """The nearest known name, as a question; nothing where none is near."""
-    near = difflib.get_close_matches(given, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def fail(text: str) -> None:
@@ -89,15 +83,115 @@ def evaluate_command(words: list[str]) -> None:
     quiet()
     summary = evaluate(options)
     if summary:
-        from rich.console import Console
-
+        from lightning_kv.report.records import RunDirectory
         from lightning_kv.report.table import render_tables
+        from lightning_kv.tasks.recommend import verdict
 
-        console = Console(width=None if sys.stdout.isatty() else 120)
-        console.print(render_tables(summary))
-        console.print(
-            f"Results are in {options.out}: summary.json, records/, videos/", soft_wrap=True
+        run, out = RunDirectory(options.out), console()
+        out.print(render_tables(summary))
+        say(out, verdict(summary, run.records()))
+        out.print(
+            f"Results are in {run.path}: {run.report.name}, summary.json, records/, videos/, "
+            "traces/",
+            soft_wrap=True,
         )
+
+
+def recommend_command(words: list[str]) -> None:
+    """`lightning-kv recommend`."""
+    parser = Words("recommend", "Which policy to run, from what an evaluation has measured.")
+    add_run(parser)
+    parser.add_argument(
+        "--memory", metavar="BYTES", help="most that the cache of one clip may take, such as 24GiB"
+    )
+    parser.add_argument(
+        "--margin", metavar="METRIC=LOSS,...", help="largest loss that is allowed: recall=0.02"
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+    chosen = parser.parse_args(words)
+    from lightning_kv.tasks.margins import read_margins, read_memory
+    from lightning_kv.tasks.overview import open_run, summary_of
+    from lightning_kv.tasks.recommend import recommend
+
+    memory, margins = read_memory(chosen.memory), read_margins(chosen.margin)
+    run = open_run(chosen.run)
+    found = recommend(summary_of(run, intervals=False), run.records(), memory, margins)
+    if chosen.json:
+        sys.stdout.write(json.dumps(dataclasses.asdict(found), indent=1, allow_nan=False) + "\n")
+        return
+    say(console(), found.words)
+
+
+def report_command(words: list[str]) -> None:
+    """`lightning-kv report`."""
+    parser = Words("report", "Write the page about one run or several, finished or not.")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="run directory that evaluate made"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, help="HTML file; report.html in the run directory"
+    )
+    parser.add_argument("--force", action="store_true", help="replace the file of --out")
+    chosen = parser.parse_args(words)
+    from lightning_kv.tasks.overview import open_run, page_path, summary_of, write_report
+
+    out = page_path(chosen.runs, chosen.out, chosen.force)
+    runs = [open_run(path) for path in chosen.runs]
+    write_report(out, runs, [summary_of(run) for run in runs])
+    sys.stdout.write(f"The report is {out}\n")
+
+
+def inspect_command(words: list[str]) -> None:
+    """`lightning-kv inspect`."""
+    parser = Words("inspect", "A run's report in the terminal, finished or not.")
+    add_run(parser)
+    chosen = parser.parse_args(words)
+    from lightning_kv.report.inspect import render_inspection
+    from lightning_kv.tasks.overview import open_run, summary_of
+    from lightning_kv.tasks.recommend import verdict
+
+    run = open_run(chosen.run)
+    summary, out = summary_of(run), console()
+    say(out, verdict(summary, run.records()))
+    out.print(render_inspection(run, summary))
+
+
+def generate_command(words: list[str]) -> None:
+    """`lightning-kv generate`."""
+    from lightning_kv.tasks.options import GenerateOptions
+
+    parser = Words("generate", "One video from a prompt alone, and what its cache cost.")
+    kinds = {field.name: field.default for field in dataclasses.fields(GenerateOptions)}
+    parser.add_argument("prompt", metavar="PROMPT", help="what the model is told")
+    parser.add_argument(
+        "-o", "--out", metavar="FILE", type=Path, required=True, help="the video, an .mp4 file"
+    )
+    parser.add_argument(
+        "--prompt",
+        dest="switches",
+        metavar="TEXT@SECONDS",
+        action="append",
+        default=[],
+        help="another prompt from there on, at the start of the chunk; may be repeated",
+    )
+    for name, kind, text in (
+        ("model", str, "panorama, or a weights file that pretrain wrote"),
+        ("policy", str, "a preset such as top-attention@9f, a YAML file, or parts in place"),
+        ("seconds", float, "length, rounded up to whole chunks"),
+        ("seed", int, "of the noise"),
+        ("fps", float, "frames per second"),
+        ("accelerator", str, "cpu, gpu, or auto: a CUDA GPU if there is one"),
+    ):
+        text = f"{text} ({kinds[name]})"
+        parser.add_argument(
+            f"--{name}", type=kind, metavar=name.upper(), default=kinds[name], help=text
+        )
+    parser.add_argument("--force", action="store_true", help="replace the video if it exists")
+    chosen = parser.parse_args(words)
+    from lightning_kv.tasks.generate import generate
+
+    made = generate(GenerateOptions(**vars(chosen)))
+    sys.stdout.write("\n".join((*made.words, *made.notes)) + "\n")
 
 
 def pretrain_command(words: list[str]) -> None:
@@ -115,12 +209,7 @@ def list_command(words: list[str]) -> None:
     """`lightning-kv list`."""
     from lightning_kv.listing import KINDS, listing
 
-    parser = argparse.ArgumentParser(
-        "lightning-kv list",
-        description="What is there to choose from.",
-        epilog="example:\n  lightning-kv list policies --json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Words("list", "What is there to choose from.")
     parser.add_argument("what", metavar="WHAT", help=f"one of: {', '.join(KINDS)}")
     parser.add_argument("--json", action="store_true", help="for programs")
     chosen = parser.parse_args(words)
@@ -131,7 +220,6 @@ def list_command(words: list[str]) -> None:
     if chosen.json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -139,53 +227,28 @@ def list_command(words: list[str]) -> None:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console().print(table)
 
 
-def parse(command: str, options: type, words: list[str]) -> Any:
-    """Read a command's settings from YAML files (``-c``) and flags; flags win."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog=f"lightning-kv {command}",
-        description=options.__doc__.partition("Args:")[0].strip(),
-        usage=f"lightning-kv {command} -c FILE [--SETTING VALUE ...]",
-        epilog=EXAMPLES[command],
-        formatter_class=_Help,
-        exit_on_error=False,
-    )
-    parser.add_argument("-c", "--config", action="config", help="YAML file; may be repeated")
-    parser.add_class_arguments(options, as_group=False)
-    try:
-        found = parser.parse_args(words)
-        made = parser.instantiate(found)
-    except argparse.ArgumentError as error:
-        raise ValueError(explain(str(error), options)) from None
-    return options(**{field.name: made[field.name] for field in dataclasses.fields(options)})
+def add_run(parser: Words) -> None:
+    """The one run that a command is about."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory that evaluate made")
 
 
-def explain(text: str, options: type) -> str:
-    """An error of the parser, with the nearest known setting where a name is unknown."""
-    known = setting_names(options)
-    given = re.search(r"(?:[Uu]nrecognized arguments: --|[Oo]ption ')([\w.\-]+)", text)
-    if given and given[1] not in known:
-        return f"No setting {given[1]!r}.{hint(given[1], known)} Settings: {', '.join(known)}."
-    return text
+def console() -> Console:
+    """Standard output, 120 columns wide where it is no terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
-def setting_names(options: type, prefix: str = "") -> list[str]:
-    """Dotted names of all settings."""
-    import typing
+def say(out: Any, sentences: Sequence[str]) -> None:
+    """Sentences as a list, the first one bold."""
+    from rich.text import Text
 
-    hints = typing.get_type_hints(options)
-    names = []
-    for field in dataclasses.fields(options):
-        kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            names += setting_names(kind, f"{prefix}{field.name}.")
-        else:
-            names.append(prefix + field.name)
-    return names
+    for index, sentence in enumerate(sentences):
+        out.print(Text(sentence, "" if index else "bold"))
+    out.print()
 
 
 def quiet() -> None:
@@ -201,10 +264,3 @@ def quiet() -> None:
         "no pre-optimization state was saved",  # the state after the step is the one wanted
     ):
         warnings.filterwarnings("ignore", f".*{text}.*")
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Names beside their meaning, in at most 100 columns."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=100)

@@ -63,11 +63,15 @@ def test_the_run_directory_is_complete(single):
     assert {p.name for p in out.iterdir()} == {
         "config.yaml",
         "records",
+        "report.html",
         "run.json",
         "summary.json",
+        "traces",
         "videos",
     }
-    assert len(list((out / "videos").glob("*.mp4"))) == 1
+    assert len(list((out / "videos").iterdir())) == len(list((out / "traces").iterdir())) == 1
+    assert "3 prompts cannot give 95 % confidence" in text
+    assert "3 prompts cannot give 95 % confidence" in (out / "report.html").read_text()
     lines = [json.loads(x) for p in (out / "records").iterdir() for x in p.read_text().splitlines()]
     assert len(lines) == 9
     assert {"policy", "key", "metrics", "cost"} <= lines[0].keys()
@@ -185,6 +189,48 @@ def test_an_interrupted_run_in_batches_goes_on(tmp_path):
     assert len(found) == len(set(found)) == 9
 
 
+def test_pictures_that_are_missing_are_made_when_a_run_goes_on(single, tmp_path):
+    """Of a finished run, more pictures; a trace that was lost; and a prompt that is half done."""
+    from lightning_kv.report.traces import read_traces
+
+    out = tmp_path / "run"
+    shutil.copytree(single[0], out)
+    (trace,), (records,) = (out / "traces").iterdir(), (out / "records").iterdir()
+    first, lines = read_traces(trace), records.read_text().splitlines(keepends=True)
+    assert list(first) == ["full", "sliding-window@6f", "random@6f"]
+    assert first["full"]["held"].shape == (8, 6, 4, 24)
+    assert (first["full"]["held"][7, ..., :21] == 255).all()
+    trace.unlink()
+    half = [line for line in lines[:-1] if json.loads(line)["key"] != trace.stem]
+    half += [line for line in lines if json.loads(line)["key"] == trace.stem]
+    records.write_text("".join(half))
+    main(["evaluate", *SMALL, "--videos", "2", "--out", str(out)])
+    names = {path.stem for path in (out / "videos").iterdir()}
+    assert names == {path.stem for path in (out / "traces").iterdir()} and len(names) == 2
+    again = read_traces(trace)
+    for policy, arrays in first.items():
+        for name, array in arrays.items():
+            assert (array == again[policy][name]).all()
+    found = [(r["policy"], r["key"]) for r in map(json.loads, records.read_text().splitlines())]
+    assert len(found) == len(set(found)) == 9, "what was measured is not measured again"
+    assert comparable(out) == pytest.approx(comparable(single[0]), rel=1e-6)
+    before = {p: p.stat().st_mtime_ns for d in ("videos", "traces") for p in (out / d).iterdir()}
+    main(["evaluate", *SMALL, "--videos", "2", "--out", str(out)])
+    assert before == {p: p.stat().st_mtime_ns for p in before}, "nothing was left to do"
+
+
+def test_budgets_cross_policies_and_every_prompt_is_pictured(tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["--policies", "[full,sliding-window,random]", "--budgets", "3f,6f", "--prompts", "2"]
+    main(["evaluate", *SMALL[:-2], *words, "--out", str(out)])
+    names = ["full", "sliding-window@3f", "sliding-window@6f", "random@3f", "random@6f"]
+    assert list(summary(out)["policies"]) == names
+    assert len(list((out / "videos").iterdir())) == len(list((out / "traces").iterdir())) == 2
+    main(["evaluate", "-c", str(out / "config.yaml")])  # the same run: nothing is left to do
+    text = capsys.readouterr().out
+    assert text.count("Results are in") == 2
+
+
 def test_a_rollout_that_breaks_is_a_failure_on_record(tmp_path, monkeypatch):
     """NaN latents of one policy leave the others measured, and JSON without NaN."""
     import torch
@@ -200,7 +246,7 @@ def test_a_rollout_that_breaks_is_a_failure_on_record(tmp_path, monkeypatch):
     rollout = task.rollout
     monkeypatch.setattr(task, "rollout", breaking)
     out = tmp_path / "run"
-    main(["evaluate", *SMALL, "--videos", "0", "--out", str(out)])
+    main(["evaluate", *SMALL, "--out", str(out)])
     text = (out / "summary.json").read_text()
     found = json.loads(text, parse_constant=lambda name: pytest.fail(name))["policies"]
     broken = found["random@6f"]["metrics"]["recall"]
@@ -264,6 +310,11 @@ def test_a_share_in_a_policy_name_is_a_name_like_others(tmp_path):
         (["--policies", "[sliding-window@1KiB]"], "are 319488 bytes"),
         (["--backend", "flash"], "Backends here: reference, sdpa"),
         (["--reference", "none"], "No policy 'none'"),
+        (["--budgets", "6f,many"], "'many' is not a budget"),
+        (["--budgets", "6f,6f", "--policies", "[random]"], "One budget twice"),
+        (["--budgets", "6f"], "meets no policy that it could be crossed with"),
+        (["--budgets", "30f", "--policies", "[random]"], "must lie between 3f and 21f"),
+        (["--videos", "-1"], "no number of prompts"),
         (["-c", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
@@ -316,6 +367,107 @@ def test_foreign_weights_are_refused(tmp_path, capsys):
     assert "is no weights file of the embedded model" in capsys.readouterr().err
 
 
+def test_reports_of_a_finished_run(single, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(single[0], out)
+    (out / "report.html").unlink()
+    main(["report", str(out)])
+    assert f"The report is {out / 'report.html'}" in capsys.readouterr().out
+    assert "sliding-window@6f" in (out / "report.html").read_text()
+    both = tmp_path / "both.html"
+    main(["report", str(out), str(single[0]), "--out", str(both)])
+    assert both.stat().st_size > (out / "report.html").stat().st_size
+    main(["inspect", str(out)])
+    text = capsys.readouterr().out
+    assert "3 prompts cannot give 95 % confidence" in text and "sliding-window@6f" in text
+
+
+def test_reports_of_an_interrupted_run(single, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(single[0], out)
+    (records,) = (out / "records").iterdir()
+    lines = records.read_text().splitlines(keepends=True)
+    records.write_text("".join(lines[:4]) + lines[4][:50])
+    for path in (out / "summary.json", out / "report.html"):
+        path.unlink()
+    for command in ("report", "inspect", "recommend"):
+        main([command, str(out)])
+    text = capsys.readouterr().out
+    assert text.count("The run is not finished: 1 of 3 prompts.") == 2
+    assert "The run is not finished: 1 of 3 prompts." in (out / "report.html").read_text()
+    assert not (out / "summary.json").exists()
+
+
+def test_a_recommendation_for_programs(single, capsys):
+    words = ["--memory", "2MiB", "--margin", "recall=1,ssim=1", "--json"]
+    main(["recommend", str(single[0]), *words])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["memory"], found["margins"]) == (2 * 2**20, {"recall": 1, "ssim": 1})
+    assert {one["policy"]: one["out"] for one in found["candidates"]} == {
+        "sliding-window@6f": "unsure",  # three prompts are too few
+        "random@6f": "unsure",
+    }
+    assert found["closest"] == "sliding-window@6f" and found["policy"] is None
+    recall = summary(single[0])["policies"]["sliding-window@6f"]["metrics"]["recall"]["mean"]
+    loss = found["candidates"][0]["losses"][0]
+    assert loss["value"] == pytest.approx(recall) and loss["n"] == 3
+
+
+def test_a_video_from_a_prompt(tmp_path, capsys):
+    out = tmp_path / "a.mp4"
+    words = ["--policy", "random@3f", "--seconds", "2", "--prompt", "night fast n7 left@1"]
+    main(["generate", "dusk fast n7 left", *words, "-o", str(out)])
+    text = capsys.readouterr().out
+    assert out.is_file()
+    for part in ("18 frames", "random@3f", "KV peak", "rows read", "comes at 0.75 s"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["recommend", "nowhere"], "No folder nowhere"),
+        (["report", "nowhere"], "No folder nowhere"),
+        (["inspect", "nowhere"], "No folder nowhere"),
+        (["inspect", "."], "is no run directory"),
+        (["report", "RUN", "RUN"], "is given twice"),
+        (["report", "RUN", "."], "--out report.html"),
+        (["report", "RUN", "--out", "RUN/run.json"], "does not end in .html"),
+        (["report"], "required: RUN"),
+        (["recommend", "RUN", "--memory", "24"], "Write 24GiB"),
+        (["recommend", "RUN", "--margin", "recall"], "METRIC=NUMBER"),
+        (["recommend", "RUN", "--margin", "recal=0.1"], "Did you mean 'recall'?"),
+        (["recommend", "RUN", "--margin", "recall=-0.1"], "0 or more"),
+        (["recommend", "RUN", "--margin", "psnr=1"], "compares with the reference rollout"),
+        (["recommend", "RUN", "--margn", "recall=1"], "Did you mean 'margin'?"),
+        (["generate", "a cat", "-o", "RUN/a.mp4"], "Try 'dusk fast n13 left'"),
+        (["generate", "dusk fast n7 left"], "required: -o/--out"),
+        (["generate", "dusk fast n7 left", "-o", "RUN/a.gif"], "does not end so"),
+        (["generate", "dusk fast n7 left", "-o", "RUN/a.mp4", "--seconds", "x"], "--seconds"),
+        (["generate", "dusk fast n7 left", "-o", "RUN/a.mp4", "--secs", "1"], "'seconds'?"),
+        (["list"], "required: WHAT"),
+    ],
+)
+def test_bad_input_of_the_other_commands(single, words, text, capsys):
+    before = sorted(single[0].rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        main([word.replace("RUN", str(single[0])) for word in words])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert text in error and error.startswith("error: ")
+    assert before == sorted(single[0].rglob("*"))
+
+
+def test_a_run_without_records_is_said(single, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(single[0], out)
+    shutil.rmtree(out / "records")
+    for command in ("report", "inspect", "recommend"):
+        with pytest.raises(SystemExit):
+            main([command, str(out)])
+        assert "has no records: nothing of this run is measured" in capsys.readouterr().err
+
+
 def test_an_unknown_list_is_said(capsys):
     with pytest.raises(SystemExit):
         main(["list", "polices"])
@@ -329,7 +481,29 @@ def test_an_unknown_command_is_said(capsys):
     assert "Did you mean 'evaluate'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["evaluate", "pretrain", "list"])
+COMMANDS = ["evaluate", "recommend", "report", "inspect", "generate", "pretrain", "list"]
+
+
+def test_help_names_the_commands_in_order(capsys):
+    main([])
+    text = capsys.readouterr().out
+    found = [line.split()[0] for line in text.splitlines() if line.startswith("  ") and line[2:3]]
+    assert [word for word in found if word in COMMANDS] == COMMANDS
+
+
+def test_help_does_not_wait_for_heavy_imports():
+    code = (
+        "import sys; from lightning_kv.cli import main\n"
+        f"for command in {COMMANDS}:\n"
+        "    try: main([command, '--help'])\n"
+        "    except SystemExit: pass\n"
+        "heavy = {'lightning', 'torchmetrics', 'scipy', 'matplotlib', 'av', 'jinja2'}\n"
+        "sys.exit(', '.join(heavy & set(sys.modules)))"
+    )
+    assert run([sys.executable, "-c", code]).stderr.strip() == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_a_screen_and_a_half_and_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -135,9 +135,14 @@ class ClipMetric(Metric):
         index = torch.arange(clip.frames, device=values.device)
         return values.masked_fill(index < clip.context, torch.nan)
 
-    def update(self, clip: Clip) -> None:
-        """Add one clip; one in which no frame counts changes nothing."""
-        value = clip_value(self.curve(clip))
+    def update(self, clip: Clip, curve: Tensor | None = None) -> None:
+        """Add one clip; one in which no frame counts changes nothing.
+
+        Args:
+            clip: The clip.
+            curve: What :meth:`curve` says of it, where that is known already.
+        """
+        value = clip_value(self.curve(clip) if curve is None else curve)
         if value is not None:
             self.total += value
             self.clips += 1

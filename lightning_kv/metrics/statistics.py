@@ -89,6 +89,52 @@ def paired_interval(
     return bca_interval(_finite(a) - _finite(b), level, resamples, seed)
 
 
+def confidence_below(
+    values: Sequence[float], bound: float, resamples: int = 10_000, seed: int = 0
+) -> float | None:
+    """How sure it is that the mean lies at or below a bound: a one-sided bootstrap over clips.
+
+    The share of resampled sets of clips whose mean does, and never more than :func:`ceiling`: a
+    few clips that happen to agree are no proof.
+
+    Args:
+        values: One finite number per clip, such as the loss against the reference.
+        bound: In the unit of the values.
+        resamples: Number of bootstrap samples.
+        seed: The same seed gives the same confidence.
+
+    Returns:
+        Between 0 and 1; None without values.
+
+    Raises:
+        ValueError: A value is not finite.
+
+    Example:
+        >>> confidence_below([0.0] * 4, 0.02), confidence_below([1.0] * 4, 0.02)
+        (0.9375, 0.0)
+    """
+    data = _finite(values)
+    if not len(data):
+        return None
+    rng = np.random.default_rng(seed)
+    means = data[rng.integers(0, len(data), (resamples, len(data)))].mean(1)
+    rounding = 1e-12 * max(1.0, float(np.abs(data).max()))
+    share = float((means <= bound + rounding).mean())
+    return min(share, ceiling(len(data)))
+
+
+def ceiling(clips: int) -> float:
+    """The most confidence that so many clips can give, ``1 - 0.5**n``.
+
+    If half of all clips lay above a bound, n clips in a row would still all lie below it with a
+    chance of ``0.5**n`` (the sign test). So 95 % need 5 clips or more.
+
+    >>> [ceiling(n) for n in (0, 1, 4, 5)]
+    [0.0, 0.5, 0.9375, 0.96875]
+    """
+    return 1 - 0.5**clips
+
+
 def _finite(values: Sequence[float]) -> np.ndarray:
     data = np.asarray(values, dtype=np.float64)
     if not np.isfinite(data).all():

@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 import json
-import platform
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_kv.cache.attend import known_backend
+from lightning_kv.cache.trace import Trace
 from lightning_kv.data.datamodule import PromptData, PromptSample
-from lightning_kv.metrics import METRICS, Clip, metric_by_name
-from lightning_kv.metrics.statistics import bca_interval
+from lightning_kv.metrics import Clip, metric_by_name
 from lightning_kv.models.loading import EmbeddedModel, load_model
 from lightning_kv.models.samplers import ChunkPlan
 from lightning_kv.policies.base import CachePolicy
-from lightning_kv.policies.presets import load_policy, policy_to_dict
+from lightning_kv.policies.presets import load_policy
 from lightning_kv.report.records import RunDirectory, fingerprint, write_atomic
-from lightning_kv.report.summary import summarise
+from lightning_kv.report.traces import write_traces
 from lightning_kv.report.video import side_by_side, write_mp4
 from lightning_kv.rollout import Rollout, rollout
+from lightning_kv.tasks.choices import chosen_policies
 from lightning_kv.tasks.launch import is_first, launched
-from lightning_kv.tasks.options import EvaluateOptions
+from lightning_kv.tasks.options import EvaluateOptions, TrainerOptions
+from lightning_kv.tasks.overview import summary_of, write_report
 from lightning_kv.tasks.progress import RolloutProgress
-from lightning_kv.tasks.results import (
-    broken,
-    cost,
-    describe,
-    measure,
-    metric_info,
-    versions,
-)
+from lightning_kv.tasks.results import about, broken, cost, describe, measure
 from lightning_kv.tasks.scenes import Start, panorama_start, stack_context
 
 
@@ -81,13 +76,11 @@ class Evaluate(L.LightningModule):
     def on_test_start(self) -> None:
         """Warm up, so that the first clip's timing is like the others'."""
         data: PromptData = self.trainer.datamodule
-        self.pictured = set(data.keys()[: self.options.videos])
         left = data.total - len(data.finished)
         mine = len(range(self.global_rank, left, self.trainer.world_size))
         plan = self._plan()
-        rollouts = len(self.policies) + 1
         self.progress = RolloutProgress(
-            mine, rollouts * plan.count, plan.chunk, self.global_rank == 0
+            mine, len(self.names) * plan.count, plan.chunk, self.global_rank == 0
         )
         self.progress.__enter__()
         if mine:
@@ -96,23 +89,26 @@ class Evaluate(L.LightningModule):
             rollout(self.model, full, prompt, 2 * plan.chunk, backend=self.options.backend)
 
     def test_step(self, batch: list[PromptSample], _: int) -> None:
-        """All rollouts of some prompts; their records; their moving pictures."""
+        """All rollouts of some prompts; their records; what there is to see of them."""
         options = self.options
         starts = [
             panorama_start(sample, self.codec, options.frames, options.context_frames)
             for sample in batch
         ]
-        reference = self._rollout(self.reference, starts)
-        if self.reference.name not in self.policies:
-            self._record(self.reference.name, reference, None, reference, starts)
-        clips = {self.reference.name: reference.frames}
-        for name, policy in self.policies.items():
-            out = self._rollout(policy, starts)
-            self._record(name, out, reference, reference, starts)
-            clips[name] = out.frames
-        for index, start in enumerate(starts):
-            if start.sample.key in self.pictured:
-                self._picture(start, {name: frames[index] for name, frames in clips.items()})
+        shown = [i for i, start in enumerate(starts) if start.sample.key in self.pictured]
+        clips: list[dict[str, Tensor]] = [{} for _ in starts]
+        traces: list[dict[str, dict[str, np.ndarray]]] = [{} for _ in starts]
+        reference = None
+        for name in self.names:
+            trace = Trace() if shown else None
+            out = self._rollout(self.policies.get(name, self.reference), starts, trace)
+            reference = reference or out  # the first name
+            self._record(name, out, reference, starts)
+            for i in shown:
+                clips[i][name], traces[i][name] = out.frames[i], trace.arrays(i)
+        for i in shown:
+            write_traces(self.run.traces / f"{starts[i].sample.key}.npz", traces[i])
+            self._picture(starts[i], clips[i])
         self.progress.end(len(batch))
 
     def close(self) -> None:
@@ -131,7 +127,7 @@ class Evaluate(L.LightningModule):
             self.options.frames, self.network.config.chunk, self.options.context_frames
         )
 
-    def _rollout(self, policy: CachePolicy, starts: list[Start]) -> Rollout:
+    def _rollout(self, policy: CachePolicy, starts: list[Start], watch: Trace | None) -> Rollout:
         samples = [start.sample for start in starts]
         self.progress.begin(policy.name, len(samples))
         return rollout(
@@ -143,6 +139,7 @@ class Evaluate(L.LightningModule):
             keys=[sample.key for sample in samples],
             context=stack_context(starts),
             backend=self.options.backend,
+            watch=watch,
             progress=self.progress.chunk,
         )
 
@@ -150,11 +147,11 @@ class Evaluate(L.LightningModule):
         self,
         name: str,
         out: Rollout,
-        compared: Rollout | None,
         reference: Rollout,
         starts: list[Start],
     ) -> None:
         metrics_of = self.metrics[self.names.index(name)]
+        compared = reference if name in self.policies else None  # asked for, or only compared with
         for index, start in enumerate(starts):
             if (name, start.sample.key) in self.recorded:
                 continue  # finished before this run was taken up again
@@ -185,16 +182,20 @@ class Evaluate(L.LightningModule):
     def _picture(self, start: Start, clips: dict[str, Tensor]) -> None:
         panels = [("world", start.truth)] if start.truth is not None else []
         panels += list(clips.items())
-        rows = [
-            (label, (255 * x).round().byte().permute(0, 2, 3, 1).cpu().numpy())
-            for label, x in panels
-        ]
+        rows = [(label, picture(x)) for label, x in panels]
+        columns = 3 if len(rows) in (3, 5, 6, 9) else 4
         path = self.run.videos / f"{start.sample.key}.mp4"
-        write_mp4(path, side_by_side(rows, scale=5), self.options.fps)
+        write_mp4(path, side_by_side(rows, scale=5, columns=columns), self.options.fps)
+
+
+def picture(pixels: Tensor) -> np.ndarray:
+    """Pixels ``[F, 3, H, W]`` in [0, 1] as uint8 ``[F, H, W, 3]``; what is not finite is black."""
+    shown = (255 * pixels.nan_to_num(0)).round().byte()
+    return shown.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """Run, or go on with, an evaluation; rank 0 writes ``summary.json`` and returns it.
+    """Run, or go on with, an evaluation; rank 0 writes its conclusions and returns the summary.
 
     Raises:
         ValueError: Anything that does not fit, before anything is written.
@@ -209,7 +210,30 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     data = PromptData(options.data.shards, options.prompts, options.data.seed, options.batch)
     described = describe(options, policies, reference, data, settings.accelerator)
     mark = fingerprint(described)
-    trainer = L.Trainer(
+    trainer = trainer_for(settings)
+    enough(trainer.world_size, data.total)
+    run = RunDirectory(options.out)
+    if is_first():
+        device = str(trainer.strategy.root_device)
+        told = about(options, policies, reference, model, data.total, device)
+        run.open(mark, described, told)
+        write_atomic(run.config, config_yaml(options))
+    task = Evaluate(options, model, policies, reference, run)
+    task.pictured = set(data.keys()[: options.videos])
+    if run.path.is_dir():
+        task.recorded = {(record["policy"], record["key"]) for record in run.records()}
+        data.finished = run.finished(task.names) - unseen(run, task.pictured)
+    try:
+        trainer.test(task, datamodule=data, verbose=False)
+    finally:
+        task.close()
+    trainer.strategy.barrier("records are written")
+    return conclude(run) if trainer.is_global_zero else {}
+
+
+def trainer_for(settings: TrainerOptions) -> L.Trainer:
+    """A Trainer that only runs; what it would write or show is ours."""
+    return L.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
@@ -219,38 +243,20 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    enough(trainer.world_size, data.total)
-    run = RunDirectory(options.out)
-    if is_first():
-        run.open(mark, described)
-        write_atomic(run.config, config_yaml(options))
-    task = Evaluate(options, model, policies, reference, run)
-    if run.path.is_dir():
-        task.recorded = {(record["policy"], record["key"]) for record in run.records()}
-        data.finished = run.finished(task.names)
-    try:
-        trainer.test(task, datamodule=data, verbose=False)
-    finally:
-        task.close()
-    trainer.strategy.barrier("records are written")
-    if trainer.is_global_zero:
-        return summary_of(run, task, data, mark, str(trainer.strategy.root_device))
-    return {}
 
 
-def chosen_policies(options: EvaluateOptions) -> tuple[dict[str, CachePolicy], CachePolicy]:
-    """Policies by name, and the reference.
+def unseen(run: RunDirectory, keys: set[str]) -> set[str]:
+    """Prompts whose moving picture or trace is not there yet."""
+    shown = {path.stem for path in run.videos.glob("*.mp4")}
+    return keys - (shown & {path.stem for path in run.traces.glob("*.npz")})
 
-    Raises:
-        ValueError: One is unknown, or another policy is called like the reference.
-    """
-    policies, reference = named_policies(options.policies), load_policy(options.reference)
-    if policies.get(reference.name, reference) != reference:
-        raise ValueError(
-            f"A policy is called {reference.name!r} like the reference, but is another one: "
-            f"{policies[reference.name]}. Give it its own name."
-        )
-    return policies, reference
+
+def conclude(run: RunDirectory) -> dict[str, Any]:
+    """Write ``summary.json`` and ``report.html``; returns the summary."""
+    found = summary_of(run)
+    write_atomic(run.summary, json.dumps(found, indent=1, allow_nan=False) + "\n")
+    write_report(run.report, [run], [found])
+    return found
 
 
 def check_options(
@@ -265,6 +271,11 @@ def check_options(
     metric_by_name(options.metrics)
     known_backend(options.backend)
     ChunkPlan(options.frames, config.chunk, options.context_frames)
+    if options.videos is not None and options.videos < 0:
+        raise ValueError(
+            f"--videos {options.videos} is no number of prompts. Use 0 for none, or leave it out "
+            "for all."
+        )
     for policy in policies:
         policy.check(config.geometry(), config.chunk, options.frames)
     if options.frames > config.train_horizon and is_first():
@@ -273,58 +284,6 @@ def check_options(
             "trained for: the reference itself may fail.",
             stacklevel=2,
         )
-
-
-def summary_of(
-    run: RunDirectory, task: Evaluate, data: PromptData, mark: str, device: str
-) -> dict[str, Any]:
-    """Summarise all records of a run and write ``summary.json``."""
-    options = task.options
-    configs = {task.reference.name: policy_to_dict(task.reference)}
-    configs |= {name: policy_to_dict(policy) for name, policy in task.policies.items()}
-    found = summarise(
-        run.records(),
-        reference=task.reference.name,
-        policies=configs,
-        metrics={name: metric_info(METRICS[name]) for name in options.metrics},
-        run={
-            "prompts": data.total,
-            "frames": options.frames,
-            "context_frames": options.context_frames,
-            "seed": options.seed,
-            "data_seed": options.data.seed,
-            "batch": options.batch,
-            "device": device,
-            "versions": versions() | {"python": platform.python_version()},
-        },
-        model={"name": options.model, **task.network.config.to_dict()},
-        fingerprint=mark,
-        interval=lambda values: bca_interval(values, resamples=1000),
-    )
-    write_atomic(run.summary, json.dumps(found, indent=1, allow_nan=False) + "\n")
-    return found
-
-
-def named_policies(specs: list[str | dict[str, Any]]) -> dict[str, CachePolicy]:
-    """Policies by name.
-
-    Raises:
-        ValueError: None, or two of the same name.
-    """
-    if not specs:
-        raise ValueError(
-            "No policies to evaluate: [] was given. Try --policies [sliding-window@9f]."
-        )
-    found: dict[str, CachePolicy] = {}
-    for spec in specs:
-        policy = load_policy(spec)
-        if policy.name in found:
-            raise ValueError(
-                f"Two policies are called {policy.name!r}: {specs}. "
-                "The name is the key in results: give each its own."
-            )
-        found[policy.name] = policy
-    return found
 
 
 def enough(world: int, prompts: int) -> None:

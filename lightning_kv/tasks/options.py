@@ -55,6 +55,8 @@ class EvaluateOptions:
     Args:
         policies: Names, names with a budget (top-attention@9f), YAML files, or parts in place:
             {name: mine, retain: {part: window, budget: 6f}, precision: aged}.
+        budgets: Such as 6f,9f,15f: every policy above that has a budget and does not name it
+            with @ is run once with each. The others stay as they are.
         reference: The policy that the others are compared with.
         model: panorama, or a weights file that pretrain wrote.
         data: Prompts and worlds.
@@ -67,12 +69,14 @@ class EvaluateOptions:
         batch: Clips rolled out together.
         backend: Attention kernel, sdpa or reference.
         threads: CPU threads per process; part of the fingerprint, it can change the last digit.
-        videos: Number of prompts to write side-by-side moving pictures of.
-        fps: Frames per second of these.
+        videos: Number of prompts with moving pictures, and a picture of what every policy keeps
+            and reads; all where not given.
+        fps: Frames per second of the moving pictures.
         trainer: Where it runs.
     """
 
     policies: list[str | dict[str, Any]] = field(default_factory=lambda: list(PRESET_POLICIES))
+    budgets: str | list[str | float] | None = None
     reference: str = "full"
     model: str = "panorama"
     data: DataOptions = field(default_factory=DataOptions)
@@ -85,9 +89,40 @@ class EvaluateOptions:
     batch: int = 1
     backend: str = "sdpa"
     threads: int = 1
-    videos: int = 4
+    videos: int | None = None
     fps: int = 8
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Generate one video from a prompt alone, and say what it cost.
+
+    Args:
+        prompt: What the model is told.
+        out: The video, an .mp4 file.
+        model: panorama, or a weights file that pretrain wrote.
+        policy: A preset (top-attention@9f), a YAML file, or parts in place, as for evaluate.
+        seconds: Length; rounded up to whole chunks.
+        seed: Of the noise.
+        fps: Frames per second.
+        switches: Prompts on the way, each TEXT@SECONDS.
+        force: Replace the video if it exists.
+        threads: CPU threads.
+        accelerator: cpu, gpu, or auto (a CUDA GPU if there is one).
+    """
+
+    prompt: str
+    out: Path
+    model: str = "panorama"
+    policy: str = "full"
+    seconds: float = 6.0
+    seed: int = 0
+    fps: float = 8.0
+    switches: tuple[str, ...] = ()
+    force: bool = False
+    threads: int = 1
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
 
 
 @dataclass(frozen=True)

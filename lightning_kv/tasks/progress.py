@@ -54,10 +54,12 @@ class RolloutProgress:
         self.frames += self.chunk_frames * self.clips
         rate = self.frames / (time.perf_counter() - self.began)
         held = format_bytes(session.held_bytes(0))
+        place = f"prompt {min(self.prompt + 1, self.prompts)}/{self.prompts} "
+        place = place if self.prompts > 1 else ""
         self.bar.update(
             self.task,
             advance=self.clips,
-            description=f"prompt {min(self.prompt + 1, self.prompts)}/{self.prompts} {self.label}",
+            description=place + self.label,
             rate=f"{rate:.1f} frames/s  cache {held}",
         )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,13 @@ from torch import nn
 import lightning_kv
 from lightning_kv.data.datamodule import PromptData
 from lightning_kv.metrics import METRICS, Clip, ClipMetric, clip_value
-from lightning_kv.models.loading import WEIGHTS
+from lightning_kv.models.loading import WEIGHTS, EmbeddedModel
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.presets import policy_to_dict
 from lightning_kv.report.summary import MetricInfo
 from lightning_kv.rollout import Rollout
+from lightning_kv.tasks.margins import COMPARED
 from lightning_kv.tasks.options import EvaluateOptions
-
-COMPARED = ("psnr", "ssim", "latent_mse")  # need another rollout to compare with
 
 
 def broken(out: Rollout, reference: Rollout, index: int) -> str | None:
@@ -40,8 +41,8 @@ def measure(
         if any(getattr(clip, need) is None for need in metric.needs):
             values[name], curves[name] = None, []
             continue
-        metric.update(clip)
         curve = metric.curve(clip)
+        metric.update(clip, curve)
         values[name] = clip_value(curve)
         curves[name] = [None if x != x else x for x in curve.tolist()]
     return values, curves
@@ -101,6 +102,37 @@ def describe(
         "threads": options.threads,
         "accelerator": accelerator,
         "versions": versions(),
+    }
+
+
+def about(
+    options: EvaluateOptions,
+    policies: dict[str, CachePolicy],
+    reference: CachePolicy,
+    model: EmbeddedModel,
+    prompts: int,
+    device: str,
+) -> dict[str, Any]:
+    """What a report must know that has only the run directory; see :mod:`overview`."""
+    configs = {reference.name: policy_to_dict(reference)}
+    configs |= {name: policy_to_dict(policy) for name, policy in policies.items()}
+    return {
+        "reference": reference.name,
+        "policies": configs,
+        "metrics": {name: asdict(metric_info(METRICS[name])) for name in options.metrics},
+        "run": {
+            "prompts": prompts,
+            "frames": options.frames,
+            "context_frames": options.context_frames,
+            "seed": options.seed,
+            "data_seed": options.data.seed,
+            "batch": options.batch,
+            "device": device,
+            "versions": versions() | {"python": platform.python_version()},
+        },
+        "model": {"name": options.model, **model.network.config.to_dict()},
+        "videos": prompts if options.videos is None else min(options.videos, prompts),
+        "fps": options.fps,
     }
 
 

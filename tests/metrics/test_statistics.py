@@ -9,9 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtr, ndtri
+from scipy.stats import binom
 from scipy.stats import t as student
 
-from lightning_kv.metrics.statistics import bca_interval, paired_interval
+from lightning_kv.metrics.statistics import (
+    bca_interval,
+    ceiling,
+    confidence_below,
+    paired_interval,
+)
 
 
 def slow_bca(values, level, resamples, seed):
@@ -93,12 +99,49 @@ def test_paired_interval_sees_through_a_common_spread():
     assert paired_interval(clips + 1.0 + noise, clips) == bca_interval(clips + 1.0 + noise - clips)
 
 
+@pytest.mark.parametrize(("bad", "most"), [(1, 0), (1, 2), (3, 3), (6, 6), (6, 8)])
+def test_confidence_of_two_kinds_of_clips_is_binomial(bad, most):
+    """Of 12 clips some lose 1: a resampled set is below ``most / 12`` with few enough of these."""
+    values, bound = [1.0] * bad + [0.0] * (12 - bad), most / 12
+    share = binom.cdf(most, 12, bad / 12)
+    got = confidence_below(values, bound, resamples=40_000)
+    assert got == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 40_000))
+
+
+def test_confidence_is_right_as_often_as_it_says():
+    """Where the true mean is the bound, 95 % sure is wrong in about 5 % of all runs."""
+    rng = np.random.default_rng(0)
+    sure = [confidence_below(rng.normal(0.1, 1.0, 40), 0.1, 400) >= 0.95 for _ in range(800)]
+    assert 0.03 < np.mean(sure) < 0.085
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 5, 9])
+def test_few_clips_are_no_proof(n):
+    assert confidence_below([0.0] * n, 0.02) == 1 - 0.5**n
+    assert confidence_below([1.0] * n, 0.02) == 0
+    assert (ceiling(n) >= 0.95) == (n >= 5)
+
+
+def test_confidence_without_clips_is_none():
+    assert confidence_below([], 0.1) is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=9), st.floats(-5, 5), st.floats(0, 2))
+def test_a_wider_bound_is_never_less_sure(values, bound, more):
+    first, second = (confidence_below(values, x, 200) for x in (bound, bound + more))
+    assert 0 <= first <= second <= ceiling(len(values))
+    if max(values) <= bound:
+        assert first == ceiling(len(values))
+
+
 @pytest.mark.parametrize(
     ("call", "given", "remedy"),
     [
         (lambda: bca_interval([1.0, math.nan]), "1 of 2", "Leave out"),
         (lambda: bca_interval([1.0, 2.0], level=95), "95", "between 0 and 1"),
         (lambda: paired_interval([1.0, 2.0], [1.0]), "2 and 1", "same clips"),
+        (lambda: confidence_below([1.0, math.inf], 0.1), "1 of 2", "Leave out"),
     ],
 )
 def test_errors_say_what_was_given_and_what_would_work(call, given, remedy):

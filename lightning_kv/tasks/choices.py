@@ -1,0 +1,110 @@
+"""Which policies a run compares: names, files and plain data, crossed with budgets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_kv.policies.amount import Amount
+from lightning_kv.policies.base import CachePolicy, ScoredPart
+from lightning_kv.policies.presets import load_policy
+from lightning_kv.tasks.options import EvaluateOptions
+
+Spec = str | dict[str, Any]
+
+
+def chosen_policies(options: EvaluateOptions) -> tuple[dict[str, CachePolicy], CachePolicy]:
+    """Policies by name, and the reference.
+
+    Raises:
+        ValueError: One is unknown, a budget cannot be crossed, or another policy is called like
+            the reference.
+    """
+    if not options.policies:
+        raise ValueError(
+            "No policies to evaluate: [] was given. Try --policies [sliding-window@9f]."
+        )
+    policies = [load_policy(spec) for spec in options.policies]
+    if options.budgets is not None:
+        policies = crossed(policies, read_budgets(options.budgets))
+    found, reference = by_name(policies), load_policy(options.reference)
+    if found.get(reference.name, reference) != reference:
+        raise ValueError(
+            f"A policy is called {reference.name!r} like the reference, but is another one: "
+            f"{found[reference.name]}. Give it its own name."
+        )
+    return found, reference
+
+
+def by_name(policies: list[CachePolicy]) -> dict[str, CachePolicy]:
+    """Policies by name.
+
+    Raises:
+        ValueError: Two of the same name.
+    """
+    found: dict[str, CachePolicy] = {}
+    for policy in policies:
+        if policy.name in found:
+            names = [other.name for other in policies]
+            raise ValueError(
+                f"Two policies are called {policy.name!r}: {names}. "
+                "The name is the key in results: give each its own."
+            )
+        found[policy.name] = policy
+    return found
+
+
+def read_budgets(given: str | list[str | float]) -> list[str]:
+    """Amounts from ``6f,9f,15f`` or a list.
+
+    >>> read_budgets("6f, 9f"), read_budgets([0.25])
+    (['6f', '9f'], ['0.25'])
+
+    Raises:
+        ValueError: None, one that is no amount, or two that are the same.
+    """
+    words = given.strip("[]").split(",") if isinstance(given, str) else given
+    amounts = [str(word).strip() for word in words]
+    if not any(amounts):
+        raise ValueError(
+            f"No budgets to cross the policies with: {given!r} was given. Try --budgets 6f,9f,15f."
+        )
+    seen: dict[tuple[Amount, ...], str] = {}
+    for text in amounts:
+        amount = tuple(Amount.parse(part) for part in text.split("/"))
+        if amount in seen:
+            raise ValueError(
+                f"One budget twice: {seen[amount]} and {text} of --budgets {','.join(amounts)} "
+                "are the same. Give each once."
+            )
+        seen[amount] = text
+    return amounts
+
+
+def crossed(policies: list[CachePolicy], amounts: list[str]) -> list[CachePolicy]:
+    """Every policy that has a budget and no ``@`` in its name, once with each amount.
+
+    Policies without a budget, and those that name theirs, stay as they are.
+
+    Raises:
+        ValueError: Nothing could be crossed.
+    """
+    if not any(map(takes_budget, policies)):
+        raise ValueError(
+            f"--budgets {','.join(amounts)} meets no policy that it could be crossed with: "
+            f"{', '.join(p.name for p in policies)} have no budget or name their own. Name one "
+            f"without it: --policies [full,sliding-window] --budgets {','.join(amounts)}."
+        )
+    found = []
+    for policy in policies:
+        if takes_budget(policy):
+            found += [policy.budgeted(amount, f"{policy.name}@{amount}") for amount in amounts]
+        else:
+            found.append(policy)
+    return found
+
+
+def takes_budget(policy: CachePolicy) -> bool:
+    """Whether a part of it has a budget, and its name does not say which."""
+    parts = (policy.retain, policy.select)
+    budgets = [part.budget for part in parts if isinstance(part, ScoredPart)]
+    return "@" not in policy.name and any(budget is not None for budget in budgets)

@@ -1,0 +1,112 @@
+"""From a run directory alone, finished or not, to its summary and its page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_kv.metrics.statistics import bca_interval
+from lightning_kv.report.records import RunDirectory
+from lightning_kv.report.summary import MetricInfo, summarise
+from lightning_kv.tasks.recommend import verdict
+
+
+def open_run(path: Path) -> RunDirectory:
+    """A run directory that is there.
+
+    Raises:
+        ValueError: No such folder, a file, a folder that is no run, or one without records.
+    """
+    if not path.exists():
+        raise ValueError(
+            f"No folder {path}. Give a run directory that `lightning-kv evaluate --out` made."
+        )
+    run = RunDirectory(path)
+    run.about()
+    if not run.records():
+        raise ValueError(
+            f"{path} has no records: nothing of this run is measured so far. "
+            f"Give `lightning-kv evaluate -c {run.config}` time to finish a clip."
+        )
+    return run
+
+
+def summary_of(run: RunDirectory, intervals: bool = True) -> dict[str, Any]:
+    """Summarise what a run has measured so far; the content of ``summary.json``.
+
+    Args:
+        run: Its directory.
+        intervals: Also give 95 % intervals, of means and of every frame of the curves; they take
+            seconds.
+
+    Raises:
+        ValueError: As for :func:`open_run`.
+    """
+    open_run(run.path)
+    about = run.about()
+    return summarise(
+        run.records(),
+        reference=about["reference"],
+        policies=about["policies"],
+        metrics={name: MetricInfo(**info) for name, info in about["metrics"].items()},
+        run=about["run"],
+        model=about["model"],
+        fingerprint=run.held()["fingerprint"],
+        interval=lambda values: bca_interval(values, resamples=1000) if intervals else None,
+    )
+
+
+def write_report(path: Path, runs: Sequence[RunDirectory], summaries: Sequence[dict]) -> None:
+    """Write the page about one run or several, with the verdict in words.
+
+    Args:
+        path: HTML file to write.
+        runs: The run directories.
+        summaries: Of each, from :func:`summary_of`.
+    """
+    from lightning_kv.report.entries import PageRun, run_names
+    from lightning_kv.report.page import write_page
+
+    pages = [PageRun(run, found) for run, found in zip(runs, summaries, strict=True)]
+    names = run_names([run.path for run in runs])
+    words = []
+    for name, run, found in zip(names, runs, summaries, strict=True):
+        first, *more = verdict(found, run.records())
+        words += [f"{name}: {first}" if len(runs) > 1 else first, *more]
+    write_page(path, pages, words)
+
+
+def page_path(runs: Sequence[Path], out: Path | None, force: bool) -> Path:
+    """Where the page about some runs goes.
+
+    Args:
+        runs: Their directories.
+        out: Where the user wants it.
+        force: Replace what is there.
+
+    Raises:
+        ValueError: One run twice, several without ``out``, or an ``out`` that cannot be written.
+    """
+    twice = [run for i, run in enumerate(runs) if run.resolve() in {r.resolve() for r in runs[:i]}]
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice. Give each run once.")
+    if out is None and len(runs) > 1:
+        raise ValueError(
+            f"A page about {len(runs)} runs belongs to none of their directories. "
+            "Say where it goes: --out report.html."
+        )
+    if out is None:
+        return RunDirectory(runs[0]).report
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(
+            f"A report is a page, and --out {out} does not end in .html. "
+            f"Give --out {out.with_suffix('.html') if out.name else 'report.html'}."
+        )
+    if not out.parent.is_dir():
+        raise ValueError(f"No folder {out.parent} for {out.name}. Make it, or give another --out.")
+    if out.is_dir() or (out.exists() and not force):
+        raise ValueError(
+            f"{out} exists and would be lost. Give another --out, or --force to replace a file."
+        )
+    return out

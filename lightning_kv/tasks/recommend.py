@@ -1,0 +1,127 @@
+"""Which policy to run: the cheapest whose loss stays within a margin, and how sure that is.
+
+The rule. A policy *qualifies* where it fits into the memory (if one is given), no clip failed
+under it, it saves memory or reads, and for every margin metric its mean loss against the
+reference, prompt by prompt, is within the margin with a confidence of 95 % (a one-sided test of
+non-inferiority by the bootstrap, :func:`~lightning_kv.metrics.statistics.confidence_below`). Of
+those, the one with the fewest bytes wins, then the one with the fewest reads; shares of the
+reference that round to the same percent are equal. Each policy is judged on its own: of very many
+that just pass, one may do so by luck.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lightning_kv.tasks.candidates import Candidate, Recommendation, candidate
+from lightning_kv.tasks.margins import Clips, Record, check_margins, default_margins, usable
+from lightning_kv.tasks.words import in_words
+
+
+def recommend(
+    summary: dict[str, Any],
+    records: Sequence[Record],
+    memory: int | None = None,
+    margins: dict[str, float] | None = None,
+) -> Recommendation:
+    """The cheapest policy that keeps its quality; the rule stands above.
+
+    Args:
+        summary: Content of ``summary.json``, of a finished run or not.
+        records: The run's records.
+        memory: Bytes that the cache of one clip may take.
+        margins: Largest mean loss per metric, in its unit; see `margins.MARGINS` where None.
+
+    Raises:
+        ValueError: There is nothing to compare, or a margin cannot be judged.
+    """
+    reference = summary["reference"]
+    clips = compared_clips(summary, records)
+    margins = judged(summary, clips, margins)
+    rivals = [name for name in summary["policies"] if name != reference]
+    found = [candidate(summary, clips, name, memory, margins) for name in rivals]
+    best = sorted((one for one in found if one.out is None), key=lambda one: one.price)
+    keeping = [one for one in found if one.keeps and one.out == "memory"]
+    cost = summary["policies"][reference]["cost"]
+    shared = set.intersection(*(set(clips.get(name, ())) for name in (reference, *rivals)))
+    answer = Recommendation(
+        reference=reference,
+        memory=memory,
+        margins=margins,
+        policy=best[0].policy if best else None,
+        runner_up=best[1].policy if len(best) > 1 else None,
+        fewest_reads=another(best, lambda one: one.price[1]),
+        fastest=another(best, lambda one: -round(one.speedup or 0.0, 1)),
+        closest=None if best else closest(found),
+        beyond=None if best else first(keeping, lambda one: one.price),
+        candidates=tuple(found),
+        reference_bytes=cost["kv_bytes_peak"],
+        reference_seconds=cost["seconds_per_chunk_p50"],
+        measured=len(shared),
+        run=summary["run"],
+    )
+    return replace(answer, words=in_words(answer))
+
+
+def verdict(summary: dict[str, Any], records: Sequence[Record]) -> list[str]:
+    """The recommendation without a limit and with the default margin, in sentences."""
+    try:
+        return recommend(summary, records).words
+    except ValueError as error:
+        return [str(error)]
+
+
+def compared_clips(summary: dict[str, Any], records: Sequence[Record]) -> dict[str, Clips]:
+    """Records by policy and key, where there is something to compare.
+
+    Raises:
+        ValueError: Only the reference was run, or it is not measured yet.
+    """
+    reference = summary["reference"]
+    if list(summary["policies"]) == [reference]:
+        raise ValueError(
+            f"There is nothing to recommend: only the reference {reference!r} was run. "
+            "Evaluate others too: --policies [full,sliding-window@9f,top-attention@9f]."
+        )
+    clips: dict[str, Clips] = {}
+    for record in records:
+        clips.setdefault(record["policy"], {})[record["key"]] = record
+    if len(clips) < 2 or reference not in clips:
+        raise ValueError(
+            f"There is nothing to compare yet: {', '.join(clips) or 'nothing'} is all that is "
+            f"measured so far. Give the run time for a clip of {reference!r} and of a policy."
+        )
+    return clips
+
+
+def judged(
+    summary: dict[str, Any], clips: dict[str, Clips], margins: dict[str, float] | None
+) -> dict[str, float]:
+    """The margins, or the default one; refused where they cannot be judged."""
+    known = list(summary["policies"][summary["reference"]]["metrics"])
+    able = usable(clips, summary["reference"], known)
+    margins = default_margins(able) if margins is None else margins
+    check_margins(margins, known, able)
+    return margins
+
+
+def closest(found: Sequence[Candidate]) -> str | None:
+    """The best guess where nothing qualifies: the surest, then the least beyond its margins."""
+
+    def rank(one: Candidate) -> tuple[float, ...]:
+        beyond = max(0.0 if loss.within else loss.share for loss in one.losses)
+        return (-one.confidence, beyond, *one.price)
+
+    return first([one for one in found if one.out in ("unsure", "margin")], rank)
+
+
+def another(best: Sequence[Candidate], price: Callable[[Candidate], float]) -> str | None:
+    """The cheapest by another price, unless the first one is as cheap."""
+    return first([one for one in best if price(one) < price(best[0])], price)
+
+
+def first(found: Sequence[Candidate], price: Callable[[Candidate], Any]) -> str | None:
+    """Name of the cheapest; None where there is none."""
+    return min(found, key=price).policy if found else None

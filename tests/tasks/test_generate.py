@@ -1,0 +1,164 @@
+"""One video: its length, its prompt switches, what it cost, what is refused."""
+
+import math
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_kv import preset, rollout
+from lightning_kv.data.panorama import PALETTES
+from lightning_kv.tasks.generate import all_rows, generate, latent_frames, read_switches
+from lightning_kv.tasks.options import GenerateOptions
+
+PROMPT = "noon fast n7 left"
+
+
+def frames_of(path):
+    with av.open(str(path)) as video:
+        rate = float(video.streams.video[0].average_rate)
+        return [f.to_ndarray(format="rgb24") for f in video.decode(video=0)], rate
+
+
+def test_a_video_is_the_rollout_enlarged(tmp_path, panorama):
+    options = GenerateOptions(PROMPT, tmp_path / "a.mp4", policy="top-attention@3f", seconds=1.5)
+    made = generate(options)
+    shown, rate = frames_of(options.out)
+    assert (len(shown), shown[0].shape, rate) == (12, (320, 320, 3), 8)
+    plain = rollout(panorama, preset("top-attention@3f"), PROMPT, 12, seed=0)
+    expected = plain.frames[0].permute(0, 2, 3, 1).repeat_interleave(10, 1).repeat_interleave(10, 2)
+    assert np.abs(np.stack(shown) / 255 - expected.numpy()).mean() < 0.02
+    cost = plain.costs[0]
+    assert (made.peak_bytes, made.rows_read, made.rows_scored) == (
+        cost.peak_bytes,
+        cost.rows_read,
+        cost.rows_scored,
+    )
+    text = "\n".join(made.words)
+    assert "12 frames, 1.5 s at 8 frames/s" in text and "top-attention@3f" in text
+    share = round(100 * made.rows_read / made.rows_all)
+    assert 0 < share < 100 and f"({share} %)" in text and "only scored" in text
+    assert not made.notes
+
+
+@pytest.mark.parametrize("frames", [3, 12, 30])
+def test_all_rows_are_those_that_the_full_cache_reads(panorama, frames):
+    full = rollout(panorama, preset("full"), PROMPT, frames, decode=False)
+    assert all_rows(panorama.network.config, frames) == full.costs[0].rows_read
+
+
+def test_a_switch_changes_the_colours_at_its_chunk(tmp_path):
+    options = GenerateOptions(
+        "dusk fast n7 left",
+        tmp_path / "a.mp4",
+        seconds=4.0,
+        switches=("night fast n7 left@2",),
+    )
+    made = generate(options)
+    shown, _ = frames_of(options.out)
+    assert len(shown) == 33
+    assert made.notes[0].startswith("4 s became 4.125 s: 33 latent frames")
+    assert "at 2 s comes at 1.875 s" in made.notes[1]
+    assert len(made.notes) == 2
+    before, after = (np.array(PALETTES[name][0]) for name in ("dusk", "night"))
+    skies = [frame[:8].reshape(-1, 3).mean(0) / 255 for frame in shown]
+    nearer = [np.abs(sky - after).sum() < np.abs(sky - before).sum() for sky in skies]
+    assert not any(nearer[:15]) and np.mean(nearer[-9:]) > 0.9
+    untouched = generate(GenerateOptions("dusk fast n7 left", tmp_path / "b.mp4", seconds=4.0))
+    same, _ = frames_of(untouched.out)
+    change = [np.abs(a.astype(int) - b).mean() for a, b in zip(shown, same, strict=True)]
+    assert max(change[:12]) < 2 < change[15]
+
+
+@given(st.floats(0.01, 100), st.floats(0.5, 60), st.integers(1, 8))
+def test_latent_frames_cover_the_time_in_whole_chunks(seconds, fps, chunk):
+    frames = latent_frames(seconds, fps, chunk)
+    assert frames % chunk == 0
+    assert (frames - chunk) / fps < seconds <= frames / fps + 1e-6 / fps
+
+
+def test_a_product_that_rounds_badly_adds_no_frame():
+    assert math.ceil(8.3 * 30) == 250
+    assert latent_frames(8.3, 30, 3) == 249
+
+
+@given(st.floats(0.375, 8.99), st.integers(0, 3))
+def test_a_switch_comes_with_its_chunk(moment, spaces):
+    (switch,) = read_switches([f"{PROMPT}{' ' * spaces}@{moment!r}"], 72, 8, 3)
+    assert switch.frame % 3 == 0 and switch.prompt == PROMPT
+    assert switch.frame / 8 - 1e-6 <= moment < (switch.frame + 3) / 8
+
+
+def test_switches_are_sorted():
+    found = read_switches([f"{PROMPT}@3", "mist slow n4 any@1.5"], 48, 8, 3)
+    assert [(s.event.frame, s.event.prompt) for s in found] == [
+        (12, "mist slow n4 any"),
+        (24, PROMPT),
+    ]
+
+
+def refused(tmp_path, **changed):
+    given = {"prompt": PROMPT, "out": tmp_path / "a.mp4", "seconds": 3.0} | changed
+    with pytest.raises(ValueError) as error:
+        generate(GenerateOptions(**given))
+    assert not (tmp_path / "a.mp4").exists()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"prompt": "a cat on the moon"}, "Try 'dusk fast n13 left'"),
+        ({"prompt": ""}, "Try 'dusk fast n13 left'"),
+        ({"seconds": 0.0}, "--seconds 0 makes no video"),
+        ({"seconds": -1.0}, "above 0"),
+        ({"seconds": math.nan}, "--seconds nan"),
+        ({"seconds": math.inf}, "--seconds inf"),
+        ({"fps": 0.0}, "--fps 0"),
+        ({"threads": 0}, "leaves nobody to work"),
+        ({"policy": "slidng-window"}, "Did you mean 'sliding-window'?"),
+        ({"policy": "sliding-window@60f"}, "must lie between 1f and 21f"),
+        ({"policy": "{name: x, retain: [}"}, "is no YAML mapping"),
+        ({"policy": "{retain: window}"}, "without `name:`"),
+        ({"model": "panorma"}, "Did you mean 'panorama'?"),
+        ({"switches": ("night fast n7 left",)}, "TEXT@SECONDS"),
+        ({"switches": ("night fast n7 left@soon",)}, "TEXT@SECONDS"),
+        ({"switches": ("night fast n7 left@nan",)}, "TEXT@SECONDS"),
+        ({"switches": ("@2",)}, "Try 'dusk fast n13 left'"),
+        ({"switches": ("a cat@2",)}, "Try 'dusk fast n13 left'"),
+        ({"switches": (f"{PROMPT}@3",)}, "switches beyond the end: the video is 3 s long"),
+        ({"switches": (f"{PROMPT}@0.3",)}, "in the first chunk"),
+        ({"switches": (f"{PROMPT}@-2",)}, "in the first chunk"),
+        ({"switches": (f"{PROMPT}@1.6", "mist slow n4 any@1.7")}, "would both come at 1.5 s"),
+    ],
+)
+def test_bad_input_is_said_before_anything_is_written(tmp_path, changed, text):
+    assert text in refused(tmp_path, **changed)
+
+
+def test_files_are_not_lost(tmp_path):
+    there = tmp_path / "there.mp4"
+    there.write_text("mine")
+    assert "exists and would be lost" in refused(tmp_path, out=there)
+    assert there.read_text() == "mine"
+    assert "does not end so. Give -o" in refused(tmp_path, out=tmp_path / "a.gif")
+    assert "No folder" in refused(tmp_path, out=tmp_path / "none" / "a.mp4")
+    (tmp_path / "folder.mp4").mkdir()
+    assert "exists" in refused(tmp_path, out=tmp_path / "folder.mp4", force=True)
+    generate(GenerateOptions(PROMPT, there, seconds=0.5, force=True))
+    assert len(frames_of(there)[0]) == 6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said(tmp_path):
+    assert "there is no CUDA GPU here" in refused(tmp_path, accelerator="gpu")
+
+
+def test_more_frames_than_the_model_knows_are_said(tmp_path):
+    made = generate(
+        GenerateOptions(PROMPT, tmp_path / "a.mp4", policy="sliding-window@3f", seconds=10.0)
+    )
+    assert "81 frames exceed the 72" in made.notes[-1]
