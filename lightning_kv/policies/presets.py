@@ -21,11 +21,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "random": {"select": {"part": "random", "budget": "9f"}},
     "h2o": {"retain": {"part": "heavy-hitters", "budget": "9f"}},
     "focused-forcing": {"select": {"part": "focused", "budget": "9f"}},
-    "future-forcing": {"retain": {"part": "future", "budget": "9f"}, "bias": "log_weight"},
+    "future-forcing": {"retain": {"part": "future", "budget": "9f"}},
     "future-focused": {
         "retain": {"part": "future", "budget": "15f"},
         "select": {"part": "focused", "budget": "9f"},
-        "bias": "log_weight",
     },
 }
 """One line says what a preset is: the parts that differ from the full cache."""

@@ -18,6 +18,8 @@ from lightning_kv.policies.proxies import PROXIES, FutureQueries, expected_mass,
 from lightning_kv.policies.redundancy import METRICS, features, frame_distances, nearest_newer
 from lightning_kv.policies.rowwise import RowScoredPart
 
+BANK = 24  # frames
+
 
 @dataclass(frozen=True)
 class Future(RowScoredPart):
@@ -39,7 +41,7 @@ class Future(RowScoredPart):
         value_norm: Multiply the mass by the length of the value.
         cells: Rows and columns of cells.
         rate: Smallest weight of a new chunk in the running means.
-        bank_frames: Frames whose queries are remembered.
+        bank_frames: Newest frames whose queries are remembered; 24 where None.
         bank_rows: Queries of each of them.
         redundancy: What alike means: ``content`` (keys before rotation and values), ``future``
             (logits under the queries to come), ``cosine`` (keys), or None to skip the stage.
@@ -63,12 +65,12 @@ class Future(RowScoredPart):
     value_norm: bool = False
     cells: tuple[int, int] = (6, 13)
     rate: float = 0.1
-    bank_frames: int = 24
-    bank_rows: int = 16
+    bank_frames: int | None = None
+    bank_rows: int = 4
     redundancy: str | None = "content"
     similar: float = 0.25
     neighbourhood: int = 0
-    merge: str = "weight"
+    merge: str = "drop"
     align: str = "raw"
     most: int = 4
 
@@ -76,7 +78,9 @@ class Future(RowScoredPart):
         super().__post_init__()
         choice(self, proxy=PROXIES, reduce=("mean", "max"), merge=MERGES, align=ALIGNS)
         choice(self, redundancy=(*METRICS, None))
-        between(self, 1, None, "horizon", "steps", "bank_frames", "bank_rows", "most")
+        between(self, 1, None, "horizon", "steps", "bank_rows", "most")
+        if self.bank_frames is not None:
+            between(self, 1, None, "bank_frames")
         between(self, 0, None, "similar", "neighbourhood")
         if self.variance and self.proxy == "bank":
             raise ValueError(
@@ -86,7 +90,7 @@ class Future(RowScoredPart):
 
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
         """The bank lies within the history, the neighbourhood within the frame."""
-        if self.proxy == "bank" and self.bank_frames > frames:
+        if self.bank_frames is not None and self.bank_frames > frames:
             raise ValueError(
                 f"bank_frames={self.bank_frames} is larger than the rollout of {frames} frames, "
                 f"so the bank would never be full. Use {frames} or fewer."
@@ -102,7 +106,7 @@ class Future(RowScoredPart):
     def needs(self) -> dict[str, dict[str, Any]]:
         """The bank, or the moments."""
         if self.proxy == "bank":
-            return {"query_bank": {"frames": self.bank_frames, "rows": self.bank_rows}}
+            return {"query_bank": {"frames": self.bank_frames or BANK, "rows": self.bank_rows}}
         cells = (1, 1) if self.proxy == "mean" else self.cells
         return {"query_moments": {"cells": cells, "rate": self.rate}}
 
