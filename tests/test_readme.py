@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_kv.cli import main, parse
+from lightning_kv.tasks.choices import chosen_policies
 from lightning_kv.tasks.options import EvaluateOptions, PretrainOptions
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +24,7 @@ COMMANDS = [
     if line.strip()
 ]
 SMALLER = ["--prompts", "1", "--frames", "36", "--videos", "0", "--trainer.devices", "1"]
+READERS = ("recommend", "report", "inspect")
 
 
 def test_there_is_something_to_test():
@@ -45,10 +48,43 @@ def test_python_runs(code, tmp_path):
 def test_evaluate_commands_run(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)[1:]
+    policies, _ = chosen_policies(parse("evaluate", EvaluateOptions, words[1:]))
+    if len(policies) > 5:
+        return  # the long tables: read, not run
     main([*words, *SMALLER, "--out", str(tmp_path / "run")])
     assert (tmp_path / "run" / "summary.json").is_file()
-    options = parse("evaluate", EvaluateOptions, words[1:])
-    assert len(options.policies) <= 5
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "run"
+    config = ["-c", str(ROOT / "configs/quickstart.yaml"), "--videos", "0", "--out", str(path)]
+    shards = ["--data.shards", str(ROOT / "data/panorama-quick"), "--trainer.devices", "1"]
+    smaller = ["--prompts", "5", "--frames", "24", "--policies", "[sliding-window@6f,random@9f]"]
+    main(["evaluate", *config, *shards, *smaller])
+    return path
+
+
+@pytest.mark.parametrize(
+    "line", [c for c in COMMANDS if c.split()[1:2] and c.split()[1] in READERS]
+)
+def test_commands_on_runs_run(line, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    copies = iter(range(9))
+    words = []
+    for word in shlex.split(line)[1:]:
+        if word.startswith("runs/"):
+            word = str(shutil.copytree(run, tmp_path / f"run{next(copies)}"))
+        words.append(word)
+    main(words)
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("lightning-kv generate")])
+def test_generate_commands_run(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(shlex.split(line)[1:])
+    assert list(tmp_path.glob("*.mp4"))
 
 
 @pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("lightning-kv list")])
@@ -59,7 +95,12 @@ def test_list_commands_run(line, capsys):
 
 @pytest.mark.parametrize(
     "line",
-    [c for c in COMMANDS if not c.startswith(("lightning-kv evaluate", "lightning-kv list"))],
+    [
+        c
+        for c in COMMANDS
+        if c.split()[0] != "lightning-kv"
+        or c.split()[1] not in ("evaluate", "list", "generate", *READERS)
+    ],
 )
 def test_other_commands_name_what_is_there(line, monkeypatch):
     monkeypatch.chdir(ROOT)

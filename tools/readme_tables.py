@@ -2,6 +2,10 @@
 
 lightning-kv evaluate -c configs/quickstart.yaml
 lightning-kv evaluate -c configs/evaluate.yaml
+lightning-kv evaluate -c configs/focused_forcing.yaml
+lightning-kv evaluate -c configs/future_forcing.yaml
+lightning-kv evaluate -c configs/future_ablation.yaml
+lightning-kv evaluate -c configs/start_anywhere.yaml
 python tools/readme_tables.py
 """
 
@@ -13,6 +17,15 @@ from lightning_kv.listing import policies
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("recall", "revisit_error", "psnr", "ruler_error")
+SHORT = ("recall", "revisit_error", "psnr")
+RUNS = {
+    "quickstart": COLUMNS,
+    "evaluate": COLUMNS,
+    "focused_forcing": SHORT,
+    "future_forcing": SHORT,
+    "future_ablation": SHORT,
+    "start_anywhere": SHORT,
+}
 
 
 def policy_table() -> str:
@@ -22,18 +35,19 @@ def policy_table() -> str:
     return "\n".join(rows)
 
 
-def run_table(run: Path) -> str:
+def run_table(run: Path, metrics: tuple[str, ...]) -> str:
     """Quality and cost of a run's policies."""
     summary = json.loads((run / "summary.json").read_text())
-    head = [f"{name} {_arrow(summary, name)}" for name in COLUMNS]
-    head = ["policy", *head, "KV peak", "reads", "ms per chunk"]
+    head = [f"{name} {_arrow(summary, name)}" for name in metrics]
+    head = ["policy", *head, "KV peak", "reads", "scored", "ms per chunk"]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, policy in summary["policies"].items():
         cost = policy["cost"]
-        cells = [f"`{name}`", *(_cell(policy["metrics"][metric]) for metric in COLUMNS)]
+        cells = [f"`{name}`", *(_cell(policy["metrics"][metric]) for metric in metrics)]
         cells += [
             f"{cost['kv_bytes_peak'] / 2**20:.2f} MiB",
             f"{100 * cost['kv_read_fraction']:.0f} %",
+            f"{100 * cost['kv_scored_fraction']:.0f} %",
             f"{1000 * cost['seconds_per_chunk_p50']:.0f}",
         ]
         rows.append("| " + " | ".join(cells) + " |")
@@ -63,9 +77,9 @@ def main() -> None:
     """Rewrite README.md; tables of runs that are not there stay as they are."""
     path = ROOT / "README.md"
     text = fill(path.read_text(), "policies", policy_table())
-    for name in ("quickstart", "evaluate"):
+    for name, metrics in RUNS.items():
         if (ROOT / "runs" / name / "summary.json").is_file():
-            text = fill(text, name, run_table(ROOT / "runs" / name))
+            text = fill(text, name, run_table(ROOT / "runs" / name, metrics))
     path.write_text(text)
 
 

@@ -208,7 +208,8 @@ class AttentionMass:
             return
         tokens = view.query.shape[1]
         picked = torch.linspace(0, tokens - 1, min(tokens, self.sampled)).round().long()
-        fresh = torch.zeros(view.heads, view.cell.provisional, device=view.query.device)
+        work = torch.promote_types(view.query.dtype, torch.float32)
+        fresh = view.query.new_zeros(view.heads, view.cell.provisional, dtype=work)
         for group, keys in zip(view.groups, view.read_keys, strict=True):
             query = view.query[list(group.heads)][:, picked]
             mass = view.softmax(group, query, keys).sum(1) * (tokens / len(picked))

@@ -13,6 +13,7 @@ from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.layout import Layout
 from lightning_kv.policies.proxies import FutureQueries
 from lightning_kv.policies.redundancy import raw_keys
+from lightning_kv.policies.scores import wide
 
 MERGES = ("drop", "hyperplane", "weight")
 ALIGNS = ("raw", "relative")
@@ -126,7 +127,7 @@ def _merge(
     own = torch.arange(len(rows), device=rows.device)
     source, target = torch.cat([rows, pairs.source]), torch.cat([own, inverse])
     width = raw.shape[-1] ** 0.5
-    logit = ahead.read_keys[index][at].float() @ mean / width
+    logit = wide(ahead.read_keys[index][at]) @ mean / width
     share = logit[source] + (meta["weight"][source].log() if how == "weight" else 0.0)
     top = share.new_full((len(rows),), -torch.inf).scatter_reduce(0, target, share, "amax")
     part = (share - top[target]).exp()

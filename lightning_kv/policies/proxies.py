@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_kv.cache.needs import Bank, Moments
 from lightning_kv.cache.rotary import rotate
 from lightning_kv.cache.view import CacheView
+from lightning_kv.policies.scores import wide
 
 PROXIES = ("mean", "cells", "bank")
 
@@ -91,7 +92,7 @@ def expected_mass(
             logits = logits + log_mean_exp(asked.variance[heads], keys).unsqueeze(1)
         mass = logits.softmax(-1)
         if value_norm:
-            mass = mass * group.payload("v").float().norm(dim=-1).unsqueeze(1)
+            mass = mass * wide(group.payload("v")).norm(dim=-1).unsqueeze(1)
         view.scored += len(heads) * logits.shape[1] * len(group)
         found.append(mass)
     return found

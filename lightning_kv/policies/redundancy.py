@@ -9,6 +9,7 @@ from lightning_kv.cache.rotary import rotate
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.layout import Layout
 from lightning_kv.policies.proxies import FutureQueries
+from lightning_kv.policies.scores import wide
 
 METRICS = ("content", "future", "cosine")
 
@@ -29,12 +30,12 @@ def features(
         layout: Of the view.
     """
     if metric == "future":
-        keys = layout.spread(view, [k.float() for k in ahead.read_keys])
+        keys = layout.spread(view, [wide(k) for k in ahead.read_keys])
         return unit_power(torch.einsum("hftd,hde->hfte", keys, root(asked)), layout)
     keys = layout.spread(view, raw_keys(view))
     if metric == "cosine":
         return torch.nn.functional.normalize(keys, dim=-1)
-    values = layout.spread(view, [group.payload("v").float() for group in view.groups])
+    values = layout.spread(view, [wide(group.payload("v")) for group in view.groups])
     both = [unit_power(x, layout) for x in (keys, values)]
     return torch.cat(both, dim=-1) / 2**0.5
 
@@ -43,7 +44,7 @@ def raw_keys(view: CacheView) -> list[Tensor]:
     """Held keys before rotation, per group ``[h, N, D]``."""
     found = []
     for group in view.groups:
-        keys = group.payload("k").float()
+        keys = wide(group.payload("k"))
         if view.cell.rotated:
             keys = rotate(keys, -view.cell.angles(group.meta["time"], group.meta["place"]))
         found.append(keys)
@@ -58,7 +59,7 @@ def root(asked: FutureQueries) -> Tensor:
         moment = moment + torch.diag_embed(asked.variance.double().repeat_interleave(2, -1) / 2)
     value, vector = torch.linalg.eigh(moment)
     turned = vector * value.clamp_min(0).sqrt().unsqueeze(1)
-    return (turned @ vector.transpose(1, 2)).float()
+    return (turned @ vector.transpose(1, 2)).to(asked.query.dtype)
 
 
 def unit_power(x: Tensor, layout: Layout) -> Tensor:
@@ -110,7 +111,7 @@ def frame_distances(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     Returns:
         ``[H, F]`` (infinite where there is none) and its index, int64 ``[H, F]``.
     """
-    frames, shared = x.shape[1], layout.there.float()
+    frames, shared = x.shape[1], layout.there.to(x)
     flat, power = x.flatten(2), x.square().sum(-1)
     count = shared @ shared.transpose(1, 2)
     one = power @ shared.transpose(1, 2)

@@ -28,6 +28,11 @@ def top_frames(score: Tensor, lengths: Tensor, protected: Tensor, present: Tenso
     return ((rank < lengths.unsqueeze(-1)) & present) | protected
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32, or float64 where it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def standardised(scores: Tensor, present: Tensor) -> Tensor:
     """Scores minus their mean, over their population standard deviation, along the last axis.
 
@@ -63,7 +68,7 @@ def pooled(x: Tensor, bucket: Tensor, shape: tuple[int, int], mean_share: float)
         ``[h, F, D]``; zeros for a frame without rows.
     """
     frames, groups = shape
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = wide(x)
     heads, _, width = x.shape
     index = bucket.unsqueeze(-1).expand_as(x)
     blank = x.new_zeros(heads, frames * groups, width)
@@ -109,7 +114,7 @@ def diversity(view: CacheView) -> Tensor:
     """
     tokens, found = view.geometry.tokens, []
     for group, keys in zip(view.groups, view.read_keys, strict=True):
-        past = keys[:, : len(group)].to(torch.promote_types(keys.dtype, torch.float32))
+        past = wide(keys[:, : len(group)])
         view.scored += len(past) * len(group)
         place = group.meta["place"].long().expand(len(past), -1)
         index = place.unsqueeze(-1).expand_as(past)

@@ -88,6 +88,17 @@ def test_a_budget_in_the_name_reaches_the_part():
     assert made.retain.budget is None
 
 
+def test_two_budgets_keep_their_ratio_or_are_both_given():
+    both = [
+        part.budget.amount
+        for part in (preset("future-focused@10f").retain, preset("future-focused@10f").select)
+    ]
+    assert both == ["10f", "6f"]
+    given = preset("future-focused@12f/3f")
+    assert (given.retain.budget.amount, given.select.budget.amount) == ("12f", "3f")
+    assert given.name == "future-focused@12f/3f"
+
+
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
@@ -95,6 +106,8 @@ def test_a_budget_in_the_name_reaches_the_part():
         ("sliding-window@", "'' is not a budget"),
         ("sliding-window@nine", "'nine' is not a budget"),
         ("full@9f", "has no budget"),
+        ("random@9f/6f", "has one budget"),
+        ("future-focused@9f/6f/3f", "has two budgets"),
         ("nowhere.yaml", "No policy file"),
         ({"retain": "window"}, "without `name:`"),
         ({"name": "x", "retan": "window"}, r"'retan'. Did you mean 'retain'\?"),
