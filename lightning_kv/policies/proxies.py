@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_kv.cache.needs import Bank, Moments
 from lightning_kv.cache.rotary import rotate
 from lightning_kv.cache.view import CacheView
-from lightning_kv.policies.scores import wide
 
 PROXIES = ("mean", "cells", "bank")
 
@@ -70,7 +69,7 @@ def cell_centres(cell: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def expected_mass(
-    view: CacheView, ahead: CacheView, asked: FutureQueries, variance: bool, value_norm: bool
+    view: CacheView, ahead: CacheView, asked: FutureQueries, variance: bool
 ) -> list[Tensor]:
     """Softmax mass of every row under every query to come, per group ``[h, J, N]``.
 
@@ -82,7 +81,6 @@ def expected_mass(
         asked: The queries to come.
         variance: Add half the variance of the logit, so that a mean query counts for the Gaussian
             around it: ``sum_f variance_f |k_f|^2 / (4 D)`` over complex pairs f.
-        value_norm: Multiply by the length of the row's value; no longer a share then.
     """
     found = []
     for group, keys in zip(ahead.groups, ahead.read_keys, strict=True):
@@ -90,11 +88,8 @@ def expected_mass(
         logits = view.logits(group, asked.query[heads], keys)
         if variance:
             logits = logits + log_mean_exp(asked.variance[heads], keys).unsqueeze(1)
-        mass = logits.softmax(-1)
-        if value_norm:
-            mass = mass * wide(group.payload("v")).norm(dim=-1).unsqueeze(1)
         view.scored += len(heads) * logits.shape[1] * len(group)
-        found.append(mass)
+        found.append(logits.softmax(-1))
     return found
 
 

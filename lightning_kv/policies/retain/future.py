@@ -12,10 +12,10 @@ from lightning_kv.cache.decisions import Retention
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.checks import between, choice
-from lightning_kv.policies.layout import Layout
+from lightning_kv.policies.foresight import Foresight
 from lightning_kv.policies.merging import ALIGNS, MERGES, merged, row_pairs
-from lightning_kv.policies.proxies import PROXIES, FutureQueries, expected_mass, future_queries
-from lightning_kv.policies.redundancy import METRICS, features, frame_distances, nearest_newer
+from lightning_kv.policies.proxies import PROXIES
+from lightning_kv.policies.redundancy import METRICS
 from lightning_kv.policies.rowwise import RowScoredPart
 
 BANK = 24  # frames
@@ -113,57 +113,31 @@ class Future(RowScoredPart):
     def _keep(self, view: CacheView, state: Any) -> Retention | None:
         if self.fits(view):
             return None
-        ahead, layout = view.ahead(), Layout.of(view)
         (need,) = self.needs
-        asked = future_queries(view.collected[need], ahead, self.horizon, self.steps)
-        mass = expected_mass(view, ahead, asked, self.variance, self.value_norm)
-        there = self.units(layout.there)
-        scores = self._scores(view, layout, mass, there)
-        if self.redundancy is None:
-            kept = self.best(scores, there, view, layout)
-            return Retention(keep=layout.rows(self.rows(kept, layout)))
-        gone, match = self._alike(view, ahead, asked, layout, self.lengths(scores, view))
-        scores = self._scores(view, layout, mass, there & ~gone)
+        seen = Foresight.of(
+            view, view.collected[need], self.horizon, self.steps, variance=self.variance
+        )
+        layout, there = seen.layout, self.units(seen.layout.there)
+        scores = self._scores(seen, there)
+        gone, match = torch.zeros_like(there), None
+        if self.redundancy is not None:
+            gone, match = self._alike(seen, there, self.lengths(scores, view))
+            scores = self._scores(seen, there & ~gone)
         kept = self.best(scores, there & ~gone, view, layout)
         rows = layout.rows(self.rows(kept, layout))
-        if self.merge == "drop":
+        if self.merge == "drop" or match is None:
             return Retention(keep=rows)
         pairs = row_pairs(layout, gone, match, kept, scores, self.most)
-        return merged(view, ahead, asked, rows, pairs, self.merge, self.align)
+        return merged(view, seen.ahead, seen.asked, rows, pairs, self.merge, self.align)
 
-    def _scores(self, view: CacheView, layout: Layout, mass: list[Tensor], alive: Tensor) -> Tensor:
-        """Expected mass of the living units, ``[H, U]``, as if the others had never been."""
-        alive = self.rows(alive, layout)
-        found = []
-        for group, own in zip(view.groups, mass, strict=True):
-            own = own * layout.gather(view, group, alive).unsqueeze(1)
-            found.append(own / own.sum(-1, keepdim=True).clamp_min(1e-30))
-        if self.granularity == "frame":
-            return self._reduced(view.per_frame(found))
-        return layout.spread(view, [self._reduced(x) for x in found]).flatten(1)
+    def _scores(self, seen: Foresight, alive: Tensor) -> Tensor:
+        rows, frames = self.rows(alive, seen.layout), self.granularity == "frame"
+        return seen.scores(rows, frames, self.reduce == "max", self.value_norm)
 
-    def _reduced(self, mass: Tensor) -> Tensor:
-        return mass.amax(1) if self.reduce == "max" else mass.mean(1)
-
-    def _alike(
-        self,
-        view: CacheView,
-        ahead: CacheView,
-        asked: FutureQueries,
-        layout: Layout,
-        lengths: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def _alike(self, seen: Foresight, there: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Units that are too many and have a younger one alike, ``[H, U]``, and which that is."""
-        points = features(self.redundancy, view, ahead, asked, layout)
-        view.scored += int(layout.there.sum()) * len(layout.frame_ids)
-        if self.granularity == "frame":
-            distance, match = frame_distances(points, layout)
-        else:
-            grid = view.geometry.grid
-            distance, match = nearest_newer(points, layout, grid, self.neighbourhood)
-            distance, match = distance.flatten(1), match.flatten(1)
-        there = self.units(layout.there)
-        spare = there & ~self.guarded(view, layout) & (distance < self.similar)
-        order = distance.masked_fill(~spare, torch.inf).argsort(dim=-1, stable=True)
-        over = there.sum(-1, keepdim=True) - lengths
-        return spare & (order.argsort(dim=-1) < over), match
+        frames = self.granularity == "frame"
+        distance, match = seen.alike(self.redundancy, frames, self.neighbourhood)
+        spare = there & ~self.guarded(seen.view, seen.layout) & (distance < self.similar)
+        rank = distance.masked_fill(~spare, torch.inf).argsort(dim=-1, stable=True).argsort(dim=-1)
+        return spare & (rank < there.sum(-1, keepdim=True) - lengths), match
