@@ -14,6 +14,8 @@ import re
 from pathlib import Path
 
 from lightning_kv.listing import policies
+from lightning_kv.metrics.statistics import paired_interval
+from lightning_kv.report.records import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("recall", "revisit_error", "psnr", "ruler_error")
@@ -39,11 +41,14 @@ def run_table(run: Path, metrics: tuple[str, ...]) -> str:
     """Quality and cost of a run's policies."""
     summary = json.loads((run / "summary.json").read_text())
     head = [f"{name} {_arrow(summary, name)}" for name in metrics]
+    losses = _losses(run, summary) if metrics is SHORT else {}
+    head += ["loss ↓"] if losses else []
     head = ["policy", *head, "KV peak", "reads", "scored", "ms per chunk"]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, policy in summary["policies"].items():
         cost = policy["cost"]
         cells = [f"`{name}`", *(_cell(policy["metrics"][metric]) for metric in metrics)]
+        cells += [losses[name]] if losses else []
         cells += [
             f"{cost['kv_bytes_peak'] / 2**20:.2f} MiB",
             f"{100 * cost['kv_read_fraction']:.0f} %",
@@ -52,6 +57,20 @@ def run_table(run: Path, metrics: tuple[str, ...]) -> str:
         ]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def _losses(run: Path, summary: dict) -> dict[str, str]:
+    """Recall below the reference, paired by prompt, with its interval."""
+    recall: dict[str, dict[str, float]] = {}
+    for record in RunDirectory(run).records():
+        recall.setdefault(record["policy"], {})[record["key"]] = record["metrics"]["recall"]
+    base, found = recall[summary["reference"]], {}
+    for name, own in recall.items():
+        keys = sorted(base)
+        mean = sum(base[key] - own[key] for key in keys) / len(keys)
+        low, high = paired_interval([base[key] for key in keys], [own[key] for key in keys])
+        found[name] = "-" if own is base else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+    return found
 
 
 def _arrow(summary: dict, metric: str) -> str:

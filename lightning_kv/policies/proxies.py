@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_kv.cache.needs import Bank, Moments
 from lightning_kv.cache.rotary import rotate
 from lightning_kv.cache.view import CacheView
+from lightning_kv.policies.scores import wide
 
 PROXIES = ("mean", "cells", "bank")
 
@@ -85,7 +86,7 @@ def expected_mass(
     found = []
     for group, keys in zip(ahead.groups, ahead.read_keys, strict=True):
         heads = list(group.heads)
-        logits = view.logits(group, asked.query[heads], keys)
+        logits = view.logits(group, asked.query[heads], wide(keys))
         if variance:
             logits = logits + log_mean_exp(asked.variance[heads], keys).unsqueeze(1)
         view.scored += len(heads) * logits.shape[1] * len(group)

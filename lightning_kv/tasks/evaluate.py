@@ -69,6 +69,11 @@ class Evaluate(L.LightningModule):
         return list(dict.fromkeys([self.reference.name, *self.policies]))
 
     @property
+    def _twice(self) -> bool:
+        """Asked for as a policy, the reference is rolled out again: does a rollout repeat?"""
+        return self.reference.name in self.policies
+
+    @property
     def model(self) -> EmbeddedModel:
         """The model, on this rank's device."""
         return EmbeddedModel(self.network, self.codec, self.encoder)
@@ -80,7 +85,7 @@ class Evaluate(L.LightningModule):
         mine = len(range(self.global_rank, left, self.trainer.world_size))
         plan = self._plan()
         self.progress = RolloutProgress(
-            mine, len(self.names) * plan.count, plan.chunk, self.global_rank == 0
+            mine, (len(self.names) + self._twice) * plan.count, plan.chunk, self.global_rank == 0
         )
         self.progress.__enter__()
         if mine:
@@ -99,6 +104,8 @@ class Evaluate(L.LightningModule):
         clips: list[dict[str, Tensor]] = [{} for _ in starts]
         traces: list[dict[str, dict[str, np.ndarray]]] = [{} for _ in starts]
         reference = None
+        if self._twice:
+            reference = self._rollout(self.reference, starts, None)
         for name in self.names:
             trace = Trace() if shown else None
             out = self._rollout(self.policies.get(name, self.reference), starts, trace)

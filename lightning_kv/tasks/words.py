@@ -7,6 +7,8 @@ from lightning_kv.report.table import format_bytes
 from lightning_kv.tasks.candidates import EQUAL, LEVEL, Candidate, Recommendation
 from lightning_kv.tasks.margins import Loss
 
+NAMED = 6  # policies that were not chosen, the nearest first
+
 
 def in_words(found: Recommendation) -> list[str]:
     """The answer, what it saves, what it costs, how sure that is, and what else there is."""
@@ -18,7 +20,9 @@ def in_words(found: Recommendation) -> list[str]:
     named_above = (found.closest, found.beyond)
     out = [one for one in found.candidates if one.out and one.policy not in named_above]
     if out:
-        said.append(f"Not chosen: {'; '.join(why_out(one) for one in out)}.")
+        out.sort(key=lambda one: max((x.mean / (x.margin or 1) for x in one.losses), default=0.0))
+        more = f"; and {len(out) - NAMED} more" if len(out) > NAMED else ""
+        said.append(f"Not chosen: {'; '.join(why_out(one) for one in out[:NAMED])}{more}.")
     return said
 
 

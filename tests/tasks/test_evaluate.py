@@ -1,11 +1,17 @@
 """The evaluation task's own pieces."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from lightning_kv.cli import main
 from lightning_kv.data.shards import PromptSample
 from lightning_kv.metrics import Clip, metric_by_name
+from lightning_kv.rollout import rollout
+from lightning_kv.tasks import evaluate
 from lightning_kv.tasks.launch import is_first, launched
 from lightning_kv.tasks.options import TrainerOptions
 from lightning_kv.tasks.results import measure
@@ -90,3 +96,25 @@ def test_a_contradiction_is_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"--trainer.devices 5 contradicts the launcher"):
         launched(TrainerOptions(5))
+
+
+@pytest.mark.parametrize(("policies", "rollouts"), [("[full,random@6f]", 3), ("[random@6f]", 2)])
+def test_a_reference_that_is_asked_for_is_rolled_out_again(
+    tmp_path, monkeypatch, policies, rollouts
+):
+    asked = []
+    monkeypatch.chdir(Path(__file__).parents[2])
+
+    def counted(model, policy, prompts, frames, **settings):
+        if frames == 24:  # the warm-up is shorter
+            asked.append(policy.name)
+        return rollout(model, policy, prompts, frames, **settings)
+
+    monkeypatch.setattr(evaluate, "rollout", counted)
+    small = ["--prompts", "1", "--frames", "24", "--videos", "0", "--trainer.devices", "1"]
+    out = ["--policies", policies, "--out", str(tmp_path / "run")]
+    main(["evaluate", "-c", "configs/quickstart.yaml", *small, *out])
+    assert len(asked) == rollouts
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    mse = summary["policies"]["full"]["metrics"]["latent_mse"]
+    assert mse["mean"] == (0 if rollouts == 3 else None)
