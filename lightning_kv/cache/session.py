@@ -301,7 +301,8 @@ class CacheSession:
         times = tuple(start + i for i in range(count))
         coming = replace(step, frames=frames, timesteps=(0.0,) * count, times=times, final=())
         found = replace(view, step=coming)
-        still = torch.zeros(0, self.geometry.head_dim // 2)
+        device = view.groups[0].meta["time"].device
+        still = torch.zeros(0, self.geometry.head_dim // 2, device=device)
         found.read_keys = [self._keys(lane, found, group, still, still) for group in view.groups]
         found.read_times = [
             group.meta["time"] if view.cell.rotated else lane.decider.times(found, group)

@@ -82,7 +82,10 @@ class Trace:
             frames = seen.frames.cpu()
             held[chunk, layer][:, frames] = seen.held.cpu()
             weight[chunk, layer][:, frames] = seen.weight.cpu()
-            share = (seen.read / seen.passes).expand(heads, asked, len(frames))
+            share = seen.read / seen.passes
+            if share.shape[1] not in (1, asked):
+                share = share.mean(1, keepdim=True)
+            share = share.expand(heads, asked, len(frames))
             read[chunk, :, layer][:, :, frames] = share.transpose(0, 1).cpu()
         return {
             "held": _bytes(held).numpy(),

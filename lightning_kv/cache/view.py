@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_kv.cache.passes import Geometry, Pass
 from lightning_kv.cache.rows import Group
-from lightning_kv.cache.store import Cell
+from lightning_kv.cache.store import Cell, reachable_bytes
 
 BLOCK = 2**25  # numbers held at once while attention is scored
 
@@ -74,6 +74,11 @@ class CacheView:
     def query_frames(self) -> int:
         """Number Q of frames in the query."""
         return len(self.step.frames)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Bytes of what was collected for the policy in this layer."""
+        return reachable_bytes(self.collected)
 
     @cached_property
     def frame_ids(self) -> Tensor:

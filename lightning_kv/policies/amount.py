@@ -86,11 +86,16 @@ class Amount:
             step = view.step
             history = step.start + (len(step.final) if view.query is None else 0)
             return float(max(1, math.floor(self.value * history)))
-        return self._of_bytes(view.geometry, len(view.step.frames))
+        own = view.statistics_bytes * view.geometry.layers
+        return self._of_bytes(view.geometry, len(view.step.frames), own, len(view.cell.columns))
 
-    def _of_bytes(self, geometry: Geometry, chunk: int) -> float:
-        """History frames that fit beside the current chunk."""
-        return float(math.floor(self.value / geometry.frame_bytes) - chunk)
+    def _of_bytes(
+        self, geometry: Geometry, chunk: int, statistics: int = 0, columns: int = 0
+    ) -> float:
+        """History frames that fit beside the current chunk and the policy's statistics."""
+        numbers = 4 * columns * geometry.tokens * geometry.heads * geometry.layers
+        frame = geometry.frame_bytes + numbers
+        return float(math.floor((self.value - statistics) / frame) - chunk)
 
     def check(
         self, policy: str, smallest: int, history: int, chunk: int, geometry: Geometry

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from lightning_kv.cache.rows import FIELDS, Group
 from lightning_kv.cache.store import REDUCERS
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.amount import Amount
+from lightning_kv.policies.run import PolicyRun
 from lightning_kv.policies.scores import top_frames
 
 KINDS = ("retain", "select", "budget", "positions", "precision")
@@ -62,18 +63,21 @@ class BudgetPart(Part, ABC):
     """
 
     kind: ClassVar[str] = "budget"
-    uniform: ClassVar[bool] = False
     amount: str = "9f"
 
     def __post_init__(self) -> None:
         Amount.parse(self.amount)
 
     def frames(self, view: CacheView) -> float:
-        """The amount in frames per head, as it stands in this pass."""
+        """The amount in frames per head, in this pass."""
         return Amount.parse(self.amount).frames(view)
 
-    def check(self, geometry: Geometry) -> None:
-        """Refuse a budget that was made for another model."""
+    def fewest(self, view: CacheView) -> float:
+        """Frames that every head may hold whatever the scores; below that nothing is scored."""
+        return 0.0
+
+    def check(self, geometry: Geometry, least: int) -> None:
+        """Refuse a budget of another model, or below ``least`` frames for some head."""
         return
 
     @abstractmethod
@@ -115,16 +119,16 @@ class ScoredPart(Part):
         """Frames to keep or read, bool ``[H, Q, F]``; None where everything fits."""
         if self.budget is None or not len(view.frame_ids):
             return None
-        present = view.present.unsqueeze(1)
-        total = present.sum(-1)
-        if self.budget.uniform and int(total.max()) <= self.budget.frames(view):
+        size = view.rows_per_frame.unsqueeze(1) / view.geometry.tokens
+        total = size.sum(-1)
+        if float(total.max()) <= self.budget.fewest(view):
             return None  # nothing to decide, so nothing is scored
         scores = self.scores(view, state)
         lengths = self.budget.lengths(scores, view)
         if bool((lengths >= total).all()):
             return None
-        protected = self.protected(view, scores).expand_as(scores) & present
-        return top_frames(scores, lengths, protected, present.expand_as(scores))
+        protected = self.protected(view, scores).expand_as(scores) & (size > 0)
+        return top_frames(scores, lengths, protected, size.expand_as(scores))
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,10 @@ class RetainPart(ScoredPart):
 
     kind: ClassVar[str] = "retain"
     when: ClassVar[str] = "commit"
+
+    def suits(self, bias: str | None) -> None:
+        """Refuse the policy's bias where it contradicts what this part does."""
+        return
 
     def decide(self, views: list[CacheView], state: Any) -> list[Retention | None] | Rebuild | None:
         """One decision per layer (``when="open"`` asks with one view at a time)."""
@@ -306,10 +314,11 @@ class CachePolicy:
         Raises:
             ValueError: Too small for what the part protects, or larger than the history.
         """
+        self.retain.suits(self.bias)
         for part in (self.retain, self.select):
             part.check(geometry, chunk, frames)
             if part.budget is not None:
-                part.budget.check(geometry)
+                part.budget.check(geometry, part.smallest(chunk))
                 amount = Amount.parse(part.budget.amount)
                 if amount.unit == "B" and part.kind == "select":
                     raise ValueError(
@@ -322,79 +331,3 @@ class CachePolicy:
     def start(self) -> PolicyRun:
         """This policy at work on one sample."""
         return PolicyRun(self)
-
-
-@dataclass
-class PolicyRun:
-    """A policy with the state of one sample: what the session asks.
-
-    Args:
-        policy: The configuration.
-        states: State of each part.
-    """
-
-    policy: CachePolicy
-    states: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for kind in ("retain", "select", "positions", "precision"):
-            self.states[kind] = getattr(self.policy, kind).fresh()
-
-    @property
-    def moves(self) -> bool:
-        """Whether keys must be held raw."""
-        return self.policy.positions.moves
-
-    @property
-    def opens(self) -> bool:
-        """Whether retention is asked in the first pass of a chunk."""
-        return self.policy.retain.when == "open"
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """Row columns that the parts declare, with their reducers."""
-        return self.policy.columns
-
-    @property
-    def needs(self) -> dict[str, dict[str, Any]]:
-        """Statistics to collect."""
-        return self.policy.needs
-
-    @property
-    def bias(self) -> str | None:
-        """The policy's logit bias."""
-        return self.policy.bias
-
-    def open(self, view: CacheView) -> Retention | None:
-        """See :class:`~lightning_kv.cache.session.Decider`."""
-        answer = self.policy.retain.decide([view], self.states["retain"])
-        if isinstance(answer, Rebuild):
-            raise ValueError(
-                f"The retain part of {self.policy.name!r} answered an open pass with Rebuild, "
-                "which needs all layers. Answer so at commit or at an event."
-            )
-        return answer[0] if answer else None
-
-    def select(self, view: CacheView) -> Selection | None:
-        """See :class:`~lightning_kv.cache.session.Decider`."""
-        return self.policy.select.pick(view, self.states["select"])
-
-    def times(self, view: CacheView, group: Group) -> Tensor:
-        """See :class:`~lightning_kv.cache.session.Decider`."""
-        return self.policy.positions.times(view, group, self.states["positions"])
-
-    def commit(self, views: list[CacheView]) -> list[Retention | None] | Rebuild | None:
-        """See :class:`~lightning_kv.cache.session.Decider`."""
-        if self.opens:
-            return None
-        return self.policy.retain.decide(views, self.states["retain"])
-
-    def recode(self, views: list[CacheView]) -> list[list[Recode]]:
-        """See :class:`~lightning_kv.cache.session.Decider`."""
-        return [self.policy.precision.assign(view, self.states["precision"]) for view in views]
-
-    def event(
-        self, event: Event, views: list[CacheView]
-    ) -> list[Retention | None] | Rebuild | None:
-        """See :class:`~lightning_kv.cache.session.Decider`."""
-        return self.policy.retain.event(event, views, self.states["retain"])

@@ -29,7 +29,7 @@ def between(part: Any, low: float, high: float | None, *names: str) -> None:
     """
     for name in names:
         value = getattr(part, name)
-        if value < low or (high is not None and value > high):
+        if not (value >= low and (high is None or value <= high)):  # NaN fails too
             room = f"{low} or more" if high is None else f"from {low} to {high}"
             raise ValueError(
                 f"{name}={value} of the {part.kind} part {part.name!r} is out of range. "

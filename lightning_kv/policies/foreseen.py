@@ -69,10 +69,11 @@ class ForeseenPart(RowScoredPart):
 
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
         """The bank lies within the history."""
-        if self.bank_frames is not None and self.bank_frames > frames:
+        history = frames - chunk
+        if self.bank_frames is not None and self.bank_frames > history:
             raise ValueError(
-                f"bank_frames={self.bank_frames} is larger than the rollout of {frames} frames, "
-                f"so the bank would never be full. Use {frames} or fewer."
+                f"bank_frames={self.bank_frames} is larger than the history, which has at most "
+                f"{history} of {frames} frames. Use {history} or fewer."
             )
 
     @property

@@ -69,10 +69,11 @@ class Foresight:
     def alike(self, metric: str, frames: bool, radius: int) -> tuple[Tensor, Tensor]:
         """The most alike younger frame (or row) of each: squared distance and index.
 
-        Counts every held key once for every frame it is compared with.
+        Counts every held key once for every row of another frame that it is compared with.
         """
         points = features(metric, self.view, self.ahead, self.asked, self.layout)
-        self.view.scored += int(self.layout.there.sum()) * len(self.layout.frame_ids)
+        places = (2 * radius + 1) ** 2
+        self.view.scored += int(self.layout.there.sum()) * len(self.layout.frame_ids) * places
         if frames:
             return frame_distances(points, self.layout)
         grid = self.view.geometry.grid

@@ -155,7 +155,8 @@ def check_type(kind: str, part: str, key: str, value: Any, hint: Any) -> None:
     """
     choices = (hint,) if get_origin(hint) is tuple else get_args(hint) or (hint,)
     allowed = [t for t in choices if t in (int, float, str, bool, NoneType)]
-    plain = bool in allowed if isinstance(value, bool) else isinstance(value, tuple(allowed))
+    kinds = (*allowed, int) if float in allowed else tuple(allowed)
+    plain = bool in allowed if isinstance(value, bool) else isinstance(value, kinds)
     if allowed and not plain and not isinstance(value, Part):
         names = " or ".join("none" if t is NoneType else t.__name__ for t in allowed)
         raise ValueError(

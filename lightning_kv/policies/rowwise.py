@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import RetainPart
 from lightning_kv.policies.checks import between, choice
 from lightning_kv.policies.layout import Layout
-from lightning_kv.policies.scores import top_frames
+from lightning_kv.policies.scores import ROUNDING, top_frames
 
 GRANULARITIES = ("frame", "token")
 
@@ -49,7 +50,7 @@ class RowScoredPart(RetainPart):
         if self.budget is None or not len(view.frame_ids):
             return True
         held = int(view.rows_per_frame.sum(-1).max())
-        return self.budget.uniform and held <= self.budget.frames(view) * view.geometry.tokens
+        return held <= rows_in(self.budget.fewest(view), view)
 
     def units(self, per_row: Tensor) -> Tensor:
         """Row values ``[H, F, T]`` summed over units, ``[H, U]``; where bool, whether any is."""
@@ -65,14 +66,12 @@ class RowScoredPart(RetainPart):
 
     def lengths(self, scores: Tensor, view: CacheView) -> Tensor:
         """Units that each head may keep, int64 ``[H, 1]``, given scores ``[H, U]``."""
-        tokens = view.geometry.tokens
         if self.granularity == "frame":
             return self.budget.lengths(scores.unsqueeze(1), view)
-        if self.budget.uniform:
-            rows = int(self.budget.frames(view) * tokens)
-            return torch.full((len(scores), 1), rows, device=scores.device)
+        tokens = view.geometry.tokens
         frames = scores.unflatten(1, (-1, tokens)).sum(-1).unsqueeze(1)
-        return self.budget.lengths(frames, view) * tokens
+        least = rows_in(self.budget.fewest(view), view)  # tokens need not fill whole frames
+        return (self.budget.lengths(frames, view) * tokens).clamp_min(least)
 
     def best(self, scores: Tensor, there: Tensor, view: CacheView, layout: Layout) -> Tensor:
         """The units to keep, bool ``[H, U]``, of those that are there."""
@@ -93,3 +92,8 @@ class RowScoredPart(RetainPart):
         scores = self.units(self.row_scores(view, layout))
         kept = self.best(scores, self.units(layout.there), view, layout)
         return Retention(keep=layout.rows(self.rows(kept, layout)))
+
+
+def rows_in(frames: float, view: CacheView) -> int:
+    """Whole rows in so many frames, which may be a broken number."""
+    return math.floor(frames * view.geometry.tokens + ROUNDING)

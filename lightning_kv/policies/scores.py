@@ -8,24 +8,28 @@ from torch import Tensor
 from lightning_kv.cache.rows import Group
 from lightning_kv.cache.view import CacheView
 
+ROUNDING = 1e-6  # of a frame: less than any token
 FLAT = 1e-6  # a spread below this share of the largest score is rounding, not a preference
 
 
-def top_frames(score: Tensor, lengths: Tensor, protected: Tensor, present: Tensor) -> Tensor:
-    """The best ``lengths`` frames of each stream; protected ones first, ties to the earlier.
+def top_frames(score: Tensor, lengths: Tensor, protected: Tensor, size: Tensor) -> Tensor:
+    """The best frames of each stream as far as a length goes; protected ones first.
+
+    Frames are taken in the order of their scores, ties to the earlier, until the next one would
+    exceed the length.
 
     Args:
         score: ``[H, Q, F]``.
         lengths: ``[H, Q]`` or ``[H, 1]``, protected frames included.
-        protected: bool ``[H, Q, F]``.
-        present: bool ``[H, Q, F]``; absent frames are never chosen.
+        protected: bool ``[H, Q, F]``; they are chosen whatever the length.
+        size: ``[H, Q, F]``: what of each frame there is, 1 for a whole one; bool will do. Absent
+            frames are never chosen.
     """
+    present, size = size > 0, size.double()
     key = score.double().masked_fill(protected, torch.inf).masked_fill(~present, -torch.inf)
     order = key.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        2, order, torch.arange(order.shape[2], device=order.device).expand_as(order)
-    )
-    return ((rank < lengths.unsqueeze(-1)) & present) | protected
+    taken = size.gather(-1, order).cumsum(-1) <= lengths.unsqueeze(-1) + ROUNDING
+    return (torch.zeros_like(present).scatter(-1, order, taken) & present) | protected
 
 
 def wide(x: Tensor) -> Tensor:
@@ -80,9 +84,25 @@ def pooled(x: Tensor, bucket: Tensor, shape: tuple[int, int], mean_share: float)
     return mixed.sum(2) / filled.clamp_min(1)
 
 
-def pooled_keys(view: CacheView, groups: int, mean_share: float) -> Tensor:
+def earliest(present: Tensor, count: int) -> Tensor:
+    """The first ``count`` frames that are there, of bool ``[..., F]``."""
+    return present & (present.cumsum(-1) <= count)
+
+
+def pooled_logits(
+    view: CacheView, keys: Tensor, groups: int | None, mean_share: float, per_query_frame: bool
+) -> Tensor:
+    """Logits between pooled queries and pooled keys ``[H, F, D]``, ``[H, Q or 1, F]``; counted."""
+    query = pooled_flight(view, view.query, groups, mean_share)
+    if not per_query_frame:
+        query = query.mean(1, keepdim=True)
+    view.scored += query.shape[0] * query.shape[1] * keys.shape[1]
+    return query @ keys.transpose(1, 2) / query.shape[-1] ** 0.5
+
+
+def pooled_keys(view: CacheView, groups: int | None, mean_share: float) -> Tensor:
     """:func:`pooled` of each held frame, as the queries meet it, ``[H, F, D]``; counts its rows."""
-    found = []
+    found, groups = [], groups or view.geometry.grid[0]
     for group, keys in zip(view.groups, view.read_keys, strict=True):
         place = token_group(group.meta["place"], view.geometry.tokens, groups)
         bucket = (view.frame_index(group) * groups + place).expand(len(group.heads), -1)
@@ -92,8 +112,9 @@ def pooled_keys(view: CacheView, groups: int, mean_share: float) -> Tensor:
     return by_head(view.groups, found)
 
 
-def pooled_flight(view: CacheView, x: Tensor, groups: int, mean_share: float) -> Tensor:
+def pooled_flight(view: CacheView, x: Tensor, groups: int | None, mean_share: float) -> Tensor:
     """:func:`pooled` of the frames in flight, ``[H, Q, D]``, from queries or keys ``[H, T, D]``."""
+    groups = groups or view.geometry.grid[0]
     tokens, frames = view.geometry.tokens, view.query_frames
     place = token_group(torch.arange(tokens, device=x.device), tokens, groups)
     ids = torch.arange(frames, device=x.device).unsqueeze(1)

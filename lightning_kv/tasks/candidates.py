@@ -51,9 +51,14 @@ class Candidate:
         return min((loss.confidence for loss in self.losses), default=0.0)
 
     @property
+    def work(self) -> float | None:
+        """Rows touched, as a share of what the reference reads: those read and those scored."""
+        return None if self.reads is None else self.reads + (self.scored or 0.0)
+
+    @property
     def price(self) -> tuple[float, ...]:
-        """What is compared: bytes, then reads, both in percent; then what the percents hide."""
-        shares = [1.0 if share is None else share for share in (self.bytes_share, self.reads)]
+        """What is compared: bytes, then work, both in percent; then what the percents hide."""
+        shares = [1.0 if share is None else share for share in (self.bytes_share, self.work)]
         return (*(round(share / EQUAL) for share in shares), *shares)
 
 
@@ -116,13 +121,16 @@ def candidate(
         for metric, margin in margins.items()
     ]
     losses = tuple(loss for loss in found if loss is not None)
-    peak, reads = (result["cost"][key] for key in ("kv_bytes_peak", "kv_read_fraction"))
+    peak, reads, scored = (
+        result["cost"][key] for key in ("kv_bytes_peak", "kv_read_fraction", "kv_scored_fraction")
+    )
+    work = None if reads is None else reads + (scored or 0.0)
     share = None if peak is None else peak / full["cost"]["kv_bytes_peak"]
     reasons = {
         "no values": len(losses) < len(margins),
         "failed": failed > 0,
         "memory": memory is not None and peak is not None and peak > memory,
-        "saves nothing": all(x is None or x > 1 - EQUAL for x in (share, reads)),
+        "saves nothing": all(x is None or x > 1 - EQUAL for x in (share, work)),
         "margin": not all(loss.within for loss in losses),
         "unsure": any(loss.confidence < LEVEL for loss in losses),
     }
@@ -132,7 +140,7 @@ def candidate(
         bytes_peak=peak,
         bytes_share=share,
         reads=reads,
-        scored=result["cost"]["kv_scored_fraction"],
+        scored=scored,
         seconds_per_chunk=result["cost"]["seconds_per_chunk_p50"],
         speedup=result["cost"]["speedup"],
         losses=losses,

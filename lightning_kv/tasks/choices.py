@@ -91,7 +91,7 @@ def crossed(policies: list[CachePolicy], amounts: list[str]) -> list[CachePolicy
     if not any(map(takes_budget, policies)):
         raise ValueError(
             f"--budgets {','.join(amounts)} meets no policy that it could be crossed with: "
-            f"{', '.join(p.name for p in policies)} have no budget or name their own. Name one "
+            f"no budget to set in {', '.join(p.name for p in policies)}. Name a policy "
             f"without it: --policies [full,sliding-window] --budgets {','.join(amounts)}."
         )
     found = []

@@ -34,7 +34,7 @@ def chosen(found: Recommendation) -> list[str]:
     said += [*effort(best, found), *(loss_words(loss, found.reference) for loss in best.losses)]
     asides = {
         "Runner-up": found.runner_up,
-        "Fewest reads": found.fewest_reads,
+        "Fewest rows touched": found.fewest_reads,
         "Fastest here": found.fastest,
     }
     said += [f"{role}: {brief(found.of(name))}." for role, name in asides.items() if name]

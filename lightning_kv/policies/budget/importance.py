@@ -21,8 +21,9 @@ class Importance(BudgetPart):
     """More frames for the heads that matter more, between a least and a most.
 
     Focused Forcing (arXiv 2605.18346): importance scaled to [0, 1] over all heads of the model,
-    ``round(least + importance ** gamma * (most - least))``. The paper counts the current chunk in
-    its budgets, so its 4 to 9 of a model with chunks of 3 is ``least: 1f, amount: 6f`` here.
+    ``round(least + importance ** gamma * (most - least))``, halves to the even number. The paper
+    counts the current chunk in its budgets, so its 4 to 9 of a model with chunks of 3 is
+    ``least: 1f, amount: 6f`` here.
 
     Args:
         amount: The most, that of the most important head.
@@ -54,7 +55,8 @@ class Importance(BudgetPart):
             )
         if self.gamma <= 0:
             raise ValueError(f"gamma={self.gamma} of an importance budget must be above 0, like 2.")
-        if not self.importance or not torch.tensor(sum(self.importance, ())).isfinite().all():
+        values = [value for row in self.importance for value in row]
+        if not values or not all(isinstance(x, int | float) and x - x == 0 for x in values):
             raise ValueError(
                 "An importance budget needs `importance`: finite numbers, one row per layer and "
                 f"one number per head, or the path of a JSON file. Given: {self.importance}."
@@ -65,9 +67,20 @@ class Importance(BudgetPart):
         """The most and the least."""
         return Amount.parse(self.amount), Amount.parse(self.least)
 
-    def check(self, geometry: Geometry) -> None:
-        """The table has the model's shape."""
+    def fewest(self, view: CacheView) -> float:
+        """The least."""
+        return float(round(self.bounds[1].frames(view)))
+
+    def check(self, geometry: Geometry, least: int) -> None:
+        """The table has the model's shape, and no head gets less than what is protected."""
         check_heads(self.importance, geometry, "importance table")
+        low = self.bounds[1]
+        frames = low.value / (geometry.tokens if low.unit == "t" else 1)
+        if low.unit != "share" and frames < least:
+            raise ValueError(
+                f"The least of an importance budget is {self.least}, but {least} frames are "
+                f"protected in every head. Give least: {least}f or more."
+            )
 
     def budgets(self, most: float, least: float) -> Tensor:
         """Frames of every head, int64 ``[L, H]``; half a frame goes to the even neighbour."""

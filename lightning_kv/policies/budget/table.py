@@ -35,7 +35,11 @@ class Table(BudgetPart):
             settings = settings | {"shares": read_table(settings["shares"], "shares")}
         return settings
 
-    def check(self, geometry: Geometry) -> None:
+    def fewest(self, view: CacheView) -> float:
+        """The smallest share of the amount."""
+        return float(round(min(map(min, self.shares)) * self.frames(view)))
+
+    def check(self, geometry: Geometry, least: int) -> None:
         """The table has the model's shape."""
         check_heads(self.shares, geometry, "budget table")
 

@@ -18,7 +18,10 @@ class Uniform(BudgetPart):
     """The same number of frames for every head of every layer."""
 
     name: ClassVar[str] = "uniform"
-    uniform: ClassVar[bool] = True
+
+    def fewest(self, view: CacheView) -> float:
+        """The amount."""
+        return self.frames(view)
 
     def lengths(self, score: Tensor, view: CacheView) -> Tensor:
         """The amount, rounded down to whole frames."""

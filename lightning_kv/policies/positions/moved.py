@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_kv.cache.rows import Group
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import PositionsPart
+from lightning_kv.policies.checks import between
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class SinkLag(PositionsPart):
     sink: int = 3
     lag: int = 21
 
+    def __post_init__(self) -> None:
+        between(self, 0, None, "sink", "lag")
+
     def times(self, view: CacheView, group: Group, state: Any) -> Tensor:
         """Recorded times, those of the sink moved up."""
         time, frame = group.meta["time"], group.meta["frame_id"]
@@ -63,6 +67,10 @@ class Clamp(PositionsPart):
 
     name: ClassVar[str] = "clamp"
     lag: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.lag is not None:
+            between(self, 0, None, "lag")
 
     def times(self, view: CacheView, group: Group, state: Any) -> Tensor:
         """Recorded times, none before ``start - lag``."""

@@ -55,15 +55,30 @@ class Future(ForeseenPart):
         choice(self, merge=MERGES, align=ALIGNS, redundancy=(*METRICS, None))
         between(self, 1, None, "most")
         between(self, 0, None, "similar", "neighbourhood")
+        if self.neighbourhood and self.granularity == "frame":
+            raise ValueError(
+                f"neighbourhood={self.neighbourhood} is about tokens, but whole frames are kept. "
+                "Use granularity: token, or neighbourhood: 0."
+            )
 
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
         """The bank lies within the history, the neighbourhood within the frame."""
         super().check(geometry, chunk, frames)
-        if self.neighbourhood >= max(geometry.grid):
+        if self.neighbourhood >= min(geometry.grid):
             raise ValueError(
                 f"neighbourhood={self.neighbourhood} is larger than the frame of "
                 f"{geometry.grid[0]} x {geometry.grid[1]} tokens. "
-                f"Use {max(geometry.grid) - 1} or less."
+                f"Use {min(geometry.grid) - 1} or less."
+            )
+
+    def suits(self, bias: str | None) -> None:
+        """Weights count by the bias, keys on the hyperplane without it."""
+        wanted = {"weight": "log_weight", "hyperplane": None}.get(self.merge, bias)
+        if bias != wanted:
+            raise ValueError(
+                f"merge: {self.merge} does not go with bias: {bias or 'none'}, which would count "
+                f"the mass of merged rows {'twice' if bias else 'not at all'}. "
+                f"Use bias: {wanted or 'none'}, or merge: drop."
             )
 
     def _keep(self, view: CacheView, state: Any) -> Retention | None:
@@ -71,7 +86,7 @@ class Future(ForeseenPart):
             return None
         seen = self.foresee(view)
         layout, there = seen.layout, self.units(seen.layout.there)
-        scores = self.unit_scores(seen, there)
+        before = scores = self.unit_scores(seen, there)
         gone, match = torch.zeros_like(there), None
         if self.redundancy is not None:
             gone, match = self._alike(seen, there, self.lengths(scores, view))
@@ -80,7 +95,7 @@ class Future(ForeseenPart):
         rows = layout.rows(self.rows(kept, layout))
         if self.merge == "drop" or match is None:
             return Retention(keep=rows)
-        pairs = row_pairs(layout, gone, match, kept, scores, self.most)
+        pairs = row_pairs(layout, gone, match, kept, before, self.most)
         return merged(view, seen.ahead, seen.asked, rows, pairs, self.merge, self.align)
 
     def _alike(self, seen: Foresight, there: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

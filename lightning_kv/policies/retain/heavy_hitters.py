@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lightning_kv.cache.view import CacheView
+from lightning_kv.policies.checks import between
 from lightning_kv.policies.layout import Layout
 from lightning_kv.policies.rowwise import RowScoredPart
 
@@ -25,6 +26,10 @@ class HeavyHitters(RowScoredPart):
 
     name: ClassVar[str] = "heavy-hitters"
     queries: int = 520
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between(self, 1, None, "queries")
 
     @property
     def needs(self) -> dict[str, dict[str, Any]]:

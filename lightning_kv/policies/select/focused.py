@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lightning_kv.cache.decisions import Selection
+from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import SelectPart
 from lightning_kv.policies.checks import between, choice
 from lightning_kv.policies.scores import (
     diversity,
-    pooled_flight,
+    earliest,
     pooled_keys,
+    pooled_logits,
     standardised,
 )
 
@@ -66,6 +68,16 @@ class Focused(SelectPart):
                 f"A focused selection cannot start at {self.start!r}. "
                 "Give budget, paper, or the number of a chunk."
             )
+        if not isinstance(self.start, str):
+            between(self, 0, None, "start")
+
+    def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
+        """There are no more groups than tokens."""
+        if self.groups is not None and self.groups > geometry.tokens:
+            raise ValueError(
+                f"groups={self.groups} of a focused selection, but a frame has "
+                f"{geometry.tokens} tokens. Use {geometry.tokens} or fewer."
+            )
 
     def pick(self, view: CacheView, state: Any) -> Selection | None:
         """Everything before the start; the shared flow from there on."""
@@ -97,18 +109,13 @@ class Focused(SelectPart):
             return view.frame_logits(self.per_query_frame)
         if self.score == "mass":
             return view.per_frame(view.attention(self.per_query_frame))
-        groups, key = self.groups or view.geometry.grid[0], ("pooled", view.layer)
+        key = ("pooled", view.layer)
         if key not in state:
-            state[key] = pooled_keys(view, groups, self.mean_share)
-        query = pooled_flight(view, view.query, groups, self.mean_share)
-        if not self.per_query_frame:
-            query = query.mean(1, keepdim=True)
-        view.scored += query.shape[0] * query.shape[1] * state[key].shape[1]
-        return query @ state[key].transpose(1, 2) / query.shape[-1] ** 0.5
+            state[key] = pooled_keys(view, self.groups, self.mean_share)
+        return pooled_logits(view, state[key], self.groups, self.mean_share, self.per_query_frame)
 
     def protected(self, view: CacheView, scores: Tensor) -> Tensor:
         """The anchor."""
-        present = view.present.unsqueeze(1)
-        early = present & (present.cumsum(-1) <= self.anchors)
-        best = scores.masked_fill(~early, -torch.inf).argmax(-1)
-        return one_hot(best, scores.shape[-1]).bool() & early
+        first = earliest(view.present.unsqueeze(1), self.anchors)
+        best = scores.masked_fill(~first, -torch.inf).argmax(-1)
+        return one_hot(best, scores.shape[-1]).bool() & first

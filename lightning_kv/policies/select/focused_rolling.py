@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_kv.cache.decisions import Selection
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.checks import between
-from lightning_kv.policies.scores import pooled_flight, standardised, top_frames
+from lightning_kv.policies.scores import earliest, pooled_flight, pooled_logits, top_frames
 from lightning_kv.policies.select.focused import Focused
 
 
@@ -25,26 +25,25 @@ class FocusedRolling(Focused):
     follows the rule for chunk-wise models, and reads the last frames in flight.
 
     Args:
-        own: Frames of the own chunk, which come on top of the budget (the paper counts them in).
         denoise_start: First chunk whose denoising passes select.
         commit_start: First chunk whose commit pass selects.
     """
 
     name: ClassVar[str] = "focused-rolling"
     attention_weight: float = 0.46
-    own: int = 3
     denoise_start: int = 2
     commit_start: int = 6
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        between(self, 1, None, "own")
         between(self, 0, None, "denoise_start", "commit_start")
-        if self.score != "logit":
-            raise ValueError(
-                f"score={self.score!r} of a focused-rolling selection cannot rank frames in "
-                "flight. Use score: logit."
-            )
+        fixed = {"score": "logit", "per_query_frame": True, "refresh": "pass", "start": "budget"}
+        for name, only in fixed.items():
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no meaning for a focused-rolling "
+                    f"selection, which ranks frames in flight too. Use {name}: {only}."
+                )
 
     def pick(self, view: CacheView, state: Any) -> Selection | None:
         """One rule for denoising, another for the commit pass."""
@@ -58,43 +57,49 @@ class FocusedRolling(Focused):
         if frames is None:
             return None
         flight = view.cell.provisional // view.geometry.tokens
-        last = torch.arange(flight, device=frames.device) >= flight - self.own
-        shape = (view.heads, frames.shape[1], flight)
-        return Selection(frames=frames, current=last.expand(shape))
+        last = torch.arange(flight, device=frames.device) >= flight - own_frames(view)
+        return Selection(frames=frames, current=last.expand(*frames.shape[:2], flight))
 
-    def _denoise(self, view: CacheView, state: Any) -> Selection | None:
+    def _denoise(self, view: CacheView, state: Any) -> Selection:
         self.renew(view, state)
-        held, flight = view.present.unsqueeze(1), view.query_frames
         scores = torch.cat([self._attention(view, state), self._in_flight(view)], -1)
-        now = torch.ones(view.heads, 1, flight, dtype=torch.bool, device=scores.device)
-        present = torch.cat([held, now], -1).expand(-1, flight, -1)
-        scores = standardised(scores, present)
+        held, flight = view.present.unsqueeze(1), view.query_frames
         past = held.shape[-1]
-        itself = torch.eye(flight, dtype=torch.bool, device=scores.device).unsqueeze(0)
         anchor = self.protected(view, scores[..., :past])
-        kept = self.budget.lengths(scores, view).unsqueeze(-1) + self.own
+        middle = held & ~earliest(held, self.anchors)  # the first frames have had their turn
+        now = torch.ones_like(scores[..., past:], dtype=torch.bool)
+        itself = torch.eye(flight, dtype=torch.bool, device=scores.device).expand_as(now)
+        kept = self.budget.lengths(scores, view).unsqueeze(-1) + own_frames(view)
         need = (kept - anchor.sum(-1, keepdim=True) - 1).clamp_min(0)
-        middle = (held & ~anchor).sum(-1, keepdim=True)
-        tail = torch.full_like(middle, flight - 1)
-        quota = need * middle // (middle + tail).clamp_min(1)
-        quota = torch.maximum(quota, need - tail).minimum(middle)
-        rest = (need - quota).minimum(tail)
-        frames = top_frames(
-            scores[..., :past],
-            (quota + anchor.sum(-1, keepdim=True))[..., 0],
-            anchor,
-            held.expand(-1, flight, -1),
+        from_middle, from_tail = shared(need, middle.sum(-1, keepdim=True), flight - 1)
+        first = anchor.sum(-1, keepdim=True)
+        return Selection(
+            frames=top_frames(
+                scores[..., :past],
+                (from_middle + first)[..., 0],
+                anchor,
+                (middle | anchor).expand(-1, flight, -1),
+            ),
+            current=top_frames(scores[..., past:], (from_tail + 1)[..., 0], itself, now),
         )
-        every = itself | torch.ones_like(scores[..., past:], dtype=torch.bool)
-        current = top_frames(scores[..., past:], (rest + 1)[..., 0], itself.expand_as(every), every)
-        return Selection(frames=frames, current=current)
 
     def _in_flight(self, view: CacheView) -> Tensor:
         """Pooled logits of the query frames against the frames in flight, ``[H, Q, Q]``."""
-        groups = self.groups or view.geometry.grid[0]
         fresh = torch.empty_like(view.query)
         for group, keys in zip(view.groups, view.read_keys, strict=True):
             fresh[list(group.heads)] = keys[:, len(group) :]
-        key = pooled_flight(view, fresh, groups, self.mean_share)
-        query = pooled_flight(view, view.query, groups, self.mean_share)
-        return query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
+        key = pooled_flight(view, fresh, self.groups, self.mean_share)
+        return pooled_logits(view, key, self.groups, self.mean_share, True)
+
+
+def own_frames(view: CacheView) -> int:
+    """Frames of the chunk that becomes final next; the paper counts them in its budgets."""
+    step = view.step
+    return len(step.final) or step.next_chunk or view.query_frames
+
+
+def shared(need: Tensor, middle: Tensor, tail: int) -> tuple[Tensor, Tensor]:
+    """Split a need between two regions by their sizes; what one cannot give, the other does."""
+    part = need * middle // (middle + tail).clamp_min(1)
+    part = torch.maximum(part, need - tail).minimum(middle)
+    return part, (need - part).clamp_max(tail)
