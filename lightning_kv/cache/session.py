@@ -80,6 +80,21 @@ class Cost:
 Watch = Callable[[int, CacheView, Selection | None], None]
 
 
+def following(step: Pass) -> Pass:
+    """The pass that a decision between two passes looks ahead to.
+
+    After a commit that is the first pass of the next chunk; at an event it is ``step`` itself,
+    which is still to come.
+    """
+    if not step.final:
+        return step
+    last, count = step.final[-1], step.next_chunk or len(step.final)
+    start = step.query_times[step.frames.index(last)] + 1
+    frames = tuple(range(last + 1, last + 1 + count))
+    times = tuple(start + i for i in range(count))
+    return replace(step, frames=frames, timesteps=(0.0,) * count, times=times, final=())
+
+
 @dataclass
 class Lane:
     """One sample in one namespace: cells per layer, a decider and its statistics."""
@@ -292,15 +307,7 @@ class CacheSession:
 
     def _ahead(self, lane: Lane, view: CacheView) -> CacheView:
         """The view that the next chunk would have, before it has queries."""
-        step = view.step
-        last, count = step.frames[-1], len(step.frames)
-        if step.final:
-            last, count = step.final[-1], step.next_chunk or len(step.final)
-        start = step.query_times[step.frames.index(last)] + 1
-        frames = tuple(range(last + 1, last + 1 + count))
-        times = tuple(start + i for i in range(count))
-        coming = replace(step, frames=frames, timesteps=(0.0,) * count, times=times, final=())
-        found = replace(view, step=coming)
+        found = replace(view, step=following(view.step))
         device = view.groups[0].meta["time"].device
         still = torch.zeros(0, self.geometry.head_dim // 2, device=device)
         found.read_keys = [self._keys(lane, found, group, still, still) for group in view.groups]

@@ -87,6 +87,12 @@ class ForeseenPart(RowScoredPart):
     def foresee(self, view: CacheView) -> Foresight:
         """Ask the proxies."""
         (need,) = self.needs
+        if view.collected[need] is None:
+            raise ValueError(
+                f"The {self.kind} part {self.name!r} foresees by the queries of clean passes, but "
+                f"frame {view.step.final[0]} became final without one. Use a sampler that commits "
+                "frames in a pass at t = 0."
+            )
         return Foresight.of(view, view.collected[need], self.horizon, self.steps, self.variance)
 
     def unit_scores(self, seen: Foresight, alive: Tensor) -> Tensor:

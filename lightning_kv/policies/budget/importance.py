@@ -13,7 +13,7 @@ from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.amount import Amount
 from lightning_kv.policies.base import BudgetPart
-from lightning_kv.policies.tables import check_heads, read_table
+from lightning_kv.policies.tables import check_heads, check_numbers, read_table
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,7 @@ class Importance(BudgetPart):
             )
         if self.gamma <= 0:
             raise ValueError(f"gamma={self.gamma} of an importance budget must be above 0, like 2.")
-        values = [value for row in self.importance for value in row]
-        if not values or not all(isinstance(x, int | float) and x - x == 0 for x in values):
-            raise ValueError(
-                "An importance budget needs `importance`: finite numbers, one row per layer and "
-                f"one number per head, or the path of a JSON file. Given: {self.importance}."
-            )
+        check_numbers(self.importance, self.name, "importance")
 
     @property
     def bounds(self) -> tuple[Amount, Amount]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import BudgetPart
-from lightning_kv.policies.tables import check_heads, read_table
+from lightning_kv.policies.tables import check_heads, check_numbers, read_table
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class Table(BudgetPart):
 
     name: ClassVar[str] = "table"
     shares: tuple[tuple[float, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self.shares, self.name, "shares", low=0)
 
     @classmethod
     def prepared(cls, settings: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,11 @@ class FocusedRolling(Focused):
         if self.budget is None or not len(view.frame_ids):
             return None
         if view.step.phase == "denoise":
-            return self._denoise(view, state) if view.step.chunk >= self.denoise_start else None
+            held = float(view.rows_per_frame.sum(-1).max()) / view.geometry.tokens
+            fits = held <= self.budget.fewest(view)
+            return (
+                None if fits or view.step.chunk < self.denoise_start else self._denoise(view, state)
+            )
         if view.step.chunk < self.commit_start:
             return None
         frames = self.choose(view, state)
