@@ -1,0 +1,487 @@
+"""What policy parts say in tensors, said again in plain Python; and ways to look into a session.
+
+Rows are those of the slow twin of the cache. Nothing here shares code with the package but the
+plain data of a pass.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cache"))
+import twin
+from twin import Script, Twin, turn
+
+from lightning_kv.cache.decisions import Retention
+from lightning_kv.cache.passes import Pass
+from lightning_kv.cache.session import CacheSession
+from lightning_kv.policies.base import CachePolicy, RetainPart, SelectPart
+from lightning_kv.policies.presets import build_part
+
+# Absolute positions hold rotated keys, a clamp that never bites holds raw ones: same numbers.
+STORAGE = {"rotated": "absolute", "raw": {"part": "clamp", "lag": 10_000}}
+
+
+def policy(bias=None, **parts) -> CachePolicy:
+    """A policy from the parts that differ from the full cache, as words, settings or objects."""
+    plain = {
+        "retain": "everything",
+        "select": "everything",
+        "positions": "absolute",
+        "precision": "as-computed",
+    }
+    built = {
+        kind: build_part(kind, part) if isinstance(part, str | dict) else part
+        for kind, part in (plain | parts).items()
+    }
+    return CachePolicy("test", **built, bias=bias)
+
+
+def world(monkeypatch, grid=(2, 2), chunk=2):
+    """Let the twin and all that is here work on another grid and chunk."""
+    monkeypatch.setattr(twin, "GEOMETRY", replace(twin.GEOMETRY, grid=grid))
+    monkeypatch.setattr(twin, "CHUNK", chunk)
+
+
+def session(made: CachePolicy, batch=1, **settings) -> CacheSession:
+    """A session of the twin's geometry."""
+    return CacheSession(twin.GEOMETRY, made.start, tuple(range(batch)), **settings)
+
+
+def tape(steps, batch=1, seed=0, gain=1.0, loud=0.0):
+    """Random queries, keys and values for every pass and layer.
+
+    ``gain`` multiplies the queries: above 1 attention is sharper. With ``loud`` above 0 the values
+    of tokens differ in length.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    geometry, found = twin.GEOMETRY, []
+    for step in steps:
+        shape = (batch, len(step.frames) * geometry.tokens, geometry.heads, geometry.head_dim)
+        for layer in range(geometry.layers):
+            q, k, v = (torch.randn(shape, generator=rng) for _ in range(3))
+            if loud:
+                v = v * (loud * torch.randn(*shape[:-1], 1, generator=rng)).exp()
+            found.append((step, layer, gain * q, k, v))
+    return found
+
+
+def play(on, recorded, check=None, event=None):
+    """Run what was recorded through a session or a twin; all outputs, in order."""
+    out = []
+    for step, layer, q, k, v in recorded:
+        if event and step.opens and layer == 0:
+            event(on, step)
+        out.append(on.attend(layer, q, k, v, step).double())
+        if layer == twin.GEOMETRY.layers - 1:
+            if check:
+                check(step)
+            on.finish(step)
+    return out
+
+
+def rolling(chunks=4, flight=2, apart=True):
+    """Several chunks in flight; the oldest is committed apart, or as a part of the same pass."""
+    c = twin.CHUNK
+    for chunk in range(chunks):
+        frames = tuple(range(chunk * c, (chunk + flight) * c))
+        levels = tuple(250.0 * (1 + i // c) for i in range(len(frames)))
+        oldest = frames[:c]
+        yield Pass("denoise", frames, levels, chunk, 0, () if apart else oldest, True, c)
+        if apart:
+            yield Pass("commit", oldest, (0.0,) * c, chunk, 0, oldest, False, c)
+
+
+# -- looking at the package ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ask(SelectPart):
+    """Reads everything, and shows every pass's view to a function."""
+
+    question: Any = None
+
+    def pick(self, view, state):
+        """Nothing is left out."""
+        return self.question(view)
+
+
+@dataclass(frozen=True)
+class AskAtCommit(RetainPart):
+    """Shows the views at every commit to a function, whose answer it gives."""
+
+    question: Any = None
+    wanted: Any = None
+
+    @property
+    def needs(self):
+        """What the question wants to be collected."""
+        return self.wanted or {}
+
+    def decide(self, views, state):
+        """The answer of the question, or nothing."""
+        return self.question(views)
+
+
+@dataclass(frozen=True)
+class Scattered(RetainPart):
+    """Keeps rows that look random, other ones and another number of them in every head."""
+
+    when: ClassVar[str] = "commit"
+    share: float = 0.6
+
+    def decide(self, views, state):
+        """Rows by a hash of frame, place, head and layer."""
+        out = []
+        for view in views:
+            keep = []
+            for h in range(view.heads):
+                frame, place = (view.column(name)[h].tolist() for name in ("frame_id", "place"))
+                keep.append(
+                    torch.tensor(
+                        [
+                            i
+                            for i, (f, p) in enumerate(zip(frame, place, strict=True))
+                            if self.stays(f, p, h, view.layer)
+                        ],
+                        dtype=torch.int64,
+                    )
+                )
+            out.append(Retention(keep=keep))
+        return out
+
+    def stays(self, frame, place, head, layer):
+        """Whether a row stays."""
+        return (frame * 37 + place * 11 + head * 5 + layer * 3) % 10 < 10 * self.share
+
+
+class Watching(Script):
+    """A script that is shown queries and keys before each pass, and told when memory changed."""
+
+    twin: Any = None
+
+    def look(self, stream, step, q, k):
+        """Queries and keys of one stream, before rotation."""
+
+    def settle(self, step):
+        """Memory of all streams has changed."""
+
+
+def held(view, head):
+    """Rows of one head as the package holds them: dictionaries, with keys as they are read."""
+    group, position = view.cell.memory.stream(head)
+    index = view.groups.index(group)
+    keys = None if view.read_keys is None else view.read_keys[index][position].double()
+    found = []
+    for i in range(len(group)):
+        row = {
+            name: group.expanded(name)[position, i].item()
+            for name in ("frame_id", "time", "place", "weight")
+        }
+        row["v"] = group.payload("v")[position, i].double()
+        row["stored"] = group.payload("k")[position, i].double()
+        row["key"] = None if keys is None else keys[i]
+        found.append(row)
+    return found
+
+
+def same_rows(on, slow_twin, tolerance=1e-4):
+    """Assert that memory holds the rows of the twin, in the same order."""
+    for (b, layer, h), stream in slow_twin.streams.items():
+        cell = on.lanes["cond", b].cells[layer]
+        group, position = cell.memory.stream(h)
+        where = (b, layer, h)
+        assert len(group) == len(stream.rows), where
+        for name, own in (("frame_id", "frame"), ("time", "time"), ("place", "place")):
+            theirs = [getattr(r, own) for r in stream.rows]
+            assert group.expanded(name)[position].tolist() == theirs, (name, *where)
+        weights = torch.tensor([r.weight for r in stream.rows])
+        torch.testing.assert_close(group.expanded("weight")[position], weights)
+        if not stream.rows:
+            continue
+        keys = torch.stack(
+            [turn(r.k, r.time, r.place) if cell.rotated else r.k.double() for r in stream.rows]
+        )
+        values = torch.stack([r.v.double() for r in stream.rows])
+        for name, mine in (("k", keys), ("v", values)):
+            torch.testing.assert_close(
+                group.payload(name)[position].double(), mine, atol=tolerance, rtol=0
+            )
+
+
+class Watched(Twin):
+    """A twin whose script sees every pass's queries and keys, before rotation, first."""
+
+    def __init__(self, batch, script):
+        super().__init__(batch, script)
+        script.twin = self
+
+    def _one(self, stream, q, k, v, step):
+        self.script.look(stream, step, q, k)
+        return super()._one(stream, q, k, v, step)
+
+    def finish(self, step):
+        """Rows of all heads become final before any head decides."""
+        if not step.final:
+            return
+        for key, stream in self.streams.items():
+            stream.rows += [self.script.fresh(r) for r in self.flight[key] if r.frame in step.final]
+        self.script.settle(step)
+        for stream in self.streams.values():
+            self.script.commit(stream, step)
+        self.script.settle(step)
+
+
+def agree(made, script, recorded, batch=1, tolerance=5e-5, event=None, **settings):
+    """Assert that session and twin give the same outputs and hold the same rows; returns both."""
+    on, slow_twin = session(made, batch, **settings), Watched(batch, script)
+    ours, theirs = (play(x, recorded, event=event) for x in (on, slow_twin))
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        torch.testing.assert_close(
+            a, b, atol=tolerance, rtol=0, msg=lambda m, i=i: f"call {i}, {recorded[i][0]}: {m}"
+        )
+    same_rows(on, slow_twin)
+    return on, slow_twin
+
+
+# -- arithmetic ------------------------------------------------------------------------------
+
+
+def spin(vector, time, row, column):
+    """Rotary embedding at any place, also between tokens; :func:`twin.turn` at whole ones."""
+    pairs = torch.view_as_complex(vector.double().reshape(-1, 2).contiguous())
+    angles = [p * 10000.0 ** (-2 * j / 4) for p in (time, row, column) for j in range(2)]
+    turned = pairs * torch.exp(1j * torch.tensor(angles, dtype=torch.float64))
+    return torch.view_as_real(turned).flatten()
+
+
+def softmax(logits):
+    """Shares that add up to 1."""
+    top = max(logits)
+    parts = [math.exp(x - top) for x in logits]
+    return [p / sum(parts) for p in parts]
+
+
+def zscores(values):
+    """Minus the mean, over the population standard deviation; zeros where all are alike."""
+    middle, spread = statistics.fmean(values), statistics.pstdev(values)
+    if spread <= 1e-6 * max(map(abs, values)):
+        return [0.0] * len(values)
+    return [(x - middle) / spread for x in values]
+
+
+def pools(rows, tokens, groups, share):
+    """The pooled vector of every run of tokens that has rows; ``rows`` are (place, vector)."""
+    found = {}
+    for place, vector in rows:
+        found.setdefault(place * groups // tokens, []).append(vector)
+    return [
+        share * sum(own) / len(own) + (1 - share) * torch.stack(own).max(0).values
+        for own in found.values()
+    ]
+
+
+def pooled_logit(queries, keys):
+    """Mean logit of all pairs of pooled vectors."""
+    total = sum(float(q @ k) for q in queries for k in keys)
+    return total / (len(queries) * len(keys)) / math.sqrt(len(keys[0]))
+
+
+def mean_lse(queries, keys, weights=None):
+    """Mean over queries of the log of the sum of exponentials of their logits, times weights."""
+    width, weights = math.sqrt(len(keys[0])), weights or [1.0] * len(keys)
+    each = list(zip(keys, weights, strict=True))
+    return statistics.fmean(
+        math.log(sum(w * math.exp(float(q @ k) / width) for k, w in each)) for q in queries
+    )
+
+
+def unlikeness(frames):
+    """Minus the mean cosine with the mean key of the place, of frames ``{frame: {place: key}}``."""
+    places = {p for rows in frames.values() for p in rows}
+    mean = {}
+    for p in places:
+        there = [rows[p] for rows in frames.values() if p in rows]
+        mean[p] = sum(there) / len(there)
+    return {
+        f: -statistics.fmean(
+            float(k @ mean[p]) / math.sqrt(float(k @ k) * float(mean[p] @ mean[p]))
+            for p, k in rows.items()
+        )
+        for f, rows in frames.items()
+    }
+
+
+def best_of(scores, count):
+    """The ``count`` best of ``{name: score}``, the earlier of equals."""
+    return sorted(scores, key=lambda f: (-scores[f], f))[:count]
+
+
+def filling(names, sizes, room):
+    """The first names whose sizes together fit into some room."""
+    found, taken = [], 0.0
+    for name in names:
+        taken += sizes[name]
+        if taken > room + 1e-6:
+            break
+        found.append(name)
+    return found
+
+
+# -- focused reading -------------------------------------------------------------------------
+
+
+@dataclass
+class FocusedRule:
+    """The settings of a focused selection, in history frames."""
+
+    budget: int
+    score: str = "logit"
+    attention_weight: float = 0.5
+    groups: int | None = None
+    mean_share: float = 0.5
+    per_query_frame: bool = True
+    anchors: int = 3
+    start: int = 0
+    refresh: str = "pass"
+    log_weight: bool = False
+
+    def settings(self):
+        """The same for the part."""
+        own = {k: v for k, v in self.__dict__.items() if k != "log_weight"}
+        return {"part": "focused", **own, "budget": f"{self.budget}f"}
+
+
+def tokens_of(step, q):
+    """Turned queries or keys of a pass, ``{frame: [(place, vector)]}``."""
+    found = {}
+    for i, x in enumerate(q):
+        frame, place = step.frames[i // twin.GEOMETRY.tokens], i % twin.GEOMETRY.tokens
+        time = step.query_times[i // twin.GEOMETRY.tokens]
+        found.setdefault(frame, []).append((place, turn(x, time, place)))
+    return found
+
+
+def past_of(rows):
+    """Turned keys of rows, ``{frame: [(place, vector)]}``, frames ascending."""
+    found = {}
+    for r in sorted(rows, key=lambda r: r.frame):
+        found.setdefault(r.frame, []).append((r.place, turn(r.k, r.time, r.place)))
+    return found
+
+
+def attention_scores(rule, past, asked, flight, weight):
+    """The attention score of every past frame, for one set of queries ``{frame: rows}``."""
+    tokens, groups = twin.GEOMETRY.tokens, rule.groups or twin.GEOMETRY.grid[0]
+    queries = [x for rows in asked.values() for _, x in rows]
+    if rule.score == "lse":
+        return {
+            f: mean_lse(queries, [k for _, k in rows], [weight.get((f, p), 1.0) for p, _ in rows])
+            for f, rows in past.items()
+        }
+    if rule.score == "mass":
+        keys = [
+            (f, k, weight.get((f, p), 1.0)) for f, rows in (past | flight).items() for p, k in rows
+        ]
+        total = dict.fromkeys(past, 0.0)
+        for q in queries:
+            shares = softmax([float(q @ k) / math.sqrt(len(k)) + math.log(w) for _, k, w in keys])
+            for (f, *_), share in zip(keys, shares, strict=True):
+                if f in past:
+                    total[f] += share
+        return total
+    pooled = {f: pools(rows, tokens, groups, rule.mean_share) for f, rows in past.items()}
+    each = [pools(rows, tokens, groups, rule.mean_share) for rows in asked.values()]
+    return {
+        f: statistics.fmean(pooled_logit(own, keys) for own in each) for f, keys in pooled.items()
+    }
+
+
+def focused_frames(rule, rows, q, k, step):
+    """Which past frames each query frame reads: ``{query frame: [frames]}``."""
+    past, asked, flight = past_of(rows), tokens_of(step, q), tokens_of(step, k)
+    weight = {(r.frame, r.place): r.weight for r in rows} if rule.log_weight else {}
+    sizes = {f: len(own) / twin.GEOMETRY.tokens for f, own in past.items()}
+    if step.chunk < rule.start or sum(sizes.values()) <= rule.budget:
+        return {f: list(past) for f in step.frames}
+    unlike = unlikeness({f: dict(own) for f, own in past.items()})
+    unlike = dict(zip(past, zscores(list(unlike.values())), strict=True))
+    found = {}
+    for frame in step.frames:
+        own = {frame: asked[frame]} if rule.per_query_frame else asked
+        scores = attention_scores(rule, past, own, flight, weight)
+        looked = dict(zip(past, zscores(list(scores.values())), strict=True))
+        w = rule.attention_weight
+        total = {f: w * looked[f] + (1 - w) * unlike[f] for f in past}
+        anchor = best_of({f: total[f] for f in list(past)[: rule.anchors]}, 1)
+        rest = best_of({f: x for f, x in total.items() if f not in anchor}, len(total))
+        room = rule.budget - sum(sizes[f] for f in anchor)
+        found[frame] = sorted(anchor + filling(rest, sizes, room))
+    return found
+
+
+class FocusedScript(Watching):
+    """Focused reading for the twin."""
+
+    def __init__(self, rule):
+        self.rule, self.kept = rule, {}
+
+    def look(self, stream, step, q, k):
+        """Choose for this pass, or keep what the chunk's first pass chose."""
+        if self.rule.refresh == "pass" or step.opens:
+            self.kept[id(stream)] = focused_frames(self.rule, stream.rows, q, k, step)
+
+    def reads(self, stream, step, frame, index, row, current):
+        """Chosen frames and the chunk itself."""
+        return current or row.frame in self.kept[id(stream)][frame]
+
+
+class RollingScript(FocusedScript):
+    """Focused reading with several chunks in flight: quotas while denoising, the rule at commit."""
+
+    def __init__(self, rule, denoise_start=0, commit_start=0):
+        super().__init__(rule)
+        self.first, self.quotas = {"denoise": denoise_start, "commit": commit_start}, set()
+
+    def look(self, stream, step, q, k):
+        """Choose for every query frame, past and frames in flight."""
+        past, flight = past_of(stream.rows), list(step.frames)
+        found = {f: [*past, *flight] for f in flight}
+        if step.chunk >= self.first[step.phase] and len(past) > self.rule.budget:
+            if step.phase == "denoise":
+                found = self.denoise(past, step, q, k)
+            else:
+                chosen = focused_frames(self.rule, stream.rows, q, k, step)
+                found = {f: chosen[f] + flight[-twin.CHUNK :] for f in flight}
+        self.kept[id(stream)] = found
+
+    def denoise(self, past, step, q, k):
+        """The best early frame, itself, and a fair share of past and of frames in flight."""
+        asked, flight, found = tokens_of(step, q), tokens_of(step, k), {}
+        for frame in step.frames:
+            scores = attention_scores(self.rule, past | flight, {frame: asked[frame]}, {}, {})
+            first = list(past)[: self.rule.anchors]
+            anchor = best_of({f: scores[f] for f in first}, 1)
+            middle = {f: scores[f] for f in past if f not in first}
+            tail = {f: scores[f] for f in flight if f != frame}
+            need = max(0, self.rule.budget + twin.CHUNK - len(anchor) - 1)
+            many = need * len(middle) // max(1, len(middle) + len(tail))
+            rest = need - many
+            if rest > len(tail):
+                many, rest = min(len(middle), need - len(tail)), len(tail)
+            elif many > len(middle):
+                many, rest = len(middle), min(len(tail), need - len(middle))
+            self.quotas.add((min(many, len(middle)), rest))
+            found[frame] = [*anchor, frame, *best_of(middle, many), *best_of(tail, rest)]
+        return found
+
+    def reads(self, stream, step, frame, index, row, current):
+        """Chosen frames."""
+        return row.frame in self.kept[id(stream)][frame]
