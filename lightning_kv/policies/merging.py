@@ -143,11 +143,7 @@ def _merge(
         key = key.index_add(0, target, turned * coefficient.unsqueeze(-1))
         seen = ahead.read_times[index].expand(len(group.heads), -1)[at][rows]
         there = view.cell.angles(seen, meta["place"][rows])
-        gap = width * (top + total.log()) - rotate(key, there) @ mean
-        step = gap.unsqueeze(-1) * mean / mean.square().sum().clamp_min(1e-12)
-        length = step.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        step = step * (STEP * key.norm(dim=-1, keepdim=True) / length).clamp_max(1.0)
-        correction = rotate(step, -there)
+        correction = to_hyperplane(key, there, mean, width * (top + total.log()))
     return Merge(
         source,
         target,
@@ -158,3 +154,22 @@ def _merge(
         align=align,
         correction=correction,
     )
+
+
+def to_hyperplane(key: Tensor, angles: Tensor, mean: Tensor, wanted: Tensor) -> Tensor:
+    """What to add to keys before rotation so that the mean future query meets a product.
+
+    Args:
+        key: ``[R, D]`` before rotation.
+        angles: ``[R, D / 2]`` at which the query will find them.
+        mean: The mean future query ``[D]``, rotated.
+        wanted: Its product with each rotated key, ``[R]``.
+
+    Returns:
+        ``[R, D]``, along the query, never longer than a tenth of the key.
+    """
+    gap = wanted - rotate(key, angles) @ mean
+    step = gap.unsqueeze(-1) * mean / mean.square().sum().clamp_min(1e-12)
+    length = step.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    step = step * (STEP * key.norm(dim=-1, keepdim=True) / length).clamp_max(1.0)
+    return rotate(step, -angles)

@@ -30,7 +30,7 @@ from lightning_kv.tasks.launch import is_first, launched
 from lightning_kv.tasks.options import EvaluateOptions, TrainerOptions
 from lightning_kv.tasks.overview import summary_of, write_report
 from lightning_kv.tasks.progress import RolloutProgress
-from lightning_kv.tasks.results import about, broken, cost, describe, measure
+from lightning_kv.tasks.results import about, broken, cost, describe, measure, picture
 from lightning_kv.tasks.scenes import Start, panorama_start, stack_context
 
 
@@ -193,12 +193,6 @@ class Evaluate(L.LightningModule):
         columns = 3 if len(rows) in (3, 5, 6, 9) else 4
         path = self.run.videos / f"{start.sample.key}.mp4"
         write_mp4(path, side_by_side(rows, scale=5, columns=columns), self.options.fps)
-
-
-def picture(pixels: Tensor) -> np.ndarray:
-    """Pixels ``[F, 3, H, W]`` in [0, 1] as uint8 ``[F, H, W, 3]``; what is not finite is black."""
-    shown = (255 * pixels.nan_to_num(0)).round().byte()
-    return shown.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from lightning_kv.rollout import Rollout, rollout
 from lightning_kv.tasks.launch import resolved
 from lightning_kv.tasks.options import GenerateOptions
 from lightning_kv.tasks.progress import RolloutProgress
+from lightning_kv.tasks.results import broken, picture
 
 PIXEL_FRAMES = 1  # per latent frame: the patch codec does not compress time
 WIDTH = 320  # pixels that a video is enlarged to, about
@@ -112,7 +113,12 @@ def generate(options: GenerateOptions) -> Generated:
     frames = latent_frames(options.seconds, options.fps, config.chunk)
     switches = read_switches(options.switches, frames, options.fps, config.chunk)
     made, took = run(options, model, policy, frames, switches)
-    pixels = (255 * made.frames[0]).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    if failure := broken(made, made, 0):
+        raise ValueError(
+            f"The rollout under {policy.name!r} broke down: {failure}. No video is written; try "
+            "another policy or budget."
+        )
+    pixels = picture(made.frames[0])
     scale = max(1, round(WIDTH / pixels.shape[2]))
     write_mp4(options.out, pixels.repeat(scale, axis=1).repeat(scale, axis=2), options.fps)
     cost = made.costs[0]

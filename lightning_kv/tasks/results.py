@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_kv
 from lightning_kv.data.datamodule import PromptData
@@ -30,6 +31,12 @@ def broken(out: Rollout, reference: Rollout, index: int) -> str | None:
         if bool(bad.any()):
             return f"{whose} latents are not finite from frame {int(bad.float().argmax())} on"
     return None
+
+
+def picture(pixels: Tensor) -> np.ndarray:
+    """Pixels ``[F, 3, H, W]`` in [0, 1] as uint8 ``[F, H, W, 3]``; what is not finite is black."""
+    shown = (255 * pixels.nan_to_num(0)).round().byte()
+    return shown.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def measure(

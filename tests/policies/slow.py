@@ -171,7 +171,11 @@ class Watching(Script):
         """Queries and keys of one stream, before rotation."""
 
     def settle(self, step):
-        """Memory of all streams has changed."""
+        """Memory has changed: note the frames that each layer holds in any head."""
+        self.frames = {}
+        for stream in self.twin.streams.values():
+            own = self.frames.setdefault((stream.sample, stream.layer), set())
+            own |= {r.frame for r in stream.rows}
 
 
 def held(view, head):

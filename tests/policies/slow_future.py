@@ -80,7 +80,7 @@ class FutureScript(Watching):
 
     def __init__(self, rule):
         self.rule, self.known, self.passes = rule, {}, {}
-        self.clipped, self.exact = 0, 0
+        self.masses = []  # of merged rows: wanted, found, and whether the step was cut
 
     def forget(self):
         """A prompt switch."""
@@ -330,10 +330,10 @@ class FutureScript(Watching):
             wanted = width * math.log(sum(math.exp(x) for x in logit))
             step = (wanted - float(turn(k, seen[at], target.place) @ mean)) * mean / (mean @ mean)
             longest = STEP * float(k.norm())
-            self.clipped += float(step.norm()) > longest
-            self.exact += float(step.norm()) <= longest
-            step = step * min(1.0, longest / float(step.norm()))
-            k = k + turn(step, seen[at], target.place, sign=-1)
+            share_of_it = min(1.0, longest / float(step.norm()))
+            k = k + turn(share_of_it * step, seen[at], target.place, sign=-1)
+            reached = float(turn(k, seen[at], target.place) @ mean) / width
+            self.masses.append((wanted / width, reached, share_of_it < 1))
         v = sum(s * rows[i].v.double() for s, i in zip(share, members, strict=True))
         weight = sum(rows[i].weight for i in members)
         return Row(target.frame, target.time, target.place, k, v, weight)

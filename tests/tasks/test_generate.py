@@ -1,6 +1,7 @@
 """One video: its length, its prompt switches, what it cost, what is refused."""
 
 import math
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -10,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_kv import preset, rollout
+from lightning_kv.cli import main
 from lightning_kv.data.panorama import PALETTES
+from lightning_kv.tasks import generate as generate_module
 from lightning_kv.tasks.generate import all_rows, generate, latent_frames, read_switches
 from lightning_kv.tasks.options import GenerateOptions
 
@@ -162,3 +165,18 @@ def test_more_frames_than_the_model_knows_are_said(tmp_path):
         GenerateOptions(PROMPT, tmp_path / "a.mp4", policy="sliding-window@3f", seconds=10.0)
     )
     assert "81 frames exceed the 72" in made.notes[-1]
+
+
+def test_a_rollout_that_breaks_down_gives_no_video(tmp_path, monkeypatch, capsys):
+    def broken(*given, **named):
+        made = rollout(*given, **named)
+        latents = made.latents.clone()
+        latents[0, 7] = float("nan")
+        return replace(made, latents=latents)
+
+    monkeypatch.setattr(generate_module, "rollout", broken)
+    out = tmp_path / "out.mp4"
+    with pytest.raises(SystemExit):
+        main(["generate", "dusk fast n10 left", "--seconds", "1.5", "-o", str(out)])
+    assert "not finite from frame 7 on" in capsys.readouterr().err
+    assert not out.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.amount import Amount
 from lightning_kv.policies.base import BudgetPart
-from lightning_kv.policies.tables import check_heads, check_numbers, read_table
+from lightning_kv.policies.tables import HeadTable, check_heads, check_numbers, read_table
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,20 @@ class Importance(BudgetPart):
 
     def budgets(self, most: float, least: float) -> Tensor:
         """Frames of every head, int64 ``[L, H]``; half a frame goes to the even neighbour."""
-        values = torch.tensor(self.importance, dtype=torch.float64)
-        span = values.max() - values.min()
-        share = (values - values.min()) / span if span > 1e-12 else None
-        if share is None:
-            return torch.full(values.shape, round((most + least) / 2))
-        return (least + share**self.gamma * (most - least)).round().long()
+        return budgets(self.importance, self.gamma, most, least)
 
     def lengths(self, score: Tensor, view: CacheView) -> Tensor:
         """The layer's row of :meth:`budgets`."""
         most, least = (bound.frames(view) for bound in self.bounds)
         return self.budgets(most, least)[view.layer].unsqueeze(1).to(score.device)
+
+
+@lru_cache
+def budgets(importance: HeadTable, gamma: float, most: float, least: float) -> Tensor:
+    """See :meth:`Importance.budgets`; found once, asked in every pass."""
+    values = torch.tensor(importance, dtype=torch.float64)
+    span = values.max() - values.min()
+    if span <= 1e-12:
+        return torch.full(values.shape, round((most + least) / 2))
+    share = (values - values.min()) / span
+    return (least + share**gamma * (most - least)).round().long()
