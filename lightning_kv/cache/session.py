@@ -81,13 +81,7 @@ Watch = Callable[[int, CacheView, Selection | None], None]
 
 
 def following(step: Pass) -> Pass:
-    """The pass that a decision between two passes looks ahead to.
-
-    After a commit that is the first pass of the next chunk; at an event it is ``step`` itself,
-    which is still to come.
-    """
-    if not step.final:
-        return step
+    """The first pass after one that made frames final, as far as it is known."""
     last, count = step.final[-1], step.next_chunk or len(step.final)
     start = step.query_times[step.frames.index(last)] + 1
     frames = tuple(range(last + 1, last + 1 + count))
@@ -227,7 +221,8 @@ class CacheSession:
             if namespace == step.namespace:
                 for collector in lane.collectors.values():
                     collector.event(event)
-                answer = self._carry_out(lane, lane.decider.event(event, self._views(lane, step)))
+                views = self._views(lane, step, after=False)
+                answer = self._carry_out(lane, lane.decider.event(event, views))
                 rebuilds += [(sample, answer)] if answer else []
         return rebuilds
 
@@ -294,20 +289,25 @@ class CacheSession:
             layer,
             step,
             collected=self.tables | collected,
+            statistics=collected,
             seed=lane.seed,
             log_weight=lane.decider.bias == "log_weight",
         )
 
-    def _views(self, lane: Lane, step: Pass) -> list[CacheView]:
-        """Every layer between two passes; each can say how the next chunk will meet its keys."""
+    def _views(self, lane: Lane, step: Pass, after: bool = True) -> list[CacheView]:
+        """Every layer between two passes; each can say how the next chunk will meet its keys.
+
+        ``step`` is done, or is itself the next (``after=False``).
+        """
         views = [self._view(lane, layer, step) for layer in range(len(lane.cells))]
+        coming = following(step) if after and step.final else step
         for view in views:
-            view.look_ahead = partial(self._ahead, lane, view)
+            view.look_ahead = partial(self._ahead, lane, view, coming)
         return views
 
-    def _ahead(self, lane: Lane, view: CacheView) -> CacheView:
+    def _ahead(self, lane: Lane, view: CacheView, coming: Pass) -> CacheView:
         """The view that the next chunk would have, before it has queries."""
-        found = replace(view, step=following(view.step))
+        found = replace(view, step=coming)
         device = view.groups[0].meta["time"].device
         still = torch.zeros(0, self.geometry.head_dim // 2, device=device)
         found.read_keys = [self._keys(lane, found, group, still, still) for group in view.groups]

@@ -35,6 +35,7 @@ class CacheView:
         query: The pass's queries ``[H, T, D]`` after rotation; None between passes.
         raw_query: The same before rotation.
         collected: What was collected for the declared needs, by name (for this layer).
+        statistics: The same without the caller's tables: these take up cache bytes.
         seed: Base of every random draw of this sample.
         log_weight: Whether merged rows count for their weight in attention.
         read_times: Per group, the times of these keys ``[1 or h, N]``; only when looking ahead.
@@ -49,6 +50,7 @@ class CacheView:
     query: Tensor | None = None
     raw_query: Tensor | None = None
     collected: dict[str, Any] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     log_weight: bool = False
     read_times: list[Tensor] | None = None
@@ -78,7 +80,7 @@ class CacheView:
     @property
     def statistics_bytes(self) -> int:
         """Bytes of what was collected for the policy in this layer."""
-        return reachable_bytes(self.collected)
+        return reachable_bytes(self.statistics)
 
     @cached_property
     def frame_ids(self) -> Tensor:

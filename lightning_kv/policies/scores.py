@@ -92,11 +92,10 @@ def earliest(present: Tensor, count: int) -> Tensor:
 def pooled_logits(
     view: CacheView, keys: Tensor, groups: int | None, mean_share: float, per_query_frame: bool
 ) -> Tensor:
-    """Logits between pooled queries and pooled keys ``[H, F, D]``, ``[H, Q or 1, F]``; counted."""
+    """Logits between pooled queries and pooled keys ``[H, F, D]``, ``[H, Q or 1, F]``."""
     query = pooled_flight(view, view.query, groups, mean_share)
     if not per_query_frame:
         query = query.mean(1, keepdim=True)
-    view.scored += query.shape[0] * query.shape[1] * keys.shape[1]
     return query @ keys.transpose(1, 2) / query.shape[-1] ** 0.5
 
 

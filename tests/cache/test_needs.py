@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -312,7 +312,15 @@ def test_a_look_ahead_in_the_middle_of_a_pass_is_refused():
         play(session(policy(select=Ask(question=lambda view: view.ahead()))), tape(passes(1)))
 
 
-def test_at_an_event_the_next_chunk_is_the_one_that_opens():
+@pytest.mark.parametrize(
+    "given",
+    [
+        False,
+        True,
+    ],
+)
+def test_at_an_event_the_next_chunk_is_the_one_that_opens(given):
+    """Whether it is about to be made or given as context."""
     seen = []
 
     @dataclass(frozen=True)
@@ -321,7 +329,10 @@ def test_at_an_event_the_next_chunk_is_the_one_that_opens():
             if event.kind != "start":
                 seen.append((event.frame, views[0].ahead().step.frames))
 
-    play(session(policy(retain=AtEvent())), tape(passes(4)), event=switch_at(2))
+    steps = list(passes(4))
+    if given:
+        steps = [replace(step, phase="prefill", opens=True) for step in steps if step.final]
+    play(session(policy(retain=AtEvent())), tape(steps), event=switch_at(2))
     assert seen == [(4, (4, 5))]
 
 

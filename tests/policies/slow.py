@@ -1,7 +1,7 @@
 """What policy parts say in tensors, said again in plain Python; and ways to look into a session.
 
-Rows are those of the slow twin of the cache. Nothing here shares code with the package but the
-plain data of a pass.
+Rows are those of the slow twin of the cache. The rules and the arithmetic share no code with the
+package; the helpers that look into a session do.
 """
 
 from __future__ import annotations

@@ -321,3 +321,13 @@ def test_a_budget_in_bytes_holds_statistics_and_columns_too(retain, kib):
     play(on, tape(passes(9, noisy=1)))
     assert on.costs[0].peak_bytes <= kib * 1024
     assert on.costs[0].chunk_bytes[-1] > kib * 1024 - 3 * twin.GEOMETRY.frame_bytes
+
+
+def test_tables_of_the_caller_are_no_bytes_of_the_cache():
+    """The session does not count them as held, so a budget must not make room for them."""
+    lengths = []
+    for tables in ({}, {"reference_mass": torch.zeros(2000)}):
+        on = session(policy(retain={"part": "heavy-hitters", "budget": "45KiB"}), tables=tables)
+        play(on, tape(passes(9, noisy=1)))
+        lengths.append(on.lanes["cond", 0].cells[0].memory.lengths)
+    assert lengths[0] == lengths[1]

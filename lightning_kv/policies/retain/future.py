@@ -64,11 +64,11 @@ class Future(ForeseenPart):
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
         """The bank lies within the history, the neighbourhood within the frame."""
         super().check(geometry, chunk, frames)
-        if self.neighbourhood >= min(geometry.grid):
+        if self.neighbourhood >= max(geometry.grid):
             raise ValueError(
                 f"neighbourhood={self.neighbourhood} is larger than the frame of "
                 f"{geometry.grid[0]} x {geometry.grid[1]} tokens. "
-                f"Use {min(geometry.grid) - 1} or less."
+                f"Use {max(geometry.grid) - 1} or less."
             )
 
     def suits(self, bias: str | None) -> None:

@@ -73,11 +73,8 @@ class Focused(SelectPart):
 
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
         """There are no more groups than tokens."""
-        if self.groups is not None and self.groups > geometry.tokens:
-            raise ValueError(
-                f"groups={self.groups} of a focused selection, but a frame has "
-                f"{geometry.tokens} tokens. Use {geometry.tokens} or fewer."
-            )
+        if self.groups is not None:
+            between(self, 1, geometry.tokens, "groups")
 
     def pick(self, view: CacheView, state: Any) -> Selection | None:
         """Everything before the start; the shared flow from there on."""
@@ -112,7 +109,9 @@ class Focused(SelectPart):
         key = ("pooled", view.layer)
         if key not in state:
             state[key] = pooled_keys(view, self.groups, self.mean_share)
-        return pooled_logits(view, state[key], self.groups, self.mean_share, self.per_query_frame)
+        keys, each = state[key], self.per_query_frame
+        view.scored += keys.shape[0] * keys.shape[1] * (view.query_frames if each else 1)
+        return pooled_logits(view, keys, self.groups, self.mean_share, each)
 
     def protected(self, view: CacheView, scores: Tensor) -> Tensor:
         """The anchor."""

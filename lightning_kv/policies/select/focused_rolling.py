@@ -73,19 +73,14 @@ class FocusedRolling(Focused):
         middle = held & ~earliest(held, self.anchors)  # the first frames have had their turn
         now = torch.ones_like(scores[..., past:], dtype=torch.bool)
         itself = torch.eye(flight, dtype=torch.bool, device=scores.device).expand_as(now)
-        kept = self.budget.lengths(scores, view).unsqueeze(-1) + own_frames(view)
-        need = (kept - anchor.sum(-1, keepdim=True) - 1).clamp_min(0)
+        lengths, first = self.budget.lengths(scores, view), anchor.sum(-1, keepdim=True)
+        need = (lengths.unsqueeze(-1) + own_frames(view) - first - 1).clamp_min(0)
         from_middle, from_tail = shared(need, middle.sum(-1, keepdim=True), flight - 1)
-        first = anchor.sum(-1, keepdim=True)
-        return Selection(
-            frames=top_frames(
-                scores[..., :past],
-                (from_middle + first)[..., 0],
-                anchor,
-                (middle | anchor).expand(-1, flight, -1),
-            ),
-            current=top_frames(scores[..., past:], (from_tail + 1)[..., 0], itself, now),
-        )
+        size = (middle | anchor).expand(-1, flight, -1)
+        frames = top_frames(scores[..., :past], (from_middle + first)[..., 0], anchor, size)
+        current = top_frames(scores[..., past:], (from_tail + 1)[..., 0], itself, now)
+        fits = lengths.unsqueeze(-1) >= held.sum(-1, keepdim=True)  # a head that may read all
+        return Selection(frames=frames | (fits & held), current=current | fits)
 
     def _in_flight(self, view: CacheView) -> Tensor:
         """Pooled logits of the query frames against the frames in flight, ``[H, Q, Q]``."""
@@ -104,6 +99,5 @@ def own_frames(view: CacheView) -> int:
 
 def shared(need: Tensor, middle: Tensor, tail: int) -> tuple[Tensor, Tensor]:
     """Split a need between two regions by their sizes; what one cannot give, the other does."""
-    part = need * middle // (middle + tail).clamp_min(1)
-    part = torch.maximum(part, need - tail).minimum(middle)
+    part = (need * middle // (middle + tail).clamp_min(1)).minimum(middle)
     return part, (need - part).clamp_max(tail)
