@@ -540,7 +540,7 @@ def test_a_share_may_be_written_as_a_whole_number(weight):
 
 
 def test_more_groups_than_tokens_are_refused():
-    with pytest.raises(ValueError, match="groups=5 .* must be from 1 to 4"):
+    with pytest.raises(ValueError, match=r"groups=5 .* must be from 1 to 4"):
         policy(select=focused(groups=5)).check(twin.GEOMETRY, 2, 12)
     policy(select=focused(groups=4)).check(twin.GEOMETRY, 2, 12)
 
