@@ -48,8 +48,8 @@ def test_files_and_mappings_are_crossed_too(tmp_path):
         "mine@9f": ["9f"],
         "filed@6f": ["6f"],
         "filed@9f": ["9f"],
-        "both@6f": ["6f", "6f"],
-        "both@9f": ["9f", "9f"],
+        "both@6f": ["6f", "2f"],
+        "both@9f": ["9f", "2f"],
     }
     assert all(policy.name == name for name, policy in found.items())
 
@@ -74,7 +74,7 @@ def test_without_budgets_nothing_changes():
         (["sliding-window"], ["1024KiB", "1MiB"], "1024KiB and 1MiB"),
         (["sliding-window"], "", "No budgets"),
         (["sliding-window"], [], "No budgets"),
-        (["full", "random@9f"], "6f", "full, random@9f have no budget or name their own"),
+        (["full", "random@9f"], "6f", "no budget to set in full, random@9f"),
         (["sliding-window", "sliding-window@6f"], "6f", "Two policies are called"),
         ([], "6f", "No policies to evaluate"),
     ],
