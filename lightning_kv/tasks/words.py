@@ -46,7 +46,7 @@ def refused(found: Recommendation) -> list[str]:
     said = [why_none(found)]
     if found.closest:
         guess = found.of(found.closest)
-        said.append(f"Best guess: {named(guess)}. {upper(savings(guess, found))}.")
+        said.append(f"Nearest that saves anything: {named(guess)}. {upper(savings(guess, found))}.")
         said += [*effort(guess, found), *(loss_words(x, found.reference) for x in guess.losses)]
     if found.beyond:
         said.append(f"With more memory: {brief(found.of(found.beyond))}.")
@@ -74,6 +74,13 @@ def why_none(found: Recommendation) -> str:
         )
     bars = " and ".join(f"{name} within {number(m)}" for name, m in found.margins.items())
     where = f" in {format_bytes(found.memory)}" if found.memory else ""
+    idle = [one.policy for one in found.candidates if one.keeps and one.out == "saves nothing"]
+    if idle:
+        return (
+            f"No policy both saves something and keeps {bars} of {found.reference}{where}: "
+            f"{', '.join(idle)} would keep it, but read and score as much as {found.reference} "
+            "reads, and free no memory."
+        )
     return (
         f"No policy keeps {bars} of {found.reference}{where} with {sureness(LEVEL)} confidence, so "
         "none is recommended."

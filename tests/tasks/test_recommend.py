@@ -346,3 +346,13 @@ def test_identical_clips_measure_what_is_said_of_them():
         (metric,) = metric_by_name([name]).values()
         metric.update(clip)
         assert float(metric.compute()) == pytest.approx(value, abs=1e-6)
+
+
+def test_a_policy_that_scores_all_it_does_not_read_is_no_saving():
+    """It reads a quarter and keeps the quality, but meets every key once more to choose."""
+    found = recommend(*made({"picky@9f": Policy(reads=0.26, scored=1.0)}))
+    assert found.policy is None and found.of("picky@9f").out == "saves nothing"
+    assert found.of("picky@9f").keeps
+    assert "picky@9f would keep it, but read and score as much as full" in found.words[0]
+    cheap = recommend(*made({"picky@9f": Policy(reads=0.26, scored=0.3)}))
+    assert cheap.policy == "picky@9f"
