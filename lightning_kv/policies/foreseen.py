@@ -12,13 +12,13 @@ from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.checks import between, choice
 from lightning_kv.policies.foresight import Foresight
 from lightning_kv.policies.proxies import PROXIES
-from lightning_kv.policies.rowwise import RowScoredPart
+from lightning_kv.policies.rowwise import UnitPart
 
 BANK = 24  # frames
 
 
 @dataclass(frozen=True)
-class ForeseenPart(RowScoredPart):
+class ForeseenPart(UnitPart):
     """Keep the rows with the largest softmax mass that the queries to come are expected to pay.
 
     The queries before rotation hardly change their distribution over a video, so those of the

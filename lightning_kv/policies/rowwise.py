@@ -1,8 +1,9 @@
-"""Retention by a score of rows: whole frames or single tokens, per head."""
+"""Retention of whole frames or single tokens, per head."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,8 @@ GRANULARITIES = ("frame", "token")
 
 
 @dataclass(frozen=True)
-class RowScoredPart(RetainPart):
-    """Keep the frames, or the single rows, with the highest scores, and the newest chunk.
+class UnitPart(RetainPart):
+    """Keep some frames, or some single rows, and always the newest chunk.
 
     Whatever is ranked is called a unit: a frame (U = F) or a row at a frame and place (U = F · T).
 
@@ -36,10 +37,6 @@ class RowScoredPart(RetainPart):
     def __post_init__(self) -> None:
         choice(self, granularity=GRANULARITIES)
         between(self, 0, None, "sink")
-
-    def row_scores(self, view: CacheView, layout: Layout) -> Tensor:
-        """Score of every row, ``[H, F, T]``; that of a frame is the sum over its rows."""
-        raise NotImplementedError
 
     def smallest(self, chunk: int) -> int:
         """The sink and the newest chunk."""
@@ -84,6 +81,16 @@ class RowScoredPart(RetainPart):
         if self.granularity == "token":
             return units.unflatten(1, layout.row.shape[1:])
         return units.unsqueeze(-1) & layout.there
+
+
+@dataclass(frozen=True)
+class RowScoredPart(UnitPart, ABC):
+    """Keep the units with the highest scores of their rows."""
+
+    @abstractmethod
+    def row_scores(self, view: CacheView, layout: Layout) -> Tensor:
+        """Score of every row, ``[H, F, T]``; that of a frame is the sum over its rows."""
+        ...
 
     def _keep(self, view: CacheView, state: Any) -> Retention | None:
         if self.fits(view):

@@ -53,7 +53,7 @@ class Candidate:
     @property
     def work(self) -> float | None:
         """Rows touched, as a share of what the reference reads: those read and those scored."""
-        return None if self.reads is None else self.reads + (self.scored or 0.0)
+        return touched(self.reads, self.scored)
 
     @property
     def price(self) -> tuple[float, ...]:
@@ -124,7 +124,7 @@ def candidate(
     peak, reads, scored = (
         result["cost"][key] for key in ("kv_bytes_peak", "kv_read_fraction", "kv_scored_fraction")
     )
-    work = None if reads is None else reads + (scored or 0.0)
+    work = touched(reads, scored)
     share = None if peak is None else peak / full["cost"]["kv_bytes_peak"]
     reasons = {
         "no values": len(losses) < len(margins),
@@ -148,6 +148,11 @@ def candidate(
         keeps=not any(reasons[name] for name in ("no values", "failed", "margin", "unsure")),
         out=next((reason for reason, holds in reasons.items() if holds), None),
     )
+
+
+def touched(reads: float | None, scored: float | None) -> float | None:
+    """Shares of rows read and of rows scored, together; None where reads are not known."""
+    return None if reads is None else reads + (scored or 0.0)
 
 
 def fails(clip: Record) -> bool:
