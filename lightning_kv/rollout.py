@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from lightning_kv.cache.decisions import Event, Rebuild
-from lightning_kv.cache.passes import Pass
+from lightning_kv.cache.passes import LEADER, Pass
+from lightning_kv.cache.rows import RowSet
 from lightning_kv.cache.session import CacheSession, Cost, Watch
-from lightning_kv.models.loading import EmbeddedModel
+from lightning_kv.models.loading import VideoModel
 from lightning_kv.models.samplers import (
     ChunkPlan,
     Noise,
+    Sampler,
     Steps,
-    few_step,
     keyed_noise,
+    sampler_of,
     stable_seed,
 )
 from lightning_kv.models.wan import Context
@@ -32,9 +34,10 @@ class Rollout:
 
     Args:
         latents: ``[B, F, C, h, w]``, the context included.
-        frames: Pixels ``[B, F, 3, H, W]`` in [0, 1]; None where decoding was not asked for.
+        frames: Pixels ``[B, F', 3, H, W]`` in [0, 1]; None where decoding was not asked for.
         costs: One per sample.
-        seconds_per_chunk: Wall-clock of each generated chunk, all samples of the batch together.
+        seconds_per_chunk: Wall-clock of each generated chunk, all samples of the batch together;
+            with several chunks in flight, between one final chunk and the next.
         rebuilds: Number of chunks that were encoded again on a policy's word.
         session: The session, for those who want to look into the cache.
     """
@@ -49,7 +52,7 @@ class Rollout:
 
 @torch.inference_mode()
 def rollout(
-    model: EmbeddedModel,
+    model: VideoModel,
     policy: CachePolicy,
     prompts: str | Sequence[str],
     frames: int,
@@ -59,9 +62,10 @@ def rollout(
     context: Tensor | None = None,
     latent_size: tuple[int, int] | None = None,
     events: Sequence[Event] = (),
+    negative: str = "",
     backend: str = "sdpa",
     noise: Noise | None = None,
-    sampler: Callable[..., Steps] = few_step,
+    sampler: Sampler | None = None,
     session: CacheSession | None = None,
     tables: dict[str, Any] | None = None,
     decode: bool = True,
@@ -74,15 +78,18 @@ def rollout(
         model: From :func:`lightning_kv.load_model`.
         policy: From :func:`lightning_kv.preset` or :func:`lightning_kv.load_policy`.
         prompts: One prompt, or several of equal length for a batch.
-        frames: Latent frames, the context included; a multiple of the model's chunk.
+        frames: Latent frames, the context included. Where the model makes whole chunks only, a
+            multiple of its chunk.
         seed: Of the noise.
         keys: Names that noise and random policies are keyed by; the prompts where not given.
         context: Clean latents ``[B, F0, C, h, w]`` that the rollout goes on from.
         latent_size: Latent height and width; those the model was trained at where not given.
-        events: Prompt switches and scene cuts, each at the first frame of a chunk.
+        events: Prompt switches and scene cuts, each at the first frame of a chunk. An event comes
+            before the first pass over that frame.
+        negative: What guidance leads away from (models with guidance only).
         backend: Attention kernel, ``sdpa`` or ``reference``.
         noise: Another source of noise than (seed, key, chunk, step).
-        sampler: Generator of passes.
+        sampler: Another sampler than the one the checkpoint was made for.
         session: Another session than a fresh one for ``policy`` (calibration, tests).
         tables: Values for needs that the session does not collect.
         decode: Also give pixels.
@@ -90,27 +97,34 @@ def rollout(
         progress: Called after every chunk with its index and the session.
 
     Raises:
-        ValueError: Frames, context, events, budget or prompts that do not fit together.
+        ValueError: Frames, latent size, context, events, budget or prompts that do not fit
+            together, or pixels are asked of a model without a codec.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     keys = list(keys or prompts)
     _check_batch(prompts, keys, context)
+    if decode and model.codec is None:
+        raise ValueError(
+            "Pixels were asked for, and this model was loaded without a VAE. "
+            "Load one, or roll out with decode=False."
+        )
     config = model.network.config
-    plan = ChunkPlan(frames, config.chunk, 0 if context is None else context.shape[1])
-    like = next(model.network.parameters())
-    size = latent_size or config.latent_size
-    geometry = replace(config.geometry(size), element_size=like.element_size())
+    plan = config.plan(frames, 0 if context is None else context.shape[1])
+    geometry = model.network.geometry(latent_size)
     policy.check(geometry, plan.chunk, frames)
     _check_events(events, plan)
     if session is None:
         seeds = [stable_seed(seed, key) for key in keys]
         session = CacheSession(geometry, policy.start, seeds, backend, plan.context, tables, watch)
-    shape = (config.channels, *size)
-    run = _Run(model, session, prompts, like.new_empty(len(prompts), frames, *shape))
+    like = next(model.network.parameters())
+    shape = (config.channels, *(latent_size or config.latent_size))
+    latents = like.new_empty(len(prompts), frames, *shape)
+    run = _Run(model, session, prompts, negative, latents)
     source = noise or keyed_noise(seed, keys, plan, shape)
     given = None if context is None else context.to(like)
-    steps = sampler(plan, config.timesteps, lambda c, s: source(c, s).to(like), given)
-    seconds = run.all(steps, plan, {event.frame: event for event in events}, progress)
+    sample = sampler or sampler_of(config)
+    steps = sample(plan, config.timesteps, lambda c, s: source(c, s).to(like), given)
+    seconds = run.all(steps, events, progress)
     pixels = model.codec.decode(run.latents.float()) if decode else None
     return Rollout(run.latents, pixels, session.costs, seconds, run.rebuilds, session)
 
@@ -119,42 +133,53 @@ class _Run:
     """The loop, and what it remembers: past latents and the current prompt."""
 
     def __init__(
-        self, model: EmbeddedModel, session: CacheSession, prompts: list[str], latents: Tensor
+        self,
+        model: VideoModel,
+        session: CacheSession,
+        prompts: list[str],
+        negative: str,
+        latents: Tensor,
     ):
         self.model, self.session, self.latents = model, session, latents
-        self.text = self._prepare(prompts)
-        self.batch, self.rebuilds = len(prompts), 0
+        self.batch, self.negative, self.rebuilds = len(prompts), negative, 0
+        self.texts = {LEADER: self._prepare(prompts)}
 
     def all(
         self,
         steps: Steps,
-        plan: ChunkPlan,
-        events: dict[int, Event],
+        events: Sequence[Event],
         progress: Callable[[int, CacheSession], None] | None,
     ) -> list[float]:
         """Run every pass; returns the seconds of each generated chunk."""
-        seconds, estimate, began = [], None, time.perf_counter()
+        coming = sorted(events, key=lambda event: event.frame)
+        seconds, estimate, last = [], None, None
+        began = time.perf_counter()
+
+        def close(step: Pass) -> None:
+            if step.phase == "commit":
+                self._wait()
+                seconds.append(time.perf_counter() - began)
+            if progress:
+                progress(step.chunk, self.session)
+
         while True:
             try:
                 step, x = steps.send(estimate)
             except StopIteration:
+                close(last)
                 return seconds
-            if step.opens:
+            if step.opens and step.namespace == LEADER:
+                if last is not None:
+                    close(last)
                 began = time.perf_counter()
-                if step.start in events:
-                    self._event(events[step.start], step)
-            estimate = self._forward(step, x, self.text)
+            while coming and coming[0].frame <= step.frames[-1]:
+                self._event(coming.pop(0), step)
+            estimate = self._forward(step, x)
             if step.final:
-                low = step.frames.index(step.final[0])
-                self.latents[:, list(step.final)] = x[:, low : low + len(step.final)]
+                self.latents[:, list(step.final)] = x[:, [step.frames.index(f) for f in step.final]]
             for sample, answer in self.session.finish(step):
-                self._rebuild(sample, answer, step, plan.chunk, self.text)
-            if step.final:
-                if step.phase == "commit":
-                    self._wait()
-                    seconds.append(time.perf_counter() - began)
-                if progress:
-                    progress(step.chunk, self.session)
+                self._rebuild(sample, answer, step, self.texts[step.namespace])
+            last = step
 
     def _prepare(self, prompts: list[str]) -> Context:
         return self.model.network.prepare(self.model.encoder(prompts))
@@ -163,32 +188,28 @@ class _Run:
         if self.latents.is_cuda:
             torch.cuda.synchronize(self.latents.device)
 
-    def _forward(self, step: Pass, x: Tensor, text: Context) -> Tensor:
+    def _forward(self, step: Pass, x: Tensor, text: Context | None = None) -> Tensor:
+        if step.namespace not in self.texts:
+            self.texts[step.namespace] = self._prepare([self.negative] * self.batch)
         network = self.model.network
         level = torch.tensor(step.timesteps, device=x.device).expand(len(x), -1)
+        text = text or self.texts[step.namespace]
         return network.x0(network(x, level, text, self.session, step), x, level)
 
     def _event(self, event: Event, step: Pass) -> None:
-        old = self.text
+        old = dict(self.texts)
         if event.kind == "prompt_switch":
-            self.text = self._prepare([event.prompt] * self.batch)
-        for sample, answer in self.session.event(event, step):
-            text = self.text if answer.prompt == "new" else old
-            self._rebuild(sample, answer, step, len(step.frames), text)
+            self.texts[LEADER] = self._prepare([event.prompt] * self.batch)
+        for namespace, sample, answer in self.session.event(event, step):
+            texts = self.texts if answer.prompt == "new" else old
+            self._rebuild(sample, answer, replace(step, namespace=namespace), texts[namespace])
 
-    def _rebuild(self, sample: int, answer: Rebuild, step: Pass, chunk: int, text: Context) -> None:
+    def _rebuild(self, sample: int, answer: Rebuild, step: Pass, text: Context) -> None:
         """Forget one sample's rows and encode past latents again, chunk by chunk, at t = 0."""
-        made = step.final[-1] + 1 if step.final else step.start
-        past = [f for f in sorted(set(answer.frames)) if 0 <= f < made]
-        times = tuple(map(float, answer.frames)) if answer.times is None else answer.times
-        if past != list(answer.frames) or len(times) != len(past):
-            raise ValueError(
-                f"A policy wants frames {answer.frames} encoded again at times {answer.times}; "
-                f"frames 0 to {made - 1} have been made. Name past frames, ascending, and as many "
-                "times or none."
-            )
+        times = _rebuild_times(answer, step)
         own = [(k[sample : sample + 1], v[sample : sample + 1]) for k, v in text]
-        self.session.clear(sample, step.namespace)
+        aside: list[RowSet] = self.session.clear(sample, step.namespace, answer.spare)
+        chunk = self.model.network.config.chunk
         for low in range(0, len(answer.frames), chunk):
             ids = answer.frames[low : low + chunk]
             again = Pass(
@@ -207,7 +228,25 @@ class _Run:
             self.session.finish(again)
             self.rebuilds += 1
             self.session.costs[sample].rebuilt_frames += len(ids)
-        self.session.rebuilt(sample, step)
+        self.session.rebuilt(sample, step, answer.hold, aside)
+
+
+def _rebuild_times(answer: Rebuild, step: Pass) -> tuple[float, ...]:
+    """Rotary times of the frames to encode again.
+
+    Raises:
+        ValueError: They are not past frames in order, or the numbers differ.
+    """
+    made = step.final[-1] + 1 if step.final else step.start
+    past = [f for f in sorted(set(answer.frames)) if 0 <= f < made]
+    times = tuple(map(float, answer.frames)) if answer.times is None else answer.times
+    if past != list(answer.frames) or len(times) != len(past):
+        raise ValueError(
+            f"A policy wants frames {answer.frames} encoded again at times {answer.times}; "
+            f"frames 0 to {made - 1} have been made. Name past frames, ascending, and as many "
+            "times or none."
+        )
+    return times
 
 
 def _check_batch(prompts: list[str], keys: list[str], context: Tensor | None) -> None:

@@ -7,7 +7,7 @@ import pytest
 from safetensors import safe_open
 
 from lightning_kv.cache.session import CacheSession
-from lightning_kv.models.loading import EmbeddedModel
+from lightning_kv.models.loading import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
 from lightning_kv.policies.presets import policy_from_dict
 from lightning_kv.rollout import rollout
@@ -47,7 +47,7 @@ def model(golden):
     network = CausalWan(config)
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     network.load_state_dict(weights, strict=True)
-    return EmbeddedModel(network, codec=None, encoder=lambda prompts: tensors["context"])
+    return VideoModel(network, codec=None, encoder=lambda prompts: tensors["context"])
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_kv import load_model, preset, rollout
-from lightning_kv.models.loading import EmbeddedModel
+from lightning_kv.models.loading import VideoModel
 from lightning_kv.models.wan import CausalWan
 from lightning_kv.policies.presets import PRESETS, policy_from_dict
 
@@ -28,7 +28,7 @@ def test_gpu_equals_cpu(policy):
     for device in ("cpu", "cuda"):
         network = CausalWan(model.network.config).double()
         network.load_state_dict(model.network.state_dict())
-        moved = EmbeddedModel(
+        moved = VideoModel(
             network.eval().to(device), model.codec.to(device), model.encoder.to(device)
         )
         runs.append(rollout(moved, policy, ["dusk fast n10 left", "mist fast n7 left"], 24))

@@ -12,7 +12,7 @@ from lightning_kv.cache.decisions import Event, Rebuild
 from lightning_kv.data.shards import PromptSample
 from lightning_kv.metrics import Clip
 from lightning_kv.metrics.panorama import Recall
-from lightning_kv.models.loading import EmbeddedModel
+from lightning_kv.models.loading import VideoModel
 from lightning_kv.models.samplers import ChunkPlan, keyed_noise
 from lightning_kv.models.wan import CausalWan
 from lightning_kv.policies.base import CachePolicy, RetainPart
@@ -48,7 +48,7 @@ def exact(panorama):
     float32 that grows to about 1e-4 under policies that have lost the memory."""
     network = CausalWan(panorama.network.config).double()
     network.load_state_dict(panorama.network.state_dict())
-    return EmbeddedModel(network.eval(), panorama.codec, panorama.encoder)
+    return VideoModel(network.eval(), panorama.codec, panorama.encoder)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,12 +83,18 @@ def test_backends_agree_in_float32_in_every_pass(panorama, monkeypatch, name):
     assert max(worst) <= 1e-5
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if n != "full"])
+# rolling-forcing reads what is in reach of 21 frames, whatever its memory: see the test below
+@pytest.mark.parametrize("name", [n for n in PRESETS if n not in ("full", "rolling-forcing")])
 def test_a_budget_for_everything_is_the_full_cache_to_the_last_bit(panorama, alone, name):
     budgets = sum(part.budget is not None for part in (preset(name).retain, preset(name).select))
     all_of_it = "/".join([f"{FRAMES - 3}f"] * budgets)
     whole = rollout(panorama, preset(f"{name}@{all_of_it}"), PROMPTS[0], FRAMES)
     assert torch.equal(whole.latents, alone["full", PROMPTS[0]].latents)
+
+
+def test_a_reach_for_everything_is_the_full_cache_to_the_last_bit(panorama):
+    whole = rollout(panorama, preset("rolling-forcing@18f"), PROMPTS[0], 21)
+    assert torch.equal(whole.latents, rollout(panorama, preset("full"), PROMPTS[0], 21).latents)
 
 
 def test_policies_differ_and_read_less(alone):

@@ -99,11 +99,16 @@ class Rebuild:
         frames: Ids of the frames to encode again, ascending.
         prompt: At a prompt switch, encode under the ``new`` prompt or the ``old`` one.
         times: Their rotary times; the frame ids where not given.
+        hold: Which of these frames stay in memory in the end; all where not given.
+        spare: Frames whose rows are not forgotten but put aside, unread while the others are
+            encoded, and put back in front of them.
     """
 
     frames: tuple[int, ...]
     prompt: Literal["new", "old"] = "new"
     times: tuple[float, ...] | None = None
+    hold: tuple[int, ...] | None = None
+    spare: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

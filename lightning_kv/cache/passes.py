@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_kv.cache.rotary import Rotary
 
 Phase = Literal["prefill", "denoise", "commit"]
+
+LEADER = "cond"
+"""The namespace whose passes come first; the only one without guidance."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Pass:
     final: tuple[int, ...] = ()
     opens: bool = False
     next_chunk: int = 0
-    namespace: str = "cond"
+    namespace: str = LEADER
     times: tuple[float, ...] | None = None
     samples: tuple[int, ...] | None = None
     rebuild: bool = False
@@ -85,3 +88,12 @@ class Pass:
     def query_times(self) -> tuple[float, ...]:
         """Rotary time of each query frame."""
         return self.times if self.times is not None else tuple(map(float, self.frames))
+
+
+def following(step: Pass) -> Pass:
+    """The first pass after one that made frames final, as far as it is known."""
+    last, count = step.final[-1], step.next_chunk or len(step.final)
+    start = step.query_times[step.frames.index(last)] + 1
+    frames = tuple(range(last + 1, last + 1 + count))
+    times = tuple(start + i for i in range(count))
+    return replace(step, frames=frames, timesteps=(0.0,) * count, times=times, final=())

@@ -19,10 +19,12 @@ class Rotary:
     Args:
         head_dim: Width D of one head; even, and at least 6.
         theta: Base of the series for time, height and width.
+        work: Smallest dtype in which vectors are turned.
     """
 
     head_dim: int
     theta: tuple[float, float, float] = (10000.0, 10000.0, 10000.0)
+    work: torch.dtype = torch.float32
 
     @property
     def axes(self) -> tuple[int, int, int]:
@@ -51,13 +53,13 @@ class Rotary:
         return torch.cat([turned, still], dim=-1)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
+def rotate(x: Tensor, angles: Tensor, work: torch.dtype = torch.float32) -> Tensor:
     """Turn the complex pairs of ``x`` ``[..., D]`` by ``angles`` (broadcast to ``[..., D/2]``).
 
     ``rotate(rotate(x, a), -a)`` is ``x`` up to rounding. Sine and cosine are taken in float64; the
-    product is formed in float32, or in float64 for float64 input.
+    product is formed in ``work``, or in float64 for float64 input.
     """
-    work = torch.promote_types(x.dtype, torch.float32)
+    work = torch.promote_types(x.dtype, work)
     cos, sin = angles.cos().to(work), angles.sin().to(work)
     return rotate_by(x, cos, sin)
 

@@ -5,56 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_kv.cache.attend import known_backend
-from lightning_kv.cache.decisions import Event, Rebuild, Recode, Retention, Selection
+from lightning_kv.cache.decider import Decider
+from lightning_kv.cache.decisions import Event, Rebuild, Retention, Selection
 from lightning_kv.cache.needs import COLLECTORS, Collector
-from lightning_kv.cache.passes import Geometry, Pass
+from lightning_kv.cache.passes import LEADER, Geometry, Pass, following
 from lightning_kv.cache.resolve import check_needs, resolve
 from lightning_kv.cache.rotary import rotate, rotate_by
-from lightning_kv.cache.rows import Group
+from lightning_kv.cache.rows import Group, RowSet
 from lightning_kv.cache.store import Cell, reachable_bytes
 from lightning_kv.cache.view import CacheView
-
-
-class Decider(Protocol):
-    """A cache policy at work on one sample: five answers, with their state."""
-
-    moves: bool
-    opens: bool
-    columns: dict[str, str]
-    needs: dict[str, dict[str, Any]]
-    bias: str | None
-
-    def open(self, view: CacheView) -> Retention | None:
-        """What stays, asked in the first pass of a chunk, before attention."""
-        ...
-
-    def select(self, view: CacheView) -> Selection | None:
-        """What these queries read; everything where None."""
-        ...
-
-    def times(self, view: CacheView, group: Group) -> Tensor:
-        """Rotary time at which the rows of a group appear, ``[1 or h, N]``."""
-        ...
-
-    def commit(self, views: list[CacheView]) -> list[Retention | None] | Rebuild | None:
-        """What stays, asked after the commit pass for all layers together."""
-        ...
-
-    def recode(self, views: list[CacheView]) -> list[list[Recode]]:
-        """Which rows get which codec, per layer."""
-        ...
-
-    def event(
-        self, event: Event, views: list[CacheView]
-    ) -> list[Retention | None] | Rebuild | None:
-        """The answer to an event."""
-        ...
 
 
 @dataclass
@@ -65,6 +30,7 @@ class Cost:
         rows_read: History rows read, times the queries that read them, summed over layers, heads
             and the denoise and commit passes after the context.
         rows_scored: The same for keys touched only to score them.
+        rows_history: The same if every pass had read its whole history.
         chunk_bytes: Held bytes while each chunk is denoised.
         peak_bytes: The most that was ever held.
         rebuilt_frames: Past frames that were encoded again on the policy's word.
@@ -72,21 +38,13 @@ class Cost:
 
     rows_read: int = 0
     rows_scored: int = 0
+    rows_history: int = 0
     chunk_bytes: list[int] = field(default_factory=list)
     peak_bytes: int = 0
     rebuilt_frames: int = 0
 
 
 Watch = Callable[[int, CacheView, Selection | None], None]
-
-
-def following(step: Pass) -> Pass:
-    """The first pass after one that made frames final, as far as it is known."""
-    last, count = step.final[-1], step.next_chunk or len(step.final)
-    start = step.query_times[step.frames.index(last)] + 1
-    frames = tuple(range(last + 1, last + 1 + count))
-    times = tuple(start + i for i in range(count))
-    return replace(step, frames=frames, timesteps=(0.0,) * count, times=times, final=())
 
 
 @dataclass
@@ -191,7 +149,7 @@ class CacheSession:
         for sample in self._samples(step):
             lane = self.lanes[step.namespace, sample]
             if step.opens and not step.rebuild:
-                self._weigh(sample, chunk=step.phase == "denoise" and step.namespace == "cond")
+                self._weigh(sample, chunk=step.phase == "denoise" and step.namespace == LEADER)
             if not step.final:
                 continue
             self._commit(lane, step)
@@ -205,32 +163,28 @@ class CacheSession:
             self._weigh(sample)
         return rebuilds
 
-    def rebuilt(self, sample: int, step: Pass) -> None:
-        """Close a rebuild: its rows get their codecs, its frames are counted."""
-        self._recode(self.lanes[step.namespace, sample], step)
-        self._weigh(sample)
-
-    def event(self, event: Event, step: Pass) -> list[tuple[int, Rebuild]]:
-        """Tell every sample's policy of an event before the pass ``step``.
+    def event(self, event: Event, step: Pass) -> list[tuple[str, int, Rebuild]]:
+        """Tell every sample's policy, in every namespace, of an event before the pass ``step``.
 
         Returns:
-            Samples whose policy wants past frames encoded again.
+            Namespace and sample of those whose policy wants past frames encoded again.
         """
         rebuilds = []
         for (namespace, sample), lane in self.lanes.items():
-            if namespace == step.namespace:
-                for collector in lane.collectors.values():
-                    collector.event(event)
-                views = self._views(lane, step, after=False)
-                answer = self._carry_out(lane, lane.decider.event(event, views))
-                rebuilds += [(sample, answer)] if answer else []
+            for collector in lane.collectors.values():
+                collector.event(event)
+            here = replace(step, namespace=namespace)
+            views = self._views(lane, here, after=False)
+            answer = self._carry_out(lane, lane.decider.event(event, views))
+            rebuilds += [(namespace, sample, answer)] if answer else []
         return rebuilds
 
     def lane(self, sample: int, namespace: str, like: Tensor) -> Lane:
         """The cache of one sample, made when first asked for."""
         found = self.lanes.get((namespace, sample))
         if found is None:
-            decider = self.start()
+            leader = self.lanes.get((LEADER, sample))
+            decider = leader.decider.branch() if leader else self.start()
             asked = {n: x for n, x in sorted(decider.needs.items()) if n in COLLECTORS}
             collectors = {name: COLLECTORS[name](**how) for name, how in asked.items()}
             columns = dict(decider.columns)
@@ -250,10 +204,32 @@ class CacheSession:
                 )
         return found
 
-    def clear(self, sample: int, namespace: str) -> None:
-        """Forget the rows of one sample (before a rebuild)."""
+    def clear(self, sample: int, namespace: str, spare: Sequence[int] = ()) -> list[RowSet]:
+        """Forget the rows of one sample, before a rebuild.
+
+        Returns:
+            Per layer, the rows of the frames ``spare``, for :meth:`rebuilt`.
+        """
+        aside = []
         for cell in self.lanes[namespace, sample].cells:
+            aside.append(cell.memory.select(_rows_of(cell, spare)))
             cell.clear()
+        return aside
+
+    def rebuilt(
+        self, sample: int, step: Pass, hold: Sequence[int] | None, aside: list[RowSet]
+    ) -> None:
+        """Close a rebuild: only ``hold`` stays of its frames, behind the rows put aside.
+
+        Then rows get their codecs, and bytes are counted.
+        """
+        lane = self.lanes[step.namespace, sample]
+        for cell, spared in zip(lane.cells, aside, strict=True):
+            if hold is not None:
+                cell.apply(Retention(keep=_rows_of(cell, hold)))
+            cell.memory = spared.extended(cell.memory)
+        self._recode(lane, step)
+        self._weigh(sample)
 
     def held_bytes(self, sample: int) -> int:
         """Distinct storages reachable from the store, the statistics and the policy's state."""
@@ -277,7 +253,7 @@ class CacheSession:
             place = torch.arange(rows * columns).repeat(len(times))
             time = times.repeat_interleave(rows * columns)
             angles = self.geometry.rotary.angles(time, place // columns, place % columns)
-            work = torch.promote_types(like.dtype, torch.float32)
+            work = torch.promote_types(like.dtype, self.geometry.rotary.work)
             cos, sin = (x.to(like.device, work) for x in (angles.cos(), angles.sin()))
             self._trig = key, cos, sin
         return self._trig[1:]
@@ -333,7 +309,7 @@ class CacheSession:
         rows = len(group)
         times = lane.decider.times(view, group)
         angles = view.cell.angles(times, group.meta["place"])
-        past = rotate(keys[:, :rows], angles)
+        past = rotate(keys[:, :rows], angles, self.geometry.rotary.work)
         return torch.cat([past, rotate_by(keys[:, rows:], cos, sin)], dim=1)
 
     def _commit(self, lane: Lane, step: Pass) -> None:
@@ -380,6 +356,8 @@ class CacheSession:
                 total += len(group.heads) * len(group) * tokens
             else:
                 total += int(chosen[..., : len(group)].sum()) * (tokens // chosen.shape[1])
+        history = view.step.start * self.geometry.tokens
+        self.costs[sample].rows_history += history * self.geometry.heads * tokens
         self.costs[sample].rows_read += total
         self.costs[sample].rows_scored += view.scored
 
@@ -391,3 +369,10 @@ class CacheSession:
         cost.peak_bytes = max(cost.peak_bytes, held)
         if chunk:
             cost.chunk_bytes.append(held)
+
+
+def _rows_of(cell: Cell, frames: Sequence[int]) -> list[Tensor]:
+    """Rows of some frames, per head."""
+    ids = cell.memory.column("frame_id")
+    wanted = torch.tensor(list(frames), dtype=ids[0].dtype, device=ids[0].device)
+    return [torch.isin(own, wanted).nonzero().flatten() for own in ids]

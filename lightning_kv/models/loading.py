@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lightning_kv.models.codec import PatchCodec, PhraseEncoder
 from lightning_kv.models.wan import CausalWan, WanConfig
@@ -31,27 +34,50 @@ PRESETS: dict[str, WanConfig] = {
         latent_size=(4, 4),
         timesteps=(1000.0, 750.0, 500.0, 250.0),
     ),
-    "wan-1.3b": WanConfig(dim=1536, ffn_dim=8960, layers=30, heads=12),
-    "wan-14b": WanConfig(dim=5120, ffn_dim=13824, layers=40, heads=40),
+    "wan-1.3b": WanConfig(dim=1536, ffn_dim=8960, layers=30, heads=12, short_last=True),
+    "wan-14b": WanConfig(dim=5120, ffn_dim=13824, layers=40, heads=40, short_last=True),
 }
 
 
+class Codec(Protocol):
+    """Latents to pixels."""
+
+    stride: tuple[int, int]
+    """Pixel frames per latent frame (after the first), and pixels per latent row and column."""
+
+    def pixel_frames(self, frames: int) -> int:
+        """Pixel frames of so many latent frames."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents ``[B, F, C, h, w]`` to pixels ``[B, F', 3, H, W]`` in [0, 1]."""
+        ...
+
+    def stream(self, latents: Tensor) -> Iterator[Tensor]:
+        """The same for one clip ``[F, C, h, w]``, piece by piece ``[n, 3, H, W]``."""
+        ...
+
+
+Encoder = Callable[[list[str]], Tensor]
+"""Prompts to text states ``[B, at most text_len, text_dim]``."""
+
+
 @dataclass
-class EmbeddedModel:
-    """A network with everything needed to go from a prompt to pixels.
+class VideoModel:
+    """A network with what is needed to go from a prompt to pixels.
 
     Args:
         network: The diffusion transformer.
-        codec: Latents to pixels and back.
+        codec: Latents to pixels; None where only latents are wanted.
         encoder: Prompts to text states.
     """
 
     network: CausalWan
-    codec: PatchCodec
-    encoder: PhraseEncoder
+    codec: Codec | None
+    encoder: Encoder
 
 
-def save_embedded(path: Path, model: EmbeddedModel, metadata: dict[str, str]) -> None:
+def save_embedded(path: Path, model: VideoModel, metadata: dict[str, str]) -> None:
     """Write network (float16), codec and text table (float32) into one safetensors file."""
     tensors = {f"network.{k}": v.half() for k, v in model.network.state_dict().items()}
     for name in ("codec", "encoder"):
@@ -81,7 +107,7 @@ def build_model(preset: str, device: str = "cpu") -> CausalWan:
         return CausalWan(PRESETS[preset])
 
 
-def load_model(name: str = "panorama", device: str | torch.device = "cpu") -> EmbeddedModel:
+def load_model(name: str = "panorama", device: str | torch.device = "cpu") -> VideoModel:
     """The embedded model by name, or another weights file of its format by path.
 
     Args:
@@ -120,7 +146,7 @@ def load_model(name: str = "panorama", device: str | torch.device = "cpu") -> Em
             "and the metadata config and phrases."
         ) from error
     network.float().eval().requires_grad_(False)
-    return EmbeddedModel(network.to(device), codec.to(device), encoder.to(device))
+    return VideoModel(network.to(device), codec.to(device), encoder.to(device))
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -7,17 +7,31 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_kv.cache.passes import Pass
+from lightning_kv.models.unipc import UniPC
 
 Noise = Callable[[int, int], Tensor]
 """``(chunk, step)`` to Gaussian noise for the frames of that chunk; step 0 is where it starts."""
 
 Steps = Generator[tuple[Pass, Tensor], Tensor, None]
+
+Sampler = Callable[["ChunkPlan", tuple[float, ...], Noise, "Tensor | None"], Steps]
+"""``(plan, timesteps, noise, given latents)`` to passes."""
+
+
+class Conventions(Protocol):
+    """What a checkpoint says about sampling; see :class:`~lightning_kv.models.wan.WanConfig`."""
+
+    sampler: str
+    first_timesteps: tuple[float, ...]
+    guidance: float
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,7 @@ class ChunkPlan:
         frames: All latent frames, the context included.
         chunk: Frames per chunk.
         context: Given frames at the start.
+        short_last: The last chunk may have fewer frames.
 
     Raises:
         ValueError: ``frames`` or ``context`` is no multiple of the chunk, or nothing is left.
@@ -36,42 +51,102 @@ class ChunkPlan:
     frames: int
     chunk: int
     context: int = 0
+    short_last: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("frames", self.frames), ("context", self.context)):
+        if not 0 <= self.context < self.frames:
+            raise ValueError(
+                f"{self.frames} frames with {self.context} of context leave nothing to generate. "
+                f"--frames includes the context: give at least {self.context + self.chunk}."
+            )
+        whole = {"context": self.context} | ({} if self.short_last else {"frames": self.frames})
+        for name, value in whole.items():
             if value % self.chunk:
                 low = value // self.chunk * self.chunk
                 raise ValueError(
                     f"{value} {name} are no multiple of the model's chunk of {self.chunk} frames. "
                     f"Use {low or self.chunk} or {low + self.chunk}."
                 )
-        if not 0 <= self.context < self.frames:
-            raise ValueError(
-                f"{self.frames} frames with {self.context} of context leave nothing to generate. "
-                f"--frames includes the context: give at least {self.context + self.chunk}."
-            )
 
     @property
     def count(self) -> int:
         """Number of chunks."""
-        return self.frames // self.chunk
+        return -(-self.frames // self.chunk)
+
+    @property
+    def given(self) -> int:
+        """Number of chunks that are given."""
+        return self.context // self.chunk
 
     def ids(self, index: int) -> tuple[int, ...]:
         """Frames of one chunk."""
-        return tuple(range(index * self.chunk, (index + 1) * self.chunk))
+        return tuple(range(index * self.chunk, min((index + 1) * self.chunk, self.frames)))
 
     def after(self, index: int) -> int:
         """Frames of the chunk after this one."""
-        return self.chunk if index + 1 < self.count else 0
+        return len(self.ids(index + 1))
+
+
+def sampler_of(conventions: Conventions) -> Sampler:
+    """The sampler that a checkpoint was made for.
+
+    Raises:
+        ValueError: No sampler of that name.
+    """
+    known = {
+        "few-step": partial(few_step, first=conventions.first_timesteps),
+        "rolling": rolling,
+        "flow": partial(flow, guidance=conventions.guidance),
+    }
+    if conventions.sampler not in known:
+        raise ValueError(f"No sampler {conventions.sampler!r}. Samplers: {', '.join(known)}.")
+    return known[conventions.sampler]
 
 
 def few_step(
-    plan: ChunkPlan, timesteps: tuple[float, ...], noise: Noise, context: Tensor | None
+    plan: ChunkPlan,
+    timesteps: tuple[float, ...],
+    noise: Noise,
+    context: Tensor | None,
+    first: tuple[float, ...] = (),
 ) -> Steps:
     """Chunk by chunk in a few steps with fresh noise between them, then a commit pass at t = 0.
 
-    Self Forcing (arXiv 2506.08009): ``x' = (1 - t') x0 + t' noise``, ``t`` over 1000. Given
-    latents go through the model once at t = 0 first.
+    Self Forcing (arXiv 2506.08009) and CausVid (arXiv 2412.07772): ``x' = (1 - t') x0 + t' noise``,
+    ``t`` over 1000. Given latents go through the model once at t = 0 first. With chunks of one
+    frame it is the frame-wise sampler of Causal Forcing.
+
+    Args:
+        plan: The chunks.
+        timesteps: Noise levels, 0 to 1000, falling.
+        noise: Where noise comes from.
+        context: Given clean latents ``[B, context, C, H, W]``.
+        first: Noise levels of the very first chunk where they differ (Causal Forcing++).
+    """
+    yield from prefill(plan, context)
+    for index in range(plan.given, plan.count):
+        frames, after = plan.ids(index), plan.after(index)
+        levels = first if first and index == 0 else timesteps
+        x = noise(index, 0)
+        for step, t in enumerate(levels):
+            same = (t,) * len(frames)
+            x0 = yield (
+                Pass("denoise", frames, same, index, step, opens=step == 0, next_chunk=after),
+                x,
+            )
+            if step + 1 < len(levels):
+                x = renoise(x0, noise(index, step + 1), levels[step + 1])
+        yield clean("commit", frames, index, after), x0
+
+
+def rolling(
+    plan: ChunkPlan, timesteps: tuple[float, ...], noise: Noise, context: Tensor | None
+) -> Steps:
+    """As many chunks in flight as there are noise levels, each one level below the next.
+
+    Rolling Forcing (arXiv 2509.25161): every pass takes all chunks in flight one level down; the
+    oldest comes out clean, goes through the model alone at t = 0, and a chunk of pure noise enters
+    at the other end. At both ends of the video fewer chunks are in flight.
 
     Args:
         plan: The chunks.
@@ -79,22 +154,80 @@ def few_step(
         noise: Where noise comes from.
         context: Given clean latents ``[B, context, C, H, W]``.
     """
-    for index in range(plan.count):
+    yield from prefill(plan, context)
+    depth, flight = len(timesteps), {}
+    for turn in range(plan.given, plan.count + depth - 1):
+        oldest = max(plan.given, turn - depth + 1)
+        if turn < plan.count:
+            flight[turn] = noise(turn, 0)
+        level = {index: turn - index for index in flight}
+        frames = tuple(f for index in flight for f in plan.ids(index))
+        levels = tuple(timesteps[level[i]] for i in flight for _ in plan.ids(i))
+        # a chunk opens once: with the first pass in which it is the next to become final
+        opens = turn == plan.given or turn >= plan.given + depth
+        after = plan.after(oldest)
+        step = Pass("denoise", frames, levels, oldest, level[oldest], (), opens, after)
+        x0 = yield step, torch.cat([*flight.values()], dim=1)
+        parts = x0.split([len(plan.ids(index)) for index in flight], dim=1)
+        for index, part in zip(list(flight), parts, strict=True):
+            if level[index] == depth - 1:
+                yield clean("commit", plan.ids(index), index, after), part
+                del flight[index]
+            else:
+                below = level[index] + 1
+                flight[index] = renoise(part, noise(index, below), timesteps[below])
+
+
+def flow(
+    plan: ChunkPlan,
+    timesteps: tuple[float, ...],
+    noise: Noise,
+    context: Tensor | None,
+    guidance: float = 3.0,
+) -> Steps:
+    """Many steps of an ODE solver per chunk, with guidance: for models before distillation.
+
+    Flow matching (arXiv 2210.02747) solved by UniPC (arXiv 2302.04867), with classifier-free
+    guidance (arXiv 2207.12598). Each branch has its own cache: the namespaces ``cond`` and
+    ``uncond``.
+
+    Args:
+        plan: The chunks.
+        timesteps: Noise levels, 0 to 1000, falling.
+        noise: Where noise comes from; only the first of each chunk is drawn.
+        context: Given clean latents ``[B, context, C, H, W]``.
+        guidance: Scale; 1 leaves the ``uncond`` branch out.
+    """
+    guided = partial(_guided, guidance=guidance)
+    for step, x in prefill(plan, context):
+        yield from guided(step, x)
+    for index in range(plan.given, plan.count):
         frames, after = plan.ids(index), plan.after(index)
-        if frames[-1] < plan.context:
-            given = context[:, frames[0] : frames[-1] + 1]
-            yield clean("prefill", frames, index, after, opens=True), given
-            continue
-        x = noise(index, 0)
+        x, solver = noise(index, 0), UniPC([t / 1000 for t in timesteps])
         for step, t in enumerate(timesteps):
-            level = (t,) * len(frames)
-            x0 = yield (
-                Pass("denoise", frames, level, index, step, opens=step == 0, next_chunk=after),
-                x,
-            )
-            if step + 1 < len(timesteps):
-                x = renoise(x0, noise(index, step + 1), timesteps[step + 1])
-        yield clean("commit", frames, index, after), x0
+            same = (t,) * len(frames)
+            here = Pass("denoise", frames, same, index, step, opens=step == 0, next_chunk=after)
+            x = solver.step((yield from guided(here, x)), x)
+        yield from guided(clean("commit", frames, index, after), x)
+
+
+def _guided(
+    step: Pass, x: Tensor, guidance: float
+) -> Generator[tuple[Pass, Tensor], Tensor, Tensor]:
+    """One pass in each branch; their estimates differ as their velocities do, so they combine."""
+    cond = yield step, x
+    if guidance == 1:
+        return cond
+    uncond = yield replace(step, namespace="uncond"), x
+    return uncond + guidance * (cond - uncond)
+
+
+def prefill(plan: ChunkPlan, context: Tensor | None) -> Steps:
+    """Given latents through the model once, chunk by chunk, at t = 0."""
+    for index in range(plan.given):
+        frames = plan.ids(index)
+        given = context[:, frames[0] : frames[-1] + 1]
+        yield clean("prefill", frames, index, plan.after(index), opens=True), given
 
 
 def clean(phase: str, frames: tuple[int, ...], chunk: int, after: int, opens: bool = False) -> Pass:
@@ -104,9 +237,12 @@ def clean(phase: str, frames: tuple[int, ...], chunk: int, after: int, opens: bo
 
 
 def renoise(x0: Tensor, noise: Tensor, timestep: float) -> Tensor:
-    """``(1 - s) x0 + s noise`` with ``s = timestep / 1000``."""
-    sigma = timestep / 1000
-    return (1 - sigma) * x0 + sigma * noise
+    """``(1 - s) x0 + s noise`` with ``s = timestep / 1000``; the sum is formed in float32 at least.
+
+    The result has the dtype of ``x0``.
+    """
+    sigma, work = timestep / 1000, torch.promote_types(x0.dtype, torch.float32)
+    return ((1 - sigma) * x0.to(work) + sigma * noise.to(work)).to(x0.dtype)
 
 
 def warp(steps: tuple[float, ...], shift: float) -> tuple[float, ...]:
@@ -118,10 +254,20 @@ def warp(steps: tuple[float, ...], shift: float) -> tuple[float, ...]:
     return tuple(1000 * shift * (t / 1000) / (1 + (shift - 1) * t / 1000) for t in steps)
 
 
+def spaced(steps: int, shift: float) -> tuple[float, ...]:
+    """Noise levels of a many-step sampler: evenly spaced from 999 down, then shifted (Wan2.1).
+
+    >>> [round(t, 1) for t in spaced(4, 5.0)]
+    [999.8, 937.1, 832.9, 624.5]
+    """
+    return warp(tuple(999 * (1 - i / steps) for i in range(steps)), shift)
+
+
 def keyed_noise(seed: int, keys: list[str], plan: ChunkPlan, shape: tuple[int, int, int]) -> Noise:
     """Noise that depends on (seed, prompt key, chunk, step) alone, drawn on the CPU.
 
-    So a prompt gets the same noise alone, in a batch, on any device and in any order.
+    So a prompt gets the same noise alone, in a batch, on any device and in any order; and a longer
+    rollout begins like a shorter one.
 
     Args:
         seed: Of the run.
@@ -131,12 +277,11 @@ def keyed_noise(seed: int, keys: list[str], plan: ChunkPlan, shape: tuple[int, i
     """
 
     def draw(chunk: int, step: int) -> Tensor:
-        size = (plan.chunk, *shape)
         rows = []
         for key in keys:
             rng = torch.Generator().manual_seed(stable_seed(seed, key, chunk, step))
-            rows.append(torch.randn(size, generator=rng))
-        return torch.stack(rows)
+            rows.append(torch.randn((plan.chunk, *shape), generator=rng))
+        return torch.stack(rows)[:, : len(plan.ids(chunk))]
 
     return draw
 

@@ -7,15 +7,17 @@ attention history is whatever the given session answers, so the model does not k
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
 
 from lightning_kv.cache.passes import Geometry, Pass
 from lightning_kv.cache.rotary import Rotary
+from lightning_kv.models.precision import PROFILES, known_profile
+from lightning_kv.models.samplers import ChunkPlan
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,14 @@ class WanConfig:
         rope_theta: Rotary base for time, height, width.
         prediction: What the network puts out: ``velocity`` (noise - x0) or ``x0``.
         chunk: Latent frames denoised together.
+        short_last: The last chunk of a rollout may have fewer frames.
         train_horizon: Longest sequence seen in training, latent frames.
         latent_size: Latent height and width the checkpoint was trained at.
-        timesteps: Noise levels of the few-step sampler, as the model sees them (0 to 1000).
+        sampler: How it is sampled: ``few-step``, ``rolling`` (several chunks in flight), or
+            ``flow`` (many steps with guidance); see :mod:`lightning_kv.models.samplers`.
+        timesteps: Noise levels of the sampler, as the model sees them (0 to 1000).
+        first_timesteps: Noise levels of the first chunk where they differ.
+        guidance: Scale of classifier-free guidance (``flow`` only); 1 means none.
     """
 
     dim: int
@@ -54,9 +61,13 @@ class WanConfig:
     rope_theta: tuple[float, float, float] = (10000.0, 10000.0, 10000.0)
     prediction: Literal["velocity", "x0"] = "velocity"
     chunk: int = 3
+    short_last: bool = False
     train_horizon: int = 21
     latent_size: tuple[int, int] = (60, 104)
+    sampler: Literal["few-step", "rolling", "flow"] = "few-step"
     timesteps: tuple[float, ...] = (1000.0, 937.5, 2500 / 3, 625.0)
+    first_timesteps: tuple[float, ...] = ()
+    guidance: float = 1.0
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> WanConfig:
@@ -72,14 +83,37 @@ class WanConfig:
         """The rotary embedding of one head."""
         return Rotary(self.dim // self.heads, self.rope_theta)
 
+    def plan(self, frames: int, context: int = 0) -> ChunkPlan:
+        """The chunks of a rollout.
+
+        Args:
+            frames: Latent frames, the context included.
+            context: Given frames at the start.
+
+        Raises:
+            ValueError: They make no chunks of this model.
+        """
+        return ChunkPlan(frames, self.chunk, context, self.short_last)
+
     def geometry(self, latent_size: tuple[int, int] | None = None) -> Geometry:
-        """Sizes for the cache, at a latent height and width (default: the trained one)."""
+        """Sizes for the cache, at a latent height and width (default: the trained one).
+
+        Raises:
+            ValueError: A size that is no multiple of the patch.
+        """
         height, width = latent_size or self.latent_size
+        down, across = self.patch[1:]
+        if min(height, width) < 1 or height % down or width % across:
+            near = (max(1, round(height / down)) * down, max(1, round(width / across)) * across)
+            raise ValueError(
+                f"Latents of {height} x {width} cannot be cut into patches of {down} x {across}. "
+                f"Use {near[0]} x {near[1]}, for example."
+            )
         return Geometry(
             layers=self.layers,
             heads=self.heads,
             head_dim=self.dim // self.heads,
-            grid=(height // self.patch[1], width // self.patch[2]),
+            grid=(height // down, width // across),
             rotary=self.rotary,
             train_horizon=self.train_horizon,
         )
@@ -100,6 +134,8 @@ Context = list[tuple[Tensor, Tensor]]
 class RMSNorm(nn.Module):
     """Root mean square norm over the full hidden width; statistics in float32."""
 
+    fused = False
+
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
@@ -107,6 +143,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``[..., dim]``."""
+        if self.fused:
+            return rms_norm(x, self.weight.shape, self.weight, self.eps)
         work = x.float()
         scale = torch.rsqrt(work.square().mean(-1, keepdim=True) + self.eps)
         return (work * scale).to(x.dtype) * self.weight
@@ -204,6 +242,26 @@ class CausalWan(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Head(dim, math.prod(config.patch) * config.channels, config.eps)
+        self.profile = PROFILES["float32"]
+
+    def cast(self, profile: str) -> CausalWan:
+        """Give weights and casts the precision of a profile; returns itself.
+
+        Raises:
+            ValueError: No profile of that name.
+        """
+        self.profile = known_profile(profile)
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.fused = self.profile.fused_norm
+        return self.to(self.profile.dtype)
+
+    def geometry(self, latent_size: tuple[int, int] | None = None) -> Geometry:
+        """Sizes for the cache at a latent height and width, in this network's precision."""
+        made = self.config.geometry(latent_size)
+        rotary = replace(made.rotary, work=self.profile.rotary)
+        size = self.patch_embedding.weight.element_size()
+        return replace(made, rotary=rotary, element_size=size)
 
     def prepare(self, text: Tensor) -> Context:
         """Text states ``[B, L, text_dim]`` to keys and values per layer, once per prompt.
@@ -253,14 +311,15 @@ class CausalWan(nn.Module):
         return out.flatten(6, 7).flatten(4, 5).flatten(1, 2)
 
     def x0(self, output: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
-        """Clean estimate from the network's output, in float64, cast back.
+        """Clean estimate from the network's output, in the profile's precision, cast back.
 
         ``x_t = (1 - s) x0 + s noise`` with ``s = t / 1000``, so ``x0 = x_t - s * velocity``.
         """
         if self.config.prediction == "x0":
             return output
-        sigma = (timesteps.double() / 1000).view(*timesteps.shape, 1, 1, 1)
-        return (x.double() - sigma * output.double()).to(x.dtype)
+        work = torch.promote_types(x.dtype, self.profile.estimate)
+        sigma = (timesteps.double() / 1000).to(work).view(*timesteps.shape, 1, 1, 1)
+        return (x.to(work) - sigma * output.to(work)).to(x.dtype)
 
     def _sinusoid(self, timesteps: Tensor) -> Tensor:
         half = self.config.freq_dim // 2

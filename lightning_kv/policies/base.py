@@ -223,6 +223,8 @@ class CachePolicy:
         positions: Where held rows appear.
         precision: How rows are stored.
         bias: ``log_weight`` lets a merged row count for the tokens it stands for.
+        branches: Under guidance, ``each`` branch decides for itself, or the decisions of the
+            prompt's branch are ``shared``.
     """
 
     name: str
@@ -231,10 +233,15 @@ class CachePolicy:
     positions: PositionsPart
     precision: PrecisionPart
     bias: str | None = None
+    branches: str = "each"
 
     def __post_init__(self) -> None:
         if self.bias not in (None, "log_weight"):
             raise ValueError(f"bias={self.bias!r} of policy {self.name!r}: use log_weight or none.")
+        if self.branches not in ("each", "shared"):
+            raise ValueError(
+                f"branches={self.branches!r} of policy {self.name!r}: use each or shared."
+            )
 
     @property
     def parts(self) -> tuple[Part, ...]:

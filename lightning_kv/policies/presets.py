@@ -17,6 +17,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     "sliding-window": {"retain": {"part": "window", "budget": "9f"}},
     "sink-window": {"retain": {"part": "window", "sink": 3, "budget": "9f"}},
+    "longlive": {"retain": {"part": "window", "sink": 3, "budget": "9f", "switch": "recache"}},
+    "infinity-rope": {
+        "retain": {"part": "window", "sink": 1, "budget": "3f", "switch": "flush"},
+        "positions": "contiguous",
+    },
+    "rolling-forcing": {
+        "retain": {"part": "window", "sink": 3, "budget": "21f"},
+        "select": {"part": "reach", "reach": 21, "sink": 3},
+        "positions": {"part": "sink-lag", "sink": 3, "lag": 21, "to": "end"},
+    },
     "top-attention": {"select": {"part": "top-attention", "budget": "9f"}},
     "random": {"select": {"part": "random", "budget": "9f"}},
     "h2o": {"retain": {"part": "heavy-hitters", "budget": "9f"}},
@@ -33,6 +43,12 @@ ABOUT = {
     "full": "Keep and read everything: the reference.",
     "sliding-window": "Keep the newest frames (Self Forcing's rolling cache, arXiv 2506.08009).",
     "sink-window": "Keep the first 3 frames and the newest (StreamingLLM, arXiv 2309.17453).",
+    "longlive": "The same, encoded again under the new prompt at a prompt switch "
+    "(LongLive, arXiv 2509.22622).",
+    "infinity-rope": "Keep the first frame and the newest, at rotary times side by side; flush at "
+    "a prompt switch (Infinity-RoPE, arXiv 2511.20649).",
+    "rolling-forcing": "Keep the first chunk and the newest, read what shares a reach of 21 frames "
+    "with the chunks in flight, the first moved up (Rolling Forcing, arXiv 2509.25161).",
     "top-attention": "Keep everything, read the frames with the largest softmax mass, per head.",
     "random": "Keep everything, read random frames and the last chunk: the control.",
     "h2o": "Keep the frames with the largest accumulated softmax mass (H2O, arXiv 2306.14048).",
@@ -118,7 +134,8 @@ def policy_from_dict(values: dict[str, Any]) -> CachePolicy:
         kind: build_part(kind, values.get(kind) or DEFAULTS[kind])
         for kind in ("retain", "select", "positions", "precision")
     }
-    return CachePolicy(str(values["name"]), **parts, bias=values.get("bias"))
+    others = {key: values[key] for key in ("bias", "branches") if key in values}
+    return CachePolicy(str(values["name"]), **parts, **others)
 
 
 def build_part(kind: str, spec: str | dict[str, Any]) -> Part:
@@ -174,7 +191,7 @@ def policy_to_dict(policy: CachePolicy) -> dict[str, Any]:
     out: dict[str, Any] = {"name": policy.name}
     for kind in ("retain", "select", "positions", "precision"):
         out[kind] = _part_to_dict(getattr(policy, kind))
-    return out | {"bias": policy.bias}
+    return out | {"bias": policy.bias, "branches": policy.branches}
 
 
 def _part_to_dict(part: Part) -> dict[str, Any]:

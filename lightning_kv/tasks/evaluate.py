@@ -17,7 +17,7 @@ from lightning_kv.cache.attend import known_backend
 from lightning_kv.cache.trace import Trace
 from lightning_kv.data.datamodule import PromptData, PromptSample
 from lightning_kv.metrics import Clip, metric_by_name
-from lightning_kv.models.loading import EmbeddedModel, load_model
+from lightning_kv.models.loading import VideoModel, load_model
 from lightning_kv.models.samplers import ChunkPlan
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.presets import load_policy
@@ -48,7 +48,7 @@ class Evaluate(L.LightningModule):
     def __init__(
         self,
         options: EvaluateOptions,
-        model: EmbeddedModel,
+        model: VideoModel,
         policies: dict[str, CachePolicy],
         reference: CachePolicy,
         run: RunDirectory,
@@ -74,9 +74,9 @@ class Evaluate(L.LightningModule):
         return self.reference.name in self.policies
 
     @property
-    def model(self) -> EmbeddedModel:
+    def model(self) -> VideoModel:
         """The model, on this rank's device."""
-        return EmbeddedModel(self.network, self.codec, self.encoder)
+        return VideoModel(self.network, self.codec, self.encoder)
 
     def on_test_start(self) -> None:
         """Warm up, so that the first clip's timing is like the others'."""
@@ -261,7 +261,7 @@ def conclude(run: RunDirectory) -> dict[str, Any]:
 
 
 def check_options(
-    options: EvaluateOptions, model: EmbeddedModel, policies: list[CachePolicy]
+    options: EvaluateOptions, model: VideoModel, policies: list[CachePolicy]
 ) -> None:
     """Refuse metrics, kernel, frames and budgets that do not work, before anything is written.
 

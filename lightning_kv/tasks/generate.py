@@ -13,7 +13,7 @@ import yaml
 
 from lightning_kv.cache.decisions import Event
 from lightning_kv.data.panorama import PanoramaPrompt
-from lightning_kv.models.loading import EmbeddedModel, load_model
+from lightning_kv.models.loading import VideoModel, load_model
 from lightning_kv.models.samplers import ChunkPlan
 from lightning_kv.models.wan import WanConfig
 from lightning_kv.policies.base import CachePolicy
@@ -139,7 +139,7 @@ def generate(options: GenerateOptions) -> Generated:
 
 def run(
     options: GenerateOptions,
-    model: EmbeddedModel,
+    model: VideoModel,
     policy: CachePolicy,
     frames: int,
     switches: Sequence[Switch],

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_kv.cache.passes import Pass
 from lightning_kv.data.panorama import draw_prompt, draw_world, phrase_table
 from lightning_kv.models.codec import PatchCodec, PhraseEncoder
-from lightning_kv.models.loading import PRESETS, EmbeddedModel, save_embedded
+from lightning_kv.models.loading import PRESETS, VideoModel, save_embedded
 from lightning_kv.models.wan import CausalWan
 from lightning_kv.tasks.forcing import ForcingSession
 from lightning_kv.tasks.launch import resolved
@@ -121,7 +121,7 @@ def revisited(positions: Tensor, gap: int) -> Tensor:
     return (same & (lag > gap)).any(1) & ~(same & (lag > 0) & (lag <= gap)).any(1)
 
 
-def new_model(seed: int) -> EmbeddedModel:
+def new_model(seed: int) -> VideoModel:
     """The embedded model before training, with its codec and text encoder fitted to the world."""
     rng = torch.Generator().manual_seed(seed)
     patches = []
@@ -141,7 +141,7 @@ def new_model(seed: int) -> EmbeddedModel:
         for norm in (block.self_attn.norm_q, block.self_attn.norm_k):
             norm.weight.data.fill_(1.4)
     model.head.head.weight.data *= 0.1
-    return EmbeddedModel(model, PatchCodec.fit(torch.cat(patches), config.channels), encoder)
+    return VideoModel(model, PatchCodec.fit(torch.cat(patches), config.channels), encoder)
 
 
 class Pretrain(L.LightningModule):
@@ -282,7 +282,7 @@ def pretrain(options: PretrainOptions) -> Path:
         "final_losses": json.dumps(task.losses),
         "reproduce": "lightning-kv pretrain, with the recipe in this metadata",
     }
-    save_embedded(target, EmbeddedModel(task.average, task.codec, task.encoder), metadata)
+    save_embedded(target, VideoModel(task.average, task.codec, task.encoder), metadata)
     return target
 
 

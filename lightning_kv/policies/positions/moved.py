@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_kv.cache.rows import Group
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import PositionsPart
-from lightning_kv.policies.checks import between
+from lightning_kv.policies.checks import between, choice
 
 
 @dataclass(frozen=True)
@@ -34,25 +34,31 @@ class Contiguous(PositionsPart):
 class SinkLag(PositionsPart):
     """The sink follows the current chunk at a fixed distance; other rows stay.
 
-    Deep Forcing's sink (arXiv 2512.05081), also used by Focused Forcing (arXiv 2605.18346).
+    Deep Forcing's sink (arXiv 2512.05081), also used by Focused Forcing (arXiv 2605.18346), and the
+    anchor of Rolling Forcing (arXiv 2509.25161).
 
     Args:
         sink: Number of first frames that move.
-        lag: Frames between the first of them and the start of the current chunk; rows that are
-            nearer than that stay where they are.
+        lag: Frames between the first of them and a mark in the query; rows that are nearer than
+            that stay where they are.
+        to: The mark: the ``start`` of the query, or its ``end``, so that sink, history and a query
+            of any length share a reach of ``lag`` frames.
     """
 
     name: ClassVar[str] = "sink-lag"
     sink: int = 3
     lag: int = 21
+    to: str = "start"
 
     def __post_init__(self) -> None:
         between(self, 0, None, "sink", "lag")
+        choice(self, to=("start", "end"))
 
     def times(self, view: CacheView, group: Group, state: Any) -> Tensor:
         """Recorded times, those of the sink moved up."""
         time, frame = group.meta["time"], group.meta["frame_id"]
-        moved = torch.maximum(time, view.step.query_times[0] - self.lag + frame.float())
+        mark = view.step.query_times[0] + (view.query_frames if self.to == "end" else 0)
+        moved = torch.maximum(time, mark - self.lag + frame.float())
         return torch.where(frame < self.sink, moved, time)
 
 

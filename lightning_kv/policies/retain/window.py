@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lightning_kv.cache.decisions import Event, Rebuild, Retention
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import RetainPart
+from lightning_kv.policies.checks import choice
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,18 @@ class Window(RetainPart):
 
     Args:
         sink: First frames of the video that are never dropped; they count in the budget.
+        switch: At a prompt switch, ``keep`` the memory; ``recache``: the frames in reach are
+            encoded again under the new prompt, the sink stays as it is (LongLive, arXiv
+            2509.22622); or ``flush`` all but the sink and the newest frame (Infinity-RoPE, arXiv
+            2511.20649).
     """
 
     name: ClassVar[str] = "window"
     sink: int = 0
+    switch: str = "keep"
+
+    def __post_init__(self) -> None:
+        choice(self, switch=("keep", "recache", "flush"))
 
     def protected(self, view: CacheView, scores: Tensor) -> Tensor:
         """The sink."""
@@ -39,3 +49,24 @@ class Window(RetainPart):
     def smallest(self, chunk: int) -> int:
         """The sink and one frame."""
         return self.sink + 1
+
+    def event(
+        self, event: Event, views: list[CacheView], state: Any
+    ) -> list[Retention | None] | Rebuild | None:
+        """Recache or flush at a prompt switch; nothing else."""
+        if event.kind != "prompt_switch" or self.switch == "keep":
+            return None
+        view = views[0]
+        if self.switch == "flush":
+            return [Retention(keep=self._newest(view)) for view in views]
+        made = view.step.start
+        history = made if self.budget is None else min(made, int(self.budget.frames(view)))
+        reach = range(max(0, made - history - view.query_frames), made)
+        sink = tuple(range(min(self.sink, made)))
+        hold = [frame for frame in reach if frame >= self.sink][-(history - len(sink)) :]
+        return Rebuild(tuple(reach), hold=tuple(hold), spare=sink) if hold else None
+
+    def _newest(self, view: CacheView) -> list[Tensor]:
+        ids = view.frame_ids
+        frames = (ids < self.sink) | (ids == ids.max()) if len(ids) else ids.bool()
+        return view.rows_of(frames.expand(view.heads, -1))

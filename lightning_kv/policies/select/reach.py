@@ -1,0 +1,49 @@
+"""Read what is in reach of a query whose length changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lightning_kv.cache.decisions import Selection
+from lightning_kv.cache.view import CacheView
+from lightning_kv.policies.base import SelectPart
+from lightning_kv.policies.checks import between
+
+
+@dataclass(frozen=True)
+class Reach(SelectPart):
+    """Read the newest frames that fit into a reach together with the query, and a sink.
+
+    Rolling Forcing (arXiv 2509.25161): with many chunks in flight little room is left for history,
+    in a commit pass there is more. As in the authors' code, the sink takes its share of the reach
+    while chunks are denoised, and a commit pass reads the newest frames alone.
+
+    Args:
+        reach: Frames that attention spans, the query included.
+        sink: First frames of the video that denoising passes read.
+    """
+
+    name: ClassVar[str] = "reach"
+    reach: int = 21
+    sink: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between(self, 1, None, "reach")
+        between(self, 0, self.reach - 1, "sink")
+        if self.budget is not None or self.refresh != "pass":
+            raise ValueError(
+                f"The select part 'reach' has budget={self.budget} and refresh={self.refresh!r}. "
+                "Its reach is its budget, and it chooses in every pass: leave both out."
+            )
+
+    def pick(self, view: CacheView, state: Any) -> Selection | None:
+        """Frames by their age; everything where the history is short."""
+        ids = view.frame_ids
+        sink = self.sink if view.step.phase == "denoise" else 0
+        room = max(0, self.reach - view.query_frames - sink)
+        read = (ids >= view.step.start - room) | (ids < sink)
+        if bool(read.all()):
+            return None
+        return Selection(frames=read.expand(view.heads, 1, -1))
