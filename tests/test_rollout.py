@@ -113,6 +113,8 @@ def test_reads_of_a_window_have_a_closed_form(alone):
     for name in NAMES[1:]:
         frames = 4 if name.startswith("future-focused") else 6  # it reads 9 of 15, so 4 of 6
         window = sum(16 * min(3 * c, frames) for c in chunks) * streams * queries
+        if name.startswith("rolling-forcing"):  # from frame 21 on no commit pass reads the sink
+            window -= 3 * 16 * streams * 48
         assert alone[name, PROMPTS[0]].costs[0].rows_read == window, name
 
 
