@@ -47,8 +47,8 @@ class Window(RetainPart):
         return (view.frame_ids < self.sink).view(1, 1, -1)
 
     def smallest(self, chunk: int) -> int:
-        """The sink and one frame."""
-        return self.sink + 1
+        """The sink, or one frame."""
+        return max(self.sink, 1)
 
     def event(
         self, event: Event, views: list[CacheView], state: Any
