@@ -14,7 +14,6 @@ from lightning_kv.cache.decisions import Event, Rebuild
 from lightning_kv.cache.passes import LEADER, Pass
 from lightning_kv.cache.rows import RowSet
 from lightning_kv.cache.session import CacheSession, Cost, Watch
-from lightning_kv.models.loading import VideoModel
 from lightning_kv.models.samplers import (
     ChunkPlan,
     Noise,
@@ -24,6 +23,7 @@ from lightning_kv.models.samplers import (
     sampler_of,
     stable_seed,
 )
+from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import Context
 from lightning_kv.policies.base import CachePolicy
 

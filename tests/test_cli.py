@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lightning_kv.cli import main, parse
-from lightning_kv.models.loading import WEIGHTS
+from lightning_kv.models.embedded import WEIGHTS
 from lightning_kv.tasks.options import EvaluateOptions, PretrainOptions
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ import pytest
 from safetensors import safe_open
 
 from lightning_kv.cache.session import CacheSession
-from lightning_kv.models.loading import VideoModel
+from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
 from lightning_kv.policies.presets import policy_from_dict
 from lightning_kv.rollout import rollout

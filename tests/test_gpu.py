@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_kv import load_model, preset, rollout
-from lightning_kv.models.loading import VideoModel
+from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan
 from lightning_kv.policies.presets import PRESETS, policy_from_dict
 

@@ -12,8 +12,8 @@ from lightning_kv.cache.decisions import Event, Rebuild
 from lightning_kv.data.shards import PromptSample
 from lightning_kv.metrics import Clip
 from lightning_kv.metrics.panorama import Recall
-from lightning_kv.models.loading import VideoModel
 from lightning_kv.models.samplers import ChunkPlan, keyed_noise
+from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan
 from lightning_kv.policies.base import CachePolicy, RetainPart
 from lightning_kv.policies.presets import PRESETS, build_part, policy_from_dict

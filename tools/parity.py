@@ -34,8 +34,9 @@ from torch import Tensor
 
 from lightning_kv import rollout
 from lightning_kv.models.checkpoints import Checkpoint, load_into
-from lightning_kv.models.loading import VideoModel, read_weights
+from lightning_kv.models.embedded import read_weights
 from lightning_kv.models.precision import PROFILES
+from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
 from lightning_kv.policies.presets import policy_from_dict
 

@@ -1,168 +1,133 @@
-"""Models by name: presets, building, and the embedded model's weights in and out."""
+"""From what people write for a model to a model that can roll out."""
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import os
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from lightning_kv.models.codec import PatchCodec, PhraseEncoder
+from lightning_kv.models.checkpoints import Checkpoint, load_into, read_checkpoint
+from lightning_kv.models.embedded import load_embedded
+from lightning_kv.models.embeddings import INDEX, PromptBook
+from lightning_kv.models.precision import known_profile
+from lightning_kv.models.sizes import parameters
+from lightning_kv.models.sources import Source, find_model
+from lightning_kv.models.text import WanText
+from lightning_kv.models.vae import WanVAE
+from lightning_kv.models.video import Encoder, VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
 
-WEIGHTS = Path(__file__).parent.parent / "weights"
-
-PRESETS: dict[str, WanConfig] = {
-    "panorama": WanConfig(
-        dim=96,
-        ffn_dim=288,
-        layers=6,
-        heads=4,
-        patch=(1, 1, 1),
-        text_dim=25,
-        text_len=4,
-        rope_theta=(1000.0, 50.0, 50.0),
-        prediction="x0",
-        train_horizon=72,
-        latent_size=(4, 4),
-        timesteps=(1000.0, 750.0, 500.0, 250.0),
-    ),
-    "wan-1.3b": WanConfig(dim=1536, ffn_dim=8960, layers=30, heads=12, short_last=True),
-    "wan-14b": WanConfig(dim=5120, ffn_dim=13824, layers=40, heads=40, short_last=True),
-}
+ROOM = 1.15  # memory that weights need, times this: the rest of a rollout is on top
 
 
-class Codec(Protocol):
-    """Latents to pixels."""
-
-    stride: tuple[int, int]
-    """Pixel frames per latent frame (after the first), and pixels per latent row and column."""
-
-    def pixel_frames(self, frames: int) -> int:
-        """Pixel frames of so many latent frames."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents ``[B, F, C, h, w]`` to pixels ``[B, F', 3, H, W]`` in [0, 1]."""
-        ...
-
-    def stream(self, latents: Tensor) -> Iterator[Tensor]:
-        """The same for one clip ``[F, C, h, w]``, piece by piece ``[n, 3, H, W]``."""
-        ...
-
-
-Encoder = Callable[[list[str]], Tensor]
-"""Prompts to text states ``[B, at most text_len, text_dim]``."""
-
-
-@dataclass
-class VideoModel:
-    """A network with what is needed to go from a prompt to pixels.
+def load_model(
+    name: str = "panorama",
+    device: str | torch.device = "cpu",
+    precision: str | None = None,
+    text: Path | Encoder | None = None,
+    vae: Path | None = None,
+    decode: bool = True,
+) -> VideoModel:
+    """A model by name or file; see :func:`lightning_kv.models.sources.find_model`.
 
     Args:
-        network: The diffusion transformer.
-        codec: Latents to pixels; None where only latents are wanted.
-        encoder: Prompts to text states.
-    """
-
-    network: CausalWan
-    codec: Codec | None
-    encoder: Encoder
-
-
-def save_embedded(path: Path, model: VideoModel, metadata: dict[str, str]) -> None:
-    """Write network (float16), codec and text table (float32) into one safetensors file."""
-    tensors = {f"network.{k}": v.half() for k, v in model.network.state_dict().items()}
-    for name in ("codec", "encoder"):
-        tensors |= {f"{name}.{k}": v for k, v in getattr(model, name).state_dict().items()}
-    config = json.dumps(model.network.config.to_dict())
-    phrases = json.dumps(list(model.encoder.phrases))
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, path, {"config": config, "phrases": phrases, **metadata})
-
-
-def models() -> dict[str, WanConfig]:
-    """Model presets by name."""
-    return dict(PRESETS)
-
-
-def build_model(preset: str, device: str = "cpu") -> CausalWan:
-    """A network of a preset's size with fresh weights (``device="meta"`` allocates nothing).
+        name: ``panorama``, a published checkpoint (``self-forcing``), ``NAME=FILE``, a weights
+            file, or a YAML file.
+        device: Where to put it.
+        precision: A profile of :data:`lightning_kv.models.precision.PROFILES`; ``float32`` for the
+            embedded model and ``reference`` for Wan where not given.
+        text: Folder of embeddings, or of tokenizer and text encoder, or another encoder.
+        vae: Folder of the VAE.
+        decode: Load a VAE; a model without one gives latents only.
 
     Raises:
-        ValueError: Unknown preset.
+        ValueError: Unknown name, weights that are missing, damaged or of another model, too little
+            memory, or no text encoder or VAE; all of it before anything large is read, except
+            what only the weights themselves can show.
     """
-    if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"No model {preset!r}.{hint} Known: {', '.join(PRESETS)}.")
-    with torch.device(device):
-        return CausalWan(PRESETS[preset])
+    source = find_model(name)
+    if source.config is None:
+        return load_embedded(source.weights, device, precision or "float32")
+    precision = precision or "reference"
+    check_memory(source.config, precision, device)
+    encoder = text if callable(text) else text_source(text or source.text, device)
+    codec = vae_source(vae or source.vae, device, precision) if decode else None
+    checkpoint = read_checkpoint(source.weights, source.key, source.lora)
+    network = network_of(source, checkpoint, precision).to(device)
+    return VideoModel(network, codec, encoder, identity(checkpoint, precision))
 
 
-def load_model(name: str = "panorama", device: str | torch.device = "cpu") -> VideoModel:
-    """The embedded model by name, or another weights file of its format by path.
+def network_of(source: Source, checkpoint: Checkpoint, precision: str) -> CausalWan:
+    """A network with a checkpoint's weights, in a precision, for inference."""
+    with torch.device("meta"):
+        network = CausalWan(source.config)
+    load_into(network, checkpoint)
+    return network.cast(precision).eval().requires_grad_(False)
 
-    Args:
-        name: ``panorama``, or a ``.safetensors`` file written by ``lightning-kv pretrain``.
-        device: Where to put it; weights are stored in float16 and used in float32.
+
+def identity(checkpoint: Checkpoint, precision: str) -> dict[str, str]:
+    """What a result says about the weights it comes from."""
+    found = {
+        "weights": checkpoint.sha256,
+        "key": checkpoint.key,
+        "format": checkpoint.format,
+        "lora": checkpoint.lora,
+        "lora_weights": checkpoint.lora_sha256,
+        "precision": precision,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def text_source(folder: Path | None, device: str | torch.device) -> Encoder:
+    """Embeddings that were computed before, or the text encoder itself.
 
     Raises:
-        ValueError: Unknown name, or missing, truncated or foreign weights.
+        ValueError: There is neither.
     """
-    path = Path(name) if name.endswith(".safetensors") else WEIGHTS / f"{name}.safetensors"
-    if not name.endswith(".safetensors") and not path.is_file():
-        build_model(name, "meta")  # an unknown name is said first
+    if folder is None:
         raise ValueError(
-            f"The weights of {name!r} are not in this installation. "
-            "Models that ship with weights: "
-            f"{', '.join(sorted(p.stem for p in WEIGHTS.glob('*.safetensors'))) or 'none'}."
+            "This model needs text states, and neither a text encoder nor embeddings are here. "
+            "Type `lightning-kv fetch wan2.1-parts`, or give --text FOLDER: one that "
+            "`lightning-kv encode` wrote, or one with tokenizer/ and text_encoder/."
         )
-    tensors, metadata = read_weights(path)
-    try:
-        config = WanConfig.from_dict(json.loads(metadata["config"]))
-        phrases = json.loads(metadata["phrases"])
-        network = CausalWan(config)
-        parts = {
-            prefix: {
-                k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(prefix)
-            }
-            for prefix in ("network", "codec", "encoder")
-        }
-        network.load_state_dict(parts["network"], strict=True)
-        codec = PatchCodec(**parts["codec"])
-        encoder = PhraseEncoder(phrases, parts["encoder"]["states"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} is no weights file of the embedded model: {error}. "
-            "Files written by `lightning-kv pretrain` have the keys network.*, codec.*, encoder.* "
-            "and the metadata config and phrases."
-        ) from error
-    network.float().eval().requires_grad_(False)
-    return VideoModel(network.to(device), codec.to(device), encoder.to(device))
+    if (Path(folder) / INDEX).is_file():
+        return PromptBook(folder, device)
+    return WanText.load(folder, device)
 
 
-def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+def vae_source(folder: Path | None, device: str | torch.device, precision: str) -> WanVAE:
+    """The VAE, in the precision of the rollout.
 
     Raises:
-        ValueError: No such file, or it is truncated or no safetensors file.
+        ValueError: There is none.
     """
-    if not path.is_file():
-        raise ValueError(f"No weights file {path}. Give an existing .safetensors file.")
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size
+    if folder is None:
         raise ValueError(
-            f"{path} ({size} bytes) cannot be read as safetensors: {error}. "
-            "It may be cut off: copy it again, or train it again with `lightning-kv pretrain`."
-        ) from error
+            "Pixels need a VAE, and none is here. Type `lightning-kv fetch wan2.1-parts`, give "
+            "--vae FOLDER (the vae/ folder of a Wan2.1 repository in diffusers format), or ask for "
+            "latents only."
+        )
+    return WanVAE.load(folder, device, known_profile(precision).dtype)
+
+
+def check_memory(config: WanConfig, precision: str, device: str | torch.device) -> None:
+    """Refuse weights that do not fit into the memory of a device, before reading them.
+
+    Raises:
+        ValueError: Says what is needed and what is there.
+    """
+    size = torch.finfo(known_profile(precision).dtype).bits // 8
+    needed, there = parameters(config) * size * ROOM, memory_of(torch.device(device))
+    if needed > there:
+        raise ValueError(
+            f"The weights alone take {needed / 1e9:.1f} GB in {precision}, and {device} has "
+            f"{there / 1e9:.1f} GB. Use a GPU with more memory, or a smaller model."
+        )
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -17,7 +17,8 @@ from lightning_kv.cache.attend import known_backend
 from lightning_kv.cache.trace import Trace
 from lightning_kv.data.datamodule import PromptData, PromptSample
 from lightning_kv.metrics import Clip, metric_by_name
-from lightning_kv.models.loading import VideoModel, load_model
+from lightning_kv.models.loading import load_model
+from lightning_kv.models.video import VideoModel
 from lightning_kv.models.samplers import ChunkPlan
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.presets import load_policy

@@ -13,7 +13,8 @@ import yaml
 
 from lightning_kv.cache.decisions import Event
 from lightning_kv.data.panorama import PanoramaPrompt
-from lightning_kv.models.loading import VideoModel, load_model
+from lightning_kv.models.loading import load_model
+from lightning_kv.models.video import VideoModel
 from lightning_kv.models.samplers import ChunkPlan
 from lightning_kv.models.wan import WanConfig
 from lightning_kv.policies.base import CachePolicy

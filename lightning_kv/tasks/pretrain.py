@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_kv.cache.passes import Pass
 from lightning_kv.data.panorama import draw_prompt, draw_world, phrase_table
 from lightning_kv.models.codec import PatchCodec, PhraseEncoder
-from lightning_kv.models.loading import PRESETS, VideoModel, save_embedded
+from lightning_kv.models.embedded import save_embedded
+from lightning_kv.models.sizes import PRESETS
+from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan
 from lightning_kv.tasks.forcing import ForcingSession
 from lightning_kv.tasks.launch import resolved

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lightning_kv
 from lightning_kv.data.datamodule import PromptData
 from lightning_kv.metrics import METRICS, Clip, ClipMetric, clip_value
-from lightning_kv.models.loading import WEIGHTS, VideoModel
+from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.presets import policy_to_dict
 from lightning_kv.report.summary import MetricInfo

@@ -7,7 +7,8 @@ import torch
 import yaml
 
 from lightning_kv.models import load_model
-from lightning_kv.models.loading import PRESETS, WEIGHTS, read_weights, save_embedded
+from lightning_kv.models.embedded import WEIGHTS, read_weights, save_embedded
+from lightning_kv.models.sizes import PRESETS
 
 FILE = WEIGHTS / "panorama.safetensors"
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_kv.models.loading import read_weights
+from lightning_kv.models.embedded import read_weights
 from lightning_kv.tasks.options import PretrainOptions, Recipe, Stage
 from lightning_kv.tasks.pretrain import PanoramaBatches, Pretrain, new_model, pretrain, revisited
 

@@ -1,0 +1,53 @@
+"""The sizes that causal Wan comes in, by name."""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+
+from lightning_kv.models.wan import CausalWan, WanConfig
+
+PRESETS: dict[str, WanConfig] = {
+    "panorama": WanConfig(
+        dim=96,
+        ffn_dim=288,
+        layers=6,
+        heads=4,
+        patch=(1, 1, 1),
+        text_dim=25,
+        text_len=4,
+        rope_theta=(1000.0, 50.0, 50.0),
+        prediction="x0",
+        train_horizon=72,
+        latent_size=(4, 4),
+        timesteps=(1000.0, 750.0, 500.0, 250.0),
+    ),
+    "wan-1.3b": WanConfig(dim=1536, ffn_dim=8960, layers=30, heads=12, short_last=True),
+    "wan-14b": WanConfig(dim=5120, ffn_dim=13824, layers=40, heads=40, short_last=True),
+}
+
+
+def models() -> dict[str, WanConfig]:
+    """Model presets by name."""
+    return dict(PRESETS)
+
+
+def build_model(preset: str, device: str = "cpu") -> CausalWan:
+    """A network of a preset's size with fresh weights (``device="meta"`` allocates nothing).
+
+    Raises:
+        ValueError: Unknown preset.
+    """
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"No model {preset!r}.{hint} Known: {', '.join(PRESETS)}.")
+    with torch.device(device):
+        return CausalWan(PRESETS[preset])
+
+
+def parameters(config: WanConfig) -> int:
+    """Number of weights of a network; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in CausalWan(config).parameters())
