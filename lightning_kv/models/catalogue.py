@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.util
 import json
 import os
@@ -339,9 +340,8 @@ def _cached(found: Download) -> Path | None:
     """The snapshot in the hub's own cache that has the first of the files."""
     if importlib.util.find_spec("huggingface_hub") is None:
         return None
-    from huggingface_hub import try_to_load_from_cache
-
+    look = importlib.import_module("huggingface_hub").try_to_load_from_cache
     first = found.files[0]
     file = first + _marker(first) if first.endswith("/") else first
-    path = try_to_load_from_cache(found.repo, file)
+    path = look(found.repo, file)
     return Path(path).parents[file.count("/")] if isinstance(path, str) else None

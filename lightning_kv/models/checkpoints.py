@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_kv.models.containers import TORCH_SUFFIXES, WEIGHTS_NAME, Container, open_source
-from lightning_kv.models.sizes import models
 from lightning_kv.models.lora import merge_lora
 from lightning_kv.models.names import (
     describe,
@@ -27,6 +26,7 @@ from lightning_kv.models.names import (
     to_original,
     unwrap,
 )
+from lightning_kv.models.sizes import models
 from lightning_kv.models.wan import CausalWan
 
 Naming = Literal["original", "diffusers"]

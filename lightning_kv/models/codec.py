@@ -19,7 +19,6 @@ class PatchCodec(nn.Module):
     """
 
     patch = 8
-    stride = (1, patch)
 
     def __init__(self, mean: Tensor, basis: Tensor, scale: Tensor) -> None:
         super().__init__()
@@ -57,10 +56,6 @@ class PatchCodec(nn.Module):
         tiles = tiles.unflatten(-1, (3, size, size))  # [..., h, w, 3, 8, 8]
         tiles = tiles.movedim(-3, -5).transpose(-3, -2)  # [..., 3, h, 8, w, 8]
         return tiles.flatten(-4, -3).flatten(-2).clamp(0, 1)
-
-    def pixel_frames(self, frames: int) -> int:
-        """Pixel frames of so many latent frames: as many, time is not compressed."""
-        return frames
 
     def stream(self, latents: Tensor) -> Iterator[Tensor]:
         """Decode one clip ``[F, C, h, w]`` frame by frame, ``[1, 3, 8 h, 8 w]`` each."""

@@ -16,6 +16,9 @@ from lightning_kv.models.wan import CausalWan, WanConfig
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
+UNSAID = {"short_last": False, "stride": (1, 8), "fps": 8}
+"""What holds for the panorama, and files from before these settings do not say."""
+
 
 def shipped() -> list[str]:
     """Names of the models whose weights are in this package."""
@@ -41,7 +44,7 @@ def load_embedded(path: Path, device: str | torch.device, precision: str) -> Vid
     """
     tensors, metadata = read_weights(path)
     try:
-        config = WanConfig.from_dict(json.loads(metadata["config"]))
+        config = WanConfig.from_dict(UNSAID | json.loads(metadata["config"]))
         phrases = json.loads(metadata["phrases"])
         network = CausalWan(config)
         parts = {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from lightning_kv.models.checkpoints import Checkpoint, load_into, read_checkpoint
 from lightning_kv.models.embedded import load_embedded
@@ -28,6 +30,7 @@ def load_model(
     text: Path | Encoder | None = None,
     vae: Path | None = None,
     decode: bool = True,
+    prompts: Sequence[str] | None = None,
 ) -> VideoModel:
     """A model by name or file; see :func:`lightning_kv.models.sources.find_model`.
 
@@ -40,6 +43,8 @@ def load_model(
         text: Folder of embeddings, or of tokenizer and text encoder, or another encoder.
         vae: Folder of the VAE.
         decode: Load a VAE; a model without one gives latents only.
+        prompts: All that will be asked for. A text encoder then encodes them now and is let go,
+            which leaves its 11 GB to the rollout.
 
     Raises:
         ValueError: Unknown name, weights that are missing, damaged or of another model, too little
@@ -51,11 +56,17 @@ def load_model(
         return load_embedded(source.weights, device, precision or "float32")
     precision = precision or "reference"
     check_memory(source.config, precision, device)
-    encoder = text if callable(text) else text_source(text or source.text, device)
+    if not callable(text):
+        text = text_source(text or source.text, device, prompts)
     codec = vae_source(vae or source.vae, device, precision) if decode else None
+    if codec is not None and codec.stride != source.config.stride:
+        raise ValueError(
+            f"The VAE {vae or source.vae} makes {codec.stride} pixel frames and pixels of a latent "
+            f"frame and side, and {name!r} is for {source.config.stride}. Give the VAE of Wan2.1."
+        )
     checkpoint = read_checkpoint(source.weights, source.key, source.lora)
     network = network_of(source, checkpoint, precision).to(device)
-    return VideoModel(network, codec, encoder, identity(checkpoint, precision))
+    return VideoModel(network, codec, text, identity(checkpoint, precision))
 
 
 def network_of(source: Source, checkpoint: Checkpoint, precision: str) -> CausalWan:
@@ -79,8 +90,39 @@ def identity(checkpoint: Checkpoint, precision: str) -> dict[str, str]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def text_source(folder: Path | None, device: str | torch.device) -> Encoder:
-    """Embeddings that were computed before, or the text encoder itself.
+class Encoded(nn.Module):
+    """Text states of a few prompts, held in memory.
+
+    Args:
+        encoder: Makes them.
+        prompts: The prompts, and nothing else is known.
+    """
+
+    def __init__(self, encoder: WanText, prompts: Sequence[str]) -> None:
+        super().__init__()
+        self.rows = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+        states = torch.cat([encoder([prompt]) for prompt in self.rows])
+        self.register_buffer("states", states, persistent=False)
+
+    def forward(self, prompts: list[str]) -> Tensor:
+        """Text states ``[B, length, width]``.
+
+        Raises:
+            ValueError: A prompt that was not named.
+        """
+        unknown = [prompt for prompt in prompts if prompt not in self.rows]
+        if unknown:
+            raise ValueError(
+                f"The text encoder was let go before it met {unknown[0]!r}. "
+                "Name every prompt in load_model(prompts=...), or leave prompts out."
+            )
+        return self.states[[self.rows[prompt] for prompt in prompts]]
+
+
+def text_source(
+    folder: Path | None, device: str | torch.device, prompts: Sequence[str] | None = None
+) -> Encoder:
+    """Embeddings that were computed before, or the text encoder, or what it makes of prompts.
 
     Raises:
         ValueError: There is neither.
@@ -93,7 +135,8 @@ def text_source(folder: Path | None, device: str | torch.device) -> Encoder:
         )
     if (Path(folder) / INDEX).is_file():
         return PromptBook(folder, device)
-    return WanText.load(folder, device)
+    encoder = WanText.load(folder, device)
+    return encoder if prompts is None else Encoded(encoder, prompts)
 
 
 def vae_source(folder: Path | None, device: str | torch.device, precision: str) -> WanVAE:

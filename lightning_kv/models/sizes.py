@@ -19,12 +19,15 @@ PRESETS: dict[str, WanConfig] = {
         text_len=4,
         rope_theta=(1000.0, 50.0, 50.0),
         prediction="x0",
+        short_last=False,
         train_horizon=72,
         latent_size=(4, 4),
+        stride=(1, 8),
+        fps=8,
         timesteps=(1000.0, 750.0, 500.0, 250.0),
     ),
-    "wan-1.3b": WanConfig(dim=1536, ffn_dim=8960, layers=30, heads=12, short_last=True),
-    "wan-14b": WanConfig(dim=5120, ffn_dim=13824, layers=40, heads=40, short_last=True),
+    "wan-1.3b": WanConfig(dim=1536, ffn_dim=8960, layers=30, heads=12),
+    "wan-14b": WanConfig(dim=5120, ffn_dim=13824, layers=40, heads=40),
 }
 
 

@@ -14,15 +14,6 @@ from lightning_kv.models.wan import CausalWan
 class Codec(Protocol):
     """Latents to pixels."""
 
-    @property
-    def stride(self) -> tuple[int, int]:
-        """Pixel frames per latent frame (after the first), and pixels per latent side."""
-        ...
-
-    def pixel_frames(self, frames: int) -> int:
-        """Pixel frames of so many latent frames."""
-        ...
-
     def decode(self, latents: Tensor) -> Tensor:
         """Latents ``[B, F, C, h, w]`` to pixels ``[B, F', 3, H, W]`` in [0, 1]."""
         ...

@@ -41,6 +41,8 @@ class WanConfig:
         short_last: The last chunk of a rollout may have fewer frames.
         train_horizon: Longest sequence seen in training, latent frames.
         latent_size: Latent height and width the checkpoint was trained at.
+        stride: Pixel frames per latent frame (after the first), and pixels per latent side.
+        fps: Pixel frames per second of the videos it was trained on.
         sampler: How it is sampled: ``few-step``, ``rolling`` (several chunks in flight), or
             ``flow`` (many steps with guidance); see :mod:`lightning_kv.models.samplers`.
         timesteps: Noise levels of the sampler, as the model sees them (0 to 1000).
@@ -61,9 +63,11 @@ class WanConfig:
     rope_theta: tuple[float, float, float] = (10000.0, 10000.0, 10000.0)
     prediction: Literal["velocity", "x0"] = "velocity"
     chunk: int = 3
-    short_last: bool = False
+    short_last: bool = True
     train_horizon: int = 21
     latent_size: tuple[int, int] = (60, 104)
+    stride: tuple[int, int] = (4, 8)
+    fps: int = 16
     sampler: Literal["few-step", "rolling", "flow"] = "few-step"
     timesteps: tuple[float, ...] = (1000.0, 937.5, 2500 / 3, 625.0)
     first_timesteps: tuple[float, ...] = ()
@@ -82,6 +86,30 @@ class WanConfig:
     def rotary(self) -> Rotary:
         """The rotary embedding of one head."""
         return Rotary(self.dim // self.heads, self.rope_theta)
+
+    def pixel_frames(self, frames: int) -> int:
+        """Pixel frames of so many latent frames: one for the first, ``stride`` for each other."""
+        return 1 + self.stride[0] * (frames - 1)
+
+    def frames_for(self, pixel_frames: int) -> int:
+        """Latent frames that show so many pixel frames, or more."""
+        return 1 - (1 - pixel_frames) // self.stride[0]
+
+    def latent_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Latent height and width of a picture.
+
+        Raises:
+            ValueError: Pixels that make no whole number of patches.
+        """
+        side = self.stride[1]
+        steps = [side * patch for patch in self.patch[1:]]
+        if any(pixels < step or pixels % step for pixels, step in zip(size, steps, strict=True)):
+            near = [max(1, round(x / step)) * step for x, step in zip(size, steps, strict=True)]
+            raise ValueError(
+                f"{size[0]} x {size[1]} pixels make no whole number of patches of "
+                f"{steps[0]} x {steps[1]}. Use {near[0]} x {near[1]}, for example."
+            )
+        return size[0] // side, size[1] // side
 
     def plan(self, frames: int, context: int = 0) -> ChunkPlan:
         """The chunks of a rollout.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -20,33 +22,36 @@ MARGIN = 6  # pixels: left and right of a text, and between panels
 BACKGROUND, INK = 24, 235  # grey levels
 
 
-def write_mp4(path: str | Path, frames: Frames, fps: float) -> None:
+def write_mp4(path: str | Path, frames: Frames | Iterable[Frames], fps: float) -> None:
     """Write frames as an H.264 file that any browser plays; a whole file or none.
 
     Odd sizes are made even by repeating the last row or column: yuv420p halves them.
 
     Args:
         path: File to write.
-        frames: uint8 ``[F, H, W, 3]``, RGB.
+        frames: uint8 ``[F, H, W, 3]``, RGB; or pieces of it, one after the other, of which one at a
+            time is held.
         fps: Frames per second.
 
     Raises:
         ValueError: The frames have another shape or type, or there are none.
     """
-    frames = _checked(frames, "frames")
-    _, height, width, _ = frames.shape
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    pieces = iter([frames] if isinstance(frames, np.ndarray) else frames)
+    first = _checked(next(pieces, np.empty((0, 0, 0, 3), np.uint8)), "frames")
+    height, width = first.shape[1:3]
     with (
         replacing(path) as temporary,
         av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container,
     ):
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "20"}
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            container.mux(stream.encode(picture))
+        for piece in chain([first], pieces):
+            even = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
+            for frame in np.pad(_checked(piece, "frames"), even, mode="edge"):
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                container.mux(stream.encode(picture))
         container.mux(stream.encode())
 
 

@@ -4,51 +4,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
+from torch import Tensor
 
-from lightning_kv.cache.decisions import Event
 from lightning_kv.data.panorama import PanoramaPrompt
 from lightning_kv.models.loading import load_model
+from lightning_kv.models.sources import find_model
 from lightning_kv.models.video import VideoModel
-from lightning_kv.models.samplers import ChunkPlan
 from lightning_kv.models.wan import WanConfig
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.presets import load_policy
 from lightning_kv.report.table import format_bytes
-from lightning_kv.report.video import write_mp4
+from lightning_kv.report.video import Frames, write_mp4
 from lightning_kv.rollout import Rollout, rollout
+from lightning_kv.tasks.clips import SUFFIX, write_clip
+from lightning_kv.tasks.clock import Clock, Switch, read_switch, read_switches
 from lightning_kv.tasks.launch import resolved
 from lightning_kv.tasks.options import GenerateOptions
 from lightning_kv.tasks.progress import RolloutProgress
 from lightning_kv.tasks.results import broken, picture
 
-PIXEL_FRAMES = 1  # per latent frame: the patch codec does not compress time
-WIDTH = 320  # pixels that a video is enlarged to, about
-
-
-@dataclass(frozen=True)
-class Switch:
-    """Another prompt on the way.
-
-    Args:
-        prompt: From here on.
-        asked: Second that was asked for.
-        frame: Latent frame where it comes: the first of the chunk that the second falls into.
-    """
-
-    prompt: str
-    asked: float
-    frame: int
-
-    @property
-    def event(self) -> Event:
-        """What a rollout is told."""
-        return Event("prompt_switch", self.frame, self.prompt)
+WIDTH = 320  # pixels that a smaller video is enlarged to, about
+LENGTH = 6.0  # seconds, where the model was trained for as many
 
 
 @dataclass(frozen=True)
@@ -59,6 +41,7 @@ class Generated:
         out: The file.
         policy: Name of the policy.
         frames: Pixel frames.
+        latent_frames: Latent frames.
         fps: Frames per second of the video.
         took: Seconds of generation, loading and writing left out.
         peak_bytes: Most bytes that the cache held.
@@ -72,6 +55,7 @@ class Generated:
     out: Path
     policy: str
     frames: int
+    latent_frames: int
     fps: float
     took: float
     peak_bytes: int
@@ -87,7 +71,8 @@ class Generated:
         share = f"{100 * self.rows_read / self.rows_all:.0f} %" if self.rows_all else "none"
         scored = f", {self.rows_scored:,} more only scored" if self.rows_scored else ""
         rebuilt = f", {self.rebuilt_frames} frames encoded again" if self.rebuilt_frames else ""
-        length = f"{self.frames} frames, {self.frames / self.fps:g} s at {self.fps:g} frames/s"
+        latent = "" if self.latent_frames == self.frames else f" ({self.latent_frames} latent)"
+        length = f"{self.frames} frames{latent}, {self.frames / self.fps:g} s at {self.fps:g} frames/s"
         rate = f"{self.frames / self.took:.1f} frames/s"
         return [
             f"{self.out}: {length}",
@@ -99,7 +84,7 @@ class Generated:
 
 
 def generate(options: GenerateOptions) -> Generated:
-    """Roll a prompt out under a policy and write the video.
+    """Roll a prompt out under a policy and write the video, or its latents.
 
     Raises:
         ValueError: Anything that does not fit, before anything is generated.
@@ -107,35 +92,76 @@ def generate(options: GenerateOptions) -> Generated:
     check_out(options.out, options.force)
     check_numbers(options)
     torch.set_num_threads(options.threads)
-    policy = read_policy(options.policy)
-    model = load_model(options.model, "cuda" if resolved(options.accelerator) == "gpu" else "cpu")
+    source = find_model(options.model)
+    policy = read_policy(options.policy or source.policy)
+    check = PanoramaPrompt.parse if source.config is None else str
+    check(options.prompt)
+    for text in options.switches:
+        read_switch(text, check)
+    model = model_for(options, check)
     config = model.network.config
-    PanoramaPrompt.parse(options.prompt)
-    frames = latent_frames(options.seconds, options.fps, config.chunk)
-    switches = read_switches(options.switches, frames, options.fps, config.chunk)
-    made, took = run(options, model, policy, frames, switches)
+    clock = Clock(config, options.fps or config.fps)
+    size = read_size(options.size, config)
+    seconds = options.seconds or min(LENGTH, clock.seconds(config.train_horizon))
+    frames = clock.frames(seconds)
+    switches = read_switches(options.switches, frames, clock, check)
+    policy.check(model.network.geometry(size), config.chunk, frames)
+    made, took = run(options, model, policy, frames, size, switches)
     if failure := broken(made, made, 0):
         raise ValueError(
             f"The rollout under {policy.name!r} broke down: {failure}. No video is written; try "
             "another policy or budget."
         )
-    pixels = picture(made.frames[0])
-    scale = max(1, round(WIDTH / pixels.shape[2]))
-    write_mp4(options.out, pixels.repeat(scale, axis=1).repeat(scale, axis=2), options.fps)
+    write(options, model, made.latents[0], clock.fps, policy.name)
     cost = made.costs[0]
     return Generated(
         out=options.out,
         policy=policy.name,
-        frames=len(pixels),
-        fps=options.fps,
+        frames=config.pixel_frames(frames),
+        latent_frames=frames,
+        fps=clock.fps,
         took=took,
         peak_bytes=cost.peak_bytes,
         rows_read=cost.rows_read,
-        rows_all=all_rows(config, frames),
+        rows_all=cost.rows_history,
         rows_scored=cost.rows_scored,
         rebuilt_frames=cost.rebuilt_frames,
-        notes=tuple(notes(options, config, frames, switches)),
+        notes=tuple(notes(seconds, options.model, clock, frames, switches)),
     )
+
+
+def model_for(options: GenerateOptions, check: Callable[[str], object]) -> VideoModel:
+    """The model, with a VAE only where pixels are wanted."""
+    prompts = [options.prompt, options.negative]
+    prompts += [read_switch(text, check)[0] for text in options.switches]
+    return load_model(
+        options.model,
+        "cuda" if resolved(options.accelerator) == "gpu" else "cpu",
+        precision=options.precision,
+        text=options.text,
+        vae=options.vae,
+        decode=options.out.suffix.lower() != SUFFIX,
+        prompts=prompts,
+    )
+
+
+def write(
+    options: GenerateOptions, model: VideoModel, latents: Tensor, fps: float, policy: str
+) -> None:
+    """The video, decoded piece by piece; or the latents, for ``lightning-kv decode``."""
+    if options.out.suffix.lower() == SUFFIX:
+        about = {"prompt": options.prompt, "model": options.model, "policy": policy}
+        write_clip(options.out, latents, fps, about | {"seed": str(options.seed)})
+        return
+    write_mp4(options.out, shown(model.codec.stream(latents.float())), fps)
+
+
+def shown(pieces: Iterator[Tensor]) -> Iterator[Frames]:
+    """Pixels ``[n, 3, H, W]`` as pictures; small ones are enlarged."""
+    for piece in pieces:
+        frames = picture(piece)
+        scale = max(1, round(WIDTH / frames.shape[2]))
+        yield frames.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
 def run(
@@ -143,12 +169,14 @@ def run(
     model: VideoModel,
     policy: CachePolicy,
     frames: int,
+    size: tuple[int, int],
     switches: Sequence[Switch],
 ) -> tuple[Rollout, float]:
     """The rollout behind a progress line, and its seconds."""
-    chunk = model.network.config.chunk
+    config = model.network.config
     began = time.perf_counter()
-    with RolloutProgress(1, ChunkPlan(frames, chunk).count, chunk, visible=True) as progress:
+    chunks = config.plan(frames).count
+    with RolloutProgress(1, chunks, config.chunk, visible=True) as progress:
         progress.begin(policy.name, 1)
         made = rollout(
             model,
@@ -156,22 +184,40 @@ def run(
             options.prompt,
             frames,
             seed=options.seed,
+            latent_size=size,
             events=[switch.event for switch in switches],
+            negative=options.negative,
+            decode=False,
             progress=progress.chunk,
         )
     return made, time.perf_counter() - began
+
+
+def read_size(text: str | None, config: WanConfig) -> tuple[int, int]:
+    """Latent height and width of ``HEIGHTxWIDTH`` in pixels; the model's own where not given.
+
+    Raises:
+        ValueError: No size, or one that makes no whole patches.
+    """
+    if text is None:
+        return config.latent_size
+    height, _, width = text.lower().partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise ValueError(f"--size {text!r} is no size. Write HEIGHTxWIDTH in pixels, as 480x832.")
+    return config.latent_of((int(height), int(width)))
 
 
 def check_out(out: Path, force: bool) -> None:
     """Refuse a file that cannot or must not be written.
 
     Raises:
-        ValueError: It is no .mp4, its folder is missing, or it exists.
+        ValueError: It is no .mp4 and no file of latents, its folder is missing, or it exists.
     """
-    if out.suffix.lower() != ".mp4":
+    if out.suffix.lower() not in (".mp4", SUFFIX):
         raise ValueError(
             f"A video is written as .mp4, and {str(out)!r} does not end so. "
-            f"Give -o {out.with_suffix('.mp4') if out.name else 'out.mp4'}."
+            f"Give -o {out.with_suffix('.mp4') if out.name else 'out.mp4'}, or {SUFFIX} for its "
+            "latents."
         )
     if not out.parent.is_dir():
         raise ValueError(
@@ -191,7 +237,7 @@ def check_numbers(options: GenerateOptions) -> None:
     """
     for name, unit in (("seconds", "seconds"), ("fps", "frames per second")):
         value = getattr(options, name)
-        if not 0 < value < math.inf:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} {value:g} makes no video. Give {unit} above 0, such as 8.")
     if options.threads < 1:
         raise ValueError(f"--threads {options.threads} leaves nobody to work. Use 1 or more.")
@@ -216,91 +262,18 @@ def read_policy(text: str) -> CachePolicy:
         ) from error
 
 
-def latent_frames(seconds: float, fps: float, chunk: int) -> int:
-    """Latent frames of a video, whole chunks.
-
-    >>> latent_frames(2.5, 8, 3)
-    21
-    """
-    wanted = math.ceil(round(seconds * fps / PIXEL_FRAMES, 6))
-    return math.ceil(wanted / chunk) * chunk
-
-
-def read_switch(text: str) -> tuple[str, float]:
-    """Prompt and second of ``TEXT@SECONDS``.
-
-    Raises:
-        ValueError: No time, or an unreadable prompt.
-    """
-    prompt, mark, when = (part.strip() for part in text.rpartition("@"))
-    try:
-        moment = float(when)
-    except ValueError:
-        moment = math.nan
-    if not mark or not math.isfinite(moment):
-        raise ValueError(
-            f"--prompt {text!r} does not say when. It switches the prompt on the way and reads "
-            "TEXT@SECONDS, such as 'night fast n13 left@3'."
-        )
-    PanoramaPrompt.parse(prompt)
-    return prompt, moment
-
-
-def read_switches(texts: Sequence[str], frames: int, fps: float, chunk: int) -> list[Switch]:
-    """Prompt switches, each at the first frame of the chunk that its time falls into.
-
-    Args:
-        texts: ``TEXT@SECONDS``.
-        frames: Latent frames of the video.
-        fps: Pixel frames per second.
-        chunk: Latent frames per chunk.
-
-    Raises:
-        ValueError: No time, an unreadable prompt, a time in the first chunk or beyond the end, or
-            two in one chunk.
-    """
-    length, first = (n * PIXEL_FRAMES / fps for n in (frames, chunk))
-    found: dict[int, Switch] = {}
-    for text in texts:
-        prompt, moment = read_switch(text)
-        frame = math.floor(round(moment * fps / PIXEL_FRAMES, 6)) // chunk * chunk
-        if not 0 < frame < frames:
-            where = "beyond the end" if frame > 0 else "in the first chunk"
-            raise ValueError(
-                f"--prompt {text!r} switches {where}: the video is {length:g} s long and a switch "
-                f"comes at the start of a later chunk. Give a time from {first:g} to below "
-                f"{length:g} seconds, or a longer video."
-            )
-        if frame in found:
-            raise ValueError(
-                f"Two prompt switches in one chunk: {found[frame].prompt!r} and {prompt!r} would "
-                f"both come at {frame * PIXEL_FRAMES / fps:g} s. Put {first:g} s or more between "
-                "them."
-            )
-        found[frame] = Switch(prompt, moment, frame)
-    return [found[frame] for frame in sorted(found)]
-
-
-def all_rows(config: WanConfig, frames: int) -> int:
-    """History rows that the passes of a rollout would read if they read all of it."""
-    tokens = config.geometry().tokens
-    rows = sum(start * tokens for start in range(0, frames, config.chunk))
-    passes = len(config.timesteps) + 1  # and the commit pass
-    return rows * passes * config.chunk * tokens * config.layers * config.heads
-
-
 def notes(
-    options: GenerateOptions, config: WanConfig, frames: int, switches: Sequence[Switch]
+    seconds: float, name: str, clock: Clock, frames: int, switches: Sequence[Switch]
 ) -> list[str]:
     """What the user should know: times that were rounded, lengths that the model never saw."""
-    said, made = [], frames * PIXEL_FRAMES / options.fps
-    if not math.isclose(made, options.seconds):
+    said, made, config = [], clock.seconds(frames), clock.config
+    if not math.isclose(made, seconds):
         said.append(
-            f"{options.seconds:g} s became {made:g} s: {frames} latent frames, in whole chunks of "
+            f"{seconds:g} s became {made:g} s: {frames} latent frames, in whole chunks of "
             f"{config.chunk}."
         )
     for switch in switches:
-        start = switch.frame * PIXEL_FRAMES / options.fps
+        start = clock.seconds(switch.frame)
         if not math.isclose(start, switch.asked):
             said.append(
                 f"The switch to {switch.prompt!r} at {switch.asked:g} s comes at {start:g} s, with "
@@ -308,7 +281,7 @@ def notes(
             )
     if frames > config.train_horizon:
         said.append(
-            f"{frames} frames exceed the {config.train_horizon} that {options.model} was trained "
+            f"{frames} frames exceed the {config.train_horizon} that {name} was trained "
             "for: later frames may fail."
         )
     return said

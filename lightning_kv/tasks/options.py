@@ -100,13 +100,20 @@ class GenerateOptions:
 
     Args:
         prompt: What the model is told.
-        out: The video, an .mp4 file.
-        model: panorama, or a weights file that pretrain wrote.
-        policy: A preset (top-attention@9f), a YAML file, or parts in place, as for evaluate.
-        seconds: Length; rounded up to whole chunks.
+        out: The video, an .mp4 file; or its latents, a .safetensors file, for `decode`.
+        model: panorama, a published checkpoint (see `lightning-kv list models`), NAME=FILE, or a
+            file.
+        policy: A preset (top-attention@9f), a YAML file, or parts in place, as for evaluate; the
+            one that the model's authors run where not given.
+        seconds: Length, rounded up to whole chunks; 6, or what the model was trained for.
         seed: Of the noise.
-        fps: Frames per second.
+        fps: Frames per second; the model's own where not given.
+        size: HEIGHTxWIDTH in pixels; the model's own where not given.
         switches: Prompts on the way, each TEXT@SECONDS.
+        negative: What guidance leads away from (models with guidance).
+        precision: float32, reference or fast; the model's own where not given.
+        text: Folder of embeddings, or of tokenizer and text encoder.
+        vae: Folder of the VAE.
         force: Replace the video if it exists.
         threads: CPU threads.
         accelerator: cpu, gpu, or auto (a CUDA GPU if there is one).
@@ -115,11 +122,16 @@ class GenerateOptions:
     prompt: str
     out: Path
     model: str = "panorama"
-    policy: str = "full"
-    seconds: float = 6.0
+    policy: str | None = None
+    seconds: float | None = None
     seed: int = 0
-    fps: float = 8.0
+    fps: float | None = None
+    size: str | None = None
     switches: tuple[str, ...] = ()
+    negative: str = ""
+    precision: str | None = None
+    text: Path | None = None
+    vae: Path | None = None
     force: bool = False
     threads: int = 1
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
