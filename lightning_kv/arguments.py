@@ -10,6 +10,33 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 EXAMPLES = {
+    "convert": """\
+examples:
+  lightning-kv convert self_forcing_dmd.pt -o self-forcing-diffusers --to diffusers
+  lightning-kv convert base.pt --lora lora.pt -o longlive.safetensors --to original""",
+    "decode": """\
+examples:
+  lightning-kv decode clip.safetensors -o clip.mp4
+  lightning-kv decode runs/longlive --vae models/wan2.1/vae
+
+A run whose latents were kept (evaluate --latents true) goes on with the clips that have no video.""",
+    "doctor": """\
+examples:
+  lightning-kv doctor
+  lightning-kv doctor --json""",
+    "encode": """\
+The text encoder of Wan has 5.7 billion parameters. With the text states of a set on disk, rollouts
+need none: the folder is prompts (--data.shards) and text (--text) of every later run.
+
+examples:
+  lightning-kv encode prompts.txt --out data/mine
+  lightning-kv encode data/mine --text models/wan2.1 --negative "blurred, overexposed" """,
+    "fetch": """\
+Files go to $LIGHTNING_KV_MODELS, or ~/.cache/lightning_kv. Nothing else ever uses the network.
+
+examples:
+  lightning-kv fetch wan2.1-parts
+  lightning-kv fetch self-forcing""",
     "evaluate": """\
 examples:
   lightning-kv evaluate -c configs/quickstart.yaml
@@ -21,6 +48,8 @@ examples:
   lightning-kv generate "dusk fast n13 left" -o dusk.mp4
   lightning-kv generate "dusk fast n13 left" --policy sink-window@9f --seconds 9 -o window.mp4
   lightning-kv generate "noon fast n10 left" --prompt "night fast n10 left@3" -o evening.mp4
+  lightning-kv generate "A red fox runs through snow" --model self-forcing -o fox.mp4
+  lightning-kv generate "A red fox" --model longlive=base.pt+lora.pt --seconds 30 -o fox.safetensors
 
 A prompt of the panorama model is four words: colours (dusk, noon, night, mist), speed (slow, fast),
 camera positions (n4 to n14) and start (left, any).""",
@@ -30,6 +59,7 @@ example:
     "list": """\
 examples:
   lightning-kv list policies
+  lightning-kv list models
   lightning-kv list parts --json""",
     "pretrain": """\
 example:

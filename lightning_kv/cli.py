@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from lightning_kv import __version__
+from lightning_kv import __version__, workshop
 from lightning_kv.arguments import Words, hint, parse
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from lightning_kv.terminal import console, fail, quiet, say, tell
 
 USAGE = """\
 usage: lightning-kv COMMAND [options]
@@ -30,7 +25,13 @@ commands:
   inspect    the same in the terminal
   generate   one video from a prompt, and what its cache cost
   pretrain   train the embedded panorama model
+
   list       policies, parts, models or metrics that are there
+  doctor     what works here: packages, devices, attention kernels, weights
+  fetch      download a published checkpoint
+  convert    a checkpoint under the names of the original or of diffusers
+  encode     text states of a set of prompts, computed once
+  decode     videos from latents that were kept
 
   lightning-kv COMMAND --help    says more
   lightning-kv --version
@@ -51,7 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "inspect": inspect_command,
         "generate": generate_command,
         "pretrain": pretrain_command,
-        "list": list_command,
+        "list": workshop.list_command,
+        "doctor": workshop.doctor_command,
+        "fetch": workshop.fetch_command,
+        "convert": workshop.convert_command,
+        "encode": workshop.encode_command,
+        "decode": workshop.decode_command,
     }
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
@@ -65,12 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commands[words[0]](words[1:])
     except ValueError as error:
         fail(str(error))
-
-
-def fail(text: str) -> None:
-    """Say what is wrong and stop."""
-    sys.stderr.write(f"error: {text}\n")
-    raise SystemExit(2)
 
 
 def evaluate_command(words: list[str]) -> None:
@@ -161,10 +161,14 @@ def generate_command(words: list[str]) -> None:
     from lightning_kv.tasks.options import GenerateOptions
 
     parser = Words("generate", "One video from a prompt alone, and what its cache cost.")
-    kinds = {field.name: field.default for field in dataclasses.fields(GenerateOptions)}
     parser.add_argument("prompt", metavar="PROMPT", help="what the model is told")
     parser.add_argument(
-        "-o", "--out", metavar="FILE", type=Path, required=True, help="the video, an .mp4 file"
+        "-o",
+        "--out",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="the video, an .mp4 file; or its latents, a .safetensors file",
     )
     parser.add_argument(
         "--prompt",
@@ -174,15 +178,21 @@ def generate_command(words: list[str]) -> None:
         default=[],
         help="another prompt from there on, at the start of the chunk; may be repeated",
     )
+    kinds = {field.name: field.default for field in dataclasses.fields(GenerateOptions)}
     for name, kind, text in (
-        ("model", str, "panorama, or a weights file that pretrain wrote"),
+        ("model", str, "panorama, a published checkpoint, NAME=FILE, or a file (panorama)"),
         ("policy", str, "a preset such as top-attention@9f, a YAML file, or parts in place"),
         ("seconds", float, "length, rounded up to whole chunks"),
-        ("seed", int, "of the noise"),
+        ("seed", int, "of the noise (0)"),
         ("fps", float, "frames per second"),
-        ("accelerator", str, "cpu, gpu, or auto: a CUDA GPU if there is one"),
+        ("size", str, "HEIGHTxWIDTH in pixels"),
+        ("negative", str, "negative prompt, for models with guidance"),
+        ("precision", str, "float32, reference or fast"),
+        ("text", Path, "folder of embeddings, or of tokenizer and text encoder"),
+        ("vae", Path, "folder of the VAE"),
+        ("threads", int, "CPU threads (1)"),
+        ("accelerator", str, "cpu, gpu, or auto: a CUDA GPU if there is one (auto)"),
     ):
-        text = f"{text} ({kinds[name]})"
         parser.add_argument(
             f"--{name}", type=kind, metavar=name.upper(), default=kinds[name], help=text
         )
@@ -191,7 +201,7 @@ def generate_command(words: list[str]) -> None:
     from lightning_kv.tasks.generate import generate
 
     made = generate(GenerateOptions(**vars(chosen)))
-    sys.stdout.write("\n".join((*made.words, *made.notes)) + "\n")
+    tell((*made.words, *made.notes))
 
 
 def pretrain_command(words: list[str]) -> None:
@@ -205,62 +215,6 @@ def pretrain_command(words: list[str]) -> None:
     sys.stdout.write(f"Weights are in {pretrain(options)}\n")
 
 
-def list_command(words: list[str]) -> None:
-    """`lightning-kv list`."""
-    from lightning_kv.listing import KINDS, listing
-
-    parser = Words("list", "What is there to choose from.")
-    parser.add_argument("what", metavar="WHAT", help=f"one of: {', '.join(KINDS)}")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    chosen = parser.parse_args(words)
-    if chosen.what not in KINDS:
-        near = hint(chosen.what, KINDS)
-        raise ValueError(f"Cannot list {chosen.what!r}.{near} Lists: {', '.join(KINDS)}.")
-    rows = listing(chosen.what)
-    if chosen.json:
-        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
-        return
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in rows[0]:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    console().print(table)
-
-
 def add_run(parser: Words) -> None:
     """The one run that a command is about."""
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory that evaluate made")
-
-
-def console() -> Console:
-    """Standard output, 120 columns wide where it is no terminal."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-
-
-def say(out: Any, sentences: Sequence[str]) -> None:
-    """Sentences as a list, the first one bold."""
-    from rich.text import Text
-
-    for index, sentence in enumerate(sentences):
-        out.print(Text(sentence, "" if index else "bold"))
-    out.print()
-
-
-def quiet() -> None:
-    """Keep Lightning's start-up notes to what a user must know (its import sets the levels)."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for text in (
-        "does not have many workers",  # worlds are drawn in no time
-        "isinstance.treespec, LeafSpec",  # between lightning and torch
-        "srun. command is available",
-        "Checkpoint directory .* exists and is not empty",  # that is how a run goes on
-        "was called before the ``update`` method",  # the reference has nothing to be compared with
-        "no pre-optimization state was saved",  # the state after the step is the one wanted
-    ):
-        warnings.filterwarnings("ignore", f".*{text}.*")

@@ -50,24 +50,49 @@ def parts() -> list[dict[str, Any]]:
 
 
 def models() -> list[dict[str, Any]]:
-    """Model presets; which of them have weights here."""
-    from lightning_kv.models.loading import PRESETS, WEIGHTS, build_model
+    """Models that can be rolled out: whose, how large, where they go, and what brings them."""
+    from lightning_kv.models.catalogue import CATALOGUE, PARTS
+    from lightning_kv.models.embedded import shipped
+    from lightning_kv.models.sizes import PRESETS, parameters
 
-    rows = []
-    for name, config in PRESETS.items():
-        here = (WEIGHTS / f"{name}.safetensors").is_file()
-        count = sum(p.numel() for p in build_model(name, "meta").parameters())
-        rows.append(
-            {
-                "model": name,
-                "parameters": count,
-                "layers x heads": f"{config.layers} x {config.heads}",
-                "chunk": config.chunk,
-                "train horizon": config.train_horizon,
-                "weights": "in this package" if here else "none here",
-            }
-        )
+    rows = [
+        {
+            "model": name,
+            "about": "The embedded panorama world, trained for this package.",
+            "source": "this package",
+            "licence": "Apache-2.0",
+            "size": f"{parameters(PRESETS[name]):,} parameters",
+            "sampling": sampling(PRESETS[name]),
+            "place": "in this package",
+            "type": f"--model {name}",
+        }
+        for name in shipped()
+    ]
+    for one in (*CATALOGUE.values(), *PARTS.values()):
+        row = {
+            "model": one.name,
+            "about": one.about,
+            "source": f"https://github.com/{one.project}, {one.page}",
+            "licence": one.licence,
+            "size": "download not measured" if one.gigabytes is None else f"{one.gigabytes:g} GB",
+        }
+        use = "all Wan models find it there"
+        if one.name in CATALOGUE:
+            row["size"] = f"{parameters(one.config):,} parameters, {row['size']}"
+            row["sampling"] = sampling(one.config)
+            use = f"--model {one.name}"
+        row["place"] = str(one.root or one.folder)
+        row["type"] = use if one.root else f"lightning-kv fetch {one.name}"
+        rows.append(row)
     return rows
+
+
+def sampling(config: Any) -> str:
+    """How a checkpoint is sampled, in a line."""
+    steps = len(config.timesteps)
+    unit = "frame by frame" if config.chunk == 1 else f"chunks of {config.chunk}"
+    how = f"{unit}, {steps} steps" if config.sampler != "rolling" else f"{steps} {unit} in flight"
+    return f"{how}, trained on {config.train_horizon} frames"
 
 
 def metrics() -> list[dict[str, Any]]:

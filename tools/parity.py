@@ -29,7 +29,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lightning_kv import rollout
@@ -66,7 +65,9 @@ class Recording:
             ValueError: It is no recording, or an unfinished one.
         """
         tensors, metadata = read_weights(path)
-        weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        weights = {
+            k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")
+        }
         missing = [name for name in NEEDED if name not in tensors]
         if missing or not weights or "config" not in metadata:
             raise ValueError(

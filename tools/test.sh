@@ -2,7 +2,7 @@
 # Lint and tests; makes its environment if there is none. --full adds the long matrices.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-extras="[dev]"
+extras="[dev,wan]"
 source tools/environment.sh
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .

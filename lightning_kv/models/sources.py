@@ -173,7 +173,9 @@ def _mapping(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}. A model file has {FILE_KEYS[:3]}.") from error
+        raise ValueError(
+            f"{path} is no YAML: {error}. A model file has {FILE_KEYS[:3]}."
+        ) from error
     if not isinstance(values, Mapping) or not {"name", "like", "weights"} <= values.keys():
         raise ValueError(
             f"{path} is no model file: it has no `name:`, `like:` and `weights:`. "

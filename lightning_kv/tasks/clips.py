@@ -24,9 +24,7 @@ def write_clip(path: Path, latents: Tensor, fps: float, about: dict[str, str]) -
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        save_file(
-            {"latents": latents.cpu().contiguous()}, temporary, {"fps": f"{fps:g}", **about}
-        )
+        save_file({"latents": latents.cpu().contiguous()}, temporary, {"fps": f"{fps:g}", **about})
 
 
 def read_clip(path: Path) -> tuple[Tensor, dict[str, str]]:

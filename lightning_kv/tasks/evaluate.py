@@ -18,8 +18,8 @@ from lightning_kv.cache.trace import Trace
 from lightning_kv.data.datamodule import PromptData, PromptSample
 from lightning_kv.metrics import Clip, metric_by_name
 from lightning_kv.models.loading import load_model
-from lightning_kv.models.video import VideoModel
 from lightning_kv.models.samplers import ChunkPlan
+from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.presets import load_policy
 from lightning_kv.report.records import RunDirectory, fingerprint, write_atomic
@@ -261,9 +261,7 @@ def conclude(run: RunDirectory) -> dict[str, Any]:
     return found
 
 
-def check_options(
-    options: EvaluateOptions, model: VideoModel, policies: list[CachePolicy]
-) -> None:
+def check_options(options: EvaluateOptions, model: VideoModel, policies: list[CachePolicy]) -> None:
     """Refuse metrics, kernel, frames and budgets that do not work, before anything is written.
 
     Raises:

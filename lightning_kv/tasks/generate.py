@@ -72,7 +72,9 @@ class Generated:
         scored = f", {self.rows_scored:,} more only scored" if self.rows_scored else ""
         rebuilt = f", {self.rebuilt_frames} frames encoded again" if self.rebuilt_frames else ""
         latent = "" if self.latent_frames == self.frames else f" ({self.latent_frames} latent)"
-        length = f"{self.frames} frames{latent}, {self.frames / self.fps:g} s at {self.fps:g} frames/s"
+        length = (
+            f"{self.frames} frames{latent}, {self.frames / self.fps:g} s at {self.fps:g} frames/s"
+        )
         rate = f"{self.frames / self.took:.1f} frames/s"
         return [
             f"{self.out}: {length}",

@@ -1,0 +1,120 @@
+"""Pixels of latents that a rollout has left on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from lightning_kv.models.embedded import load_embedded
+from lightning_kv.models.loading import vae_source
+from lightning_kv.models.sources import find_model
+from lightning_kv.models.video import Codec
+from lightning_kv.report.video import write_mp4
+from lightning_kv.tasks.clips import SUFFIX, read_clip
+from lightning_kv.tasks.generate import shown
+
+FOLDER = "latents"
+"""Where a run keeps the latents of its clips."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What was decoded.
+
+    Args:
+        videos: Files that were written now.
+        kept: Files that were there already.
+        out: The video, or the folder of them.
+    """
+
+    videos: tuple[Path, ...]
+    kept: int
+    out: Path
+
+    @property
+    def words(self) -> list[str]:
+        """What was done, in a sentence."""
+        there = f" {self.kept} were there already." if self.kept else ""
+        return [f"{len(self.videos)} videos were written to {self.out}.{there}"]
+
+
+def decode(
+    source: Path,
+    out: Path | None = None,
+    vae: Path | None = None,
+    device: str | torch.device = "cpu",
+    precision: str = "reference",
+    force: bool = False,
+) -> Decoded:
+    """Write a video for each clip of latents, one latent frame in memory at a time.
+
+    Args:
+        source: A file of latents, or a run directory that was made with ``--latents true``.
+        out: The video, or the folder of a run's videos; beside the latents where not given.
+        vae: Folder of the VAE; that of the clip's model where not given.
+        device: Where the VAE runs.
+        precision: Its profile.
+        force: Replace videos that are there. Without it a run goes on with those that are not.
+
+    Raises:
+        ValueError: No latents, no VAE, or a video that would be lost.
+    """
+    pairs = list(_pairs(source, out))
+    single = not source.is_dir()
+    if single and pairs[0][1].exists() and not force:
+        raise ValueError(
+            f"{pairs[0][1]} exists and would be lost. Give another -o, or --force to replace it."
+        )
+    left = [(clip, video) for clip, video in pairs if force or not video.exists()]
+    codecs: dict[str, Codec] = {}
+    console = Console(stderr=True)
+    silent = single or not console.is_terminal
+    for clip, video in track(left, "decoding", console=console, disable=silent, transient=True):
+        latents, about = read_clip(clip)
+        name = about.get("model", "")
+        if name not in codecs:
+            codecs[name] = _codec(name, vae, device, precision)
+        video.parent.mkdir(parents=True, exist_ok=True)
+        write_mp4(video, shown(codecs[name].stream(latents.float().to(device))), _rate(about))
+    target = pairs[0][1] if single else (out or source / "decoded")
+    return Decoded(tuple(video for _, video in left), len(pairs) - len(left), target)
+
+
+def _pairs(source: Path, out: Path | None) -> Iterator[tuple[Path, Path]]:
+    """Latents and the video of each."""
+    if source.is_file():
+        video = out or source.with_suffix(".mp4")
+        if video.suffix.lower() != ".mp4" or not video.parent.is_dir():
+            raise ValueError(
+                f"{video} is no place for a video. Give a name that ends in .mp4, in a folder that "
+                "is there."
+            )
+        yield source, video
+        return
+    found = sorted((source / FOLDER).rglob(f"*{SUFFIX}"))
+    if not found:
+        raise ValueError(
+            f"There are no latents at {source}. Give a file that `lightning-kv generate ... -o "
+            f"clip{SUFFIX}` wrote, or a run directory of `lightning-kv evaluate --latents true`."
+        )
+    for clip in found:
+        inside = clip.relative_to(source / FOLDER).with_suffix(".mp4")
+        yield clip, (out or source / "decoded") / inside
+
+
+def _codec(name: str, vae: Path | None, device: str | torch.device, precision: str) -> Codec:
+    if vae is not None:
+        return vae_source(vae, device, precision)
+    source = find_model(name)
+    if source.config is None:
+        return load_embedded(source.weights, device, "float32").codec
+    return vae_source(source.vae, device, precision)
+
+
+def _rate(about: dict[str, str]) -> float:
+    return float(about["fps"])
