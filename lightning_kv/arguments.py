@@ -19,7 +19,7 @@ examples:
   lightning-kv decode clip.safetensors -o clip.mp4
   lightning-kv decode runs/longlive --vae models/wan2.1/vae
 
-A run whose latents were kept (evaluate --latents true) goes on with the clips that have no video.""",
+A run that kept its latents (evaluate --latents true) goes on with the clips that have no video.""",
     "doctor": """\
 examples:
   lightning-kv doctor
@@ -38,6 +38,8 @@ examples:
   lightning-kv fetch wan2.1-parts
   lightning-kv fetch self-forcing""",
     "evaluate": """\
+What is not given is the model's own: frames, size, rate, precision, metrics; and all prompts.
+
 examples:
   lightning-kv evaluate -c configs/quickstart.yaml
   lightning-kv evaluate -c configs/evaluate.yaml --policies [full,sliding-window,top-attention] \\

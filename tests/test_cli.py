@@ -291,7 +291,7 @@ def test_a_share_in_a_policy_name_is_a_name_like_others(tmp_path):
         (["--promts", "3"], "No setting 'promts'. Did you mean 'prompts'?"),
         (["--frames", "many"], "frames"),
         (["--model", "panorma"], "No model 'panorma'. Did you mean 'panorama'?"),
-        (["--model", "wan-1.3b"], "The weights of 'wan-1.3b' are not in this installation"),
+        (["--model", "wan-1.3b"], "'wan-1.3b' is a size, without weights"),
         (["--model", "nowhere.safetensors"], "No weights file nowhere.safetensors"),
         (["--data.shards", "nowhere"], "nowhere"),
         (["--threads", "0"], "leaves nobody to work"),
@@ -364,7 +364,8 @@ def test_foreign_weights_are_refused(tmp_path, capsys):
     save_file({"x": torch.zeros(3)}, path)
     with pytest.raises(SystemExit):
         main(["evaluate", *SMALL, "--model", str(path), "--out", str(tmp_path / "run")])
-    assert "is no weights file of the embedded model" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "does not say how it is sampled" in error and f"self-forcing={path}" in error
 
 
 def test_reports_of_a_finished_run(single, tmp_path, capsys):
@@ -532,4 +533,7 @@ def test_lists(what, capsys):
     text = capsys.readouterr().out
     assert all(str(next(iter(row.values()))) in text for row in rows)
     if what == "models":
-        assert {r["model"]: r["parameters"] for r in rows}["wan-1.3b"] == 1_418_996_800
+        found = {row["model"]: row for row in rows}
+        assert "1,418,996,800 parameters, 5.7 GB" in found["self-forcing"]["size"]
+        assert found["self-forcing"]["type"] == "lightning-kv fetch self-forcing"
+        assert found["panorama"]["size"] == "893,008 parameters"

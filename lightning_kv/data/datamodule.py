@@ -66,13 +66,17 @@ class PromptData(lightning.LightningDataModule):
             )
         return self.prompts
 
+    def prompt_texts(self) -> list[str]:
+        """Texts of all prompts of the run in their order, finished ones included."""
+        return [sample.prompt for sample in self._samples()]
+
     def keys(self) -> list[str]:
         """Keys of all prompts of the run in their order, finished ones included.
 
         Raises:
             ValueError: As for `total`, or two prompts have one key.
         """
-        keys = [sample.key for sample in PromptShards(self.index, seed=self.seed, limit=self.total)]
+        keys = [sample.key for sample in self._samples()]
         if len(set(keys)) < self.total:
             raise ValueError(
                 "The prompts of the run have no distinct keys. "
@@ -80,6 +84,9 @@ class PromptData(lightning.LightningDataModule):
                 f"Use another data seed than {self.seed}, or write the set again."
             )
         return keys
+
+    def _samples(self) -> PromptShards:
+        return PromptShards(self.index, seed=self.seed, limit=self.total)
 
     def setup(self, stage: str | None = None) -> None:
         """Check the set before the first prompt is run.

@@ -20,7 +20,8 @@ class Clip:
 
     Args:
         latents: ``[F, C, h, w]``.
-        pixels: ``[F, 3, H, W]`` in [0, 1], one for each latent frame.
+        pixels: ``[P, 3, H, W]`` in [0, 1]: one for each latent frame, or one for the first and
+            equally many for each of the others; None where only latents are known.
         reference_latents: The same of the reference rollout; None where there is none.
         reference_pixels: The same of the reference rollout; None where there is none.
         context: Number of leading frames that were given and not generated.
@@ -31,7 +32,7 @@ class Clip:
     """
 
     latents: Tensor
-    pixels: Tensor
+    pixels: Tensor | None = None
     reference_latents: Tensor | None = None
     reference_pixels: Tensor | None = None
     context: int = 0
@@ -41,6 +42,9 @@ class Clip:
         names = ("latents", "pixels", "reference_latents", "reference_pixels")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         lengths = {name: len(tensor) for name, tensor in given.items()}
+        shown = {name: lengths[name] for name in given if name.endswith("pixels")}
+        if len(set(shown.values())) == 1 and _shows(self.frames, *set(shown.values())):
+            lengths |= dict.fromkeys(shown, self.frames)
         if self.scene is not None and self.scene.positions is not None:
             lengths["scene.positions"] = len(self.scene.positions)
         if len(set(lengths.values())) != 1:
@@ -65,6 +69,20 @@ class Clip:
     def frames(self) -> int:
         """Number F of latent frames, context included."""
         return len(self.latents)
+
+    def per_frame(self, values: Tensor) -> Tensor:
+        """Values of pixel frames ``[P]`` as means of the latent frames that show them, ``[F]``."""
+        if len(values) == self.frames:
+            return values
+        later = values[1:].view(self.frames - 1, -1).mean(1)
+        return torch.cat([values[:1], later])
+
+
+def _shows(frames: int, pixel_frames: int) -> bool:
+    """Whether so many latent frames can be shown by so many pixel frames."""
+    if frames == 1:
+        return pixel_frames == 1
+    return pixel_frames >= frames and (pixel_frames - 1) % (frames - 1) == 0
 
 
 class ClipMetric(Metric):

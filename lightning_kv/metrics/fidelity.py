@@ -106,11 +106,11 @@ class PSNR(ClipMetric):
         "against the reference rollout: mean over frames after the context of "
         "10 log10(1/max(mse,1e-10)), range [0,1]"
     )
-    needs = ("reference_pixels",)
+    needs = ("pixels", "reference_pixels")
 
     def frame_values(self, clip: Clip) -> Tensor:
         """PSNR of every frame."""
-        return psnr(clip.pixels, clip.reference_pixels)
+        return clip.per_frame(psnr(clip.pixels, clip.reference_pixels))
 
 
 class SSIM(ClipMetric):
@@ -132,11 +132,11 @@ class SSIM(ClipMetric):
         "gaussian 11x11 sigma 1.5, K1 0.01, K2 0.03, reflect padding, no crop, RGB mean, "
         "range [0,1], float64"
     )
-    needs = ("reference_pixels",)
+    needs = ("pixels", "reference_pixels")
 
     def frame_values(self, clip: Clip) -> Tensor:
         """SSIM of every frame."""
-        return ssim(clip.pixels, clip.reference_pixels)
+        return clip.per_frame(ssim(clip.pixels, clip.reference_pixels))
 
 
 class LatentMSE(ClipMetric):

@@ -66,7 +66,10 @@ def load_model(
         )
     checkpoint = read_checkpoint(source.weights, source.key, source.lora)
     network = network_of(source, checkpoint, precision).to(device)
-    return VideoModel(network, codec, text, identity(checkpoint, precision))
+    told = identity(checkpoint, precision)
+    told |= {"text": text.fingerprint} if hasattr(text, "fingerprint") else {}
+    told |= {"vae": codec.fingerprint} if codec is not None else {}
+    return VideoModel(network, codec, text, told)
 
 
 def network_of(source: Source, checkpoint: Checkpoint, precision: str) -> CausalWan:
@@ -100,6 +103,7 @@ class Encoded(nn.Module):
 
     def __init__(self, encoder: WanText, prompts: Sequence[str]) -> None:
         super().__init__()
+        self.fingerprint = encoder.fingerprint
         self.rows = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
         states = torch.cat([encoder([prompt]) for prompt in self.rows])
         self.register_buffer("states", states, persistent=False)

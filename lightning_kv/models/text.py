@@ -87,6 +87,7 @@ class WanText(nn.Module):
         """
         fingerprint = text_fingerprint(folder, dtype)
         transformers = wan_extra("transformers")
+        transformers.utils.logging.disable_progress_bar()
         tokenizer_at, encoder_at = _parts(folder)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -23,7 +24,7 @@ class UniPC:
     """
 
     def __init__(self, sigmas: Sequence[float]) -> None:
-        falling = all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))
+        falling = all(a > b for a, b in pairwise(sigmas))
         if not sigmas or not falling or not 0 < sigmas[-1] <= sigmas[0] < 1:
             raise ValueError(
                 f"UniPC cannot follow the noise levels {list(sigmas)}. "

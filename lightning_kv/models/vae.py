@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,15 +22,16 @@ class WanVAE(nn.Module):
 
     Args:
         vae: A diffusers ``AutoencoderKLWan``. Its device and number format are kept.
+        fingerprint: Identity of its weights: the sha256 of their file.
 
     Raises:
         ValueError: The VAE is of a kind that cannot be decoded frame by frame here.
     """
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, fingerprint: str = "") -> None:
         super().__init__()
         _check_config(vae.config)
-        self.vae = vae
+        self.vae, self.fingerprint = vae, fingerprint
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype) -> WanVAE:
@@ -63,7 +65,10 @@ class WanVAE(nn.Module):
                 f"The VAE in {folder} lacks {len(missing)} tensors, such as {missing[0]}. "
                 "Copy the folder again."
             )
-        return cls(vae.to(device).eval().requires_grad_(False))
+        digest = hashlib.sha256()
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            digest.update(path.read_bytes())
+        return cls(vae.to(device).eval().requires_grad_(False), digest.hexdigest())
 
     @property
     def stride(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Seconds of a video in latent frames, and prompts that come on the way."""
+"""Length and size of a video in latent frames, and prompts that come on the way."""
 
 from __future__ import annotations
 
@@ -117,3 +117,17 @@ def read_switches(
             )
         found[frame] = Switch(prompt, moment, frame)
     return [found[frame] for frame in sorted(found)]
+
+
+def read_size(text: str | None, config: WanConfig) -> tuple[int, int]:
+    """Latent height and width of ``HEIGHTxWIDTH`` in pixels; the model's own where not given.
+
+    Raises:
+        ValueError: No size, or one that makes no whole patches.
+    """
+    if text is None:
+        return config.latent_size
+    height, _, width = text.lower().partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise ValueError(f"--size {text!r} is no size. Write HEIGHTxWIDTH in pixels, as 480x832.")
+    return config.latent_of((int(height), int(width)))

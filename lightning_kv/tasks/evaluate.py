@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import warnings
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,32 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_kv.cache.attend import known_backend
 from lightning_kv.cache.trace import Trace
 from lightning_kv.data.datamodule import PromptData, PromptSample
 from lightning_kv.metrics import Clip, metric_by_name
 from lightning_kv.models.loading import load_model
 from lightning_kv.models.samplers import ChunkPlan
+from lightning_kv.models.sources import find_model
 from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.presets import load_policy
 from lightning_kv.report.records import RunDirectory, fingerprint, write_atomic
 from lightning_kv.report.traces import write_traces
-from lightning_kv.report.video import side_by_side, write_mp4
+from lightning_kv.report.video import Frames, side_by_side, write_mp4
 from lightning_kv.rollout import Rollout, rollout
 from lightning_kv.tasks.choices import chosen_policies
+from lightning_kv.tasks.clips import SUFFIX, write_clip
+from lightning_kv.tasks.clock import read_size
+from lightning_kv.tasks.decode import FOLDER
 from lightning_kv.tasks.launch import is_first, launched
 from lightning_kv.tasks.options import EvaluateOptions, TrainerOptions
 from lightning_kv.tasks.overview import summary_of, write_report
 from lightning_kv.tasks.progress import RolloutProgress
-from lightning_kv.tasks.results import about, broken, cost, describe, measure, picture
-from lightning_kv.tasks.scenes import Start, panorama_start, stack_context
+from lightning_kv.tasks.results import about, broken, cost, describe, fitted, measure
+from lightning_kv.tasks.scenes import Start, stack_context, start_of
+from lightning_kv.tasks.settle import check_options, settled
+
+PANEL = 160  # pixels that a smaller picture is enlarged to in a moving picture
 
 
 class Evaluate(L.LightningModule):
@@ -92,17 +98,24 @@ class Evaluate(L.LightningModule):
         if mine:
             prompt = next(iter(data.test_dataloader()))[0].prompt
             full = load_policy("full")
-            rollout(self.model, full, prompt, 2 * plan.chunk, backend=self.options.backend)
+            rollout(
+                self.model,
+                full,
+                prompt,
+                2 * plan.chunk,
+                latent_size=self.latent_size,
+                backend=self.options.backend,
+                decode=False,
+            )
 
     def test_step(self, batch: list[PromptSample], _: int) -> None:
         """All rollouts of some prompts; their records; what there is to see of them."""
         options = self.options
         starts = [
-            panorama_start(sample, self.codec, options.frames, options.context_frames)
-            for sample in batch
+            start_of(sample, self.codec, options.frames, options.context_frames) for sample in batch
         ]
         shown = [i for i, start in enumerate(starts) if start.sample.key in self.pictured]
-        clips: list[dict[str, Tensor]] = [{} for _ in starts]
+        clips: list[dict[str, Frames]] = [{} for _ in starts]
         traces: list[dict[str, dict[str, np.ndarray]]] = [{} for _ in starts]
         reference = None
         if self._twice:
@@ -113,10 +126,13 @@ class Evaluate(L.LightningModule):
             reference = reference or out  # the first name
             self._record(name, out, reference, starts)
             for i in shown:
-                clips[i][name], traces[i][name] = out.frames[i], trace.arrays(i)
+                traces[i][name] = trace.arrays(i)
+                if options.decode:
+                    clips[i][name] = fitted(out.frames[i])
         for i in shown:
             write_traces(self.run.traces / f"{starts[i].sample.key}.npz", traces[i])
-            self._picture(starts[i], clips[i])
+            if options.decode:
+                self._picture(starts[i], clips[i])
         self.progress.end(len(batch))
 
     def close(self) -> None:
@@ -131,9 +147,12 @@ class Evaluate(L.LightningModule):
                 self.log(f"{policy}/{name}", metric)
 
     def _plan(self) -> ChunkPlan:
-        return ChunkPlan(
-            self.options.frames, self.network.config.chunk, self.options.context_frames
-        )
+        return self.network.config.plan(self.options.frames, self.options.context_frames)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Latent height and width of every clip."""
+        return read_size(self.options.size, self.network.config)
 
     def _rollout(self, policy: CachePolicy, starts: list[Start], watch: Trace | None) -> Rollout:
         samples = [start.sample for start in starts]
@@ -146,7 +165,10 @@ class Evaluate(L.LightningModule):
             seed=self.options.seed,
             keys=[sample.key for sample in samples],
             context=stack_context(starts),
+            latent_size=self.latent_size,
+            negative=self.options.negative,
             backend=self.options.backend,
+            decode=self.options.decode,
             watch=watch,
             progress=self.progress.chunk,
         )
@@ -163,6 +185,8 @@ class Evaluate(L.LightningModule):
         for index, start in enumerate(starts):
             if (name, start.sample.key) in self.recorded:
                 continue  # finished before this run was taken up again
+            if self.options.latents:
+                self._keep(name, out.latents[index], start)
             record = {
                 "policy": name,
                 "key": start.sample.key,
@@ -176,9 +200,9 @@ class Evaluate(L.LightningModule):
                 continue
             clip = Clip(
                 latents=out.latents[index],
-                pixels=out.frames[index],
+                pixels=pixels_of(out, index),
                 reference_latents=None if compared is None else compared.latents[index],
-                reference_pixels=None if compared is None else compared.frames[index],
+                reference_pixels=pixels_of(compared, index),
                 context=self.options.context_frames,
                 scene=start.scene,
             )
@@ -187,13 +211,30 @@ class Evaluate(L.LightningModule):
                 self.global_rank, record | {"metrics": metrics, "curves": curves, "failure": None}
             )
 
-    def _picture(self, start: Start, clips: dict[str, Tensor]) -> None:
-        panels = [("world", start.truth)] if start.truth is not None else []
-        panels += list(clips.items())
-        rows = [(label, picture(x)) for label, x in panels]
+    def _keep(self, name: str, latents: Tensor, start: Start) -> None:
+        """Latents of one clip, for a later ``lightning-kv decode``."""
+        folder = self.run.path / FOLDER / re.sub(r"[^\w@.+-]+", "_", name)
+        about = {
+            "model": self.options.model,
+            "policy": name,
+            "prompt": start.sample.prompt,
+            "key": start.sample.key,
+            "seed": str(self.options.seed),
+        }
+        write_clip(folder / f"{start.sample.key}{SUFFIX}", latents, self.options.fps, about)
+
+    def _picture(self, start: Start, clips: dict[str, Frames]) -> None:
+        rows = [("world", fitted(start.truth))] if start.truth is not None else []
+        rows += list(clips.items())
         columns = 3 if len(rows) in (3, 5, 6, 9) else 4
         path = self.run.videos / f"{start.sample.key}.mp4"
-        write_mp4(path, side_by_side(rows, scale=5, columns=columns), self.options.fps)
+        scale = max(1, PANEL // rows[0][1].shape[2])
+        write_mp4(path, side_by_side(rows, scale, columns=columns), self.options.fps)
+
+
+def pixels_of(out: Rollout | None, index: int) -> Tensor | None:
+    """Pixels of one clip, where there are any."""
+    return None if out is None or out.frames is None else out.frames[index]
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -206,11 +247,23 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     if options.threads < 1:
         raise ValueError(f"--threads {options.threads} leaves nobody to work. Use 1 or more.")
     torch.set_num_threads(options.threads)
+    source = find_model(options.model)
+    options = settled(options, source)
     policies, reference = chosen_policies(options)
-    model = load_model(options.model)
-    check_options(options, model, [reference, *policies.values()])
+    everyone = [reference, *policies.values()]
+    if source.config is not None:  # before gigabytes are read
+        check_options(options, source.config, world=False, policies=everyone)
     data = PromptData(options.data.shards, options.prompts, options.data.seed, options.batch)
-    described = describe(options, policies, reference, data, settings.accelerator)
+    model = load_model(
+        options.model,
+        precision=options.precision,
+        text=options.text,
+        vae=options.vae,
+        decode=options.decode,
+        prompts=[*data.prompt_texts(), options.negative],
+    )
+    check_options(options, model.network.config, source.config is None, everyone)
+    described = describe(options, policies, reference, model, data, settings.accelerator)
     mark = fingerprint(described)
     trainer = trainer_for(settings)
     enough(trainer.world_size, data.total)
@@ -224,7 +277,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     task.pictured = set(data.keys()[: options.videos])
     if run.path.is_dir():
         task.recorded = {(record["policy"], record["key"]) for record in run.records()}
-        data.finished = run.finished(task.names) - unseen(run, task.pictured)
+        data.finished = run.finished(task.names) - unseen(run, task.pictured, options.decode)
     try:
         trainer.test(task, datamodule=data, verbose=False)
     finally:
@@ -247,10 +300,11 @@ def trainer_for(settings: TrainerOptions) -> L.Trainer:
     )
 
 
-def unseen(run: RunDirectory, keys: set[str]) -> set[str]:
-    """Prompts whose moving picture or trace is not there yet."""
-    shown = {path.stem for path in run.videos.glob("*.mp4")}
-    return keys - (shown & {path.stem for path in run.traces.glob("*.npz")})
+def unseen(run: RunDirectory, keys: set[str], decode: bool) -> set[str]:
+    """Prompts whose moving picture (where there are pixels) or trace is not there yet."""
+    traced = {path.stem for path in run.traces.glob("*.npz")}
+    shown = {path.stem for path in run.videos.glob("*.mp4")} if decode else traced
+    return keys - (shown & traced)
 
 
 def conclude(run: RunDirectory) -> dict[str, Any]:
@@ -259,31 +313,6 @@ def conclude(run: RunDirectory) -> dict[str, Any]:
     write_atomic(run.summary, json.dumps(found, indent=1, allow_nan=False) + "\n")
     write_report(run.report, [run], [found])
     return found
-
-
-def check_options(options: EvaluateOptions, model: VideoModel, policies: list[CachePolicy]) -> None:
-    """Refuse metrics, kernel, frames and budgets that do not work, before anything is written.
-
-    Raises:
-        ValueError: The first that does not.
-    """
-    config = model.network.config
-    metric_by_name(options.metrics)
-    known_backend(options.backend)
-    ChunkPlan(options.frames, config.chunk, options.context_frames)
-    if options.videos is not None and options.videos < 0:
-        raise ValueError(
-            f"--videos {options.videos} is no number of prompts. Use 0 for none, or leave it out "
-            "for all."
-        )
-    for policy in policies:
-        policy.check(config.geometry(), config.chunk, options.frames)
-    if options.frames > config.train_horizon and is_first():
-        warnings.warn(
-            f"{options.frames} frames exceed the {config.train_horizon} that {options.model} was "
-            "trained for: the reference itself may fail.",
-            stacklevel=2,
-        )
 
 
 def enough(world: int, prompts: int) -> None:

@@ -16,14 +16,13 @@ from lightning_kv.data.panorama import PanoramaPrompt
 from lightning_kv.models.loading import load_model
 from lightning_kv.models.sources import find_model
 from lightning_kv.models.video import VideoModel
-from lightning_kv.models.wan import WanConfig
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.presets import load_policy
 from lightning_kv.report.table import format_bytes
 from lightning_kv.report.video import Frames, write_mp4
 from lightning_kv.rollout import Rollout, rollout
 from lightning_kv.tasks.clips import SUFFIX, write_clip
-from lightning_kv.tasks.clock import Clock, Switch, read_switch, read_switches
+from lightning_kv.tasks.clock import Clock, Switch, read_size, read_switch, read_switches
 from lightning_kv.tasks.launch import resolved
 from lightning_kv.tasks.options import GenerateOptions
 from lightning_kv.tasks.progress import RolloutProgress
@@ -193,20 +192,6 @@ def run(
             progress=progress.chunk,
         )
     return made, time.perf_counter() - began
-
-
-def read_size(text: str | None, config: WanConfig) -> tuple[int, int]:
-    """Latent height and width of ``HEIGHTxWIDTH`` in pixels; the model's own where not given.
-
-    Raises:
-        ValueError: No size, or one that makes no whole patches.
-    """
-    if text is None:
-        return config.latent_size
-    height, _, width = text.lower().partition("x")
-    if not (height.isdigit() and width.isdigit()):
-        raise ValueError(f"--size {text!r} is no size. Write HEIGHTxWIDTH in pixels, as 480x832.")
-    return config.latent_of((int(height), int(width)))
 
 
 def check_out(out: Path, force: bool) -> None:

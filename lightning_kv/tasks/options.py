@@ -7,27 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 PRESET_POLICIES = ["full", "sliding-window@9f", "sink-window@9f", "top-attention@9f", "random@9f"]
-DEFAULT_METRICS = [
-    "psnr",
-    "ssim",
-    "latent_mse",
-    "revisit_error",
-    "recall",
-    "recall_far",
-    "ruler_error",
-    "camera_rule",
-]
 
 
 @dataclass
 class TrainerOptions:
-    """Where a job runs.
+    """Where a job runs: one device of one machine, or what a launcher started, by default.
 
     Args:
-        devices: Processes on this machine (CPU) or GPUs: a number, or a list such as 0,2. One, or
-            what the launcher started, where not given.
+        devices: Processes (CPU) or GPUs: a number, or a list such as 0,2.
         accelerator: cpu, gpu, or auto (a CUDA GPU if there is one).
-        num_nodes: Machines; one, or the launcher's, where not given.
+        num_nodes: Machines.
     """
 
     devices: int | str | None = None
@@ -40,11 +29,11 @@ class DataOptions:
     """What streams in.
 
     Args:
-        shards: Folder with prompt shards and their index.json (see data/README.md).
+        shards: Folder of prompt shards (`lightning-kv encode` makes one).
         seed: Of the worlds that are drawn for the prompts.
     """
 
-    shards: Path = Path("data/panorama-fast13")
+    shards: Path | None = None
     seed: int = 0
 
 
@@ -53,24 +42,30 @@ class EvaluateOptions:
     """Roll out the reference and every policy from the same prompts and noise, and compare.
 
     Args:
-        policies: Names, names with a budget (top-attention@9f), YAML files, or parts in place:
-            {name: mine, retain: {part: window, budget: 6f}, precision: aged}.
+        policies: Names (full, top-attention@9f), YAML files, or parts in place: {name: mine,
+            retain: {part: window, budget: 6f}}.
         budgets: Such as 6f,9f,15f: every policy above that has a budget and does not name it
             with @ is run once with each. The others stay as they are.
         reference: The policy that the others are compared with.
-        model: panorama, or a weights file that pretrain wrote.
+        model: panorama, a name of `lightning-kv list models`, NAME=FILE, or a file.
+        precision: float32, reference (the casts of the original code) or fast.
+        text: Folder of embeddings (default: the shards' own), or of a text encoder.
+        vae: Folder of the VAE.
         data: Prompts and worlds.
         prompts: Number of prompts from the start of the set; all where not given.
         frames: Latent frames per clip, the context included.
         context_frames: Given frames at the start; 0 generates from the prompt alone.
+        size: HEIGHTxWIDTH in pixels.
         seed: Of the noise.
+        negative: What guidance leads away from (models with guidance).
         metrics: Which metrics (see `lightning-kv list metrics`).
+        decode: Make pixels; without them no videos and no metrics of pixels.
+        latents: Keep the latents of every clip, for `lightning-kv decode`.
         out: Run directory. An unfinished run with the same settings goes on there.
         batch: Clips rolled out together.
         backend: Attention kernel, sdpa or reference.
-        threads: CPU threads per process; part of the fingerprint, it can change the last digit.
-        videos: Number of prompts with moving pictures, and a picture of what every policy keeps
-            and reads; all where not given.
+        threads: CPU threads per process; can change the last digit of results.
+        videos: Prompts with moving pictures and pictures of what is kept.
         fps: Frames per second of the moving pictures.
         trainer: Where it runs.
     """
@@ -79,18 +74,25 @@ class EvaluateOptions:
     budgets: str | list[str | float] | None = None
     reference: str = "full"
     model: str = "panorama"
+    precision: str | None = None
+    text: Path | None = None
+    vae: Path | None = None
     data: DataOptions = field(default_factory=DataOptions)
     prompts: int | None = None
-    frames: int = 72
-    context_frames: int = 15
+    frames: int | None = None
+    context_frames: int | None = None
+    size: str | None = None
     seed: int = 0
-    metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))
+    negative: str = ""
+    metrics: list[str] | None = None
+    decode: bool = True
+    latents: bool = False
     out: Path = Path("runs/evaluate")
     batch: int = 1
     backend: str = "sdpa"
     threads: int = 1
     videos: int | None = None
-    fps: int = 8
+    fps: float | None = None
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
 import lightning_kv
 from lightning_kv.data.datamodule import PromptData
@@ -37,6 +36,12 @@ def picture(pixels: Tensor) -> np.ndarray:
     """Pixels ``[F, 3, H, W]`` in [0, 1] as uint8 ``[F, H, W, 3]``; what is not finite is black."""
     shown = (255 * pixels.nan_to_num(0)).round().byte()
     return shown.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def fitted(pixels: Tensor, width: int = 320) -> np.ndarray:
+    """A picture of at most ``width`` pixels: larger ones are averaged over whole blocks."""
+    block = -(-pixels.shape[-1] // width)
+    return picture(avg_pool2d(pixels, block) if block > 1 else pixels)
 
 
 def measure(
@@ -84,15 +89,15 @@ def describe(
     options: EvaluateOptions,
     policies: dict[str, CachePolicy],
     reference: CachePolicy,
+    model: VideoModel,
     data: PromptData,
     accelerator: str,
 ) -> dict[str, Any]:
     """Everything the numbers depend on: the run's fingerprint is made of it."""
-    named = not options.model.endswith(".safetensors")
-    weights = WEIGHTS / f"{options.model}.safetensors" if named else Path(options.model)
     return {
         "model": options.model,
-        "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "source": model.source,
+        "config": model.network.config.to_dict(),
         "policies": {name: policy_to_dict(policy) for name, policy in policies.items()},
         "reference": policy_to_dict(reference),
         "data": {
@@ -102,7 +107,10 @@ def describe(
         },
         "frames": options.frames,
         "context_frames": options.context_frames,
+        "size": options.size,
         "seed": options.seed,
+        "negative": options.negative,
+        "decode": options.decode,
         "metrics": {name: METRICS[name].recipe for name in options.metrics},
         "batch": options.batch,
         "backend": options.backend,
@@ -131,13 +139,14 @@ def about(
             "prompts": prompts,
             "frames": options.frames,
             "context_frames": options.context_frames,
+            "size": options.size,
             "seed": options.seed,
             "data_seed": options.data.seed,
             "batch": options.batch,
             "device": device,
             "versions": versions() | {"python": platform.python_version()},
         },
-        "model": {"name": options.model, **model.network.config.to_dict()},
+        "model": {"name": options.model, **model.network.config.to_dict(), **model.source},
         "videos": prompts if options.videos is None else min(options.videos, prompts),
         "fps": options.fps,
     }

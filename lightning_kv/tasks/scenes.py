@@ -11,23 +11,31 @@ from lightning_kv.data.datamodule import PromptSample
 from lightning_kv.data.panorama import VISIBLE, World, column_tiles, ruler, world_for
 from lightning_kv.metrics import Scene
 from lightning_kv.models.codec import PatchCodec
+from lightning_kv.models.video import Codec
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a clip of the panorama world starts.
+    """Where a clip starts.
 
     Args:
         sample: Prompt and key.
-        scene: What metrics may know.
+        scene: What metrics may know of its world; None outside the panorama.
         context: Given latents ``[context_frames, C, 4, 4]``; None in free generation.
         truth: Pixels of the world ``[F, 3, 32, 32]`` for the moving pictures; None without context.
     """
 
     sample: PromptSample
-    scene: Scene
-    context: Tensor | None
-    truth: Tensor | None
+    scene: Scene | None = None
+    context: Tensor | None = None
+    truth: Tensor | None = None
+
+
+def start_of(sample: PromptSample, codec: Codec | None, frames: int, context: int) -> Start:
+    """The start of a prompt: in the panorama its world, elsewhere the prompt alone."""
+    if isinstance(codec, PatchCodec):
+        return panorama_start(sample, codec, frames, context)
+    return Start(sample)
 
 
 def panorama_start(sample: PromptSample, codec: PatchCodec, frames: int, context: int) -> Start:

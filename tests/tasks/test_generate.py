@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from lightning_kv import preset, rollout
 from lightning_kv.cli import main
 from lightning_kv.data.panorama import PALETTES
+from lightning_kv.models import WanConfig
 from lightning_kv.tasks import generate as generate_module
-from lightning_kv.tasks.generate import all_rows, generate, latent_frames, read_switches
+from lightning_kv.tasks.clock import Clock, read_size, read_switches
+from lightning_kv.tasks.generate import generate
 from lightning_kv.tasks.options import GenerateOptions
 
 PROMPT = "noon fast n7 left"
@@ -48,9 +50,18 @@ def test_a_video_is_the_rollout_enlarged(tmp_path, panorama):
 
 
 @pytest.mark.parametrize("frames", [3, 12, 30])
-def test_all_rows_are_those_that_the_full_cache_reads(panorama, frames):
+def test_the_rows_of_the_history_are_those_that_the_full_cache_reads(panorama, frames):
     full = rollout(panorama, preset("full"), PROMPT, frames, decode=False)
-    assert all_rows(panorama.network.config, frames) == full.costs[0].rows_read
+    assert full.costs[0].rows_history == full.costs[0].rows_read
+    chunks = frames // 3
+    assert full.costs[0].rows_read == 5 * 6 * 4 * (48 * 48 * chunks * (chunks - 1) // 2)
+
+
+def clock(fps, chunk, stride):
+    return Clock(WanConfig(dim=64, ffn_dim=64, layers=1, heads=1, chunk=chunk, stride=stride), fps)
+
+
+STRIDES = st.sampled_from([(1, 8), (4, 8), (8, 16)])
 
 
 def test_a_switch_changes_the_colours_at_its_chunk(tmp_path):
@@ -76,27 +87,58 @@ def test_a_switch_changes_the_colours_at_its_chunk(tmp_path):
     assert max(change[:12]) < 2 < change[15]
 
 
-@given(st.floats(0.01, 100), st.floats(0.5, 60), st.integers(1, 8))
-def test_latent_frames_cover_the_time_in_whole_chunks(seconds, fps, chunk):
-    frames = latent_frames(seconds, fps, chunk)
+@given(st.floats(0.01, 100), st.floats(0.5, 60), st.integers(1, 8), STRIDES)
+def test_latent_frames_cover_the_time_in_whole_chunks(seconds, fps, chunk, stride):
+    frames = clock(fps, chunk, stride).frames(seconds)
     assert frames % chunk == 0
-    assert (frames - chunk) / fps < seconds <= frames / fps + 1e-6 / fps
+    shown = [1 + stride[0] * (n - 1) if n else 0 for n in (frames - chunk, frames)]
+    assert shown[0] / fps < seconds <= shown[1] / fps + 1e-6 / fps
+
+
+def test_published_lengths():
+    """21 latent frames are 81 pictures, 5.06 s at 16 a second; 120 are 477, 240 are 957."""
+    wan = clock(16, 3, (4, 8))
+    assert [wan.config.pixel_frames(n) for n in (1, 21, 120, 240)] == [1, 81, 477, 957]
+    assert wan.frames(5.0625) == 21 and wan.seconds(21) == 5.0625 and wan.frames(5.07) == 24
 
 
 def test_a_product_that_rounds_badly_adds_no_frame():
     assert math.ceil(8.3 * 30) == 250
-    assert latent_frames(8.3, 30, 3) == 249
+    assert clock(30, 3, (1, 8)).frames(8.3) == 249
 
 
-@given(st.floats(0.375, 8.99), st.integers(0, 3))
-def test_a_switch_comes_with_its_chunk(moment, spaces):
-    (switch,) = read_switches([f"{PROMPT}{' ' * spaces}@{moment!r}"], 72, 8, 3)
+@given(st.floats(0.6, 8.9), st.integers(0, 3), STRIDES)
+def test_a_switch_comes_with_its_chunk(moment, spaces, stride):
+    when = clock(16, 3, stride)
+    text = f"{PROMPT}{' ' * spaces}@{moment!r}"
+    frames = when.frames(9)
+    try:
+        (switch,) = read_switches([text], frames, when, str)
+    except ValueError as error:
+        assert "in the first chunk" in str(error) and moment < when.seconds(3)
+        return
     assert switch.frame % 3 == 0 and switch.prompt == PROMPT
-    assert switch.frame / 8 - 1e-6 <= moment < (switch.frame + 3) / 8
+    assert when.seconds(switch.frame) - 1e-6 <= moment < when.seconds(switch.frame + 3)
+
+
+def test_sizes_are_whole_patches():
+    wan = WanConfig(dim=64, ffn_dim=64, layers=1, heads=1)
+    assert read_size(None, wan) == (60, 104) and read_size("480x832", wan) == (60, 104)
+    assert read_size("256X448", wan) == (32, 56)
+    for text, words in (
+        ("480x830", "Use 480 x 832"),
+        ("8x832", "Use 16 x 832"),
+        ("480", "Write HEIGHTxWIDTH"),
+        ("-480x832", "Write HEIGHTxWIDTH"),
+        ("axb", "Write HEIGHTxWIDTH"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read_size(text, wan)
 
 
 def test_switches_are_sorted():
-    found = read_switches([f"{PROMPT}@3", "mist slow n4 any@1.5"], 48, 8, 3)
+    texts = [f"{PROMPT}@3", "mist slow n4 any@1.5"]
+    found = read_switches(texts, 48, clock(8, 3, (1, 8)), str)
     assert [(s.event.frame, s.event.prompt) for s in found] == [
         (12, "mist slow n4 any"),
         (24, PROMPT),

@@ -1,0 +1,93 @@
+"""Settings of an evaluation that depend on its model, filled in and checked."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+from lightning_kv.cache.attend import known_backend
+from lightning_kv.metrics import METRICS, metric_by_name
+from lightning_kv.models.embeddings import INDEX
+from lightning_kv.models.sources import Source
+from lightning_kv.models.wan import WanConfig
+from lightning_kv.policies.base import CachePolicy
+from lightning_kv.tasks.clock import read_size
+from lightning_kv.tasks.launch import is_first
+from lightning_kv.tasks.options import EvaluateOptions
+
+FAST_PANS = Path("data/panorama-fast13")
+
+
+def settled(options: EvaluateOptions, source: Source) -> EvaluateOptions:
+    """What was not given, as the model wants it.
+
+    Raises:
+        ValueError: No prompts are given, and the model has none of its own.
+    """
+    world, config = source.config is None, source.config
+    if options.data.shards is None and not world:
+        raise ValueError(
+            f"Nothing says which prompts to give to {source.name!r}. Use --data.shards FOLDER; "
+            "`lightning-kv encode prompts.txt --out FOLDER` makes one."
+        )
+    shards = options.data.shards or FAST_PANS
+    own = shards if (shards / INDEX).is_file() else None
+    defaults = {
+        "frames": 72 if world else config.train_horizon,
+        "context_frames": 15 if world else 0,
+        "fps": 8 if world else config.fps,
+        "text": own,
+        "precision": "float32" if world else "reference",
+        "metrics": [name for name in METRICS if not lacking(name, world, options.decode)],
+    }
+    missing = {k: v for k, v in defaults.items() if getattr(options, k) is None}
+    return replace(options, data=replace(options.data, shards=shards), **missing)
+
+
+def lacking(metric: str, world: bool, decode: bool) -> str | None:
+    """Why a metric cannot be computed; None where it can."""
+    if "scene" in METRICS[metric].needs and not world:
+        return "it knows the panorama world only"
+    if "pixels" in METRICS[metric].needs and not decode:
+        return "it needs pixels, and --decode is false"
+    return None
+
+
+def check_options(
+    options: EvaluateOptions, config: WanConfig, world: bool, policies: list[CachePolicy]
+) -> None:
+    """Refuse metrics, kernel, frames and budgets that do not work, before anything is written.
+
+    Raises:
+        ValueError: The first that does not.
+    """
+    metric_by_name(options.metrics)
+    for name in options.metrics:
+        if why := lacking(name, world, options.decode):
+            able = [n for n in METRICS if not lacking(n, world, options.decode)]
+            raise ValueError(
+                f"The metric {name!r} cannot be computed for {options.model!r}: {why}. "
+                f"Those that can: {', '.join(able)}."
+            )
+    known_backend(options.backend)
+    if options.context_frames and not world:
+        raise ValueError(
+            f"--context_frames {options.context_frames} gives frames of the panorama world, and "
+            f"{options.model!r} has none to give. Use 0."
+        )
+    config.plan(options.frames, options.context_frames)
+    if options.videos is not None and options.videos < 0:
+        raise ValueError(
+            f"--videos {options.videos} is no number of prompts. Use 0 for none, or leave it out "
+            "for all."
+        )
+    geometry = config.geometry(read_size(options.size, config))
+    for policy in policies:
+        policy.check(geometry, config.chunk, options.frames)
+    if options.frames > config.train_horizon and is_first():
+        warnings.warn(
+            f"{options.frames} frames exceed the {config.train_horizon} that {options.model} was "
+            "trained for: the reference itself may fail.",
+            stacklevel=2,
+        )
