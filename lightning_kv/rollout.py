@@ -109,6 +109,12 @@ def rollout(
             "Load one, or roll out with decode=False."
         )
     config = model.network.config
+    shape = (config.channels, *(latent_size or config.latent_size))
+    if context is not None and (context.ndim != 5 or tuple(context.shape[2:]) != shape):
+        raise ValueError(
+            f"A context of shape {tuple(context.shape)} does not fit. This rollout takes "
+            f"[{len(prompts)}, frames, {', '.join(map(str, shape))}]."
+        )
     plan = config.plan(frames, 0 if context is None else context.shape[1])
     geometry = model.network.geometry(latent_size)
     policy.check(geometry, plan.chunk, frames)
@@ -117,7 +123,6 @@ def rollout(
         seeds = [stable_seed(seed, key) for key in keys]
         session = CacheSession(geometry, policy.start, seeds, backend, plan.context, tables, watch)
     like = next(model.network.parameters())
-    shape = (config.channels, *(latent_size or config.latent_size))
     latents = like.new_empty(len(prompts), frames, *shape)
     run = _Run(model, session, prompts, negative, latents)
     source = noise or keyed_noise(seed, keys, plan, shape)

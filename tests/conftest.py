@@ -23,3 +23,18 @@ def panorama():
     from lightning_kv import load_model
 
     return load_model("panorama")
+
+
+@pytest.fixture(scope="session")
+def tiny_wan(tmp_path_factory):
+    """Folder of a tiny Wan with random weights, in the files of a published one."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    pytest.importorskip("diffusers", reason="the extra [wan] is not installed")
+    pytest.importorskip("transformers", reason="the extra [wan] is not installed")
+    folder = tmp_path_factory.mktemp("tiny") / "wan"
+    tool = Path(__file__).parents[1] / "tools" / "make_tiny_wan.py"
+    subprocess.run([sys.executable, tool, folder], check=True, capture_output=True)
+    return folder

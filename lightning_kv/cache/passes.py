@@ -25,6 +25,9 @@ class Geometry:
         rotary: The model's rotary embedding.
         train_horizon: Longest rollout seen in training, in latent frames.
         element_size: Bytes of one number of a key or value.
+        chunk: Frames that become final together; 0 where it is not known.
+        flight: The most frames that one pass takes; 0 where it is not known.
+        branches: Namespaces that a sample has a cache in: 2 under guidance.
     """
 
     layers: int
@@ -34,6 +37,9 @@ class Geometry:
     rotary: Rotary
     train_horizon: int
     element_size: int = 4
+    chunk: int = 0
+    flight: int = 0
+    branches: int = 1
 
     @property
     def tokens(self) -> int:

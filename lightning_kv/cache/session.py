@@ -129,7 +129,8 @@ class CacheSession:
             if self.watch is not None:
                 self.watch(sample, view, selection)
             for i, group in enumerate(cell.memory.groups):
-                heads = list(group.heads)
+                alike = len(group.heads) == self.geometry.heads
+                heads = slice(None) if alike else list(group.heads)
                 values = cell.readable(group, "v")
                 out[row, heads] = self.kernel(
                     view.query[heads], view.read_keys[i], values, read[i], bias[i]
@@ -149,7 +150,7 @@ class CacheSession:
         for sample in self._samples(step):
             lane = self.lanes[step.namespace, sample]
             if step.opens and not step.rebuild:
-                self._weigh(sample, chunk=step.phase == "denoise" and step.namespace == LEADER)
+                self._weigh(sample, step if step.phase == "denoise" else None)
             if not step.final:
                 continue
             self._commit(lane, step)
@@ -364,10 +365,12 @@ class CacheSession:
     def _scored(self, views: list[CacheView], step: Pass) -> int:
         return sum(view.scored for view in views) if self._counts(step) else 0
 
-    def _weigh(self, sample: int, chunk: bool = False) -> None:
+    def _weigh(self, sample: int, opening: Pass | None = None) -> None:
         held, cost = self.held_bytes(sample), self.costs[sample]
         cost.peak_bytes = max(cost.peak_bytes, held)
-        if chunk:
+        if opening and opening.namespace != LEADER:
+            cost.chunk_bytes.pop()  # what the leading branch held was not all
+        if opening:
             cost.chunk_bytes.append(held)
 
 

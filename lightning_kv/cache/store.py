@@ -64,7 +64,7 @@ class Cell:
                 group.segments.append(last)
             desk = {}
             for name, x in last.rows.items():
-                room = x.new_zeros(x.shape[0], x.shape[1] + rows, x.shape[2])
+                room = x.new_empty(x.shape[0], x.shape[1] + rows, x.shape[2])
                 room[:, : x.shape[1]] = x
                 last.rows[name] = room[:, : x.shape[1]]
                 desk[name] = room

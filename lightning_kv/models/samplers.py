@@ -204,11 +204,13 @@ def flow(
     for index in range(plan.given, plan.count):
         frames, after = plan.ids(index), plan.after(index)
         x, solver = noise(index, 0), UniPC([t / 1000 for t in timesteps])
+        dtype, work = x.dtype, torch.promote_types(x.dtype, torch.float32)
         for step, t in enumerate(timesteps):
             same = (t,) * len(frames)
             here = Pass("denoise", frames, same, index, step, opens=step == 0, next_chunk=after)
-            x = solver.step((yield from guided(here, x)), x)
-        yield from guided(clean("commit", frames, index, after), x)
+            x0 = yield from guided(here, x.to(dtype))
+            x = solver.step(x0.to(work), x.to(work))
+        yield from guided(clean("commit", frames, index, after), x.to(dtype))
 
 
 def _guided(

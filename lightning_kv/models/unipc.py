@@ -57,7 +57,7 @@ class UniPC:
         phi = math.expm1(-span)
         latest = self.estimates[-1]
         moved = there / here * x - (1 - there) * phi * latest
-        second = len(self.estimates) == 2 and index + 2 < len(self.sigmas)
+        second = len(self.estimates) == 2
         change, ratio = 0.0, 1.0
         if second:
             ratio = (_log_snr(self.sigmas[index - 1]) - _log_snr(here)) / span  # negative

@@ -144,6 +144,9 @@ class WanConfig:
             grid=(height // down, width // across),
             rotary=self.rotary,
             train_horizon=self.train_horizon,
+            chunk=self.chunk,
+            flight=self.chunk * (len(self.timesteps) if self.sampler == "rolling" else 1),
+            branches=2 if self.sampler == "flow" and self.guidance != 1 else 1,
         )
 
 

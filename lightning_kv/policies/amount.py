@@ -87,15 +87,16 @@ class Amount:
             history = step.start + (len(step.final) if view.query is None else 0)
             return float(max(1, math.floor(self.value * history)))
         own = view.statistics_bytes * view.geometry.layers
-        return self._of_bytes(view.geometry, len(view.step.frames), own, len(view.cell.columns))
+        flight = max(view.geometry.flight, len(view.step.frames))
+        return self._of_bytes(view.geometry, flight, own, len(view.cell.columns))
 
     def _of_bytes(
-        self, geometry: Geometry, chunk: int, statistics: int = 0, columns: int = 0
+        self, geometry: Geometry, flight: int, statistics: int = 0, columns: int = 0
     ) -> float:
-        """History frames that fit beside the current chunk and the policy's statistics."""
+        """History frames that fit beside what is in flight and the policy's statistics."""
         numbers = 4 * columns * geometry.tokens * geometry.heads * geometry.layers
         frame = geometry.frame_bytes + numbers
-        return float(math.floor((self.value - statistics) / frame) - chunk)
+        return float(math.floor((self.value / geometry.branches - statistics) / frame) - flight)
 
     def check(
         self, policy: str, smallest: int, history: int, chunk: int, geometry: Geometry
@@ -116,7 +117,7 @@ class Amount:
             "f": self.value,
             "t": self.value / geometry.tokens,
             "share": math.floor(self.value * history),
-            "B": self._of_bytes(geometry, chunk),
+            "B": self._of_bytes(geometry, max(geometry.flight, chunk)),
         }[self.unit]
         if frames < smallest or (self.unit in "ft" and frames > history):
             least = (smallest + chunk) * geometry.frame_bytes

@@ -166,7 +166,8 @@ class SelectPart(ScoredPart):
     """What the queries of a pass read. By default: the frames with the highest score.
 
     Args:
-        refresh: Choose in every ``pass``, or once per ``chunk`` (in its first pass).
+        refresh: Choose in every ``pass``, or once per ``chunk`` (in its first pass, and again where
+            a pass has other frames in flight).
     """
 
     kind: ClassVar[str] = "select"
@@ -178,12 +179,13 @@ class SelectPart(ScoredPart):
 
     def pick(self, view: CacheView, state: Any) -> Selection | None:
         """The selection of one pass and layer; everything where None."""
-        if self.refresh == "chunk" and not view.step.opens:
-            return state.get(view.layer)
+        flight, found = state.get(view.layer, ((), None))
+        if self.refresh == "chunk" and not view.step.opens and flight == view.step.frames:
+            return found
         frames = self.choose(view, state)
         found = None if frames is None else Selection(frames=frames)
         if self.refresh == "chunk":
-            state[view.layer] = found
+            state[view.layer] = (view.step.frames, found)
         return found
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,21 +26,23 @@ def write_clip(path: Path, latents: Tensor, fps: float, about: dict[str, str]) -
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        save_file({"latents": latents.cpu().contiguous()}, temporary, {"fps": f"{fps:g}", **about})
+        # one entry, because several have no fixed order in a file
+        words = json.dumps({"fps": fps, **about})
+        save_file({"latents": latents.cpu().contiguous()}, temporary, {"about": words})
 
 
-def read_clip(path: Path) -> tuple[Tensor, dict[str, str]]:
+def read_clip(path: Path) -> tuple[Tensor, dict[str, Any]]:
     """Latents ``[F, C, h, w]`` of a clip, and what it is.
 
     Raises:
         ValueError: No such file, a damaged one, or one of something else.
     """
-    tensors, about = read_weights(path)
+    tensors, metadata = read_weights(path)
     latents = tensors.get("latents")
-    if set(tensors) != {"latents"} or latents.ndim != 4 or "fps" not in about:
+    if set(tensors) != {"latents"} or latents.ndim != 4 or "about" not in metadata:
         raise ValueError(
             f"{path} holds no latents of a clip: it has {', '.join(sorted(tensors)[:4])}. "
             f"Give a file that `lightning-kv generate ... -o clip{SUFFIX}` or "
             "`lightning-kv evaluate --latents true` wrote."
         )
-    return latents, about
+    return latents, json.loads(metadata["about"])

@@ -80,7 +80,7 @@ def decode(
         if name not in codecs:
             codecs[name] = _codec(name, vae, device, precision)
         video.parent.mkdir(parents=True, exist_ok=True)
-        write_mp4(video, shown(codecs[name].stream(latents.float().to(device))), _rate(about))
+        write_mp4(video, shown(codecs[name].stream(latents.float().to(device))), about["fps"])
     target = pairs[0][1] if single else (out or source / "decoded")
     return Decoded(tuple(video for _, video in left), len(pairs) - len(left), target)
 
@@ -114,7 +114,3 @@ def _codec(name: str, vae: Path | None, device: str | torch.device, precision: s
     if source.config is None:
         return load_embedded(source.weights, device, "float32").codec
     return vae_source(source.vae, device, precision)
-
-
-def _rate(about: dict[str, str]) -> float:
-    return float(about["fps"])

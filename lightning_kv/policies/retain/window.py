@@ -59,12 +59,12 @@ class Window(RetainPart):
         view = views[0]
         if self.switch == "flush":
             return [Retention(keep=self._newest(view)) for view in views]
-        made = view.step.start
+        made, chunk = view.step.start, view.geometry.chunk or view.query_frames
         history = made if self.budget is None else min(made, int(self.budget.frames(view)))
-        reach = range(max(0, made - history - view.query_frames), made)
-        sink = tuple(range(min(self.sink, made)))
-        hold = [frame for frame in reach if frame >= self.sink][-(history - len(sink)) :]
-        return Rebuild(tuple(reach), hold=tuple(hold), spare=sink) if hold else None
+        reach = range(max(0, made - history - chunk), made)
+        sink = range(min(self.sink, made))
+        hold = range(max(self.sink, made - history + len(sink)), made)
+        return Rebuild(tuple(reach), hold=tuple(hold), spare=tuple(sink)) if hold else None
 
     def _newest(self, view: CacheView) -> list[Tensor]:
         ids = view.frame_ids

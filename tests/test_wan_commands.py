@@ -1,0 +1,359 @@
+"""Every command on the files of a (tiny, random) Wan: from a list of prompts to videos."""
+
+import json
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lightning_kv import load_model, preset, rollout
+from lightning_kv.cli import main
+from lightning_kv.models.embeddings import PromptBook
+
+PROMPTS = ["a red fox runs through snow", "a boat on a lake", "a city at night"]
+
+
+def frames_of(path):
+    with av.open(str(path)) as video:
+        rate = float(video.streams.video[0].average_rate)
+        return np.stack([f.to_ndarray(format="rgb24") for f in video.decode(video=0)]), rate
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_wan, tmp_path_factory):
+    """A folder of prompt shards with their text states."""
+    folder = tmp_path_factory.mktemp("prompts")
+    (folder / "list.txt").write_text("\n".join(PROMPTS))
+    main(["encode", str(folder / "list.txt"), "--text", str(tiny_wan), "-o", str(folder / "set")])
+    return folder / "set"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_wan, prompts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "run"
+    main(
+        [
+            "evaluate",
+            "--model",
+            f"{tiny_wan / 'model.yaml'}",
+            "--data.shards",
+            str(prompts),
+            "--policies",
+            "[full,sliding-window@6f,longlive]",
+            "--latents",
+            "true",
+            "--precision",
+            "float32",
+            "--frames",
+            "12",
+            "--videos",
+            "1",
+            "--out",
+            str(out),
+        ]
+    )
+    return out
+
+
+def model_of(folder, **given):
+    return load_model(str(folder / "model.yaml"), precision="float32", **given)
+
+
+def test_text_states_on_disk_are_the_encoders(tiny_wan, prompts):
+    book, model = PromptBook(prompts), model_of(tiny_wan)
+    assert book.prompts == [*PROMPTS, ""]
+    found = torch.stack([book([prompt])[0] for prompt in PROMPTS])
+    assert torch.equal(found, model.encoder(PROMPTS).bfloat16())
+
+
+def test_an_evaluation_measures_the_rollouts_it_ran(tiny_wan, prompts, run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["policies"]) == {"full", "sliding-window@6f", "longlive"}
+    records = [json.loads(x) for f in (run / "records").glob("*.jsonl") for x in f.open()]
+    assert len(records) == 9 and not any(record["failure"] for record in records)
+    name = "sliding-window@6f"
+    record = next(r for r in records if r["policy"] == name and r["prompt"] == PROMPTS[1])
+    model = model_of(tiny_wan, text=prompts)
+    kwargs = {"seed": 0, "keys": [record["key"]]}
+    full, less = (
+        rollout(model, preset(policy), PROMPTS[1], 12, **kwargs) for policy in ("full", name)
+    )
+    mse = (full.latents - less.latents).double().square().mean()
+    assert record["metrics"]["latent_mse"] == pytest.approx(float(mse), rel=1e-9)
+    error = (full.frames - less.frames).double().square().flatten(2).mean(-1)[0]  # 45 pictures
+    psnr = -10 * error.clamp_min(1e-10).log10()
+    each = torch.cat([psnr[:1], psnr[1:].view(11, 4).mean(1)])
+    assert record["metrics"]["psnr"] == pytest.approx(float(each.mean()), rel=1e-6)
+    assert len(record["curves"]["psnr"]) == 12
+    with safe_open(run / "latents" / name / f"{record['key']}.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("latents"), less.latents[0])
+        assert json.loads(file.metadata()["about"])["prompt"] == PROMPTS[1]
+    assert record["cost"]["kv_read_fraction"] < 1
+
+
+def test_the_fingerprint_knows_weights_text_vae_and_precision(run, tiny_wan):
+    described = json.loads((run / "run.json").read_text())["described"]
+    source = described["source"]
+    assert source["precision"] == "float32" and source["key"] == "generator_ema"
+    assert len({source["weights"], source["text"], source["vae"]}) == 3
+    import hashlib
+
+    digest = hashlib.sha256((tiny_wan / "generator.pt").read_bytes()).hexdigest()
+    assert source["weights"] == digest
+
+
+def test_another_precision_is_another_run(run, tiny_wan, prompts, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(
+            [
+                "evaluate",
+                "--model",
+                f"{tiny_wan / 'model.yaml'}",
+                "--data.shards",
+                str(prompts),
+                "--policies",
+                "[full,sliding-window@6f,longlive]",
+                "--latents",
+                "true",
+                "--precision",
+                "fast",
+                "--frames",
+                "12",
+                "--videos",
+                "1",
+                "--out",
+                str(run),
+            ]
+        )
+    assert stop.value.code == 2 and "precision" in capsys.readouterr().err
+
+
+def test_latents_become_videos_later(tiny_wan, run, capsys):
+    main(["decode", str(run), "--vae", str(tiny_wan / "vae"), "--precision", "float32"])
+    videos = sorted((run / "decoded").rglob("*.mp4"))
+    assert len(videos) == 9 and "9 videos" in capsys.readouterr().out
+    videos[3].unlink()
+    before = [video.stat().st_mtime_ns for video in videos if video.exists()]
+    main(["decode", str(run), "--vae", str(tiny_wan / "vae"), "--precision", "float32"])
+    assert "1 videos were written" in (said := capsys.readouterr().out) and "8 were there" in said
+    assert [v.stat().st_mtime_ns for v in videos if v != videos[3]] == before
+    shown, rate = frames_of(videos[0])
+    assert (shown.shape, rate) == ((45, 64 * 3, 96 * 3, 3), 16)  # small pictures are enlarged
+    name = videos[0].stem
+    latents = load_file(run / "latents" / "full" / f"{name}.safetensors")["latents"]
+    expected = model_of(tiny_wan).codec.decode(latents[None])[0].permute(0, 2, 3, 1).numpy()
+    expected = expected.repeat(3, axis=1).repeat(3, axis=2)
+    assert np.abs(shown / 255 - expected).mean() < 0.05 < np.abs(shown / 255 - 0.5).mean()
+
+
+def test_pictures_of_a_run_show_reference_and_policies(run):
+    (video,) = (run / "videos").glob("*.mp4")
+    shown, rate = frames_of(video)
+    assert len(shown) == 45 and rate == 16
+    assert shown.shape[2] >= 3 * 96
+    assert "<video" in (run / "report.html").read_text()
+
+
+def test_without_pixels_no_vae_is_needed(tiny_wan, prompts, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_wan, folder, ignore=shutil.ignore_patterns("vae", "text_encoder"))
+    out = tmp_path / "run"
+    main(
+        [
+            "evaluate",
+            "--model",
+            f"{folder / 'model.yaml'}",
+            "--data.shards",
+            str(prompts),
+            "--policies",
+            "[sliding-window@3f]",
+            "--frames",
+            "9",
+            "--decode",
+            "false",
+            "--prompts",
+            "2",
+            "--out",
+            str(out),
+        ]
+    )
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["policies"]["full"]["metrics"]) == ["latent_mse"]
+    assert not list((out / "videos").glob("*")) and list((out / "traces").glob("*.npz"))
+
+
+@pytest.mark.parametrize("like", ["self-forcing", "causal-forcing-2step", "rolling-forcing"])
+def test_a_video_and_its_latents(tiny_wan, tmp_path, like, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_wan, folder)
+    values = yaml.safe_load((folder / "model.yaml").read_text()) | {"like": like}
+    (folder / "model.yaml").write_text(yaml.safe_dump(values))
+    common = ["generate", PROMPTS[0], "--model", f"{folder / 'model.yaml'}", "--seconds", "2"]
+    common += ["--policy", "full", "--prompt", f"{PROMPTS[1]}@1"]
+    main([*common, "-o", str(tmp_path / "a.mp4")])
+    said = capsys.readouterr().out
+    frames = 9  # 32 pictures, in whole chunks
+    assert f"({frames} latent)" in said and f"{1 + 4 * (frames - 1)} frames" in said
+    main([*common, "-o", str(tmp_path / "a.safetensors")])
+    main(
+        [
+            "decode",
+            str(tmp_path / "a.safetensors"),
+            "--vae",
+            str(folder / "vae"),
+            "-o",
+            str(tmp_path / "b.mp4"),
+        ]
+    )
+    first, later = (frames_of(tmp_path / f"{x}.mp4")[0].astype(int) for x in "ab")
+    assert len(first) == 1 + 4 * (frames - 1)  # x264 may spend its bits differently, a little
+    assert np.abs(first - later).mean() < 1 < np.abs(first[1:] - first[:-1]).mean()
+
+
+def test_a_checkpoint_goes_round(tiny_wan, tmp_path, capsys):
+    folder, back = tmp_path / "diffusers", tmp_path / "back.safetensors"
+    main(
+        [
+            "convert",
+            str(tiny_wan / "generator.pt"),
+            "-o",
+            str(folder),
+            "--to",
+            "diffusers",
+            "--heads",
+            "2",
+        ]
+    )
+    main(["convert", str(folder), "-o", str(back), "--to", "original"])
+    theirs = torch.load(tiny_wan / "generator.pt", weights_only=True)["generator_ema"]
+    theirs = {k.replace("_fsdp_wrapped_module.", ""): v for k, v in theirs.items()}
+    ours = load_file(back)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert "generator_ema" in capsys.readouterr().out
+
+
+def test_a_model_file_says_where_its_own_weights_are(tiny_wan, tmp_path):
+    """Another key of the same file is other weights, and paths are relative to the file."""
+    values = yaml.safe_load((tiny_wan / "model.yaml").read_text())
+    other = tmp_path / "raw.yaml"
+    absolute = {k: str(tiny_wan / values[k]) for k in ("weights", "text", "vae")}
+    other.write_text(yaml.safe_dump(values | absolute | {"key": "generator"}))
+    raw, average = load_model(str(other)), load_model(str(tiny_wan / "model.yaml"))
+    assert raw.source["key"] == "generator" and average.source["key"] == "generator_ema"
+    mine = raw.network.patch_embedding.weight
+    assert not torch.equal(mine, average.network.patch_embedding.weight)
+    stored = torch.load(tiny_wan / "generator.pt", weights_only=True)["generator"]
+    assert torch.equal(mine, stored["model.patch_embedding.weight"].bfloat16())
+
+
+def refused(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def changed(tiny_wan, tmp_path, **values):
+    path = tmp_path / "model.yaml"
+    given = yaml.safe_load((tiny_wan / "model.yaml").read_text())
+    given |= {k: str(tiny_wan / given[k]) for k in ("weights", "text", "vae")} | values
+    path.write_text(yaml.safe_dump({k: v for k, v in given.items() if v is not None}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"like": "self-forcin"}, ["Did you mean 'self-forcing'?"]),
+        ({"wieghts": "x"}, ["there is no 'wieghts'", "Did you mean 'weights'?"]),
+        ({"weights": None}, ["no `name:`, `like:` and `weights:`"]),
+        ({"config": {"dimm": 3}}, ["there is no 'dimm'", "Did you mean 'dim'?"]),
+        ({"config": {}}, ["dim 64, 2 layers", "the size of wan-1.3b"]),
+        ({"weights": "nowhere.pt"}, ["nowhere.pt"]),
+        ({"key": "generator_raw"}, ["generator_raw", "generator_ema"]),
+        ({"like": "krea-14b", "config": {}}, ["GB in reference", "a GPU with more memory"]),
+    ],
+)
+def test_a_model_file_that_cannot_work_is_said(tiny_wan, tmp_path, capsys, values, words):
+    path, out = changed(tiny_wan, tmp_path, **values), tmp_path / "a.mp4"
+    if "krea" in str(values) and torch.cuda.is_available():
+        pytest.skip("a GPU may have the memory")
+    error = refused(["generate", "x", "--model", path, "-o", str(out)], capsys)
+    assert all(word in error for word in words), error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--size", "60x96"], "make no whole number of patches of 16 x 16. Use 64 x 96"),
+        (["--seconds", "0"], "--seconds 0 makes no video"),
+        (["--precision", "fp8"], "No precision profile 'fp8'"),
+        (["--policy", "longlive@1f"], "budget of 'longlive@1f'"),
+        (["--text", "nowhere"], "no Wan text encoder in nowhere"),
+        (["--vae", "nowhere"], "no Wan VAE in nowhere"),
+        (["--prompt", "x"], "TEXT@SECONDS"),
+    ],
+)
+def test_a_video_that_cannot_be_made_is_said(tiny_wan, tmp_path, capsys, words, text):
+    out = tmp_path / "a.mp4"
+    given = ["generate", "x", "--model", f"{tiny_wan / 'model.yaml'}", "-o", str(out)]
+    assert text in refused([*given, *words], capsys)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ([], "Nothing says which prompts"),
+        (["--data.shards", "SET", "--metrics", "[recall]"], "it knows the panorama world only"),
+        (["--data.shards", "SET", "--metrics", "[psnr]", "--decode", "false"], "needs pixels"),
+        (["--data.shards", "SET", "--context_frames", "3"], "has none to give. Use 0"),
+        (["--data.shards", "SET", "--frames", "0"], "leave nothing to generate"),
+        (["--data.shards", "SET", "--frames", "-3"], "leave nothing to generate"),
+        (["--data.shards", "SET", "--size", "100x100"], "make no whole number of patches"),
+    ],
+)
+def test_an_evaluation_that_cannot_run_is_said(tiny_wan, prompts, tmp_path, capsys, words, text):
+    words = [str(prompts) if word == "SET" else word for word in words]
+    out = tmp_path / "run"
+    given = ["evaluate", "--model", f"{tiny_wan / 'model.yaml'}", "--out", str(out)]
+    assert text in refused([*given, "--policies", "[full]", *words], capsys)
+    assert not out.exists()
+
+
+def test_a_prompt_without_text_states_is_said(tiny_wan, prompts, tmp_path, capsys):
+    given = ["generate", "a red fax", "--model", f"{tiny_wan / 'model.yaml'}"]
+    error = refused([*given, "--text", str(prompts), "-o", str(tmp_path / "a.mp4")], capsys)
+    assert "no text states for 'a red fax'" in error and "lightning-kv encode" in error
+
+
+def test_a_file_of_something_else_is_no_latents(tmp_path, capsys):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(2)}, path)
+    assert "holds no latents of a clip" in refused(["decode", str(path)], capsys)
+    assert "no latents at" in refused(["decode", str(tmp_path)], capsys)
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_frames_that_are_no_multiple_of_the_chunk_end_with_a_shorter_one(tiny_wan, prompts):
+    model = model_of(tiny_wan, text=prompts)
+    short, long = (rollout(model, preset("full"), PROMPTS[0], n, seed=3) for n in (10, 12))
+    assert torch.equal(short.latents[:, :9], long.latents[:, :9])
+    assert short.frames.shape[1] == 37 and short.latents.isfinite().all()
+    assert short.session.lanes["cond", 0].cells[0].memory.groups[0].meta["frame_id"].max() == 9
+
+
+def test_the_list_of_models_says_what_to_type(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("LIGHTNING_KV_MODELS", str(tmp_path))
+    main(["list", "models"])
+    text = capsys.readouterr().out
+    assert "lightning-kv fetch longlive" in text and "CC BY-NC-SA" in text
+    assert str(Path(tmp_path) / "self-forcing") in text
