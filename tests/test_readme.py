@@ -24,6 +24,8 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip()
 ]
+TOUR = [line for line in COMMANDS if "tiny-wan" in line]
+COMMANDS = [line for line in COMMANDS if line not in TOUR]
 SMALLER = ["--prompts", "1", "--frames", "36", "--videos", "0", "--trainer.devices", "1"]
 READERS = ("recommend", "report", "inspect")
 
@@ -116,6 +118,23 @@ def test_other_commands_name_what_is_there(line, monkeypatch):
     for word in words:
         if word.startswith(("tools/", "configs/")):
             assert (ROOT / word).is_file()
+
+
+def test_the_tour_of_a_real_model_runs(tmp_path):
+    """In the order of the README, in a folder with nothing but the project's own files."""
+    pytest.importorskip("diffusers", reason="the extra [wan] is not installed")
+    for name in ("tools", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    assert len(TOUR) > 5
+    for line in TOUR:
+        words = shlex.split(line)
+        words[:1] = [sys.executable, *(["-m", "lightning_kv"] if words[0] != "python" else [])]
+        found = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+        assert found.returncode == 0, f"{line}\n{found.stdout}{found.stderr}"
+    assert len(list((tmp_path / "tiny-wan" / "videos").rglob("*.mp4"))) == 3 * 5
+    assert json.loads((tmp_path / "tiny-wan" / "bench.json").read_text())
+    summary = json.loads((tmp_path / "tiny-wan" / "run" / "summary.json").read_text())
+    assert len(summary["policies"]) == 5
 
 
 def test_tables_of_the_package_are_up_to_date():

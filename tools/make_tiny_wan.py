@@ -4,8 +4,8 @@
     lightning-kv generate "a red fox" --model tiny-wan/model.yaml -o fox.mp4
 
 Writes `generator.pt` (as Self Forcing publishes it), `tokenizer/`, `text_encoder/`, `vae/` (as the
-diffusers repository of Wan2.1 has them) and `model.yaml`. The video is noise; everything else is as
-with real weights. Needs the extra: pip install "lightning_kv[wan]".
+diffusers repository of Wan2.1 has them), `model.yaml`, and prompts in `prompts.txt`. The video is
+noise; everything else is as with real weights. Needs the extra: pip install "lightning_kv[wan]".
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import yaml
 from lightning_kv.models.wan import CausalWan, WanConfig
 
 SIZES = {"dim": 64, "ffn_dim": 128, "layers": 2, "heads": 2, "text_dim": 16, "latent_size": [8, 12]}
+PROMPTS = ("a red fox runs through snow", "a boat on a lake", "a city at night")
 
 
 def save_network(folder: Path) -> None:
@@ -88,6 +89,7 @@ def main() -> None:
         "vae": "vae",
         "config": SIZES,
     }
+    (chosen.folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     (chosen.folder / "model.yaml").write_text(yaml.safe_dump(about, sort_keys=False))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -9,15 +11,19 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from lightning_kv.metrics.base import Clip, ClipMetric
 
 MSE_FLOOR = 1e-10  # of pixels in [0, 1]: identical frames have 100 dB, not infinity
-SSIM_FRAMES = 8  # at a time: five filtered float64 copies of each are held
+BLOCK = 8  # frames at a time: float64 copies of them are held, five filtered ones for SSIM
+
+Place = torch.device | str | None
+"""Where to compute; where the pixels are, if None."""
 
 
-def psnr(preds: Tensor, target: Tensor) -> Tensor:
+def psnr(preds: Tensor, target: Tensor, device: Place = None) -> Tensor:
     """Peak signal-to-noise ratio of every frame, 100 dB at most.
 
     Args:
         preds: ``[F, 3, H, W]`` in [0, 1].
         target: The same shape and range.
+        device: Where to compute.
 
     Returns:
         float64 ``[F]`` in dB.
@@ -33,10 +39,11 @@ def psnr(preds: Tensor, target: Tensor) -> Tensor:
         [100.0]
     """
     _check_pixels(preds, target)
-    return -10 * _frame_mse(preds, target).clamp_min(MSE_FLOOR).log10()
+    mse = torch.cat([_frame_mse(a, b) for a, b in _blocks(preds, target, device)])
+    return -10 * mse.clamp_min(MSE_FLOOR).log10()
 
 
-def ssim(preds: Tensor, target: Tensor) -> Tensor:
+def ssim(preds: Tensor, target: Tensor, device: Place = None) -> Tensor:
     """Structural similarity of every frame (Wang et al., 2004), computed in float64.
 
     Gaussian window of 11 x 11 pixels with a deviation of 1.5, K1 = 0.01, K2 = 0.03, reflected at
@@ -45,6 +52,7 @@ def ssim(preds: Tensor, target: Tensor) -> Tensor:
     Args:
         preds: ``[F, 3, H, W]`` in [0, 1], H and W at least 6.
         target: The same shape and range.
+        device: Where to compute.
 
     Returns:
         float64 ``[F]``, 1 for identical frames.
@@ -58,12 +66,11 @@ def ssim(preds: Tensor, target: Tensor) -> Tensor:
         [0.600064]
     """
     _check_pixels(preds, target)
-    parts = zip(preds.split(SSIM_FRAMES), target.split(SSIM_FRAMES), strict=True)
     values = [
         structural_similarity_index_measure(
             a.double(), b.double(), sigma=1.5, kernel_size=11, reduction="none", data_range=1.0
         )
-        for a, b in parts
+        for a, b in _blocks(preds, target, device)
     ]
     return torch.cat([value.reshape(-1) for value in values])
 
@@ -110,7 +117,7 @@ class PSNR(ClipMetric):
 
     def frame_values(self, clip: Clip) -> Tensor:
         """PSNR of every frame."""
-        return clip.per_frame(psnr(clip.pixels, clip.reference_pixels))
+        return clip.per_frame(psnr(clip.pixels, clip.reference_pixels, self.device))
 
 
 class SSIM(ClipMetric):
@@ -136,7 +143,7 @@ class SSIM(ClipMetric):
 
     def frame_values(self, clip: Clip) -> Tensor:
         """SSIM of every frame."""
-        return clip.per_frame(ssim(clip.pixels, clip.reference_pixels))
+        return clip.per_frame(ssim(clip.pixels, clip.reference_pixels, self.device))
 
 
 class LatentMSE(ClipMetric):
@@ -162,6 +169,12 @@ class LatentMSE(ClipMetric):
     def frame_values(self, clip: Clip) -> Tensor:
         """Latent MSE of every frame."""
         return latent_mse(clip.latents, clip.reference_latents)
+
+
+def _blocks(preds: Tensor, target: Tensor, device: Place) -> Iterator[tuple[Tensor, Tensor]]:
+    """A few frames of both at a time, where they are to be compared."""
+    for pair in zip(preds.split(BLOCK), target.split(BLOCK), strict=True):
+        yield tuple(x if device is None else x.to(device) for x in pair)
 
 
 def _frame_mse(preds: Tensor, target: Tensor) -> Tensor:

@@ -260,7 +260,7 @@ def spaced(steps: int, shift: float) -> tuple[float, ...]:
     """Noise levels of a many-step sampler: evenly spaced from 999 down, then shifted (Wan2.1).
 
     >>> [round(t, 1) for t in spaced(4, 5.0)]
-    [999.8, 937.1, 832.9, 624.5]
+    [999.8, 937.3, 833.1, 624.7]
     """
     return warp(tuple(999 * (1 - i / steps) for i in range(steps)), shift)
 

@@ -119,7 +119,7 @@ def policy_from_dict(values: dict[str, Any]) -> CachePolicy:
     """Build a policy from ``name`` and the parts that differ from the full cache.
 
     >>> policy_from_dict({"name": "mine", "retain": {"part": "window", "budget": "6f"}}).retain
-    Window(budget=Uniform(amount='6f'), sink=0)
+    Window(budget=Uniform(amount='6f'), sink=0, switch='keep')
 
     Raises:
         ValueError: No name, an unknown key, an unknown part, or a wrong setting of a part.

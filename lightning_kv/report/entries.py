@@ -116,9 +116,13 @@ def metric_facts(entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
 
 
 def main_metrics(entries: Sequence[Entry]) -> list[str]:
-    """Metrics that the charts show: the main ones that have values, else the first that has."""
+    """Metrics that the charts show: the main ones that have values, else the first that has.
+
+    Where nothing but fidelity is known, all that compares with the reference.
+    """
     valued = [name for name in metric_facts(entries) if _valued(entries, name)]
-    return [name for name in MAIN if name in valued] or valued[:1]
+    main = [name for name in MAIN if name in valued] or valued[:1]
+    return [name for name in valued if name in AGAINST_REFERENCE] if main == ["psnr"] else main
 
 
 def main_metric(entries: Sequence[Entry]) -> str | None:

@@ -26,6 +26,12 @@ def render_tables(summary: dict[str, Any]) -> Group:
     return Group(quality_table(summary), cost_table(summary))
 
 
+def shown_frames(run: dict[str, Any]) -> str:
+    """Pixel frames in words, where they are not as many as latent ones."""
+    shown = run.get("pixel_frames", run["frames"])
+    return "" if shown == run["frames"] else f" ({shown} pixel frames)"
+
+
 def quality_table(summary: dict[str, Any]) -> Table:
     """Mean and 95 % interval of every metric; an arrow shows which way is better.
 
@@ -36,7 +42,7 @@ def quality_table(summary: dict[str, Any]) -> Table:
     given = f" ({run['context_frames']} of them given)" if run.get("context_frames") else ""
     table = _table(
         f"Quality, reference {summary['reference']}: mean ± 95 % interval, "
-        f"{run['prompts']} prompts, {run['frames']} frames{given}"
+        f"{run['prompts']} prompts, {run['frames']} frames{given}{shown_frames(run)}"
     )
     if notes := _notes(policies):
         table.caption = Text("\n".join(notes))

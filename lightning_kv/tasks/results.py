@@ -138,6 +138,7 @@ def about(
         "run": {
             "prompts": prompts,
             "frames": options.frames,
+            "pixel_frames": model.network.config.pixel_frames(options.frames),
             "context_frames": options.context_frames,
             "size": options.size,
             "seed": options.seed,

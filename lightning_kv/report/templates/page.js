@@ -27,7 +27,7 @@ const choose = (metric) => {
   for (const button of document.querySelectorAll(".tabs button")) button.setAttribute("aria-pressed", button.dataset.metric === metric);
 };
 for (const button of document.querySelectorAll(".tabs button")) button.addEventListener("click", () => choose(button.dataset.metric));
-const firstTab = document.querySelector(".tabs button");
+const firstTab = document.querySelector(".tab");
 if (firstTab) choose(firstTab.dataset.metric);
 
 // A click on a family in the legend fades the others; another click brings them back.
