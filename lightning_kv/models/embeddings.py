@@ -91,6 +91,15 @@ class PromptBook(nn.Module):
             if _checksum(path) != part["sha256"]:
                 raise _damaged(path, "has another checksum than the index says")
 
+    def require(self, prompts: Sequence[str]) -> None:
+        """Check that prompts are in the book, before anybody waits for them.
+
+        Raises:
+            ValueError: Names the first that is not.
+        """
+        for prompt in prompts:
+            self._file(prompt)
+
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """Text states ``[B, length, width]``, 0 after each prompt's last token.
 
@@ -100,7 +109,7 @@ class PromptBook(nn.Module):
         states = [self._states(prompt) for prompt in prompts]
         return padded(states, self.length).to(self.place)
 
-    def _states(self, prompt: str) -> Tensor:
+    def _file(self, prompt: str) -> Path:
         if prompt not in self._files:
             near = difflib.get_close_matches(prompt, self._files, n=3, cutoff=0.4)
             hint = f" Nearest: {', '.join(map(repr, near))}." if near else ""
@@ -109,7 +118,10 @@ class PromptBook(nn.Module):
                 f"{self.folder}.{hint} Prompts are told apart by every letter; encode new ones "
                 "with `lightning-kv encode PROMPTS --text FOLDER --out DIR`."
             )
-        path = self.folder / self._files[prompt]
+        return self.folder / self._files[prompt]
+
+    def _states(self, prompt: str) -> Tensor:
+        path = self._file(prompt)
         try:
             with safe_open(path, "pt") as file:
                 return file.get_tensor(_name(prompt))

@@ -138,7 +138,9 @@ def text_source(
             "`lightning-kv encode` wrote, or one with tokenizer/ and text_encoder/."
         )
     if (Path(folder) / INDEX).is_file():
-        return PromptBook(folder, device)
+        book = PromptBook(folder, device)
+        book.require(prompts or ())
+        return book
     encoder = WanText.load(folder, device)
     return encoder if prompts is None else Encoded(encoder, prompts)
 

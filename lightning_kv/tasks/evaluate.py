@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from lightning_kv.cache.trace import Trace
 from lightning_kv.data.datamodule import PromptData, PromptSample
 from lightning_kv.metrics import Clip, metric_by_name
-from lightning_kv.models.loading import load_model
+from lightning_kv.models.loading import check_memory, load_model
 from lightning_kv.models.samplers import ChunkPlan
-from lightning_kv.models.sources import find_model
+from lightning_kv.models.sources import Source, find_model
 from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.presets import load_policy
@@ -250,22 +250,12 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     source = find_model(options.model)
     options = settled(options, source)
     policies, reference = chosen_policies(options)
-    everyone = [reference, *policies.values()]
-    if source.config is not None:  # before gigabytes are read
-        check_options(options, source.config, world=False, policies=everyone)
     data = PromptData(options.data.shards, options.prompts, options.data.seed, options.batch)
-    model = load_model(
-        options.model,
-        precision=options.precision,
-        text=options.text,
-        vae=options.vae,
-        decode=options.decode,
-        prompts=[*data.prompt_texts(), options.negative],
-    )
-    check_options(options, model.network.config, source.config is None, everyone)
+    trainer = trainer_for(settings)
+    everyone = [reference, *policies.values()]
+    model = model_for(options, source, data, everyone, trainer.strategy.root_device)
     described = describe(options, policies, reference, model, data, settings.accelerator)
     mark = fingerprint(described)
-    trainer = trainer_for(settings)
     enough(trainer.world_size, data.total)
     run = RunDirectory(options.out)
     if is_first():
@@ -284,6 +274,30 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         task.close()
     trainer.strategy.barrier("records are written")
     return conclude(run) if trainer.is_global_zero else {}
+
+
+def model_for(
+    options: EvaluateOptions,
+    source: Source,
+    data: PromptData,
+    policies: list[CachePolicy],
+    device: torch.device,
+) -> VideoModel:
+    """The model, once everything that can be known before has been checked."""
+    if source.config is not None:  # before gigabytes are read
+        check_options(options, source.config, False, policies)
+        check_memory(source.config, options.precision, device)
+    model = load_model(
+        options.model,
+        precision=options.precision,
+        text=options.text,
+        vae=options.vae,
+        decode=options.decode,
+        prompts=[*data.prompt_texts(), options.negative],
+    )
+    if source.config is None:
+        check_options(options, model.network.config, True, policies)
+    return model
 
 
 def trainer_for(settings: TrainerOptions) -> L.Trainer:
