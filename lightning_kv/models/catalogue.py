@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import json
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
+from lightning_kv.models.nearest import hint
 from lightning_kv.models.samplers import warp
 from lightning_kv.models.sizes import PRESETS
 from lightning_kv.models.wan import WanConfig
@@ -286,9 +286,9 @@ def entry(name: str) -> Download:
     """
     known: dict[str, Download] = {**CATALOGUE, **PARTS}
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"No published model {name!r}.{hint} Known: {', '.join(known)}.")
+        raise ValueError(
+            f"No published model {name!r}.{hint(name, known)} Known: {', '.join(known)}."
+        )
     return known[name]
 
 

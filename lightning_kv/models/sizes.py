@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-
 import torch
 
+from lightning_kv.models.nearest import hint
 from lightning_kv.models.wan import CausalWan, WanConfig
 
 PRESETS: dict[str, WanConfig] = {
@@ -43,9 +42,9 @@ def build_model(preset: str, device: str = "cpu") -> CausalWan:
         ValueError: Unknown preset.
     """
     if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"No model {preset!r}.{hint} Known: {', '.join(PRESETS)}.")
+        raise ValueError(
+            f"No model {preset!r}.{hint(preset, PRESETS)} Known: {', '.join(PRESETS)}."
+        )
     with torch.device(device):
         return CausalWan(PRESETS[preset])
 

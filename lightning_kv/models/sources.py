@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from lightning_kv.models.catalogue import CATALOGUE, Published, by_file_name, parts_folder
 from lightning_kv.models.embedded import WEIGHTS, shipped
+from lightning_kv.models.nearest import hint
 from lightning_kv.models.sizes import PRESETS
 from lightning_kv.models.wan import WanConfig
 
@@ -75,11 +75,9 @@ def find_model(text: str) -> Source:
             f"Write NAME=FILE, such as self-forcing={text} (names: {', '.join(CATALOGUE)})."
         )
     known = [*shipped(), *CATALOGUE]
-    near = difflib.get_close_matches(text, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-        f"No model {text!r}.{hint} Known: {', '.join(known)}; or a weights file, or a YAML file "
-        "with `weights:` and `like:`."
+        f"No model {text!r}.{hint(text, known)} Known: {', '.join(known)}; or a weights file, or a "
+        "YAML file with `weights:` and `like:`."
     )
 
 
@@ -113,12 +111,10 @@ def _published(
 
 def _known(name: str) -> Published:
     if name not in CATALOGUE:
-        near = difflib.get_close_matches(name, CATALOGUE, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         sizes = [size for size in PRESETS if size not in shipped()]
         raise ValueError(
-            f"No published checkpoint {name!r}.{hint} Known: {', '.join(CATALOGUE)}; "
-            f"or a size: {', '.join(sizes)}."
+            f"No published checkpoint {name!r}.{hint(name, CATALOGUE)} "
+            f"Known: {', '.join(CATALOGUE)}; or a size: {', '.join(sizes)}."
         )
     return CATALOGUE[name]
 
@@ -196,6 +192,4 @@ def _changed(path: Path, base: WanConfig, changes: Mapping[str, Any]) -> WanConf
 
 
 def _unknown(given: Any, known: Any) -> str:
-    near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"there is no {given!r}.{hint} Known: {', '.join(known)}."
+    return f"there is no {given!r}.{hint(str(given), known)} Known: {', '.join(known)}."
