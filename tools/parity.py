@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ class Recording:
         tensors = {k: v for k, v in tensors.items() if not k.startswith("model.")}
         try:
             config = config_of(ast.literal_eval(metadata["config"]), tensors)
-        except (ValueError, SyntaxError, KeyError, TypeError) as error:
+        except (ValueError, SyntaxError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"The metadata `config` of {path} cannot be used ({error!r}): "
                 f"{metadata['config'][:200]!r}. It is a Python literal: a dict with dim, ffn_dim, "
@@ -121,6 +122,9 @@ def config_of(made: dict, tensors: dict[str, Tensor]) -> WanConfig:
     other = {name: made[name] for name, value in FIXED.items() if made.get(name, value) != value}
     if other:
         raise ValueError(f"this network has {other}, causal Wan is {FIXED}")
+    size = tuple(tensors["noise"].shape[-2:])
+    if (made.get("H", size[0]), made.get("W", size[1])) != size:
+        raise ValueError(f"H and W are {made.get('H')} and {made.get('W')}, the noise has {size}")
     plain = {
         "freq_dim": made.get("freq_dim"),
         "eps": made.get("eps"),
@@ -134,7 +138,7 @@ def config_of(made: dict, tensors: dict[str, Tensor]) -> WanConfig:
         layers=made["num_layers"],
         heads=made["num_heads"],
         text_dim=made.get("text_dim", tensors["context"].shape[-1]),
-        latent_size=tuple(tensors["noise"].shape[-2:]),
+        latent_size=size,
         chunk=made.get("frames_per_chunk", tensors["renoise"].shape[3]),
         short_last=True,
         timesteps=tuple(tensors["warped_timesteps"].double().tolist()),
@@ -168,9 +172,20 @@ def policy_of(name: str, chunk: int) -> dict:
 
 
 def difference(recording: Recording, model: VideoModel, name: str, parts: dict) -> float:
-    """Largest absolute difference between a trajectory and ours."""
-    recorded = recording.tensors[name]
+    """Largest absolute difference between a trajectory and ours.
+
+    Raises:
+        ValueError: The recording does not fit together.
+    """
+    recorded, noise = recording.tensors[name], recording.tensors["noise"]
     frames = recorded.shape[1]
+    uneven = frames % recording.config.chunk and "retain" in parts
+    if recorded.shape != noise[:, :frames].shape or uneven:
+        raise ValueError(
+            f"{name} has the shape {tuple(recorded.shape)}, the noise {tuple(noise.shape)}, in "
+            f"chunks of {recording.config.chunk} frames. Record noise for every frame, and whole "
+            "chunks under a window."
+        )
     if "budget" in parts.get("retain", {}):  # no shorter rollout than the window needs it
         history = frames - recording.config.chunk
         if int(parts["retain"]["budget"][:-1]) >= history:
@@ -185,7 +200,7 @@ def difference(recording: Recording, model: VideoModel, name: str, parts: dict) 
         decode=False,
     )
     worst = (out.latents.float() - recorded.float()).abs().max()
-    return float(worst) if bool(worst.isfinite()) else float("inf")
+    return float(worst) if bool(worst.isfinite()) else math.inf
 
 
 def main() -> int:
@@ -205,8 +220,12 @@ def main() -> int:
         return 2
     failed = 0
     for name, parts in trajectories:
-        worst = difference(recording, model, name, parts)
-        good = worst <= chosen.tolerance
+        try:
+            worst = difference(recording, model, name, parts)
+        except (ValueError, RuntimeError, IndexError) as error:
+            sys.stderr.write(f"error: {name} cannot be rolled out again: {error}\n")
+            return 2
+        good = worst <= chosen.tolerance and worst < math.inf
         failed += not good
         shape = tuple(recording.tensors[name].shape)
         word = "within" if good else "BEYOND"

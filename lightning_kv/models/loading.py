@@ -15,7 +15,7 @@ from lightning_kv.models.embeddings import INDEX, PromptBook
 from lightning_kv.models.precision import known_profile
 from lightning_kv.models.sizes import parameters
 from lightning_kv.models.sources import Source, find_model
-from lightning_kv.models.text import WanText
+from lightning_kv.models.text import WanText, text_fingerprint
 from lightning_kv.models.vae import WanVAE
 from lightning_kv.models.video import Encoder, VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
@@ -53,23 +53,47 @@ def load_model(
     """
     source = find_model(name)
     if source.config is None:
+        if text is not None or vae is not None:
+            raise ValueError(
+                f"{name!r} has a text encoder and a codec of its own, and text={text!r}, "
+                f"vae={vae!r} were given. Leave both out: they are for Wan models."
+            )
         return load_embedded(source.weights, device, precision or "float32")
     precision = precision or "reference"
     check_memory(source.config, precision, device)
-    if not callable(text):
-        text = text_source(text or source.text, device, prompts)
+    text = text or source.text
+    check_places(name, source, text)
     codec = vae_source(vae or source.vae, device, precision) if decode else None
     if codec is not None and codec.stride != source.config.stride:
         raise ValueError(
             f"The VAE {vae or source.vae} makes {codec.stride} pixel frames and pixels of a latent "
             f"frame and side, and {name!r} is for {source.config.stride}. Give the VAE of Wan2.1."
         )
+    encoder = text if callable(text) else text_source(text, device, prompts)
+    told = {"text": getattr(encoder, "fingerprint", None), "vae": codec and codec.fingerprint}
     checkpoint = read_checkpoint(source.weights, source.key, source.lora)
     network = network_of(source, checkpoint, precision).to(device)
-    told = identity(checkpoint, precision)
-    told |= {"text": text.fingerprint} if hasattr(text, "fingerprint") else {}
-    told |= {"vae": codec.fingerprint} if codec is not None else {}
-    return VideoModel(network, codec, text, told)
+    told = {what: mark for what, mark in told.items() if mark}
+    return VideoModel(network, codec, encoder, identity(checkpoint, precision) | told)
+
+
+def check_places(name: str, source: Source, text: Path | Encoder | None) -> None:
+    """Say what is not there, before anything large is read.
+
+    Raises:
+        ValueError: There are no weights, no LoRA, or no text states where they should be.
+    """
+    for path in (source.weights, source.lora):
+        if path is not None and not path.exists():
+            raise ValueError(f"There is no {path}, which {name!r} names. Give one that is there.")
+    if text is None:
+        raise ValueError(
+            "This model needs text states, and neither a text encoder nor embeddings are here. "
+            "Type `lightning-kv fetch wan2.1-parts`, or give --text FOLDER: one that "
+            "`lightning-kv encode` wrote, or one with tokenizer/ and text_encoder/."
+        )
+    if not callable(text) and not (Path(text) / INDEX).is_file():
+        text_fingerprint(text)
 
 
 def network_of(source: Source, checkpoint: Checkpoint, precision: str) -> CausalWan:
@@ -124,19 +148,13 @@ class Encoded(nn.Module):
 
 
 def text_source(
-    folder: Path | None, device: str | torch.device, prompts: Sequence[str] | None = None
+    folder: Path, device: str | torch.device, prompts: Sequence[str] | None = None
 ) -> Encoder:
     """Embeddings that were computed before, or the text encoder, or what it makes of prompts.
 
     Raises:
-        ValueError: There is neither.
+        ValueError: There is neither, or a prompt has no embedding.
     """
-    if folder is None:
-        raise ValueError(
-            "This model needs text states, and neither a text encoder nor embeddings are here. "
-            "Type `lightning-kv fetch wan2.1-parts`, or give --text FOLDER: one that "
-            "`lightning-kv encode` wrote, or one with tokenizer/ and text_encoder/."
-        )
     if (Path(folder) / INDEX).is_file():
         book = PromptBook(folder, device)
         book.require(prompts or ())

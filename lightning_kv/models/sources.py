@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from lightning_kv.models.catalogue import CATALOGUE, Published, by_file_name, parts_folder
 from lightning_kv.models.embedded import WEIGHTS, shipped
 from lightning_kv.models.nearest import hint
-from lightning_kv.models.sizes import PRESETS
+from lightning_kv.models.sizes import PRESETS, parameters
 from lightning_kv.models.wan import WanConfig
 
-FILE_KEYS = ("name", "like", "weights", "lora", "key", "text", "vae", "config")
+FILE_KEYS = ("name", "like", "weights", "lora", "key", "text", "vae", "config")  # 3 are needed
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,12 @@ def find_model(text: str) -> Source:
         return Source(text, WEIGHTS / f"{text}.safetensors")
     if text.endswith((".yaml", ".yml")):
         return _from_file(Path(text))
-    name, given, paths = text.partition("=")
-    if given:
-        weights, _, lora = paths.partition("+")
-        return _published(name, text, Path(weights), Path(lora) if lora else None)
+    path = Path(text).expanduser()
+    if "=" in text and not path.exists():
+        name, _, paths = text.partition("=")
+        return _published(name, text, *_files(text, paths))
     if text in CATALOGUE or text in PRESETS:
         return _published(text, text)
-    path = Path(text)
     if _is_embedded(path):
         return Source(text, path)
     if (entry := by_file_name(path)) and path.exists():
@@ -81,14 +80,30 @@ def find_model(text: str) -> Source:
     )
 
 
+def _files(text: str, paths: str) -> tuple[Path, Path | None]:
+    """Weights and LoRA of ``WEIGHTS+LORA``; a file whose own name has a plus is one."""
+    whole = Path(paths).expanduser()
+    if not paths:
+        raise ValueError(f"{text!r} names no file. Write NAME=FILE, or NAME=WEIGHTS+LORA.")
+    if whole.exists() or "+" not in paths:
+        return whole, None
+    weights, _, lora = paths.partition("+")
+    return Path(weights).expanduser(), Path(lora).expanduser()
+
+
 def _published(
     name: str, text: str, weights: Path | None = None, lora: Path | None = None
 ) -> Source:
     """A checkpoint of the catalogue, or weights of a preset's size."""
     parts = parts_folder()
     around = {"text": parts, "vae": None if parts is None else parts / "vae"}
-    if name in PRESETS and name not in CATALOGUE:
-        if weights is None or name in shipped():
+    if name in shipped():
+        raise ValueError(
+            f"{name!r} is in this package, and {text!r} gives it a file. Give {name!r} alone, or a "
+            "file that `lightning-kv pretrain` wrote by its path alone."
+        )
+    if name in PRESETS:
+        if weights is None:
             raise ValueError(
                 f"{name!r} is a size, without weights. "
                 f"Write {name}=FILE, or a published checkpoint: {', '.join(CATALOGUE)}."
@@ -104,7 +119,8 @@ def _published(
     if len(entry.files) > 1 and lora is None:
         raise ValueError(
             f"{name!r} is made of weights and a LoRA, and {text!r} gives one file. "
-            f"Write {name}=WEIGHTS+LORA (published as {' and '.join(entry.files)})."
+            f"Write {name}=WEIGHTS+LORA (published as {' and '.join(entry.files)}); for weights "
+            "that hold both, a YAML file with `lora: null`."
         )
     return Source(text, weights, entry.config, entry.key, lora, **around, policy=entry.policy)
 
@@ -140,6 +156,11 @@ def _from_file(path: Path) -> Source:
     }
     like = str(values["like"])
     base = CATALOGUE[like].config if like in CATALOGUE else PRESETS.get(like)
+    if like in CATALOGUE and len(CATALOGUE[like].files) > 1 and "lora" not in values:
+        raise ValueError(
+            f"{path} says `like: {like}`, which is made of weights and a LoRA, and no `lora:`. "
+            "Give the file, or `lora: null` where the weights hold both."
+        )
     if base is None:
         raise ValueError(f"In {path}, `like` is wrong. {_unknown(like, [*CATALOGUE, *PRESETS])}")
     parts = parts_folder()
@@ -168,11 +189,11 @@ def _mapping(path: Path) -> dict[str, Any]:
         raise ValueError(f"No model file {str(path)!r}. Give a YAML file, or the name of a model.")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} is no YAML: {error}. A model file has {FILE_KEYS[:3]}."
+            f"{path} is no YAML: {error}. A model file has `name:`, `like:` and `weights:`."
         ) from error
-    if not isinstance(values, Mapping) or not {"name", "like", "weights"} <= values.keys():
+    if not isinstance(values, Mapping) or not all(map(values.get, FILE_KEYS[:3])):
         raise ValueError(
             f"{path} is no model file: it has no `name:`, `like:` and `weights:`. "
             "`like` is a published checkpoint or a size whose conventions hold."
@@ -185,10 +206,24 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 def _changed(path: Path, base: WanConfig, changes: Mapping[str, Any]) -> WanConfig:
     known = [field.name for field in fields(WanConfig)]
+    if not isinstance(changes, Mapping):
+        raise ValueError(
+            f"In {path}, `config` is {changes!r}. It maps names to values, such as chunk: 1; "
+            f"names: {', '.join(known)}."
+        )
     for key in changes:
         if key not in known:
             raise ValueError(f"In the config of {path}: {_unknown(key, known)}")
-    return replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
+    made = replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
+    try:
+        made.geometry()
+        parameters(made)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"The config of {path} makes no network: {error}. It was {dict(changes)}, on top of "
+            f"{base}."
+        ) from error
+    return made
 
 
 def _unknown(given: Any, known: Any) -> str:

@@ -39,8 +39,9 @@ def write_mp4(path: str | Path, frames: Frames | Iterable[Frames], fps: float) -
     pieces = iter([frames] if isinstance(frames, np.ndarray) else frames)
     first = _checked(next(pieces, np.empty((0, 0, 0, 3), np.uint8)), "frames")
     height, width = first.shape[1:3]
+    whole = Path(path).absolute()  # the library takes "a:b.mp4" alone for a protocol
     with (
-        replacing(path) as temporary,
+        replacing(whole) as temporary,
         av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container,
     ):
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))

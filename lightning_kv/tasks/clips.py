@@ -39,10 +39,26 @@ def read_clip(path: Path) -> tuple[Tensor, dict[str, Any]]:
     """
     tensors, metadata = read_weights(path)
     latents = tensors.get("latents")
-    if set(tensors) != {"latents"} or latents.ndim != 4 or "about" not in metadata:
+    about = _about(metadata)
+    if set(tensors) != {"latents"} or latents.ndim != 4 or about is None:
         raise ValueError(
             f"{path} holds no latents of a clip: it has {', '.join(sorted(tensors)[:4])}. "
             f"Give a file that `lightning-kv generate ... -o clip{SUFFIX}` or "
             "`lightning-kv evaluate --latents true` wrote."
         )
-    return latents, json.loads(metadata["about"])
+    if not bool(latents.isfinite().all()):
+        first = int((~latents.isfinite()).flatten(1).any(1).float().argmax())
+        raise ValueError(
+            f"The latents in {path} are not finite from frame {first} on: the rollout broke down. "
+            "Generate them again, under another policy or budget."
+        )
+    return latents, about
+
+
+def _about(metadata: dict[str, str]) -> dict[str, Any] | None:
+    """What a clip is; None where a file does not say."""
+    try:
+        about = json.loads(metadata["about"])
+        return about if about["fps"] > 0 and isinstance(about["model"], str) else None
+    except (KeyError, TypeError, ValueError):
+        return None

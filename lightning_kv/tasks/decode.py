@@ -70,13 +70,13 @@ def decode(
         raise ValueError(
             f"{pairs[0][1]} exists and would be lost. Give another -o, or --force to replace it."
         )
-    left = [(clip, video) for clip, video in pairs if force or not video.exists()]
+    left = [(clip, video) for clip, video in pairs if force or not video.is_file()]
     codecs: dict[str, Codec] = {}
     console = Console(stderr=True)
     silent = single or not console.is_terminal
     for clip, video in track(left, "decoding", console=console, disable=silent, transient=True):
         latents, about = read_clip(clip)
-        name = about.get("model", "")
+        name = about["model"]
         if name not in codecs:
             codecs[name] = _codec(name, vae, device, precision)
         video.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +102,8 @@ def _pairs(source: Path, out: Path | None) -> Iterator[tuple[Path, Path]]:
             f"There are no latents at {source}. Give a file that `lightning-kv generate ... -o "
             f"clip{SUFFIX}` wrote, or a run directory of `lightning-kv evaluate --latents true`."
         )
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, and a run has many videos. Give a folder to -o.")
     for clip in found:
         inside = clip.relative_to(source / FOLDER).with_suffix(".mp4")
         yield clip, (out or source / "decoded") / inside

@@ -287,13 +287,14 @@ def model_for(
     if source.config is not None:  # before gigabytes are read
         check_options(options, source.config, False, policies)
         check_memory(source.config, options.precision, device)
+    guided = source.config is not None and source.config.guidance != 1
     model = load_model(
         options.model,
         precision=options.precision,
         text=options.text,
         vae=options.vae,
         decode=options.decode,
-        prompts=[*data.prompt_texts(), options.negative],
+        prompts=data.prompt_texts() + [options.negative] * guided,
     )
     if source.config is None:
         check_options(options, model.network.config, True, policies)

@@ -133,8 +133,10 @@ def generate(options: GenerateOptions) -> Generated:
 
 def model_for(options: GenerateOptions, check: Callable[[str], object]) -> VideoModel:
     """The model, with a VAE only where pixels are wanted."""
-    prompts = [options.prompt, options.negative]
-    prompts += [read_switch(text, check)[0] for text in options.switches]
+    prompts = [options.prompt, *(read_switch(text, check)[0] for text in options.switches)]
+    config = find_model(options.model).config
+    if config is not None and config.guidance != 1:
+        prompts.append(options.negative)
     return load_model(
         options.model,
         "cuda" if resolved(options.accelerator) == "gpu" else "cpu",

@@ -12,9 +12,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from lightning_kv.models import catalogue, loading
+from lightning_kv.models import loading
 from lightning_kv.models.catalogue import CATALOGUE
 from lightning_kv.models.embedded import WEIGHTS, save_embedded
+from lightning_kv.models.embeddings import write_embeddings
 from lightning_kv.models.loading import load_model
 from lightning_kv.models.sizes import PRESETS, parameters
 from lightning_kv.models.sources import find_model
@@ -28,7 +29,7 @@ SIZES = {"dim": 64, "ffn_dim": 128, "layers": 2, "heads": 2, "text_dim": 16, "la
 @pytest.fixture(autouse=True)
 def models(monkeypatch, tmp_path):
     """An empty folder of models, no hub cache, and a home."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("LIGHTNING_KV_MODELS", str(tmp_path / "models"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -210,7 +211,7 @@ def test_unknown_names_and_files(tmp_path):
         ("{name: a, like: wan-1.3, weights: w}", ["Did you mean 'wan-1.3b'?"]),
         ("{name: a, like: longlive, weights: w, loras: x}", ["'loras'", "Did you mean 'lora'?"]),
         (
-            "{name: a, like: longlive, weights: w, config: {layer: 2}}",
+            "{name: a, like: causvid, weights: w, config: {layer: 2}}",
             ["In the config of", "there is no 'layer'", "Did you mean 'layers'?"],
         ),
     ],
@@ -446,14 +447,6 @@ def test_a_vae_of_another_stride_is_said_before_the_weights_are_read(tiny_wan, t
     assert load_model(other, text=states, vae=folder).codec.stride == (4, 4)
 
 
-def missing_text(path):
-    return load_model(path)
-
-
-def missing_vae(path):
-    return load_model(path, text=states)
-
-
 @pytest.mark.parametrize(
     ("changes", "given", "words"),
     [
@@ -472,14 +465,12 @@ def test_cheap_errors_come_before_anything_large_is_read(
     tiny_wan, tmp_path, spied, monkeypatch, changes, given, words
 ):
     monkeypatch.setattr(loading, "memory_of", lambda device: 10e9)
-    monkeypatch.setattr(catalogue, "parts_folder", lambda: None)
     path = model_file(tiny_wan, tmp_path, **changes)
     refused(path, *words, find=lambda name: load_model(name, **given))
     opened = {"weights": "weights", "text": "text", "vae": "vae"}
     assert len(spied) <= 1 and all(opened[what] in str(changes | given) for what in spied)
 
 
-@pytest.mark.xfail(strict=True, reason="the text encoder is read, and prompts encoded, before")
 @pytest.mark.parametrize(
     ("changes", "given"),
     [
@@ -515,3 +506,59 @@ def test_weights_of_another_size_are_said(tiny_wan, tmp_path):
     save_file(network.state_dict(), tmp_path / "w.safetensors")
     path = model_file(tiny_wan, tmp_path, weights=str(tmp_path / "w.safetensors"), key="generator")
     refused(path, "no entry 'generator'", find=lambda n: load_model(n, text=states, decode=False))
+
+
+def test_embeddings_in_place_of_a_text_encoder(tiny_wan, tmp_path, spied):
+    whole = WanText.load(tiny_wan, "cpu")
+    known = ["a fox", "", "a boat"]
+    spied.clear()
+    folder = tmp_path / "book"
+    items = zip(known, whole.states(known), strict=True)
+    write_embeddings(folder, items, whole.fingerprint, whole.length)
+    path = model_file(tiny_wan, tmp_path)
+    model = load_model(path, text=folder, decode=False, prompts=["a boat", ""])
+    assert torch.equal(model.encoder(["a boat", ""]), whole(["a boat", ""]).bfloat16())
+    assert model.source["text"] == whole.fingerprint and spied == ["weights"]
+    with pytest.raises(ValueError, match="no text states for 'a cat'"):
+        load_model(path, text=folder, decode=False, prompts=["a fox", "a cat"])
+    assert spied == ["weights"]  # said before the weights were read
+
+
+# -- what is not said yet --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("{name: a, like: longlive, weights: }", "weights"),
+        ("{name: a, like: causvid, weights: w, config: 3}", "config"),
+        ("{name: a, like: causvid, weights: w, config: [dim]}", "config"),
+        ("{name: a, like: causvid, weights: w, config: {dim: wide}}", "dim"),
+    ],
+)
+def test_a_value_of_another_kind_in_a_model_file_is_said(tmp_path, content, word):
+    path = put(tmp_path / "m.yaml", content.encode())
+    refused(str(path), word, str(path))
+
+
+@pytest.mark.parametrize("kind", ["embedded", "published", "empty", "home"])
+def test_what_stands_around_an_equals_sign(tmp_path, kind):
+    folder = tmp_path / "lr=0.1"
+    if kind == "embedded":
+        path = folder / "mine.safetensors"
+        folder.mkdir()
+        shutil.copy(WEIGHTS / "panorama.safetensors", path)
+        assert find_model(str(path)).weights == path
+    elif kind == "published":
+        path = put(folder / "self_forcing_dmd.pt")
+        assert find_model(str(path)).weights == path
+    elif kind == "empty":
+        refused("self-forcing=", "self-forcing=FILE")
+    else:  # a shell leaves it as it is after a name with a hyphen
+        assert find_model("self-forcing=~/w.pt").weights == tmp_path / "home" / "w.pt"
+
+
+def test_the_embedded_model_takes_no_other_file_by_its_name():
+    with pytest.raises(ValueError) as error:
+        find_model("panorama=mine.safetensors")
+    assert "Write panorama=FILE" not in str(error.value)
