@@ -118,7 +118,7 @@ def decode_command(words: list[str]) -> None:
     )
     parser.add_argument("--vae", metavar="FOLDER", type=Path, help="the vae/ folder of Wan2.1")
     parser.add_argument(
-        "--precision", metavar="NAME", default="reference", help="of the VAE (reference)"
+        "--precision", metavar="NAME", help="of the VAE; that of the rollout where not given"
     )
     parser.add_argument("--force", action="store_true", help="replace videos that are there")
     add_device(parser)

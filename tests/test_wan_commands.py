@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_kv import load_model, preset, rollout
 from lightning_kv.cli import main
+from lightning_kv.models.catalogue import CATALOGUE
 from lightning_kv.models.embeddings import PromptBook
 
 PROMPTS = ["a red fox runs through snow", "a boat on a lake", "a city at night"]
@@ -357,3 +358,71 @@ def test_the_list_of_models_says_what_to_type(capsys, monkeypatch, tmp_path):
     text = capsys.readouterr().out
     assert "lightning-kv fetch longlive" in text and "CC BY-NC-SA" in text
     assert str(Path(tmp_path) / "self-forcing") in text
+
+
+@pytest.mark.parametrize("like", CATALOGUE)
+def test_every_published_model_runs_as_its_authors_run_it(tiny_wan, tmp_path, like, capsys):
+    """No option but the model: its own length, sampler and policy."""
+    path = changed(tiny_wan, tmp_path, like=like, lora=None)
+    values = yaml.safe_load(Path(path).read_text()) | {"lora": None}
+    Path(path).write_text(yaml.safe_dump(values))
+    main(["generate", "a red fox", "--model", path, "-o", str(tmp_path / "a.safetensors")])
+    said = capsys.readouterr().out
+    assert f"policy      {CATALOGUE[like].policy}" in said
+    latents = load_file(tmp_path / "a.safetensors")["latents"]
+    frames = 27 if like == "longlive" else 21  # 6 seconds where it knows as many, in whole chunks
+    assert len(latents) == frames and latents.isfinite().all()
+
+
+def test_a_guided_model_and_its_negative_prompt(tiny_wan, prompts, tmp_path):
+    config = yaml.safe_load((tiny_wan / "model.yaml").read_text())["config"]
+    config |= {"sampler": "flow", "guidance": 3.0, "timesteps": {"steps": 4, "shift": 5.0}}
+    path = changed(tiny_wan, tmp_path, config=config)
+    made = []
+    for number, negative in enumerate(("", "blurry")):
+        out = tmp_path / f"{number}.safetensors"
+        main(["generate", "a red fox", "--model", path, "--negative", negative, "-o", str(out)])
+        made.append(load_file(out)["latents"])
+    assert not torch.equal(*made)
+    out = tmp_path / "run"
+    given = ["--data.shards", str(prompts), "--frames", "6", "--decode", "false"]
+    main(
+        [
+            "evaluate",
+            "--model",
+            path,
+            *given,
+            "--policies",
+            "[sliding-window@3f]",
+            "--out",
+            f"{out}",
+        ]
+    )
+    assert json.loads((out / "summary.json").read_text())["policies"]["sliding-window@3f"]
+
+
+def test_latents_can_be_asked_for_later(tiny_wan, prompts, tmp_path):
+    out = tmp_path / "run"
+    given = ["evaluate", "--model", f"{tiny_wan / 'model.yaml'}", "--data.shards", str(prompts)]
+    given += ["--policies", "[sliding-window@3f]", "--frames", "6", "--decode", "false"]
+    main([*given, "--out", str(out)])
+    records = [x for f in (out / "records").glob("*.jsonl") for x in f.open()]
+    main([*given, "--latents", "true", "--out", str(out)])
+    assert len(list((out / "latents").rglob("*.safetensors"))) == 2 * 3
+    assert [x for f in (out / "records").glob("*.jsonl") for x in f.open()] == records
+
+
+def test_what_would_do_nothing_or_take_forever_is_refused(
+    tiny_wan, prompts, tmp_path, capsys, monkeypatch
+):
+    model, out = f"{tiny_wan / 'model.yaml'}", str(tmp_path / "a.mp4")
+    error = refused(["generate", "x", "--model", model, "--negative", "y", "-o", out], capsys)
+    assert "runs without guidance" in error
+    given = ["evaluate", "--model", model, "--out", str(tmp_path / "run")]
+    error = refused([*given, "--data.shards", str(prompts), "--text", str(tiny_wan)], capsys)
+    assert "runs no text encoder" in error and "lightning-kv encode" in error
+    monkeypatch.setattr("lightning_kv.models.loading.memory_of", lambda device: 1e15)
+    path = changed(tiny_wan, tmp_path, like="krea-14b", config={})
+    words = ["generate", "x", "--model", path, "-o", out, "--accelerator", "cpu"]
+    assert "14.3 billion parameters on a CPU" in refused(words, capsys)
+    assert not list(tmp_path.glob("*.mp4")) and not (tmp_path / "run").exists()

@@ -311,7 +311,11 @@ def _each(rows: PerHead, change: Callable[[Tensor], Tensor], heads: int) -> list
 def _check(rows: PerHead | None, there: RowSet, what: str) -> None:
     if rows is None:
         return
-    for head, length in there.lengths.items():
+    lengths = there.lengths
+    if isinstance(rows, Tensor):  # the same for all heads: the shortest says whether it can be
+        shortest = min(lengths, key=lengths.get)
+        lengths = {shortest: lengths[shortest]}
+    for head, length in lengths.items():
         index = per_head(rows, head)
         if len(index) and (int(index.max()) >= length or int(index.min()) < 0):
             raise ValueError(

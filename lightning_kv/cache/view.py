@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_kv.cache.decisions import PerHead
 from lightning_kv.cache.passes import Geometry, Pass
 from lightning_kv.cache.rows import Group
 from lightning_kv.cache.store import Cell, reachable_bytes
@@ -143,7 +144,7 @@ class CacheView:
             out[list(group.heads)] = part
         return out
 
-    def rows_of(self, frames: Tensor) -> list[Tensor]:
+    def rows_of(self, frames: Tensor) -> PerHead:
         """Row indices that belong to chosen frames, per head; ``frames`` is bool ``[H or 1, F]``.
 
         One tensor comes back, in place of a list, where all heads agree.
@@ -159,7 +160,9 @@ class CacheView:
                 continue
             hit = chosen.gather(1, index.expand(len(group.heads), -1))
             found |= {h: row.nonzero().flatten() for h, row in zip(group.heads, hit, strict=True)}
-        return [found[head] for head in range(self.heads)]
+        one = found[0]
+        alike = all(rows is one for rows in found.values())
+        return one if alike else [found[head] for head in range(self.heads)]
 
     def frame_mean_keys(self) -> Tensor:
         """Mean stored key of each head and frame, ``[H, F, D]``; counts the keys it touches."""

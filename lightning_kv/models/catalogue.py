@@ -219,7 +219,7 @@ _ENTRIES = (
         name="causvid",
         about="CausVid, chunks of 3 frames, 3 steps.",
         files=("autoregressive_checkpoint/model.pt",),
-        changes={"timesteps": (1000.0, 757.0, 522.0)},
+        changes={"timesteps": (1000.0, 757.0, 522.0), "shift": 8.0},
         **_CAUSVID,
     ),
     Published(
@@ -239,7 +239,7 @@ _ENTRIES = (
         files=("krea-realtime-video-14b.safetensors",),
         gigabytes=28.6,
         preset="wan-14b",
-        changes={"timesteps": (1000.0, 937.0, 833.0, 625.0)},
+        changes={"timesteps": (1000.0, 937.0, 833.0, 625.0), "shift": 5.0},
         policy="sliding-window@3f",
     ),
 )

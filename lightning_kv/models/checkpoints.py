@@ -67,7 +67,10 @@ class Checkpoint:
 
 
 def read_checkpoint(
-    path: str | Path, key: str | None = None, lora: str | Path | None = None
+    path: str | Path,
+    key: str | None = None,
+    lora: str | Path | None = None,
+    prefer: str | None = None,
 ) -> Checkpoint:
     """Read the weights of a causal Wan, in any published wrapping, under original names.
 
@@ -79,6 +82,7 @@ def read_checkpoint(
             pipeline, whose transformer is taken).
         key: Top-level entry of a torch file; default: the first of ``generator_ema``,
             ``generator``, ``model``, ``state_dict`` that is there.
+        prefer: An entry to try before those.
         lora: A LoRA file to merge (:func:`lightning_kv.models.lora.merge_lora`).
 
     Raises:
@@ -87,7 +91,7 @@ def read_checkpoint(
     """
     source = open_source(Path(path))
     adapter = None if lora is None else open_source(Path(lora))
-    chosen, found = source.choose(key, KEYS)
+    chosen, found = source.choose(key, KEYS if prefer is None else (prefer, *KEYS))
     found = _unwrapped(source.path, found)
     naming = _naming(source.path, found)
     translate = to_original if naming == "diffusers" else _original
@@ -180,7 +184,8 @@ def load_into(network: CausalWan, checkpoint: Checkpoint) -> None:
         )
         raise ValueError(
             f"The weights do not fit the network: {lines}. The weights have {looks_like(theirs)}; "
-            f"the network has {looks_like(ours)}. Build a CausalWan of the weights' size."
+            f"the network has {looks_like(ours)}. Use the name of the weights' "
+            "own size (SIZE=FILE), or a model file with their sizes under `config:`."
         )
     on_meta = any(weight.is_meta for weight in network.parameters())
     network.load_state_dict(theirs, strict=True, assign=on_meta)

@@ -42,6 +42,8 @@ PATTERN = "embeddings-*.safetensors"
 class PromptBook(nn.Module):
     """Looks text states up by prompt; used in place of a text encoder.
 
+    ``encoder`` is the fingerprint of the text encoder, ``fingerprint`` that of all states.
+
     A module, so that it follows the model it belongs to: ``to`` sets where its states go.
 
     Args:
@@ -62,7 +64,8 @@ class PromptBook(nn.Module):
         super().__init__()
         self.folder = Path(folder)
         index = _read_index(self.folder)
-        self.fingerprint: str = index["fingerprint"]
+        self.encoder: str = index["fingerprint"]
+        self.fingerprint = _checksum(self.folder / INDEX)
         self.length: int = index["length"]
         self.width: int = index["width"]
         self._files: dict[str, str] = {row["prompt"]: row["file"] for row in index["prompts"]}

@@ -20,6 +20,7 @@ from lightning_kv.models.vae import WanVAE
 from lightning_kv.models.video import Encoder, VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
 
+LARGE = 5e9  # parameters that no CPU should be asked to run
 ROOM = 1.15  # memory that weights need, times this: the rest of a rollout is on top
 
 
@@ -69,10 +70,11 @@ def load_model(
             f"The VAE {vae or source.vae} makes {codec.stride} pixel frames and pixels of a latent "
             f"frame and side, and {name!r} is for {source.config.stride}. Give the VAE of Wan2.1."
         )
+    checkpoint = read_checkpoint(source.weights, source.key, source.lora, source.prefer)
+    network = network_of(source, checkpoint)
     encoder = text if callable(text) else text_source(text, device, prompts)
+    network = network.cast(precision).eval().requires_grad_(False).to(device)
     told = {"text": getattr(encoder, "fingerprint", None), "vae": codec and codec.fingerprint}
-    checkpoint = read_checkpoint(source.weights, source.key, source.lora)
-    network = network_of(source, checkpoint, precision).to(device)
     told = {what: mark for what, mark in told.items() if mark}
     return VideoModel(network, codec, encoder, identity(checkpoint, precision) | told)
 
@@ -96,12 +98,12 @@ def check_places(name: str, source: Source, text: Path | Encoder | None) -> None
         text_fingerprint(text)
 
 
-def network_of(source: Source, checkpoint: Checkpoint, precision: str) -> CausalWan:
-    """A network with a checkpoint's weights, in a precision, for inference."""
+def network_of(source: Source, checkpoint: Checkpoint) -> CausalWan:
+    """A network with a checkpoint's own weights; nothing is copied yet."""
     with torch.device("meta"):
         network = CausalWan(source.config)
     load_into(network, checkpoint)
-    return network.cast(precision).eval().requires_grad_(False)
+    return network
 
 
 def identity(checkpoint: Checkpoint, precision: str) -> dict[str, str]:
@@ -185,7 +187,13 @@ def check_memory(config: WanConfig, precision: str, device: str | torch.device) 
         ValueError: Says what is needed and what is there.
     """
     size = torch.finfo(known_profile(precision).dtype).bits // 8
-    needed, there = parameters(config) * size * ROOM, memory_of(torch.device(device))
+    count, device = parameters(config), torch.device(device)
+    needed, there = count * size * ROOM, memory_of(device)
+    if count > LARGE and device.type == "cpu" and needed <= there:
+        raise ValueError(
+            f"A network of {count / 1e9:.1f} billion parameters on a CPU takes hours for a second "
+            "of video. Use a GPU with 40 GB or more, or a model of 1.3 billion."
+        )
     if needed > there:
         raise ValueError(
             f"The weights alone take {needed / 1e9:.1f} GB in {precision}, and {device} has "

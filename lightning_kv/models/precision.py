@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Profile:
-    """The casts of a rollout.
+    """The casts of the transformer; text encoder and VAE take the dtype.
 
     Args:
         about: When to use it, in a sentence.

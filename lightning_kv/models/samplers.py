@@ -31,6 +31,7 @@ class Conventions(Protocol):
 
     sampler: str
     first_timesteps: tuple[float, ...]
+    shift: float
     guidance: float
 
 
@@ -88,18 +89,12 @@ class ChunkPlan:
 
 
 def sampler_of(conventions: Conventions) -> Sampler:
-    """The sampler that a checkpoint was made for.
-
-    Raises:
-        ValueError: No sampler of that name.
-    """
-    known = {
-        "few-step": partial(few_step, first=conventions.first_timesteps),
-        "rolling": rolling,
+    """The sampler that a checkpoint was made for."""
+    known: dict[str, Sampler] = {
+        "few-step": partial(few_step, first=conventions.first_timesteps, shift=conventions.shift),
+        "rolling": partial(rolling, shift=conventions.shift),
         "flow": partial(flow, guidance=conventions.guidance),
     }
-    if conventions.sampler not in known:
-        raise ValueError(f"No sampler {conventions.sampler!r}. Samplers: {', '.join(known)}.")
     return known[conventions.sampler]
 
 
@@ -109,6 +104,7 @@ def few_step(
     noise: Noise,
     context: Tensor | None,
     first: tuple[float, ...] = (),
+    shift: float = 0.0,
 ) -> Steps:
     """Chunk by chunk in a few steps with fresh noise between them, then a commit pass at t = 0.
 
@@ -122,6 +118,7 @@ def few_step(
         noise: Where noise comes from.
         context: Given clean latents ``[B, context, C, H, W]``.
         first: Noise levels of the very first chunk where they differ (Causal Forcing++).
+        shift: See :func:`sigma_of`.
     """
     yield from prefill(plan, context)
     for index in range(plan.given, plan.count):
@@ -130,17 +127,19 @@ def few_step(
         x = noise(index, 0)
         for step, t in enumerate(levels):
             same = (t,) * len(frames)
-            x0 = yield (
-                Pass("denoise", frames, same, index, step, opens=step == 0, next_chunk=after),
-                x,
-            )
+            here = Pass("denoise", frames, same, index, step, opens=step == 0, next_chunk=after)
+            x0 = (yield here, x).to(x.dtype)
             if step + 1 < len(levels):
-                x = renoise(x0, noise(index, step + 1), levels[step + 1])
+                x = renoise(x0, noise(index, step + 1), levels[step + 1], shift)
         yield clean("commit", frames, index, after), x0
 
 
 def rolling(
-    plan: ChunkPlan, timesteps: tuple[float, ...], noise: Noise, context: Tensor | None
+    plan: ChunkPlan,
+    timesteps: tuple[float, ...],
+    noise: Noise,
+    context: Tensor | None,
+    shift: float = 0.0,
 ) -> Steps:
     """As many chunks in flight as there are noise levels, each one level below the next.
 
@@ -153,6 +152,7 @@ def rolling(
         timesteps: Noise levels, 0 to 1000, falling.
         noise: Where noise comes from.
         context: Given clean latents ``[B, context, C, H, W]``.
+        shift: See :func:`sigma_of`.
     """
     yield from prefill(plan, context)
     depth, flight = len(timesteps), {}
@@ -167,7 +167,8 @@ def rolling(
         opens = turn == plan.given or turn >= plan.given + depth
         after = plan.after(oldest)
         step = Pass("denoise", frames, levels, oldest, level[oldest], (), opens, after)
-        x0 = yield step, torch.cat([*flight.values()], dim=1)
+        x = torch.cat([*flight.values()], dim=1)
+        x0 = (yield step, x).to(x.dtype)
         parts = x0.split([len(plan.ids(index)) for index in flight], dim=1)
         for index, part in zip(list(flight), parts, strict=True):
             if level[index] == depth - 1:
@@ -175,7 +176,7 @@ def rolling(
                 del flight[index]
             else:
                 below = level[index] + 1
-                flight[index] = renoise(part, noise(index, below), timesteps[below])
+                flight[index] = renoise(part, noise(index, below), timesteps[below], shift)
 
 
 def flow(
@@ -238,12 +239,33 @@ def clean(phase: str, frames: tuple[int, ...], chunk: int, after: int, opens: bo
     return Pass(phase, frames, still, chunk, final=frames, opens=opens, next_chunk=after)
 
 
-def renoise(x0: Tensor, noise: Tensor, timestep: float) -> Tensor:
-    """``(1 - s) x0 + s noise`` with ``s = timestep / 1000``; the sum is formed in float32 at least.
+def sigma_of(timesteps: Tensor, shift: float = 0.0) -> Tensor:
+    """Share of noise at timesteps, float64.
+
+    The networks see timesteps of 0 to 1000. Where a list of them is published rounded (757, 522),
+    the share of noise is that of the nearest of 1,000 entries of the shifted schedule; 0 means
+    clean.
+
+    Args:
+        timesteps: Any shape.
+        shift: Of that schedule; 0 for exact timesteps, which are 1000 times the share.
+    """
+    exact = timesteps.double() / 1000
+    if not shift:
+        return exact
+    table = torch.linspace(1, 0, 1001, dtype=torch.float64, device=timesteps.device)[:-1]
+    table = shift * table / (1 + (shift - 1) * table)
+    nearest = table[(exact.unsqueeze(-1) - table).abs().argmin(-1)]
+    return torch.where(timesteps == 0, exact, nearest)
+
+
+def renoise(x0: Tensor, noise: Tensor, timestep: float, shift: float = 0.0) -> Tensor:
+    """``(1 - s) x0 + s noise``, see :func:`sigma_of`; the sum is formed in float32 at least.
 
     The result has the dtype of ``x0``.
     """
-    sigma, work = timestep / 1000, torch.promote_types(x0.dtype, torch.float32)
+    sigma = float(sigma_of(torch.tensor(float(timestep), dtype=torch.float64), shift))
+    work = torch.promote_types(x0.dtype, torch.float32)
     return ((1 - sigma) * x0.to(work) + sigma * noise.to(work)).to(x0.dtype)
 
 

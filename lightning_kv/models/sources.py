@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from lightning_kv.models.catalogue import CATALOGUE, Published, by_file_name, parts_folder
 from lightning_kv.models.embedded import WEIGHTS, shipped
 from lightning_kv.models.nearest import hint
+from lightning_kv.models.samplers import spaced
 from lightning_kv.models.sizes import PRESETS, parameters
 from lightning_kv.models.wan import WanConfig
 
@@ -27,6 +28,7 @@ class Source:
         weights: A file, or a folder of shards.
         config: Sizes and conventions; None for a file of the embedded model, which says them.
         key: Top-level entry of a torch file; the usual ones are tried where None.
+        prefer: Entry to try before the usual ones.
         lora: A LoRA to merge.
         text: Folder with embeddings, or with tokenizer and text encoder; None where there is none.
         vae: Folder of the VAE; None where there is none.
@@ -41,6 +43,7 @@ class Source:
     text: Path | None = None
     vae: Path | None = None
     policy: str = "full"
+    prefer: str | None = None
 
 
 def find_model(text: str) -> Source:
@@ -110,6 +113,7 @@ def _published(
             )
         return Source(text, weights, PRESETS[name], None, lora, **around)
     entry = _known(name)
+    key = entry.key if weights is None else None  # a file of one's own may be flat
     weights, lora = (weights or entry.path), (lora or (None if weights else entry.lora))
     if weights is None:
         raise ValueError(
@@ -122,7 +126,16 @@ def _published(
             f"Write {name}=WEIGHTS+LORA (published as {' and '.join(entry.files)}); for weights "
             "that hold both, a YAML file with `lora: null`."
         )
-    return Source(text, weights, entry.config, entry.key, lora, **around, policy=entry.policy)
+    return Source(
+        text,
+        weights,
+        entry.config,
+        key,
+        lora,
+        **around,
+        policy=entry.policy,
+        prefer=entry.key,
+    )
 
 
 def _known(name: str) -> Published:
@@ -174,6 +187,7 @@ def _from_file(path: Path) -> Source:
         at.get("text", parts),
         vae,
         CATALOGUE[like].policy if like in CATALOGUE else "full",
+        CATALOGUE[like].key if like in CATALOGUE else None,
     )
 
 
@@ -214,8 +228,8 @@ def _changed(path: Path, base: WanConfig, changes: Mapping[str, Any]) -> WanConf
     for key in changes:
         if key not in known:
             raise ValueError(f"In the config of {path}: {_unknown(key, known)}")
-    made = replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
     try:
+        made = replace(base, **{name: _plain(name, value) for name, value in changes.items()})
         made.geometry()
         parameters(made)
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
@@ -224,6 +238,13 @@ def _changed(path: Path, base: WanConfig, changes: Mapping[str, Any]) -> WanConf
             f"{base}."
         ) from error
     return made
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A value as a configuration holds it; ``timesteps: {steps: 50, shift: 5.0}`` are computed."""
+    if name == "timesteps" and isinstance(value, Mapping):
+        return spaced(**value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _unknown(given: Any, known: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attenti
 from lightning_kv.cache.passes import Geometry, Pass
 from lightning_kv.cache.rotary import Rotary
 from lightning_kv.models.precision import PROFILES, known_profile
-from lightning_kv.models.samplers import ChunkPlan
+from lightning_kv.models.samplers import ChunkPlan, sigma_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class WanConfig:
         sampler: How it is sampled: ``few-step``, ``rolling`` (several chunks in flight), or
             ``flow`` (many steps with guidance); see :mod:`lightning_kv.models.samplers`.
         timesteps: Noise levels of the sampler, as the model sees them (0 to 1000).
+        shift: Of the schedule whose 1,000 entries the timesteps are rounded to; 0 where they are
+            exact.
         first_timesteps: Noise levels of the first chunk where they differ.
         guidance: Scale of classifier-free guidance (``flow`` only); 1 means none.
     """
@@ -70,8 +73,34 @@ class WanConfig:
     fps: int = 16
     sampler: Literal["few-step", "rolling", "flow"] = "few-step"
     timesteps: tuple[float, ...] = (1000.0, 937.5, 2500 / 3, 625.0)
+    shift: float = 0.0
     first_timesteps: tuple[float, ...] = ()
     guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        levels = [self.timesteps, *([self.first_timesteps] if self.first_timesteps else [])]
+        top = 1000 if self.sampler != "flow" else 999.999
+        for level in levels:
+            falling = all(a > b for a, b in pairwise(level))
+            if not level or not falling or not 0 < level[-1] <= level[0] <= top:
+                raise ValueError(
+                    f"Noise levels {level} cannot be sampled. Give falling numbers above 0, up to "
+                    f"{top:g}; for flow also {{steps: 50, shift: 5.0}} in a model file."
+                )
+        wrong = {
+            "sampler": self.sampler not in ("few-step", "rolling", "flow"),
+            "prediction": self.prediction not in ("velocity", "x0"),
+            "chunk": self.chunk < 1,
+            "fps": self.fps <= 0,
+            "guidance": self.guidance != 1 and self.sampler != "flow",
+            "first_timesteps": bool(self.first_timesteps) and self.sampler != "few-step",
+        }
+        for name in (name for name, bad in wrong.items() if bad):
+            raise ValueError(
+                f"{name}={getattr(self, name)!r} does not go with sampler={self.sampler!r}. "
+                "Samplers are few-step, rolling and flow; predictions velocity and x0; guidance "
+                "goes with flow, first_timesteps with few-step; chunk and fps are above 0."
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> WanConfig:
@@ -342,15 +371,15 @@ class CausalWan(nn.Module):
         return out.flatten(6, 7).flatten(4, 5).flatten(1, 2)
 
     def x0(self, output: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
-        """Clean estimate from the network's output, in the profile's precision, cast back.
+        """Clean estimate from the network's output, in the profile's precision.
 
-        ``x_t = (1 - s) x0 + s noise`` with ``s = t / 1000``, so ``x0 = x_t - s * velocity``.
+        ``x_t = (1 - s) x0 + s noise``, so ``x0 = x_t - s * velocity``; see :func:`sigma_of` for s.
         """
         if self.config.prediction == "x0":
             return output
         work = torch.promote_types(x.dtype, self.profile.estimate)
-        sigma = (timesteps.double() / 1000).to(work).view(*timesteps.shape, 1, 1, 1)
-        return (x.to(work) - sigma * output.to(work)).to(x.dtype)
+        sigma = sigma_of(timesteps, self.config.shift).to(work).view(*timesteps.shape, 1, 1, 1)
+        return x.to(work) - sigma * output.to(work)
 
     def _sinusoid(self, timesteps: Tensor) -> Tensor:
         half = self.config.freq_dim // 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from lightning_kv.policies.amount import Amount
 from lightning_kv.policies.run import PolicyRun
 from lightning_kv.policies.scores import top_frames
 
+ENDLESS = 10**9  # frames
 KINDS = ("retain", "select", "budget", "positions", "precision")
 
 
@@ -227,6 +228,8 @@ class CachePolicy:
         bias: ``log_weight`` lets a merged row count for the tokens it stands for.
         branches: Under guidance, ``each`` branch decides for itself, or the decisions of the
             prompt's branch are ``shared``.
+        asked: Somebody asked for these budgets; those that a preset brings along may exceed the
+            history of a short rollout.
     """
 
     name: str
@@ -236,6 +239,7 @@ class CachePolicy:
     precision: PrecisionPart
     bias: str | None = None
     branches: str = "each"
+    asked: bool = field(default=True, compare=False)
 
     def __post_init__(self) -> None:
         if self.bias not in (None, "log_weight"):
@@ -315,7 +319,7 @@ class CachePolicy:
             kind: replace(part, budget=replace(part.budget, amount=text))
             for (kind, part), text in zip(mine.items(), amounts, strict=True)
         }
-        return replace(self, name=name or self.name, **changed)
+        return replace(self, name=name or self.name, asked=True, **changed)
 
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
         """Refuse a budget that cannot work in a rollout of so many frames.
@@ -324,6 +328,7 @@ class CachePolicy:
             ValueError: Too small for what the part protects, or larger than the history.
         """
         self.retain.suits(self.bias)
+        history = frames - chunk if self.asked else ENDLESS
         for part in (self.retain, self.select):
             part.check(geometry, chunk, frames)
             if part.budget is not None:
@@ -335,7 +340,7 @@ class CachePolicy:
                         "less frees none. Give frames, tokens or a share, or put it on `retain`."
                     )
                 least = part.smallest(chunk)
-                amount.check(self.name, least, frames - chunk, chunk, geometry)
+                amount.check(self.name, least, history, chunk, geometry)
 
     def start(self) -> PolicyRun:
         """This policy at work on one sample."""

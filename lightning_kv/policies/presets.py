@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -86,7 +86,7 @@ def preset(name: str) -> CachePolicy:
     if base not in PRESETS:
         raise ValueError(unknown("policy", base, PRESETS))
     policy = policy_from_dict({"name": base, **PRESETS[base]})
-    return policy.budgeted(amount, name) if "@" in name else policy
+    return policy.budgeted(amount, name) if "@" in name else replace(policy, asked=False)
 
 
 def load_policy(spec: str | dict[str, Any]) -> CachePolicy:
@@ -124,7 +124,7 @@ def policy_from_dict(values: dict[str, Any]) -> CachePolicy:
     Raises:
         ValueError: No name, an unknown key, an unknown part, or a wrong setting of a part.
     """
-    known = [field.name for field in fields(CachePolicy)]
+    known = [field.name for field in fields(CachePolicy) if field.name != "asked"]
     for key in values:
         if key not in known:
             raise ValueError(unknown("key of a policy", key, known))

@@ -30,7 +30,7 @@ from lightning_kv.models.wan import CausalWan, WanConfig
 from lightning_kv.policies.presets import load_policy, preset, unknown
 from lightning_kv.report.table import format_bytes
 from lightning_kv.rollout import rollout
-from lightning_kv.tasks.generate import read_size
+from lightning_kv.tasks.clock import read_size
 
 CONFIGS = {
     "wan-1.3b": PRESETS["wan-1.3b"],

@@ -48,7 +48,7 @@ def decode(
     out: Path | None = None,
     vae: Path | None = None,
     device: str | torch.device = "cpu",
-    precision: str = "reference",
+    precision: str | None = None,
     force: bool = False,
 ) -> Decoded:
     """Write a video for each clip of latents, one latent frame in memory at a time.
@@ -58,7 +58,7 @@ def decode(
         out: The video, or the folder of a run's videos; beside the latents where not given.
         vae: Folder of the VAE; that of the clip's model where not given.
         device: Where the VAE runs.
-        precision: Its profile.
+        precision: Its profile; that of the clip's rollout where not given.
         force: Replace videos that are there. Without it a run goes on with those that are not.
 
     Raises:
@@ -78,7 +78,7 @@ def decode(
         latents, about = read_clip(clip)
         name = about["model"]
         if name not in codecs:
-            codecs[name] = _codec(name, vae, device, precision)
+            codecs[name] = _codec(name, vae, device, precision or about.get("precision"))
         video.parent.mkdir(parents=True, exist_ok=True)
         write_mp4(video, shown(codecs[name].stream(latents.float().to(device))), about["fps"])
     target = pairs[0][1] if single else (out or source / "decoded")
@@ -109,7 +109,8 @@ def _pairs(source: Path, out: Path | None) -> Iterator[tuple[Path, Path]]:
         yield clip, (out or source / "decoded") / inside
 
 
-def _codec(name: str, vae: Path | None, device: str | torch.device, precision: str) -> Codec:
+def _codec(name: str, vae: Path | None, device: str | torch.device, precision: str | None) -> Codec:
+    precision = precision or "reference"
     if vae is not None:
         return vae_source(vae, device, precision)
     source = find_model(name)

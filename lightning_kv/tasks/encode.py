@@ -85,9 +85,9 @@ def encode(
     wanted = list(dict.fromkeys([*found.texts, "", *([negative] if negative else [])]))
     held = set() if force else set(held_prompts(out, fingerprint, LENGTH))
     left = [prompt for prompt in wanted if prompt not in held]
+    encoder = WanText.load(text, device) if left else None
     if listed:
         _write_shards(prompts, found.texts, out)
-    encoder = WanText.load(text, device) if left else None
     if force:
         remove_embeddings(out)
     write_embeddings(out, _states(encoder, left, batch), fingerprint, LENGTH)

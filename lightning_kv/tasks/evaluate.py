@@ -36,7 +36,7 @@ from lightning_kv.tasks.overview import summary_of, write_report
 from lightning_kv.tasks.progress import RolloutProgress
 from lightning_kv.tasks.results import about, broken, cost, describe, fitted, measure
 from lightning_kv.tasks.scenes import Start, stack_context, start_of
-from lightning_kv.tasks.settle import check_options, settled
+from lightning_kv.tasks.settle import check_options, check_text, settled
 
 PANEL = 160  # pixels that a smaller picture is enlarged to in a moving picture
 
@@ -104,6 +104,7 @@ class Evaluate(L.LightningModule):
                 prompt,
                 2 * plan.chunk,
                 latent_size=self.latent_size,
+                negative=self.options.negative,
                 backend=self.options.backend,
                 decode=False,
             )
@@ -157,7 +158,7 @@ class Evaluate(L.LightningModule):
     def _rollout(self, policy: CachePolicy, starts: list[Start], watch: Trace | None) -> Rollout:
         samples = [start.sample for start in starts]
         self.progress.begin(policy.name, len(samples))
-        return rollout(
+        made = rollout(
             self.model,
             policy,
             [sample.prompt for sample in samples],
@@ -168,10 +169,14 @@ class Evaluate(L.LightningModule):
             latent_size=self.latent_size,
             negative=self.options.negative,
             backend=self.options.backend,
-            decode=self.options.decode,
+            decode=False,
             watch=watch,
             progress=self.progress.chunk,
         )
+        made.session = None  # frees the cache before pixels are made, and before the next rollout
+        if self.options.decode:
+            made.frames = self.codec.decode(made.latents.float())
+        return made
 
     def _record(
         self,
@@ -183,10 +188,10 @@ class Evaluate(L.LightningModule):
         metrics_of = self.metrics[self.names.index(name)]
         compared = reference if name in self.policies else None  # asked for, or only compared with
         for index, start in enumerate(starts):
-            if (name, start.sample.key) in self.recorded:
-                continue  # finished before this run was taken up again
             if self.options.latents:
                 self._keep(name, out.latents[index], start)
+            if (name, start.sample.key) in self.recorded:
+                continue  # finished before this run was taken up again
             record = {
                 "policy": name,
                 "key": start.sample.key,
@@ -213,15 +218,16 @@ class Evaluate(L.LightningModule):
 
     def _keep(self, name: str, latents: Tensor, start: Start) -> None:
         """Latents of one clip, for a later ``lightning-kv decode``."""
-        folder = self.run.path / FOLDER / re.sub(r"[^\w@.+-]+", "_", name)
         about = {
             "model": self.options.model,
             "policy": name,
             "prompt": start.sample.prompt,
             "key": start.sample.key,
             "seed": str(self.options.seed),
+            "precision": self.options.precision,
         }
-        write_clip(folder / f"{start.sample.key}{SUFFIX}", latents, self.options.fps, about)
+        path = latents_path(self.run, name, start.sample.key)
+        write_clip(path, latents, self.options.fps, about)
 
     def _picture(self, start: Start, clips: dict[str, Frames]) -> None:
         rows = [("world", fitted(start.truth))] if start.truth is not None else []
@@ -268,6 +274,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     if run.path.is_dir():
         task.recorded = {(record["policy"], record["key"]) for record in run.records()}
         data.finished = run.finished(task.names) - unseen(run, task.pictured, options.decode)
+        if options.latents:
+            data.finished = {k for k in data.finished if kept(run, task.names, k)}
     try:
         trainer.test(task, datamodule=data, verbose=False)
     finally:
@@ -287,6 +295,7 @@ def model_for(
     if source.config is not None:  # before gigabytes are read
         check_options(options, source.config, False, policies)
         check_memory(source.config, options.precision, device)
+        check_text(options, source)
     guided = source.config is not None and source.config.guidance != 1
     model = load_model(
         options.model,
@@ -320,6 +329,16 @@ def unseen(run: RunDirectory, keys: set[str], decode: bool) -> set[str]:
     traced = {path.stem for path in run.traces.glob("*.npz")}
     shown = {path.stem for path in run.videos.glob("*.mp4")} if decode else traced
     return keys - (shown & traced)
+
+
+def latents_path(run: RunDirectory, policy: str, key: str) -> Path:
+    """Where the latents of a clip are kept."""
+    return run.path / FOLDER / re.sub(r"[^\w@.+-]+", "_", policy) / f"{key}{SUFFIX}"
+
+
+def kept(run: RunDirectory, policies: list[str], key: str) -> bool:
+    """Whether the latents of a prompt are there for every policy."""
+    return all(latents_path(run, policy, key).is_file() for policy in policies)
 
 
 def conclude(run: RunDirectory) -> dict[str, Any]:

@@ -12,17 +12,19 @@ import torch
 import yaml
 from torch import Tensor
 
+from lightning_kv.cache.passes import Geometry
 from lightning_kv.data.panorama import PanoramaPrompt
 from lightning_kv.models.loading import load_model
 from lightning_kv.models.sources import find_model
 from lightning_kv.models.video import VideoModel
+from lightning_kv.models.wan import WanConfig
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.presets import load_policy
 from lightning_kv.report.table import format_bytes
 from lightning_kv.report.video import Frames, write_mp4
 from lightning_kv.rollout import Rollout, rollout
 from lightning_kv.tasks.clips import SUFFIX, write_clip
-from lightning_kv.tasks.clock import Clock, Switch, read_size, read_switch, read_switches
+from lightning_kv.tasks.clock import Clock, Switch, read_size, read_switches
 from lightning_kv.tasks.launch import resolved
 from lightning_kv.tasks.options import GenerateOptions
 from lightning_kv.tasks.progress import RolloutProgress
@@ -95,19 +97,16 @@ def generate(options: GenerateOptions) -> Generated:
     torch.set_num_threads(options.threads)
     source = find_model(options.model)
     policy = read_policy(options.policy or source.policy)
-    check = PanoramaPrompt.parse if source.config is None else str
-    check(options.prompt)
-    for text in options.switches:
-        read_switch(text, check)
-    model = model_for(options, check)
-    config = model.network.config
-    clock = Clock(config, options.fps or config.fps)
-    size = read_size(options.size, config)
-    seconds = options.seconds or min(LENGTH, clock.seconds(config.train_horizon))
-    frames = clock.frames(seconds)
-    switches = read_switches(options.switches, frames, clock, check)
-    policy.check(model.network.geometry(size), config.chunk, frames)
-    made, took = run(options, model, policy, frames, size, switches)
+    if source.config is None:  # its own file says its sizes, and is read in no time
+        model = model_for(options, [])
+        plan = Plan.of(options, model.network.config, PanoramaPrompt.parse)
+        plan.check(policy, model.network.geometry(plan.size))
+    else:
+        plan = Plan.of(options, source.config, str)
+        plan.check(policy, source.config.geometry(plan.size))
+        model = model_for(options, plan.prompts)
+    made, took = run(options, model, policy, plan)
+    frames, clock = plan.frames, plan.clock
     if failure := broken(made, made, 0):
         raise ValueError(
             f"The rollout under {policy.name!r} broke down: {failure}. No video is written; try "
@@ -118,7 +117,7 @@ def generate(options: GenerateOptions) -> Generated:
     return Generated(
         out=options.out,
         policy=policy.name,
-        frames=config.pixel_frames(frames),
+        frames=clock.config.pixel_frames(frames),
         latent_frames=frames,
         fps=clock.fps,
         took=took,
@@ -127,16 +126,66 @@ def generate(options: GenerateOptions) -> Generated:
         rows_all=cost.rows_history,
         rows_scored=cost.rows_scored,
         rebuilt_frames=cost.rebuilt_frames,
-        notes=tuple(notes(seconds, options.model, clock, frames, switches)),
+        notes=tuple(notes(options.model, plan)),
     )
 
 
-def model_for(options: GenerateOptions, check: Callable[[str], object]) -> VideoModel:
+@dataclass(frozen=True)
+class Plan:
+    """What a video will be, known before a model is loaded.
+
+    Args:
+        clock: Its seconds and frames.
+        seconds: Length that was asked for.
+        frames: Latent frames.
+        size: Latent height and width.
+        switches: Prompts on the way.
+        prompts: Every prompt that the text encoder will be asked.
+    """
+
+    clock: Clock
+    seconds: float
+    frames: int
+    size: tuple[int, int]
+    switches: tuple[Switch, ...]
+    prompts: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, options: GenerateOptions, config: WanConfig, check: Callable[[str], object]
+    ) -> Plan:
+        """Read the options of a model; ``check`` raises where it cannot read a prompt.
+
+        Raises:
+            ValueError: A prompt, size or switch that does not fit, or a negative prompt without
+                guidance.
+        """
+        check(options.prompt)
+        if options.negative and config.guidance == 1:
+            raise ValueError(
+                f"--negative {options.negative!r} does nothing: {options.model!r} runs without "
+                "guidance. Leave it out, or use a model file with `guidance:` above 1."
+            )
+        clock = Clock(config, options.fps or config.fps)
+        seconds = options.seconds or min(LENGTH, clock.seconds(config.train_horizon))
+        frames = clock.frames(seconds)
+        switches = tuple(read_switches(options.switches, frames, clock, check))
+        prompts = (options.prompt, *(switch.prompt for switch in switches))
+        prompts += (options.negative,) if config.guidance != 1 else ()
+        size = read_size(options.size, config)
+        return cls(clock, seconds, frames, size, switches, prompts)
+
+    def check(self, policy: CachePolicy, geometry: Geometry) -> None:
+        """Refuse a budget that does not fit.
+
+        Raises:
+            ValueError: Says what would.
+        """
+        policy.check(geometry, self.clock.config.chunk, self.frames)
+
+
+def model_for(options: GenerateOptions, prompts: Sequence[str]) -> VideoModel:
     """The model, with a VAE only where pixels are wanted."""
-    prompts = [options.prompt, *(read_switch(text, check)[0] for text in options.switches)]
-    config = find_model(options.model).config
-    if config is not None and config.guidance != 1:
-        prompts.append(options.negative)
     return load_model(
         options.model,
         "cuda" if resolved(options.accelerator) == "gpu" else "cpu",
@@ -153,8 +202,14 @@ def write(
 ) -> None:
     """The video, decoded piece by piece; or the latents, for ``lightning-kv decode``."""
     if options.out.suffix.lower() == SUFFIX:
-        about = {"prompt": options.prompt, "model": options.model, "policy": policy}
-        write_clip(options.out, latents, fps, about | {"seed": str(options.seed)})
+        about = {
+            "prompt": options.prompt,
+            "model": options.model,
+            "policy": policy,
+            "seed": str(options.seed),
+            "precision": model.source["precision"],
+        }
+        write_clip(options.out, latents, fps, about)
         return
     write_mp4(options.out, shown(model.codec.stream(latents.float())), fps)
 
@@ -168,31 +223,27 @@ def shown(pieces: Iterator[Tensor]) -> Iterator[Frames]:
 
 
 def run(
-    options: GenerateOptions,
-    model: VideoModel,
-    policy: CachePolicy,
-    frames: int,
-    size: tuple[int, int],
-    switches: Sequence[Switch],
+    options: GenerateOptions, model: VideoModel, policy: CachePolicy, plan: Plan
 ) -> tuple[Rollout, float]:
     """The rollout behind a progress line, and its seconds."""
     config = model.network.config
     began = time.perf_counter()
-    chunks = config.plan(frames).count
+    chunks = config.plan(plan.frames).count
     with RolloutProgress(1, chunks, config.chunk, visible=True) as progress:
         progress.begin(policy.name, 1)
         made = rollout(
             model,
             policy,
             options.prompt,
-            frames,
+            plan.frames,
             seed=options.seed,
-            latent_size=size,
-            events=[switch.event for switch in switches],
+            latent_size=plan.size,
+            events=[switch.event for switch in plan.switches],
             negative=options.negative,
             decode=False,
             progress=progress.chunk,
         )
+    made.session = None  # frees the cache before pixels are made
     return made, time.perf_counter() - began
 
 
@@ -251,26 +302,30 @@ def read_policy(text: str) -> CachePolicy:
         ) from error
 
 
-def notes(
-    seconds: float, name: str, clock: Clock, frames: int, switches: Sequence[Switch]
-) -> list[str]:
+def notes(name: str, plan: Plan) -> list[str]:
     """What the user should know: times that were rounded, lengths that the model never saw."""
-    said, made, config = [], clock.seconds(frames), clock.config
-    if not math.isclose(made, seconds):
+    clock, config = plan.clock, plan.clock.config
+    said, made = [], clock.seconds(plan.frames)
+    if not math.isclose(made, plan.seconds):
         said.append(
-            f"{seconds:g} s became {made:g} s: {frames} latent frames, in whole chunks of "
-            f"{config.chunk}."
+            f"{plan.seconds:g} s became {made:g} s: {plan.frames} latent frames, in whole chunks "
+            f"of {config.chunk}."
         )
-    for switch in switches:
+    for switch in plan.switches:
         start = clock.seconds(switch.frame)
         if not math.isclose(start, switch.asked):
             said.append(
                 f"The switch to {switch.prompt!r} at {switch.asked:g} s comes at {start:g} s, with "
                 "the first frame of its chunk."
             )
-    if frames > config.train_horizon:
+    if plan.switches and config.sampler == "rolling":
         said.append(
-            f"{frames} frames exceed the {config.train_horizon} that {name} was trained "
+            f"Chunks are denoised {len(config.timesteps)} at a time under one prompt, so those "
+            "just before a switch end under the new one."
+        )
+    if plan.frames > config.train_horizon:
+        said.append(
+            f"{plan.frames} frames exceed the {config.train_horizon} that {name} was trained "
             "for: later frames may fail."
         )
     return said

@@ -54,6 +54,21 @@ def lacking(metric: str, world: bool, decode: bool) -> str | None:
     return None
 
 
+def check_text(options: EvaluateOptions, source: Source) -> None:
+    """Refuse a text encoder: every process would hold it, and encode every prompt again.
+
+    Raises:
+        ValueError: The text states are not on disk.
+    """
+    folder = options.text or source.text
+    if folder is None or not (folder / INDEX).is_file():
+        raise ValueError(
+            f"The prompts in {options.data.shards} have no text states, and an evaluation runs no "
+            f"text encoder. Type `lightning-kv encode {options.data.shards}` first, or give --text "
+            "FOLDER that it wrote."
+        )
+
+
 def check_options(
     options: EvaluateOptions, config: WanConfig, world: bool, policies: list[CachePolicy]
 ) -> None:
@@ -71,6 +86,11 @@ def check_options(
                 f"Those that can: {', '.join(able)}."
             )
     known_backend(options.backend)
+    if options.negative and config.guidance == 1:
+        raise ValueError(
+            f"--negative {options.negative!r} does nothing: {options.model!r} runs without "
+            "guidance. Leave it out, or use a model file with `guidance:` above 1."
+        )
     if options.context_frames and not world:
         raise ValueError(
             f"--context_frames {options.context_frames} gives frames of the panorama world, and "

@@ -10,8 +10,10 @@ from lightning_kv.models.samplers import (
     few_step,
     flow,
     keyed_noise,
+    renoise,
     rolling,
     sampler_of,
+    sigma_of,
     spaced,
     warp,
 )
@@ -389,15 +391,27 @@ def test_a_checkpoint_names_its_sampler():
     plan = ChunkPlan(2, 1)
     few = drive(sampler_of(config)(plan, (1000.0,), Draws(plan), None))
     assert [s.timesteps[0] for s, _ in few] == [1000, 500, 250, 0, 1000, 0]
-    made = WanConfig(dim=12, ffn_dim=12, layers=1, heads=1, sampler="flow", guidance=2.0)
+    sizes = {"dim": 12, "ffn_dim": 12, "layers": 1, "heads": 1}
+    made = WanConfig(**sizes, sampler="flow", timesteps=spaced(2, 5.0), guidance=2.0)
     both = drive(sampler_of(made)(plan, spaced(2, 5.0), Draws(plan), None))
     assert [s.namespace for s, _ in both] == ["cond", "uncond"] * 6
     rolled = WanConfig(dim=12, ffn_dim=12, layers=1, heads=1, sampler="rolling")
     flying = drive(sampler_of(rolled)(plan, (1000.0, 500.0), Draws(plan), None))
     assert max(len(s.frames) for s, _ in flying) == 2
-    unknown = WanConfig(dim=12, ffn_dim=12, layers=1, heads=1, sampler="euler")
-    with pytest.raises(ValueError, match=r"No sampler 'euler'. Samplers: few-step, rolling, flow"):
-        sampler_of(unknown)
+    for changes in (
+        {"sampler": "euler"},
+        {"prediction": "noise"},
+        {"timesteps": ()},
+        {"timesteps": (250.0, 1000.0)},
+        {"timesteps": (1000.0, 0.0)},
+        {"timesteps": (1000.0,), "sampler": "flow"},
+        {"guidance": 3.0},
+        {"first_timesteps": (1000.0,), "sampler": "rolling"},
+        {"chunk": 0},
+        {"fps": 0},
+    ):
+        with pytest.raises(ValueError, match=r"cannot be sampled|does not go with"):
+            WanConfig(**sizes, **changes)
 
 
 @pytest.mark.parametrize(
@@ -414,3 +428,15 @@ def test_a_checkpoint_names_its_sampler():
 def test_plans_that_cannot_be_are_refused(frames, chunk, context, short, text):
     with pytest.raises(ValueError, match=text):
         ChunkPlan(frames, chunk, context, short)
+
+
+def test_rounded_timesteps_have_the_noise_of_the_nearest_entry():
+    """Entries of the 1,000-step schedule of shift 8, written out: 1000 * 8 s / (1 + 7 s)."""
+    given = torch.tensor([1000.0, 757.0, 522.0, 0.0])
+    found = sigma_of(given, 8.0)
+    assert found.tolist() == pytest.approx([1.0, 0.7567568, 0.5217391, 0.0], abs=1e-7)
+    assert torch.equal(sigma_of(given), given.double() / 1000)
+    exact = torch.tensor(warp((1000, 750, 500, 250), 5.0), dtype=torch.float64)
+    assert (sigma_of(exact, 5.0) - exact / 1000).abs().max() < 1e-12
+    x0, noise = torch.ones(2), torch.full((2,), 3.0)
+    assert renoise(x0, noise, 757.0, 8.0).tolist() == pytest.approx([1 + 2 * 0.7567568] * 2)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_kv.cache.decisions import Event, Rebuild, Retention
+from lightning_kv.cache.decisions import Event, PerHead, Rebuild, Retention
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import RetainPart
 from lightning_kv.policies.checks import choice
@@ -66,7 +66,7 @@ class Window(RetainPart):
         hold = range(max(self.sink, made - history + len(sink)), made)
         return Rebuild(tuple(reach), hold=tuple(hold), spare=tuple(sink)) if hold else None
 
-    def _newest(self, view: CacheView) -> list[Tensor]:
+    def _newest(self, view: CacheView) -> PerHead:
         ids = view.frame_ids
         frames = (ids < self.sink) | (ids == ids.max()) if len(ids) else ids.bool()
         return view.rows_of(frames.expand(view.heads, -1))
