@@ -180,19 +180,21 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise _damaged(path, "safetensors", error) from error
 
 
-CODE = r"GLOBAL|TorchScript|Can only|unrecognized function|Unsupported operand"
+CODE = r"GLOBAL|TorchScript|Can only|unrecognized function"
 """What torch says of a pickle that is more than tensors."""
 
 
 def _read_torch(path: Path) -> Any:
     with path.open("rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"  # files of torch < 1.6 are not, and cannot be mapped
+        start = file.read(4)
+    zipped = start == b"PK\x03\x04"  # files of torch < 1.6 are not, and cannot be mapped
+    foreign = start[:1] == b"\x80" and start[1:2] > b"\x02"  # torch writes pickles of protocol 2
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch warns of, the error says
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # unpickling damaged bytes can raise anything
-        if re.search(CODE, str(error)):
+        if foreign or re.search(CODE, str(error)):
             name = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(
                 f"{path} holds code{f' ({name[1]})' if name else ''} beside its tensors; it was "

@@ -70,9 +70,10 @@ def load_model(
             f"The VAE {vae or source.vae} makes {codec.stride} pixel frames and pixels of a latent "
             f"frame and side, and {name!r} is for {source.config.stride}. Give the VAE of Wan2.1."
         )
+    encoder = text if callable(text) else book_of(text, device, prompts)
     checkpoint = read_checkpoint(source.weights, source.key, source.lora, source.prefer)
     network = network_of(source, checkpoint)
-    encoder = text if callable(text) else text_source(text, device, prompts)
+    encoder = encoder or text_source(text, device, prompts)
     network = network.cast(precision).eval().requires_grad_(False).to(device)
     told = {"text": getattr(encoder, "fingerprint", None), "vae": codec and codec.fingerprint}
     told = {what: mark for what, mark in told.items() if mark}
@@ -149,18 +150,29 @@ class Encoded(nn.Module):
         return self.states[[self.rows[prompt] for prompt in prompts]]
 
 
+def book_of(
+    folder: Path, device: str | torch.device, prompts: Sequence[str] | None
+) -> PromptBook | None:
+    """Embeddings that were computed before; None where a folder holds a text encoder.
+
+    Raises:
+        ValueError: A prompt has no embedding.
+    """
+    if not (Path(folder) / INDEX).is_file():
+        return None
+    book = PromptBook(folder, device)
+    book.require(prompts or ())
+    return book
+
+
 def text_source(
     folder: Path, device: str | torch.device, prompts: Sequence[str] | None = None
 ) -> Encoder:
-    """Embeddings that were computed before, or the text encoder, or what it makes of prompts.
+    """The text encoder, or what it makes of prompts.
 
     Raises:
-        ValueError: There is neither, or a prompt has no embedding.
+        ValueError: There is none.
     """
-    if (Path(folder) / INDEX).is_file():
-        book = PromptBook(folder, device)
-        book.require(prompts or ())
-        return book
     encoder = WanText.load(folder, device)
     return encoder if prompts is None else Encoded(encoder, prompts)
 

@@ -198,7 +198,7 @@ def test_nothing_is_refused(tmp_path):
 def test_the_book_goes_where_it_is_sent(tmp_path, numbered):
     write(tmp_path, numbered)
     book = PromptBook(tmp_path, dtype=torch.float32)
-    assert (book.fingerprint, book.length, book.width) == (PRINT, LENGTH, WIDTH)
+    assert (book.encoder, book.length, book.width) == (PRINT, LENGTH, WIDTH)
     assert book(numbered[:2]).dtype == torch.float32
     assert book.to("meta") is book and book(numbered[:2]).is_meta
     assert PromptBook(tmp_path, device="meta")(numbered[:1]).is_meta

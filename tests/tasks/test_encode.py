@@ -79,7 +79,7 @@ def test_a_list_becomes_a_set_that_can_be_evaluated(prompts, tmp_path, text, cal
     assert [sample.prompt for sample in samples] == TEXTS
     assert len({sample.key for sample in samples}) == 5  # the repeated one is another world
     book, encoder = PromptBook(out), WanText.load(text, "cpu")
-    assert book.prompts == DISTINCT and book.fingerprint == encoder.fingerprint
+    assert book.prompts == DISTINCT and book.encoder == encoder.fingerprint
     assert torch.equal(book([sample.prompt for sample in samples]), encoder(TEXTS))
     assert (done.out, done.added, done.kept) == (out, 5, 0)
     said = "\n".join(done.words)
