@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,33 +15,52 @@ if TYPE_CHECKING:
     from lightning_kv.metrics.panorama import Scene
 
 
+BLOCK = 8  # pixel frames that a metric is shown at a time
+
+Block = tuple[Tensor, "Tensor | None"]
+"""Some consecutive pixel frames ``[f, 3, H, W]`` in [0, 1], and those of the reference."""
+
+Reader = Callable[[Tensor, "Tensor | None"], Tensor]
+"""Reads a clip block after block, in order; says the value of each frame shown, float64 ``[f]``."""
+
+
 @dataclass(frozen=True)
 class Clip:
     """Everything a metric may look at: one rollout, what it is compared with, and its world.
 
     Args:
-        latents: ``[F, C, h, w]``.
+        latents: ``[F, C, h, w]``; None where only pixels are known.
         pixels: ``[P, 3, H, W]`` in [0, 1]: one for each latent frame, or one for the first and
             equally many for each of the others; None where only latents are known.
         reference_latents: The same of the reference rollout; None where there is none.
         reference_pixels: The same of the reference rollout; None where there is none.
         context: Number of leading frames that were given and not generated.
         scene: What is known about the world; None outside the panorama.
+        prompt: What the model was told; None where nobody knows.
+        fps: Pixel frames per second; None where nobody knows.
 
     Raises:
-        ValueError: The parts differ in length, the context does not fit, or a value is not finite.
+        ValueError: There is neither, the parts differ in length, the context does not fit, or a
+            value is not finite.
     """
 
-    latents: Tensor
+    latents: Tensor | None = None
     pixels: Tensor | None = None
     reference_latents: Tensor | None = None
     reference_pixels: Tensor | None = None
     context: int = 0
     scene: Scene | None = None
+    prompt: str | None = None
+    fps: float | None = None
 
     def __post_init__(self) -> None:
         names = ("latents", "pixels", "reference_latents", "reference_pixels")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.latents is None and self.pixels is None:
+            raise ValueError(
+                f"A clip without latents and without pixels shows nothing: {list(given)} were "
+                "given. Pass latents, pixels, or both."
+            )
         lengths = {name: len(tensor) for name, tensor in given.items()}
         shown = {name: lengths[name] for name in given if name.endswith("pixels")}
         if len(set(shown.values())) == 1 and _shows(self.frames, *set(shown.values())):
@@ -67,14 +87,23 @@ class Clip:
 
     @property
     def frames(self) -> int:
-        """Number F of latent frames, context included."""
-        return len(self.latents)
+        """Number F of latent frames (of pixel frames where there are no latents)."""
+        return len(self.pixels if self.latents is None else self.latents)
+
+    def blocks(self) -> Iterator[Block]:
+        """Pixels of this clip and of the reference, a few frames at a time."""
+        if self.reference_pixels is None:
+            yield from ((block, None) for block in self.pixels.split(BLOCK))
+        else:
+            yield from zip(
+                self.pixels.split(BLOCK), self.reference_pixels.split(BLOCK), strict=True
+            )
 
     def per_frame(self, values: Tensor) -> Tensor:
         """Values of pixel frames ``[P]`` as means of the latent frames that show them, ``[F]``."""
         if len(values) == self.frames:
             return values
-        later = values[1:].view(self.frames - 1, -1).mean(1)
+        later = values[1:].view(self.frames - 1, -1).nanmean(1)
         return torch.cat([values[:1], later])
 
 
@@ -153,14 +182,18 @@ class ClipMetric(Metric):
         index = torch.arange(clip.frames, device=values.device)
         return values.masked_fill(index < clip.context, torch.nan)
 
-    def update(self, clip: Clip, curve: Tensor | None = None) -> None:
+    def value(self, curve: Tensor) -> float | None:
+        """What the curve of a clip comes to: its mean, unless a metric says otherwise."""
+        return clip_value(curve)
+
+    def update(self, clip: Clip | None, curve: Tensor | None = None) -> None:
         """Add one clip; one in which no frame counts changes nothing.
 
         Args:
-            clip: The clip.
+            clip: The clip; may be None where the curve is given.
             curve: What :meth:`curve` says of it, where that is known already.
         """
-        value = clip_value(self.curve(clip) if curve is None else curve)
+        value = self.value(self.curve(clip) if curve is None else curve)
         if value is not None:
             self.total += value
             self.clips += 1
@@ -168,6 +201,83 @@ class ClipMetric(Metric):
     def compute(self) -> Tensor:
         """Mean over clips, a float64 scalar; NaN if no clip had a value."""
         return self.total / self.clips
+
+
+class PixelMetric(ClipMetric):
+    """A metric that reads pixels in order, a few frames at a time, whatever the clip's length.
+
+    A subclass writes :meth:`reader` instead of :meth:`ClipMetric.frame_values`.
+
+    Example:
+        >>> class Change(PixelMetric):
+        ...     name, unit, higher_is_better = "change", "intensity", False
+        ...     recipe = "mean absolute difference to the frame before, range [0, 1]"
+        ...
+        ...     def reader(self, prompt=None, fps=None):
+        ...         last = []
+        ...
+        ...         def read(pixels, reference):
+        ...             frames = torch.cat([*last, pixels]).double()
+        ...             steps = frames.diff(dim=0).abs().mean((1, 2, 3))
+        ...             unknown = steps.new_full((0 if last else 1,), torch.nan)
+        ...             last[:] = [pixels[-1:]]
+        ...             return torch.cat([unknown, steps])
+        ...
+        ...         return read
+        >>> frames = torch.tensor([0.0, 0.5, 0.25]).view(3, 1, 1, 1).expand(3, 3, 8, 8)
+        >>> Change().curve(Clip(pixels=frames)).tolist()
+        [nan, 0.5, 0.25]
+    """
+
+    needs = ("pixels",)
+
+    @abstractmethod
+    def reader(self, prompt: str | None = None, fps: float | None = None) -> Reader:
+        """What reads one clip; made fresh for each.
+
+        Args:
+            prompt: What the model was told.
+            fps: Frames per second.
+        """
+
+    @property
+    def paired(self) -> bool:
+        """Whether it compares with the reference."""
+        return "reference_pixels" in self.needs
+
+    def frame_values(self, clip: Clip) -> Tensor:
+        """Values of the pixel frames; several that show one latent frame are averaged."""
+        return clip.per_frame(read_clip({"": self}, clip.blocks(), clip.prompt, clip.fps)[""])
+
+
+def read_clip(
+    metrics: Mapping[str, PixelMetric],
+    blocks: Iterable[Block],
+    prompt: str | None = None,
+    fps: float | None = None,
+) -> dict[str, Tensor]:
+    """Curves of several metrics in one pass over the pixels, which are never held as a whole.
+
+    Args:
+        metrics: By name.
+        blocks: The clip, block after block; every block may have another number of frames.
+        prompt: What the model was told.
+        fps: Frames per second.
+
+    Returns:
+        Value of every pixel frame, float64 ``[P]`` on the CPU, NaN where it has none, by name.
+    """
+    readers = {name: metric.reader(prompt, fps) for name, metric in metrics.items()}
+    places = {name: metric.device for name, metric in metrics.items()}
+    found: dict[str, list[Tensor]] = {name: [] for name in readers}
+    for block in blocks:
+        moved = {
+            place: tuple(None if x is None else x.to(place) for x in block)
+            for place in set(places.values())
+        }
+        for name, read in readers.items():
+            found[name].append(read(*moved[places[name]]).cpu())
+    return {name: torch.cat(values) for name, values in found.items()}
 
 
 def clip_value(curve: Tensor) -> float | None:

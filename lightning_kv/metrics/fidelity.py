@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from lightning_kv.metrics.base import Clip, ClipMetric
+from lightning_kv.metrics.base import BLOCK, Clip, ClipMetric, PixelMetric, Reader
 
 MSE_FLOOR = 1e-10  # of pixels in [0, 1]: identical frames have 100 dB, not infinity
-BLOCK = 8  # frames at a time: float64 copies of them are held, five filtered ones for SSIM
 
 Place = torch.device | str | None
 """Where to compute; where the pixels are, if None."""
@@ -96,7 +95,7 @@ def latent_mse(preds: Tensor, target: Tensor) -> Tensor:
     return _frame_mse(preds, target)
 
 
-class PSNR(ClipMetric):
+class PSNR(PixelMetric):
     """Peak signal-to-noise ratio against the reference rollout; see :func:`psnr`.
 
     Example:
@@ -115,12 +114,12 @@ class PSNR(ClipMetric):
     )
     needs = ("pixels", "reference_pixels")
 
-    def frame_values(self, clip: Clip) -> Tensor:
+    def reader(self, prompt: str | None = None, fps: float | None = None) -> Reader:
         """PSNR of every frame."""
-        return clip.per_frame(psnr(clip.pixels, clip.reference_pixels, self.device))
+        return psnr
 
 
-class SSIM(ClipMetric):
+class SSIM(PixelMetric):
     """Structural similarity to the reference rollout; see :func:`ssim`.
 
     Example:
@@ -141,9 +140,9 @@ class SSIM(ClipMetric):
     )
     needs = ("pixels", "reference_pixels")
 
-    def frame_values(self, clip: Clip) -> Tensor:
+    def reader(self, prompt: str | None = None, fps: float | None = None) -> Reader:
         """SSIM of every frame."""
-        return clip.per_frame(ssim(clip.pixels, clip.reference_pixels, self.device))
+        return ssim
 
 
 class LatentMSE(ClipMetric):
