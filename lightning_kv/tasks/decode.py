@@ -12,6 +12,7 @@ from rich.progress import track
 
 from lightning_kv.models.embedded import load_embedded
 from lightning_kv.models.loading import vae_source
+from lightning_kv.models.precision import known_profile
 from lightning_kv.models.sources import find_model
 from lightning_kv.models.video import Codec
 from lightning_kv.report.video import write_mp4
@@ -71,6 +72,8 @@ def decode(
             f"{pairs[0][1]} exists and would be lost. Give another -o, or --force to replace it."
         )
     left = [(clip, video) for clip, video in pairs if force or not video.is_file()]
+    if precision is not None:
+        known_profile(precision)
     codecs: dict[str, Codec] = {}
     console = Console(stderr=True)
     silent = single or not console.is_terminal

@@ -12,7 +12,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from lightning_kv.cache.passes import Geometry
 from lightning_kv.data.panorama import PanoramaPrompt
 from lightning_kv.models.loading import load_model
 from lightning_kv.models.sources import find_model
@@ -29,6 +28,7 @@ from lightning_kv.tasks.launch import resolved
 from lightning_kv.tasks.options import GenerateOptions
 from lightning_kv.tasks.progress import RolloutProgress
 from lightning_kv.tasks.results import broken, picture
+from lightning_kv.tasks.settle import check_negative
 
 WIDTH = 320  # pixels that a smaller video is enlarged to, about
 LENGTH = 6.0  # seconds, where the model was trained for as many
@@ -97,14 +97,12 @@ def generate(options: GenerateOptions) -> Generated:
     torch.set_num_threads(options.threads)
     source = find_model(options.model)
     policy = read_policy(options.policy or source.policy)
-    if source.config is None:  # its own file says its sizes, and is read in no time
-        model = model_for(options, [])
-        plan = Plan.of(options, model.network.config, PanoramaPrompt.parse)
-        plan.check(policy, model.network.geometry(plan.size))
-    else:
-        plan = Plan.of(options, source.config, str)
-        plan.check(policy, source.config.geometry(plan.size))
-        model = model_for(options, plan.prompts)
+    # The embedded model's own file says its sizes, and is read in no time.
+    model = model_for(options, []) if source.config is None else None
+    config = source.config or model.network.config
+    plan = Plan.of(options, config, PanoramaPrompt.parse if model else str)
+    policy.check(config.geometry(plan.size), config.chunk, plan.frames)
+    model = model or model_for(options, plan.prompts)
     made, took = run(options, model, policy, plan)
     frames, clock = plan.frames, plan.clock
     if failure := broken(made, made, 0):
@@ -161,11 +159,7 @@ class Plan:
                 guidance.
         """
         check(options.prompt)
-        if options.negative and config.guidance == 1:
-            raise ValueError(
-                f"--negative {options.negative!r} does nothing: {options.model!r} runs without "
-                "guidance. Leave it out, or use a model file with `guidance:` above 1."
-            )
+        check_negative(options.negative, options.model, config)
         clock = Clock(config, options.fps or config.fps)
         seconds = options.seconds or min(LENGTH, clock.seconds(config.train_horizon))
         frames = clock.frames(seconds)
@@ -174,14 +168,6 @@ class Plan:
         prompts += (options.negative,) if config.guidance != 1 else ()
         size = read_size(options.size, config)
         return cls(clock, seconds, frames, size, switches, prompts)
-
-    def check(self, policy: CachePolicy, geometry: Geometry) -> None:
-        """Refuse a budget that does not fit.
-
-        Raises:
-            ValueError: Says what would.
-        """
-        policy.check(geometry, self.clock.config.chunk, self.frames)
 
 
 def model_for(options: GenerateOptions, prompts: Sequence[str]) -> VideoModel:

@@ -32,7 +32,7 @@ def settled(options: EvaluateOptions, source: Source) -> EvaluateOptions:
             "`lightning-kv encode prompts.txt --out FOLDER` makes one."
         )
     shards = options.data.shards or FAST_PANS
-    own = shards if (shards / INDEX).is_file() else None
+    own = shards if not world and (shards / INDEX).is_file() else None
     defaults = {
         "frames": 72 if world else config.train_horizon,
         "context_frames": 15 if world else 0,
@@ -69,6 +69,19 @@ def check_text(options: EvaluateOptions, source: Source) -> None:
         )
 
 
+def check_negative(negative: str, model: str, config: WanConfig) -> None:
+    """Refuse a negative prompt that nothing would read.
+
+    Raises:
+        ValueError: The model runs without guidance.
+    """
+    if negative and config.guidance == 1:
+        raise ValueError(
+            f"--negative {negative!r} does nothing: {model!r} runs without guidance. Leave it "
+            "out, or use a model file with `guidance:` above 1."
+        )
+
+
 def check_options(
     options: EvaluateOptions, config: WanConfig, world: bool, policies: list[CachePolicy]
 ) -> None:
@@ -86,11 +99,7 @@ def check_options(
                 f"Those that can: {', '.join(able)}."
             )
     known_backend(options.backend)
-    if options.negative and config.guidance == 1:
-        raise ValueError(
-            f"--negative {options.negative!r} does nothing: {options.model!r} runs without "
-            "guidance. Leave it out, or use a model file with `guidance:` above 1."
-        )
+    check_negative(options.negative, options.model, config)
     if options.context_frames and not world:
         raise ValueError(
             f"--context_frames {options.context_frames} gives frames of the panorama world, and "
