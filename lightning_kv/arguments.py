@@ -10,6 +10,21 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 EXAMPLES = {
+    "check": """\
+Paired by prompt. Exit code 0: not worse by more than the margin, with the confidence of --level;
+1: worse by more than that; 2: too few prompts to say (it says how many more would do), or an error.
+
+examples:
+  lightning-kv check runs/now --baseline baseline/summary.json --margin psnr=0.5,recall=0.02
+  lightning-kv check runs/now --baseline runs/before --policies [top-attention@9f]""",
+    "compare": """\
+Videos are paired by file name. A comparison goes on in its directory where it was left. What can
+not be read is skipped, said, and gives exit code 1.
+
+examples:
+  lightning-kv compare full/ mine/ theirs/ --out runs/compared
+  lightning-kv compare --pairs pairs.csv --out runs/compared --length shortest
+  lightning-kv compare real/ mine/ --unpaired --metrics [fvd/i3d,kvd/i3d] --out runs/sets""",
     "convert": """\
 examples:
   lightning-kv convert self_forcing_dmd.pt -o self-forcing-diffusers --to diffusers

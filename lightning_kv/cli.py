@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lightning_kv import __version__, workshop
+from lightning_kv import __version__, workshop, yardstick
 from lightning_kv.arguments import Words, hint, parse
 from lightning_kv.terminal import console, fail, quiet, say, tell
 
@@ -20,11 +20,13 @@ cost in quality?
 
 commands:
   evaluate   roll out the reference and every policy from the same prompts and noise, and compare
+  compare    the same metrics and statistics for videos that you already have
+  check      is a run worse than an earlier one: a gate for continuous integration
   recommend  which policy to run, from a run's results: what it saves, what it costs, how sure
   report     write report.html again, of one run or several, finished or not
   inspect    the same in the terminal
   generate   one video from a prompt, and what its cache cost
-  pretrain   train the embedded panorama model
+  pretrain   train the embedded panorama model; pretrain-encoder: the encoder of its metrics
 
   list       policies, parts, models or metrics that are there
   doctor     what works here: packages, devices, attention kernels, weights
@@ -47,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], None]] = {
         "evaluate": evaluate_command,
+        "compare": yardstick.compare_command,
+        "check": yardstick.check_command,
         "recommend": recommend_command,
         "report": report_command,
         "inspect": inspect_command,
@@ -85,7 +89,7 @@ def evaluate_command(words: list[str]) -> None:
     if summary:
         from lightning_kv.report.records import RunDirectory
         from lightning_kv.report.table import render_tables
-        from lightning_kv.tasks.recommend import verdict
+        from lightning_kv.tasks.verdict import verdict
 
         run, out = RunDirectory(options.out), console()
         out.print(render_tables(summary))
@@ -148,7 +152,7 @@ def inspect_command(words: list[str]) -> None:
     chosen = parser.parse_args(words)
     from lightning_kv.report.inspect import render_inspection
     from lightning_kv.tasks.overview import open_run, summary_of
-    from lightning_kv.tasks.recommend import verdict
+    from lightning_kv.tasks.verdict import verdict
 
     run = open_run(chosen.run)
     summary, out = summary_of(run), console()

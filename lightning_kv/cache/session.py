@@ -67,7 +67,7 @@ class CacheSession:
         backend: Kernel name (see :data:`lightning_kv.cache.attend.KERNELS`).
         context_frames: Given frames; passes over them are left out of the read counts.
         tables: Values for needs that are not collected here, such as ``reference_mass``.
-        watch: Told of every pass of every layer: sample, view and selection.
+        watch: Told of every pass of every layer, once it has attended: sample, view and selection.
 
     Raises:
         ValueError: Unknown backend, or a need that nothing here can meet.
@@ -126,8 +126,6 @@ class CacheSession:
                 collector.observe(view)
             selection = None if step.rebuild else lane.decider.select(view)
             read, bias = resolve(selection, view, lane.decider.bias)
-            if self.watch is not None:
-                self.watch(sample, view, selection)
             for i, group in enumerate(cell.memory.groups):
                 alike = len(group.heads) == self.geometry.heads
                 heads = slice(None) if alike else list(group.heads)
@@ -135,6 +133,9 @@ class CacheSession:
                 out[row, heads] = self.kernel(
                     view.query[heads], view.read_keys[i], values, read[i], bias[i]
                 )
+            if self.watch is not None:
+                view.output = out[row]
+                self.watch(sample, view, selection)
             self._count(sample, view, read)
         return out.transpose(1, 2)
 

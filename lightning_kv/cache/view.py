@@ -41,6 +41,7 @@ class CacheView:
         log_weight: Whether merged rows count for their weight in attention.
         read_times: Per group, the times of these keys ``[1 or h, N]``; only when looking ahead.
         look_ahead: Between passes: makes the view of the next chunk, see :meth:`ahead`.
+        output: What the queries read, ``[H, T, D]``; only for those who watch a pass.
         scored: Counts keys touched to score them, times the queries that touched them.
     """
 
@@ -56,6 +57,7 @@ class CacheView:
     log_weight: bool = False
     read_times: list[Tensor] | None = None
     look_ahead: Callable[[], CacheView] | None = None
+    output: Tensor | None = None
     scored: int = field(default=0, init=False)
 
     @property

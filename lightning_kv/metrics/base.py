@@ -38,6 +38,7 @@ class Clip:
         scene: What is known about the world; None outside the panorama.
         prompt: What the model was told; None where nobody knows.
         fps: Pixel frames per second; None where nobody knows.
+        attention: Curves ``[F]`` that a probe of the cache wrote, by name; None without a probe.
 
     Raises:
         ValueError: There is neither, the parts differ in length, the context does not fit, or a
@@ -52,6 +53,7 @@ class Clip:
     scene: Scene | None = None
     prompt: str | None = None
     fps: float | None = None
+    attention: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         names = ("latents", "pixels", "reference_latents", "reference_pixels")
@@ -125,9 +127,11 @@ class ClipMetric(Metric):
 
     * ``name``: key in results.
     * ``unit``: unit of the value; empty for a dimensionless index.
-    * ``higher_is_better``: which way is good.
+    * ``higher_is_better``: which way is good; None where neither is.
     * ``recipe``: one exact sentence; values of different recipes must not be compared.
     * ``needs``: fields of :class:`Clip` that must be given.
+    * ``identical``: its value for a clip that equals the reference, where it compares with that
+      and the value is finite.
 
     Example:
         >>> class Brightness(ClipMetric):
@@ -151,6 +155,8 @@ class ClipMetric(Metric):
     unit: str
     recipe: str
     needs: tuple[str, ...] = ()
+    identical: float | None = None
+    undefined = "no frame counts"  # why a clip may have no value
 
     total: Tensor
     clips: Tensor
@@ -159,6 +165,11 @@ class ClipMetric(Metric):
         super().__init__(**kwargs)
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("clips", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @classmethod
+    def against_reference(cls) -> bool:
+        """Whether it compares with the reference, which then has no value of its own."""
+        return any(need.startswith("reference") for need in cls.needs)
 
     @abstractmethod
     def frame_values(self, clip: Clip) -> Tensor:
@@ -239,11 +250,6 @@ class PixelMetric(ClipMetric):
             prompt: What the model was told.
             fps: Frames per second.
         """
-
-    @property
-    def paired(self) -> bool:
-        """Whether it compares with the reference."""
-        return "reference_pixels" in self.needs
 
     def frame_values(self, clip: Clip) -> Tensor:
         """Values of the pixel frames; several that show one latent frame are averaged."""

@@ -1,17 +1,27 @@
-"""How sure are we: intervals and percentiles over clips."""
+"""How sure are we of a mean: intervals and confidence over clips, from one bootstrap."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
-from scipy.stats import bootstrap
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
+
+Array = NDArray[np.float64]
 
 
 def bca_interval(
     values: Sequence[float], level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Confidence interval of the mean by the BCa bootstrap (Efron, 1987).
+    """Confidence interval of the mean by the BCa bootstrap, widened for few clips.
+
+    See :class:`MeanConfidence` for the method. An interval of 95 % holds the true mean in 93 to
+    97 % of all normal and uniform data sets of 8 to 64 clips, and in 92 to 94 % of exponential
+    ones and of Student's t with 5 degrees of freedom (``tools/simulate_statistics.py``). Neither
+    end leaves the range of the data, so fewer than 8 clips still get too narrow an interval.
 
     Args:
         values: One finite number per clip; clips are independent.
@@ -34,28 +44,11 @@ def bca_interval(
         >>> bca_interval([2.0]) is None
         True
     """
-    data = _finite(values)
-    if not 0 < level < 1:
-        raise ValueError(
-            f"A confidence level of {level} makes no interval. Pass a number between 0 and 1, "
-            "such as 0.95."
-        )
+    data, tail = finite(values), (1 + check_level(level)) / 2
     if len(data) < 2:
         return None
-    start, span = data.min(), np.ptp(data)
-    if span == 0:
-        return float(start), float(start)
-    # The mean scales with its data, the cubes inside BCa underflow: bring them to [0, 1].
-    result = bootstrap(
-        ((data - start) / span,),
-        np.mean,
-        n_resamples=resamples,
-        confidence_level=level,
-        method="BCa",
-        rng=np.random.default_rng(seed),
-    )
-    low, high = result.confidence_interval
-    return float(start + span * low), float(start + span * high)
+    low = -MeanConfidence(-data, resamples, seed).upper(tail)
+    return low, MeanConfidence(data, resamples, seed).upper(tail)
 
 
 def paired_interval(
@@ -86,7 +79,7 @@ def paired_interval(
             f"Values cannot be paired: there are {len(a)} and {len(b)}. "
             "Pass the same clips in the same order on both sides."
         )
-    return bca_interval(_finite(a) - _finite(b), level, resamples, seed)
+    return bca_interval(finite(a) - finite(b), level, resamples, seed)
 
 
 def confidence_below(
@@ -94,8 +87,9 @@ def confidence_below(
 ) -> float | None:
     """How sure it is that the mean lies at or below a bound: a one-sided bootstrap over clips.
 
-    The share of resampled sets of clips whose mean does, and never more than :func:`ceiling`: a
-    few clips that happen to agree are no proof.
+    The level at which the one-sided BCa interval, the same as :func:`bca_interval` takes, would
+    end at the bound; and never more than :func:`ceiling`: a few clips that happen to agree are no
+    proof.
 
     Args:
         values: One finite number per clip, such as the loss against the reference.
@@ -113,14 +107,10 @@ def confidence_below(
         >>> confidence_below([0.0] * 4, 0.02), confidence_below([1.0] * 4, 0.02)
         (0.9375, 0.0)
     """
-    data = _finite(values)
+    data = finite(values)
     if not len(data):
         return None
-    rng = np.random.default_rng(seed)
-    means = data[rng.integers(0, len(data), (resamples, len(data)))].mean(1)
-    rounding = 1e-12 * max(1.0, float(np.abs(data).max()))
-    share = float((means <= bound + rounding).mean())
-    return min(share, ceiling(len(data)))
+    return min(MeanConfidence(data, resamples, seed).below(bound), ceiling(len(data)))
 
 
 def ceiling(clips: int) -> float:
@@ -135,7 +125,81 @@ def ceiling(clips: int) -> float:
     return 1 - 0.5**clips
 
 
-def _finite(values: Sequence[float]) -> np.ndarray:
+class MeanConfidence:
+    """A bound of the mean for each level, and the level of each bound: one is the other's inverse.
+
+    BCa (Efron, "Better bootstrap confidence intervals", 1987, eq. 3.8) is too narrow for few
+    values: the bootstrap's spread is that of n values divided by n, and its quantiles are
+    normal. Hesterberg ("What teachers should know about the bootstrap", 2015, arXiv 1411.5279,
+    the expanded percentile interval) takes ``sqrt(n / (n - 1))`` times the quantile of Student's
+    t with n - 1 degrees of freedom in place of the normal one. We do the same inside of BCa.
+
+    Args:
+        values: Finite numbers of shape [n], n at least 1.
+        resamples: Number of bootstrap samples.
+        seed: The same seed gives the same bounds and levels.
+    """
+
+    def __init__(self, values: Array, resamples: int, seed: int) -> None:
+        self._n, self._start, self._end = len(values), values.min(), values.max()
+        self._span = self._end - self._start
+        # The mean scales with its data, the cubes below underflow: bring them to [0, 1].
+        data = (values - self._start) / (self._span or 1.0)
+        self._means = resample_counts(self._n, resamples, seed) @ data / self._n
+        mean, rounding = data.mean(), 1e-12
+        ties = [(self._means < mean - rounding).mean(), (self._means <= mean + rounding).mean()]
+        # Half a resample keeps the bias finite where all of few resamples are on one side.
+        self._bias = ndtri(np.clip(np.mean(ties), 0.5 / resamples, 1 - 0.5 / resamples))
+        off = data - mean
+        self._acceleration = (off**3).sum() / (6 * (off**2).sum() ** 1.5) if self._span else 0.0
+
+    def upper(self, level: float) -> float:
+        """The smallest bound that the mean lies at or below with this confidence."""
+        if not self._span:
+            return float(self._start)
+        z = self._bias + math.sqrt(self._n / (self._n - 1)) * stdtrit(self._n - 1, level)
+        room = 1 - self._acceleration * z
+        share = ndtr(self._bias + z / room) if room > 0 else float(z > 0)
+        place = max(math.ceil(share * len(self._means)), 1) - 1
+        bound = self._start + self._span * np.partition(self._means, place)[place]
+        return float(min(bound, self._end))
+
+    def below(self, bound: float) -> float:
+        """How sure it is that the mean lies at or below this bound, between 0 and 1."""
+        # Two ways to the same loss may round apart.
+        bound += 1e-12 * max(1.0, abs(self._start), abs(self._end))
+        share = float((self._means <= (bound - self._start) / (self._span or 1.0)).mean())
+        if share in (0, 1):
+            return share
+        z = ndtri(share) - self._bias
+        room = 1 + self._acceleration * z
+        if room <= 0:
+            return float(z > 0)
+        z = (z / room - self._bias) / math.sqrt(self._n / (self._n - 1))
+        return float(stdtr(self._n - 1, z))
+
+
+@lru_cache(maxsize=4)
+def resample_counts(n: int, resamples: int, seed: int) -> Array:
+    """How often each of n clips is drawn: [resamples, n], rows sum to n; the same for all data.
+
+    >>> resample_counts(3, 2, 0)
+    array([[0., 2., 1.],
+           [3., 0., 0.]])
+    """
+    draws = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    places = (draws + n * np.arange(resamples)[:, None]).ravel()
+    counts = np.bincount(places, minlength=resamples * n).reshape(resamples, n).astype(np.float64)
+    counts.setflags(write=False)
+    return counts
+
+
+def finite(values: ArrayLike) -> Array:
+    """The values as an array.
+
+    Raises:
+        ValueError: One of them is not finite.
+    """
     data = np.asarray(values, dtype=np.float64)
     if not np.isfinite(data).all():
         raise ValueError(
@@ -143,3 +207,17 @@ def _finite(values: Sequence[float]) -> np.ndarray:
             f"{data.size} are not. Leave out the clips that have no value."
         )
     return data
+
+
+def check_level(level: float) -> float:
+    """The level, if it is one.
+
+    Raises:
+        ValueError: It is not between 0 and 1.
+    """
+    if not 0 < level < 1:
+        raise ValueError(
+            f"A confidence level of {level} makes no interval. Pass a number between 0 and 1, "
+            "such as 0.95."
+        )
+    return level

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_kv.report.entries import AGAINST_REFERENCE, Entry, families, metric_facts
+from lightning_kv.report.entries import Entry, against_reference, families, metric_facts
 from lightning_kv.report.styles import Style, styles
 from lightning_kv.report.svg import INK, PAPER, figure, to_svg
 from lightning_kv.report.table import format_bytes
@@ -73,7 +73,9 @@ def tradeoff(entries: Sequence[Entry], metric: str, axis: Axis) -> Chart | None:
     groups = [[e for e in group if plane.place(e)] for group in families(entries).values()]
     points = [entry for group in groups for entry in group]
     references = [
-        e for e in entries if e.is_reference and plane.place(e) and metric not in AGAINST_REFERENCE
+        e
+        for e in entries
+        if e.is_reference and plane.place(e) and not against_reference(entries, metric)
     ]
     if not points and not references:
         return None
@@ -190,7 +192,7 @@ def curves(entries: Sequence[Entry], metric: str) -> list[Chart]:
     references = [
         e
         for e in entries
-        if e.is_reference and _has_curve(e, metric) and metric not in AGAINST_REFERENCE
+        if e.is_reference and _has_curve(e, metric) and not against_reference(entries, metric)
     ]
     if len(shown) <= TOGETHER:
         groups = {"": shown} if shown or references else {}

@@ -12,7 +12,6 @@ from typing import Any
 from lightning_kv.report.records import RunDirectory
 
 MAIN = ("recall", "revisit_error", "psnr")  # shown first, in this order
-AGAINST_REFERENCE = ("psnr", "ssim", "latent_mse")  # say nothing about the reference itself
 _AMOUNT = re.compile(r"[\d.]+")
 
 
@@ -122,13 +121,19 @@ def main_metrics(entries: Sequence[Entry]) -> list[str]:
     """
     valued = [name for name in metric_facts(entries) if _valued(entries, name)]
     main = [name for name in MAIN if name in valued] or valued[:1]
-    return [name for name in valued if name in AGAINST_REFERENCE] if main == ["psnr"] else main
+    against = [name for name in valued if against_reference(entries, name)]
+    return against if main == ["psnr"] else main
 
 
 def main_metric(entries: Sequence[Entry]) -> str | None:
     """The one metric prompts are ranked by: recall, else PSNR, else the first with a value."""
     valued = [name for name in metric_facts(entries) if _valued(entries, name)]
     return next((name for name in ("recall", "psnr", *valued) if name in valued), None)
+
+
+def against_reference(entries: Sequence[Entry], metric: str) -> bool:
+    """Whether a metric compares with the reference, so that it says nothing about that itself."""
+    return bool(metric_facts(entries)[metric].get("against_reference"))
 
 
 def _valued(entries: Sequence[Entry], metric: str) -> bool:

@@ -6,9 +6,11 @@ Layout::
     config.yaml               the effective configuration
     records/rank-00003.jsonl  one line per clip and policy, written by that rank
     summary.json              means, intervals and costs
-    videos/                   moving pictures, one file per prompt
+    videos/                   moving pictures, one file per prompt; in difference/ the same with
+                              the amplified difference to the reference
     traces/                   which frames were kept and read, one file per pictured prompt
-    report.html               all of it on one page
+    features/                 what distances between sets of clips are computed from
+    report.html               all of it on one page; report.md and table.tex for other documents
 
 A record line, JSON without NaN and Infinity (what has no value is null)::
 
@@ -53,7 +55,9 @@ class RunDirectory:
         self.config = self.path / "config.yaml"
         self.summary = self.path / "summary.json"
         self.videos = self.path / "videos"
+        self.differences = self.videos / "difference"
         self.traces = self.path / "traces"
+        self.features = self.path / "features"
         self.report = self.path / "report.html"
 
     def open(
@@ -79,8 +83,8 @@ class RunDirectory:
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path / "run.json", text)
-        for folder in (self.path / "records", self.videos, self.traces):
-            folder.mkdir(exist_ok=True)
+        for folder in (self.path / "records", self.differences, self.traces):
+            folder.mkdir(exist_ok=True, parents=True)
 
     def held(self) -> dict[str, Any]:
         """Content of ``run.json``: schema, fingerprint, described, about.

@@ -21,15 +21,29 @@ class MetricInfo:
 
     Args:
         unit: Unit of the value, such as ``dB``; empty where it has none.
-        higher_is_better: Which way is good.
+        higher_is_better: Which way is good; None where neither is.
         recipe: How the value is computed, in one line.
         undefined: Why no clip may have a value; becomes the status then.
+        against_reference: Whether it compares with the reference, which then has no value.
+        identical: Its value for two equal clips, where it compares and that is finite.
+        comparable: Whether values may be compared with those of the literature.
+        weights: SHA-256 of the network it looks through.
+        sets: Whether it compares sets of clips; then no clip has a value.
+        encoder: What such a metric looks through.
+        frames: Frames of a window that it looks at.
     """
 
     unit: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     recipe: str
     undefined: str = "no clip gave one"
+    against_reference: bool = False
+    identical: float | None = None
+    comparable: bool = True
+    weights: str | None = None
+    sets: bool = False
+    encoder: str | None = None
+    frames: int | None = None
 
 
 def summarise(
@@ -110,6 +124,10 @@ def _metric(name: str, info: MetricInfo, clips: list[Record], interval: Interval
         "unit": info.unit,
         "higher_is_better": info.higher_is_better,
         "recipe": info.recipe,
+        "against_reference": info.against_reference,
+        "identical": info.identical,
+        "comparable": info.comparable,
+        "sets": info.sets,
         "status": status,
     }
 

@@ -56,7 +56,13 @@ def write_mp4(path: str | Path, frames: Frames | Iterable[Frames], fps: float) -
         container.mux(stream.encode())
 
 
-def side_by_side(rows: list[tuple[str, Frames]], scale: int, columns: int | None = None) -> Frames:
+def side_by_side(
+    rows: list[tuple[str, Frames]],
+    scale: int,
+    columns: int | None = None,
+    start: int = 0,
+    total: int | None = None,
+) -> Frames:
     """Panels from left to right, each under its label, above a frame counter.
 
     A panel is never narrower than its label, so every name can be read.
@@ -65,6 +71,8 @@ def side_by_side(rows: list[tuple[str, Frames]], scale: int, columns: int | None
         rows: Label and frames, uint8 ``[F, H, W, 3]``, of each panel; equal shapes.
         scale: Every pixel becomes ``scale`` x ``scale`` pixels.
         columns: Panels in a line; more go on in the next line. None: all in one line.
+        start: Frames of the clip before these, for the counter.
+        total: Frames of the whole clip; these alone where None.
 
     Returns:
         uint8 ``[F, H', W', 3]``.
@@ -87,8 +95,35 @@ def side_by_side(rows: list[tuple[str, Frames]], scale: int, columns: int | None
     panels += [np.full_like(panels[0], BACKGROUND)] * (-len(panels) % columns)
     lines = [_joined(panels[i : i + columns], axis=2) for i in range(0, len(panels), columns)]
     canvas = _joined(lines, axis=1)
-    counter = [_strip(f"frame {i} / {count}", canvas.shape[2]) for i in range(1, count + 1)]
+    numbers = range(start + 1, start + count + 1)
+    counter = [_strip(f"frame {i} / {total or count}", canvas.shape[2]) for i in numbers]
     return np.concatenate([canvas, np.stack(counter)], axis=1)
+
+
+def amplified(frames: Frames, reference: Frames, gain: int) -> Frames:
+    """How far frames are from a reference: absolute difference times ``gain``, black where equal.
+
+    Args:
+        frames: uint8 ``[F, H, W, 3]``.
+        reference: The same shape.
+        gain: Factor; what would be brighter than white is white.
+
+    Raises:
+        ValueError: Other shapes or types.
+
+    Example:
+        >>> grey = np.full((1, 2, 2, 3), 100, np.uint8)
+        >>> int(amplified(grey + 5, grey, gain=4).max())
+        20
+    """
+    first, second = _checked(frames, "frames"), _checked(reference, "reference")
+    if first.shape != second.shape:
+        raise ValueError(
+            f"Two moving pictures cannot be compared: their shapes are {first.shape} and "
+            f"{second.shape}. Give two of equal shape."
+        )
+    far = np.abs(first.astype(np.int16) - second) * gain
+    return far.clip(0, 255).astype(np.uint8)
 
 
 def _joined(parts: list[Frames], axis: int) -> Frames:

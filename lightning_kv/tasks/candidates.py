@@ -117,8 +117,7 @@ def candidate(
     result, full = (summary["policies"][which] for which in (name, summary["reference"]))
     failed = sum(fails(clip) and not fails(base.get(key, {})) for key, clip in own.items())
     found = [
-        loss_of(own, base, metric, full["metrics"][metric]["higher_is_better"], margin)
-        for metric, margin in margins.items()
+        loss_of(own, base, metric, full["metrics"], margin) for metric, margin in margins.items()
     ]
     losses = tuple(loss for loss in found if loss is not None)
     peak, reads, scored = (

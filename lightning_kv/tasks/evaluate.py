@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,11 +9,15 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_kv.cache.decisions import Selection
+from lightning_kv.cache.probe import AttentionProbe
+from lightning_kv.cache.session import Watch
 from lightning_kv.cache.trace import Trace
+from lightning_kv.cache.view import CacheView
 from lightning_kv.data.datamodule import PromptData, PromptSample
-from lightning_kv.metrics import Clip, metric_by_name
+from lightning_kv.metrics import Suite
 from lightning_kv.models.loading import check_memory, load_model
 from lightning_kv.models.samplers import ChunkPlan
 from lightning_kv.models.sources import Source, find_model
@@ -24,19 +26,19 @@ from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.presets import load_policy
 from lightning_kv.report.records import RunDirectory, fingerprint, write_atomic
 from lightning_kv.report.traces import write_traces
-from lightning_kv.report.video import Frames, side_by_side, write_mp4
+from lightning_kv.report.video import Frames
 from lightning_kv.rollout import Rollout, rollout
 from lightning_kv.tasks.choices import chosen_policies
-from lightning_kv.tasks.clips import SUFFIX, write_clip
 from lightning_kv.tasks.clock import read_size
-from lightning_kv.tasks.decode import FOLDER
+from lightning_kv.tasks.featured import read_real
 from lightning_kv.tasks.launch import is_first, launched
 from lightning_kv.tasks.options import EvaluateOptions, TrainerOptions
-from lightning_kv.tasks.overview import summary_of, write_report
+from lightning_kv.tasks.overview import conclude
 from lightning_kv.tasks.progress import RolloutProgress
-from lightning_kv.tasks.results import about, broken, cost, describe, fitted, measure
+from lightning_kv.tasks.recording import Recorder
+from lightning_kv.tasks.results import about, describe, fitted
 from lightning_kv.tasks.scenes import Start, stack_context, start_of
-from lightning_kv.tasks.settle import check_options, check_text, settled
+from lightning_kv.tasks.settle import check_options, check_text, known, settled
 
 PANEL = 160  # pixels that a smaller picture is enlarged to in a moving picture
 
@@ -49,6 +51,7 @@ class Evaluate(L.LightningModule):
         model: The model.
         policies: By name, in the order of the table.
         reference: What the others are compared with.
+        suite: What is measured.
         run: Where records go.
     """
 
@@ -58,17 +61,20 @@ class Evaluate(L.LightningModule):
         model: VideoModel,
         policies: dict[str, CachePolicy],
         reference: CachePolicy,
+        suite: Suite,
         run: RunDirectory,
     ) -> None:
         super().__init__()
         self.options, self.policies, self.reference, self.run = options, policies, reference, run
         self.network, self.codec, self.encoder = model.network, model.codec, model.encoder
-        self.metrics = nn.ModuleList(
-            nn.ModuleDict(metric_by_name(options.metrics)) for _ in self.names
-        )
+        self.metrics = nn.ModuleList(nn.ModuleDict(suite.clip_metrics()) for _ in self.names)
+        self.encoders = nn.ModuleDict(suite.encoders())
+        self.probed = any("attention" in choice.needs for choice in suite.choices.values())
+        context = options.context_frames
+        given = self.network.config.pixel_frames(context) if context else 0
+        self.recorder = Recorder(run, options, self.encoders, given)
         self.progress: RolloutProgress | None = None
         self.pictured: set[str] = set()
-        self.recorded: set[tuple[str, str]] = set()
 
     @property
     def names(self) -> list[str]:
@@ -87,6 +93,7 @@ class Evaluate(L.LightningModule):
 
     def on_test_start(self) -> None:
         """Warm up, so that the first clip's timing is like the others'."""
+        self.recorder.rank = self.global_rank
         data: PromptData = self.trainer.datamodule
         left = data.total - len(data.finished)
         mine = len(range(self.global_rank, left, self.trainer.world_size))
@@ -120,12 +127,15 @@ class Evaluate(L.LightningModule):
         traces: list[dict[str, dict[str, np.ndarray]]] = [{} for _ in starts]
         reference = None
         if self._twice:
-            reference = self._rollout(self.reference, starts, None)
-        for name in self.names:
+            reference = self._rollout(self.reference, starts, [])
+        for name, metrics in zip(self.names, self.metrics, strict=True):
             trace = Trace() if shown else None
-            out = self._rollout(self.policies.get(name, self.reference), starts, trace)
+            probe = self._probe()
+            watching = [watch for watch in (trace, probe) if watch is not None]
+            out = self._rollout(self.policies.get(name, self.reference), starts, watching)
             reference = reference or out  # the first name
-            self._record(name, out, reference, starts)
+            compared = reference if name in self.policies else None  # asked for, or only compared
+            self.recorder.clips(name, metrics, out, compared, reference, starts, probe)
             for i in shown:
                 traces[i][name] = trace.arrays(i)
                 if options.decode:
@@ -133,7 +143,7 @@ class Evaluate(L.LightningModule):
         for i in shown:
             write_traces(self.run.traces / f"{starts[i].sample.key}.npz", traces[i])
             if options.decode:
-                self._picture(starts[i], clips[i])
+                self.recorder.picture(starts[i], clips[i], self.reference.name)
         self.progress.end(len(batch))
 
     def close(self) -> None:
@@ -155,7 +165,13 @@ class Evaluate(L.LightningModule):
         """Latent height and width of every clip."""
         return read_size(self.options.size, self.network.config)
 
-    def _rollout(self, policy: CachePolicy, starts: list[Start], watch: Trace | None) -> Rollout:
+    def _probe(self) -> AttentionProbe | None:
+        """What watches attention in the last denoising pass, where a metric wants it."""
+        if not self.probed:
+            return None
+        return AttentionProbe([len(self.network.config.timesteps) - 1])
+
+    def _rollout(self, policy: CachePolicy, starts: list[Start], watching: list[Watch]) -> Rollout:
         samples = [start.sample for start in starts]
         self.progress.begin(policy.name, len(samples))
         made = rollout(
@@ -170,7 +186,7 @@ class Evaluate(L.LightningModule):
             negative=self.options.negative,
             backend=self.options.backend,
             decode=False,
-            watch=watch,
+            watch=together(watching) if watching else None,
             progress=self.progress.chunk,
         )
         made.session = None  # frees the cache before pixels are made, and before the next rollout
@@ -178,69 +194,15 @@ class Evaluate(L.LightningModule):
             made.frames = self.codec.decode(made.latents.float())
         return made
 
-    def _record(
-        self,
-        name: str,
-        out: Rollout,
-        reference: Rollout,
-        starts: list[Start],
-    ) -> None:
-        metrics_of = self.metrics[self.names.index(name)]
-        compared = reference if name in self.policies else None  # asked for, or only compared with
-        for index, start in enumerate(starts):
-            if self.options.latents:
-                self._keep(name, out.latents[index], start)
-            if (name, start.sample.key) in self.recorded:
-                continue  # finished before this run was taken up again
-            record = {
-                "policy": name,
-                "key": start.sample.key,
-                "prompt": start.sample.prompt,
-                "cost": cost(out, reference, index),
-            }
-            failure = broken(out, reference, index)
-            if failure:
-                empty = {"metrics": dict.fromkeys(metrics_of), "curves": {}, "failure": failure}
-                self.run.append(self.global_rank, record | empty)
-                continue
-            clip = Clip(
-                latents=out.latents[index],
-                pixels=pixels_of(out, index),
-                reference_latents=None if compared is None else compared.latents[index],
-                reference_pixels=pixels_of(compared, index),
-                context=self.options.context_frames,
-                scene=start.scene,
-            )
-            metrics, curves = measure(metrics_of, clip)
-            self.run.append(
-                self.global_rank, record | {"metrics": metrics, "curves": curves, "failure": None}
-            )
 
-    def _keep(self, name: str, latents: Tensor, start: Start) -> None:
-        """Latents of one clip, for a later ``lightning-kv decode``."""
-        about = {
-            "model": self.options.model,
-            "policy": name,
-            "prompt": start.sample.prompt,
-            "key": start.sample.key,
-            "seed": str(self.options.seed),
-            "precision": self.options.precision,
-        }
-        path = latents_path(self.run, name, start.sample.key)
-        write_clip(path, latents, self.options.fps, about)
+def together(watching: list[Watch]) -> Watch:
+    """Several that watch, as one."""
 
-    def _picture(self, start: Start, clips: dict[str, Frames]) -> None:
-        rows = [("world", fitted(start.truth))] if start.truth is not None else []
-        rows += list(clips.items())
-        columns = 3 if len(rows) in (3, 5, 6, 9) else 4
-        path = self.run.videos / f"{start.sample.key}.mp4"
-        scale = max(1, PANEL // rows[0][1].shape[2])
-        write_mp4(path, side_by_side(rows, scale, columns=columns), self.options.fps)
+    def watch(sample: int, view: CacheView, selection: Selection | None) -> None:
+        for each in watching:
+            each(sample, view, selection)
 
-
-def pixels_of(out: Rollout | None, index: int) -> Tensor | None:
-    """Pixels of one clip, where there are any."""
-    return None if out is None or out.frames is None else out.frames[index]
+    return watch
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -259,29 +221,31 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     data = PromptData(options.data.shards, options.prompts, options.data.seed, options.batch)
     trainer = trainer_for(settings)
     everyone = [reference, *policies.values()]
+    suite = Suite(options.metrics, known(source, options), options.accept_license)
     model = model_for(options, source, data, everyone, trainer.strategy.root_device)
-    described = describe(options, policies, reference, model, data, settings.accelerator)
+    described = describe(options, policies, reference, model, data, suite, settings.accelerator)
     mark = fingerprint(described)
     enough(trainer.world_size, data.total)
     run = RunDirectory(options.out)
     if is_first():
         device = str(trainer.strategy.root_device)
-        told = about(options, policies, reference, model, data.total, device)
+        told = about(options, policies, reference, model, data.total, suite, device)
         run.open(mark, described, told)
         write_atomic(run.config, config_yaml(options))
-    task = Evaluate(options, model, policies, reference, run)
+    task = Evaluate(options, model, policies, reference, suite, run)
     task.pictured = set(data.keys()[: options.videos])
     if run.path.is_dir():
-        task.recorded = {(record["policy"], record["key"]) for record in run.records()}
-        data.finished = run.finished(task.names) - unseen(run, task.pictured, options.decode)
-        if options.latents:
-            data.finished = {k for k in data.finished if kept(run, task.names, k)}
+        data.finished = task.recorder.finished(task.names, task.pictured)
     try:
         trainer.test(task, datamodule=data, verbose=False)
     finally:
         task.close()
     trainer.strategy.barrier("records are written")
-    return conclude(run) if trainer.is_global_zero else {}
+    if not trainer.is_global_zero:
+        return {}
+    if options.real is not None:
+        read_real(run, options.real, suite.encoders())
+    return conclude(run)
 
 
 def model_for(
@@ -322,31 +286,6 @@ def trainer_for(settings: TrainerOptions) -> L.Trainer:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-
-
-def unseen(run: RunDirectory, keys: set[str], decode: bool) -> set[str]:
-    """Prompts whose moving picture (where there are pixels) or trace is not there yet."""
-    traced = {path.stem for path in run.traces.glob("*.npz")}
-    shown = {path.stem for path in run.videos.glob("*.mp4")} if decode else traced
-    return keys - (shown & traced)
-
-
-def latents_path(run: RunDirectory, policy: str, key: str) -> Path:
-    """Where the latents of a clip are kept."""
-    return run.path / FOLDER / re.sub(r"[^\w@.+-]+", "_", policy) / f"{key}{SUFFIX}"
-
-
-def kept(run: RunDirectory, policies: list[str], key: str) -> bool:
-    """Whether the latents of a prompt are there for every policy."""
-    return all(latents_path(run, policy, key).is_file() for policy in policies)
-
-
-def conclude(run: RunDirectory) -> dict[str, Any]:
-    """Write ``summary.json`` and ``report.html``; returns the summary."""
-    found = summary_of(run)
-    write_atomic(run.summary, json.dumps(found, indent=1, allow_nan=False) + "\n")
-    write_report(run.report, [run], [found])
-    return found
 
 
 def enough(world: int, prompts: int) -> None:

@@ -14,15 +14,12 @@ from lightning_kv.policies.amount import Amount
 MARGINS = {"recall": 0.02, "revisit_error": 0.002, "ssim": 0.02}
 """The margin where none is given: of the first of these that the run has values for."""
 
-COMPARED = ("psnr", "ssim", "latent_mse")
-"""Metrics that compare with the reference rollout: the reference has no value of its own."""
-
-IDENTICAL = {"ssim": 1.0, "latent_mse": 0.0}
-"""What these say about two equal clips; psnr then has no end, so no margin means anything."""
-
 Record = dict[str, Any]
 Clips = dict[str, Record]
 """A policy's records by prompt key."""
+
+Facts = dict[str, dict[str, Any]]
+"""What a summary says about each metric: which way is good, whether it needs the reference."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +57,21 @@ class Loss:
         return self.mean / self.margin if self.margin else self.mean
 
 
-def loss_of(own: Clips, base: Clips, metric: str, higher: bool, margin: float) -> Loss | None:
+def loss_of(own: Clips, base: Clips, metric: str, facts: Facts, margin: float) -> Loss | None:
     """Paired loss of a policy in one metric; None where no prompt has both values.
 
     Args:
         own: Records of the policy.
         base: Records of the reference.
         metric: Its name.
-        higher: Whether higher is better.
+        facts: About the metrics.
         margin: The most that is allowed.
     """
-    pairs = paired_values(own, base, metric)
+    pairs = paired_values(own, base, metric, facts)
     if not pairs:
         return None
     values, others = ([pair[side] for pair in pairs] for side in (0, 1))
-    good, bad = (others, values) if higher else (values, others)
+    good, bad = (others, values) if facts[metric]["higher_is_better"] else (values, others)
     losses = [a - b for a, b in zip(good, bad, strict=True)]
     return Loss(
         metric=metric,
@@ -88,23 +85,27 @@ def loss_of(own: Clips, base: Clips, metric: str, higher: bool, margin: float) -
     )
 
 
-def paired_values(own: Clips, base: Clips, metric: str) -> list[tuple[float, float]]:
-    """A policy's value and the reference's, for each prompt that has both."""
+def paired_values(own: Clips, base: Clips, metric: str, facts: Facts) -> list[tuple[float, float]]:
+    """A policy's value and the reference's, for each prompt that has both.
+
+    A metric that compares with the reference has the value of two equal clips there.
+    """
     pairs = []
     for key in sorted(own.keys() & base.keys()):
         value, other = (clips[key]["metrics"].get(metric) for clips in (own, base))
-        if metric in COMPARED:
-            other = IDENTICAL.get(metric)
+        if facts[metric]["against_reference"]:
+            other = facts[metric]["identical"]
         if value is not None and other is not None:
             pairs.append((value, other))
     return pairs
 
 
-def usable(clips: dict[str, Clips], reference: str, metrics: Sequence[str]) -> list[str]:
+def usable(clips: dict[str, Clips], reference: str, facts: Facts) -> list[str]:
     """Metrics that some policy and the reference both have a value for."""
     rivals = [own for name, own in clips.items() if name != reference]
     base = clips[reference]
-    return [m for m in metrics if any(paired_values(own, base, m) for own in rivals)]
+    better = (metric for metric, fact in facts.items() if fact["higher_is_better"] is not None)
+    return [m for m in better if any(paired_values(own, base, m, facts) for own in rivals)]
 
 
 def default_margins(able: Sequence[str]) -> dict[str, float]:
@@ -125,20 +126,20 @@ def default_margins(able: Sequence[str]) -> dict[str, float]:
     )
 
 
-def check_margins(margins: dict[str, float], known: Sequence[str], able: Sequence[str]) -> None:
+def check_margins(margins: dict[str, float], facts: Facts, able: Sequence[str]) -> None:
     """Refuse margins that cannot be judged.
 
     Args:
         margins: Largest loss per metric.
-        known: Metrics of the run.
+        facts: About the metrics of the run.
         able: Those that can be judged.
 
     Raises:
         ValueError: An unknown metric, a negative margin, or a metric without values.
     """
     for metric, margin in margins.items():
-        if metric not in known:
-            near = get_close_matches(metric, known, n=1)
+        if metric not in facts:
+            near = get_close_matches(metric, facts, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"This run has no metric {metric!r}.{hint} {works(able)}")
         if not 0 <= margin < math.inf:
@@ -146,7 +147,7 @@ def check_margins(margins: dict[str, float], known: Sequence[str], able: Sequenc
                 f"The margin {metric}={margin:g} is no loss that could be allowed. It is how much "
                 "worse than the reference the metric may be. Give 0 or more, such as recall=0.02."
             )
-        if metric in COMPARED and metric not in IDENTICAL:
+        if facts[metric]["against_reference"] and facts[metric]["identical"] is None:
             raise ValueError(
                 f"The margin {metric}={margin:g} means nothing: {metric} compares with the "
                 "reference rollout, so the reference itself has no finite value that could be "

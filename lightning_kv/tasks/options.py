@@ -58,7 +58,11 @@ class EvaluateOptions:
         size: HEIGHTxWIDTH in pixels.
         seed: Of the noise.
         negative: What guidance leads away from (models with guidance).
-        metrics: Which metrics (see `lightning-kv list metrics`).
+        metrics: Which metrics (see `lightning-kv list metrics`), such as fvd/panorama-encoder or
+            lpips/alex=alexnet.pth.
+        real: Folder of real videos that sets are compared with; the panorama has its own truth.
+        accept_license: Licences of non-commercial weights that you agree to, such as
+            cc-by-nc-4.0.
         decode: Make pixels; without them no videos and no metrics of pixels.
         latents: Keep the latents of every clip, for `lightning-kv decode`.
         out: Run directory. An unfinished run with the same settings goes on there.
@@ -85,6 +89,8 @@ class EvaluateOptions:
     seed: int = 0
     negative: str = ""
     metrics: list[str] | None = None
+    real: Path | None = None
+    accept_license: list[str] = field(default_factory=list)
     decode: bool = True
     latents: bool = False
     out: Path = Path("runs/evaluate")
@@ -94,6 +100,46 @@ class EvaluateOptions:
     videos: int | None = None
     fps: float | None = None
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Compare folders of videos that somebody else made with a reference folder.
+
+    Args:
+        reference: Folder of the videos that are right; None with ``pairs``.
+        candidates: Folders of the videos that are judged; empty with ``pairs``.
+        out: Run directory. An unfinished comparison of the same files goes on there.
+        pairs: A CSV table of pairs instead of folders.
+        metrics: Which metrics (see `lightning-kv list metrics`); those that need no weights where
+            not given.
+        length: equal, or shortest: leave out what the longer video has more.
+        size: equal, or resize: bring candidates to the size of the reference.
+        fps: equal, or ignore: compare the n-th frame with the n-th frame all the same.
+        unpaired: The folders have no videos in common: compare sets, and each video alone.
+        real: Folder of real videos that sets are compared with; the reference where not given.
+        accept_license: Licences of non-commercial weights that you agree to.
+        strict: Stop at the first video that cannot be read.
+        videos: Pairs with moving pictures.
+        threads: CPU threads.
+        accelerator: cpu, gpu, or auto (a CUDA GPU if there is one).
+    """
+
+    out: Path
+    reference: Path | None = None
+    candidates: tuple[Path, ...] = ()
+    pairs: Path | None = None
+    metrics: tuple[str, ...] | None = None
+    length: str = "equal"
+    size: str = "equal"
+    fps: str = "equal"
+    unpaired: bool = False
+    real: Path | None = None
+    accept_license: tuple[str, ...] = ()
+    strict: bool = False
+    videos: int = 3
+    threads: int = 2
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
 
 
 @dataclass(frozen=True)

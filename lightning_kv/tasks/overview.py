@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_kv.metrics.statistics import bca_interval
-from lightning_kv.report.records import RunDirectory
+from lightning_kv.report.records import RunDirectory, write_atomic
 from lightning_kv.report.summary import MetricInfo, summarise
-from lightning_kv.tasks.recommend import verdict
+from lightning_kv.tasks.analysis import analyse
+from lightning_kv.tasks.featured import distances
+from lightning_kv.tasks.verdict import verdict
 
 
 def open_run(path: Path) -> RunDirectory:
@@ -37,16 +40,16 @@ def summary_of(run: RunDirectory, intervals: bool = True) -> dict[str, Any]:
 
     Args:
         run: Its directory.
-        intervals: Also give 95 % intervals, of means and of every frame of the curves; they take
-            seconds.
+        intervals: Also give what takes seconds: 95 % intervals, of means and of every frame of the
+            curves, distances between sets, and the statistics of :mod:`analysis`.
 
     Raises:
         ValueError: As for :func:`open_run`.
     """
     open_run(run.path)
-    about = run.about()
-    return summarise(
-        run.records(),
+    about, records = run.about(), run.records()
+    summary = summarise(
+        records,
         reference=about["reference"],
         policies=about["policies"],
         metrics={name: MetricInfo(**info) for name, info in about["metrics"].items()},
@@ -55,6 +58,22 @@ def summary_of(run: RunDirectory, intervals: bool = True) -> dict[str, Any]:
         fingerprint=run.held()["fingerprint"],
         interval=lambda values: bca_interval(values, resamples=1000) if intervals else None,
     )
+    if not intervals:
+        return summary
+    of_sets = {name: info for name, info in about["metrics"].items() if info.get("sets")}
+    found = distances(run, of_sets, list(summary["policies"]), summary["reference"])
+    for policy, metrics in found.items():
+        for name, values in metrics.items():
+            summary["policies"][policy]["metrics"][name] |= values
+    return analyse(summary, records)
+
+
+def conclude(run: RunDirectory) -> dict[str, Any]:
+    """Write ``summary.json`` and the report; returns the summary."""
+    found = summary_of(run)
+    write_atomic(run.summary, json.dumps(found, indent=1, allow_nan=False) + "\n")
+    write_report(run.report, [run], [found])
+    return found
 
 
 def write_report(path: Path, runs: Sequence[RunDirectory], summaries: Sequence[dict]) -> None:

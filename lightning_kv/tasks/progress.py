@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_kv.cache.session import CacheSession
+from lightning_kv.metrics.base import Block
 from lightning_kv.report.table import format_bytes
 
 
@@ -66,3 +68,41 @@ class RolloutProgress:
     def end(self, clips: int) -> None:
         """All policies of ``clips`` prompts are done."""
         self.prompt += clips
+
+
+class FrameProgress:
+    """Shows how many frames of video files are done, and the time left; silent as above.
+
+    Args:
+        frames: All that are to be read.
+    """
+
+    def __init__(self, frames: int) -> None:
+        console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("frames"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("starting", total=frames)
+
+    def __enter__(self) -> FrameProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def begin(self, name: str) -> None:
+        """A video comes."""
+        self.bar.update(self.task, description=name)
+
+    def counted(self, blocks: Iterable[Block]) -> Iterator[Block]:
+        """The same blocks; their frames are counted as they go by."""
+        for block in blocks:
+            yield block
+            self.bar.update(self.task, advance=len(block[0]))

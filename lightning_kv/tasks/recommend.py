@@ -65,14 +65,6 @@ def recommend(
     return replace(answer, words=in_words(answer))
 
 
-def verdict(summary: dict[str, Any], records: Sequence[Record]) -> list[str]:
-    """The recommendation without a limit and with the default margin, in sentences."""
-    try:
-        return recommend(summary, records).words
-    except ValueError as error:
-        return [str(error)]
-
-
 def compared_clips(summary: dict[str, Any], records: Sequence[Record]) -> dict[str, Clips]:
     """Records by policy and key, where there is something to compare.
 
@@ -100,10 +92,10 @@ def judged(
     summary: dict[str, Any], clips: dict[str, Clips], margins: dict[str, float] | None
 ) -> dict[str, float]:
     """The margins, or the default one; refused where they cannot be judged."""
-    known = list(summary["policies"][summary["reference"]]["metrics"])
-    able = usable(clips, summary["reference"], known)
+    facts = summary["policies"][summary["reference"]]["metrics"]
+    able = usable(clips, summary["reference"], facts)
     margins = default_margins(able) if margins is None else margins
-    check_margins(margins, known, able)
+    check_margins(margins, facts, able)
     return margins
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,12 @@ from torch.nn.functional import avg_pool2d
 
 import lightning_kv
 from lightning_kv.data.datamodule import PromptData
-from lightning_kv.metrics import METRICS, Clip, ClipMetric, clip_value
+from lightning_kv.metrics import Clip, Suite
 from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.presets import policy_to_dict
-from lightning_kv.report.summary import MetricInfo
 from lightning_kv.rollout import Rollout
-from lightning_kv.tasks.margins import COMPARED
+from lightning_kv.tasks.film import GAIN
 from lightning_kv.tasks.options import EvaluateOptions
 
 
@@ -55,7 +53,7 @@ def measure(
             continue
         curve = metric.curve(clip)
         metric.update(clip, curve)
-        values[name] = clip_value(curve)
+        values[name] = metric.value(curve)
         curves[name] = [None if x != x else x for x in curve.tolist()]
     return values, curves
 
@@ -75,22 +73,13 @@ def cost(out: Rollout, reference: Rollout, index: int) -> dict[str, Any]:
     }
 
 
-def metric_info(metric: type[ClipMetric]) -> MetricInfo:
-    """What the summary says about a metric."""
-    undefined = (
-        "this is the reference itself"
-        if metric.name in COMPARED
-        else "no frame shows a place that was seen before"
-    )
-    return MetricInfo(metric.unit, metric.higher_is_better, metric.recipe, undefined)
-
-
 def describe(
     options: EvaluateOptions,
     policies: dict[str, CachePolicy],
     reference: CachePolicy,
     model: VideoModel,
     data: PromptData,
+    suite: Suite,
     accelerator: str,
 ) -> dict[str, Any]:
     """Everything the numbers depend on: the run's fingerprint is made of it."""
@@ -111,7 +100,8 @@ def describe(
         "seed": options.seed,
         "negative": options.negative,
         "decode": options.decode,
-        "metrics": {name: METRICS[name].recipe for name in options.metrics},
+        "metrics": suite.recipes(),
+        "real": None if options.real is None else str(options.real),
         "batch": options.batch,
         "backend": options.backend,
         "threads": options.threads,
@@ -126,20 +116,25 @@ def about(
     reference: CachePolicy,
     model: VideoModel,
     prompts: int,
+    suite: Suite,
     device: str,
 ) -> dict[str, Any]:
     """What a report must know that has only the run directory; see :mod:`overview`."""
     configs = {reference.name: policy_to_dict(reference)}
     configs |= {name: policy_to_dict(policy) for name, policy in policies.items()}
+    shown = model.network.config.pixel_frames(options.frames)
+    rate = options.fps if shown == options.frames else options.fps * options.frames / shown
     return {
         "reference": reference.name,
         "policies": configs,
-        "metrics": {name: asdict(metric_info(METRICS[name])) for name in options.metrics},
+        "metrics": suite.facts(),
         "run": {
             "prompts": prompts,
             "frames": options.frames,
-            "pixel_frames": model.network.config.pixel_frames(options.frames),
+            "pixel_frames": shown,
             "context_frames": options.context_frames,
+            "rate": rate,
+            "difference_gain": GAIN,
             "size": options.size,
             "seed": options.seed,
             "data_seed": options.data.seed,

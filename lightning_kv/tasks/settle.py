@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lightning_kv.cache.attend import known_backend
-from lightning_kv.metrics import METRICS, metric_by_name
+from lightning_kv.metrics import Suite
 from lightning_kv.models.embeddings import INDEX
 from lightning_kv.models.sources import Source
 from lightning_kv.models.wan import WanConfig
@@ -39,19 +39,18 @@ def settled(options: EvaluateOptions, source: Source) -> EvaluateOptions:
         "fps": 8 if world else config.fps,
         "text": own,
         "precision": "float32" if world else "reference",
-        "metrics": [name for name in METRICS if not lacking(name, world, options.decode)],
+        "metrics": list(Suite(None, known(source, options)).choices),
     }
     missing = {k: v for k, v in defaults.items() if getattr(options, k) is None}
     return replace(options, data=replace(options.data, shards=shards), **missing)
 
 
-def lacking(metric: str, world: bool, decode: bool) -> str | None:
-    """Why a metric cannot be computed; None where it can."""
-    if "scene" in METRICS[metric].needs and not world:
-        return "it knows the panorama world only"
-    if "pixels" in METRICS[metric].needs and not decode:
-        return "it needs pixels, and --decode is false"
-    return None
+def known(source: Source, options: EvaluateOptions) -> set[str]:
+    """What metrics can know of a clip of this run."""
+    found = {"reference_latents", "attention"}
+    if options.decode:
+        found |= {"pixels", "reference_pixels"}
+    return found | ({"scene"} if source.config is None else set())
 
 
 def check_text(options: EvaluateOptions, source: Source) -> None:
@@ -85,19 +84,11 @@ def check_negative(negative: str, model: str, config: WanConfig) -> None:
 def check_options(
     options: EvaluateOptions, config: WanConfig, world: bool, policies: list[CachePolicy]
 ) -> None:
-    """Refuse metrics, kernel, frames and budgets that do not work, before anything is written.
+    """Refuse kernel, frames and budgets that do not work, before anything is written.
 
     Raises:
         ValueError: The first that does not.
     """
-    metric_by_name(options.metrics)
-    for name in options.metrics:
-        if why := lacking(name, world, options.decode):
-            able = [n for n in METRICS if not lacking(n, world, options.decode)]
-            raise ValueError(
-                f"The metric {name!r} cannot be computed for {options.model!r}: {why}. "
-                f"Those that can: {', '.join(able)}."
-            )
     known_backend(options.backend)
     check_negative(options.negative, options.model, config)
     if options.context_frames and not world:

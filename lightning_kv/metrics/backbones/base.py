@@ -1,0 +1,185 @@
+"""What turns frames or clips into features."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+SHOWN = 2  # blocks whose features are remembered: one of a clip and one of its reference
+
+
+class Backbone(nn.Module):
+    """A frozen network that turns frames, or clips, into features.
+
+    A frame backbone maps ``[N, 3, H, W]`` in [0, 1] to ``[N, d]``; a clip backbone maps
+    ``[B, T, 3, H, W]`` in [0, 1] to ``[B, d]`` and says its T in ``clip_len``. It is always in
+    evaluation mode and has no gradients. A subclass writes ``forward`` and calls :meth:`freeze`
+    at the end of its ``__init__``; one that is found by name also writes :meth:`load`; one that
+    takes both frames and clips tells them by their dimensions and sets ``takes_frames = True``.
+
+    Attributes:
+        name: What it is called in results.
+        num_features: Width d of the features.
+        recipe: Weights and preprocessing, in a sentence.
+        comparable: Whether numbers may be compared with those of the literature.
+        weights_sha256: Checksum of the weights file; None where there is none.
+        clip_len: Frames of the clips it takes; None where it takes frames.
+
+    Example:
+        >>> class Colour(Backbone):
+        ...     name, num_features, recipe = "colour", 3, "mean colour"
+        ...
+        ...     def forward(self, frames):
+        ...         return frames.mean((2, 3))
+        >>> Colour().train().features(torch.full((2, 3, 4, 4), 0.5)).shape
+        torch.Size([2, 3])
+    """
+
+    name: str
+    num_features: int
+    recipe: str
+    comparable: bool = False
+    weights_sha256: str | None = None
+    clip_len: int | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: deque[tuple[Tensor, Tensor]] = deque(maxlen=SHOWN)
+
+    @classmethod
+    def load(cls, path: Path | None) -> Backbone:
+        """The network with the weights at this path: what the resolver calls.
+
+        Raises:
+            ValueError: The weights are others, or there is no such way to make it.
+        """
+        raise ValueError(
+            f"{cls.__name__} cannot be made of a file: {path} was given. Build it and pass the "
+            "module itself."
+        )
+
+    @property
+    def takes_frames(self) -> bool:
+        """Whether it has features of single frames."""
+        return self.clip_len is None
+
+    def freeze(self) -> None:
+        """Evaluation mode, no gradients; for good."""
+        self.eval()
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stay in evaluation mode, whatever is asked."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def features(self, block: Tensor) -> Tensor:
+        """Features of a block; several metrics that show the same tensor in turn pay once.
+
+        Args:
+            block: What ``forward`` takes. It must not be changed in place afterwards.
+
+        Returns:
+            ``[N, d]`` of frames or clips.
+        """
+        # Tensors are held, not addresses, so no other tensor can be taken for one of them.
+        for shown, found in self._shown:
+            if shown is block:
+                return found
+        self._shown.append((block, self(block)))
+        return self._shown[-1][1]
+
+
+class Wrapped(Backbone):
+    """Any module as a backbone: somebody's own network, under its own name.
+
+    Args:
+        module: Maps what the metric shows to features ``[N, d]``. Its attributes ``name``,
+            ``recipe``, ``num_features`` and ``clip_len`` are taken over where it has them; ``d`` is
+            otherwise found by one forward of grey frames of 64 x 64 pixels. It is frozen.
+
+    Raises:
+        ValueError: The module does not give features ``[N, d]``.
+
+    Example:
+        >>> encoder = Wrapped(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()))
+        >>> encoder.name, encoder.num_features
+        ('sequential', 12)
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.name = getattr(module, "name", type(module).__name__.lower())
+        self.recipe = getattr(module, "recipe", f"module {type(module).__name__} given by the user")
+        self.clip_len = getattr(module, "clip_len", None)
+        self.freeze()
+        width = getattr(module, "num_features", None)
+        self.num_features = self._measured() if width is None else int(width)
+
+    @property
+    def takes_frames(self) -> bool:
+        """Whether it has features of single frames."""
+        return getattr(self.module, "takes_frames", self.clip_len is None)
+
+    @torch.no_grad()
+    def forward(self, block: Tensor) -> Tensor:
+        """Features of a block."""
+        found = self.module(block)
+        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(block):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"The backbone '{self.name}' gave {shape} for a block {tuple(block.shape)}. "
+                "Pass a module that maps [N, ...] to features [N, d]."
+            )
+        return found
+
+    def _measured(self) -> int:
+        place = next((tensor.device for tensor in self.module.parameters()), None)
+        shape = (2, 3, 64, 64) if self.clip_len is None else (2, self.clip_len, 3, 64, 64)
+        return self(torch.full(shape, 0.5, device=place)).shape[1]
+
+
+class RandomBackbone(Backbone):
+    """Untrained convolutions with a fixed seed: for tests of plumbing, and for nothing else.
+
+    Args:
+        dims: 2 for frames, 3 for clips of 8 frames.
+        num_features: Width of the features.
+        seed: Of the weights.
+
+    Example:
+        >>> RandomBackbone(3)(torch.zeros(2, 8, 3, 16, 16)).shape
+        torch.Size([2, 32])
+    """
+
+    def __init__(self, dims: int = 2, num_features: int = 32, seed: int = 0) -> None:
+        super().__init__()
+        if dims not in (2, 3):
+            raise ValueError(
+                f"There are no random convolutions in {dims} dimensions. Pass 2 for frames or 3 "
+                "for clips."
+            )
+        self.name = f"random-{dims}dconv"
+        self.num_features = num_features
+        self.recipe = f"untrained {dims}-D convolutions, seed {seed}: meaningless outside tests"
+        self.clip_len = None if dims == 2 else 8
+        convolution = nn.Conv2d if dims == 2 else nn.Conv3d
+        pool = nn.AdaptiveAvgPool2d if dims == 2 else nn.AdaptiveAvgPool3d
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(
+                convolution(3, 16, 3, stride=2, padding=1),
+                nn.GELU(),
+                convolution(16, num_features, 3, stride=2, padding=1),
+                pool(1),
+                nn.Flatten(),
+            )
+        self.freeze()
+
+    def forward(self, block: Tensor) -> Tensor:
+        """Features of frames ``[N, 3, H, W]`` or of clips ``[B, T, 3, H, W]``."""
+        return self.net(block if self.clip_len is None else block.transpose(1, 2))

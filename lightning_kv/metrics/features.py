@@ -1,0 +1,113 @@
+"""What metrics on features of frames have in common: which backbone they look through."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_kv.metrics.backbones import BACKBONES, Backbone, backbone
+from lightning_kv.metrics.base import PixelMetric
+
+
+class FeatureMetric(PixelMetric):
+    """A metric of pixels that looks through a backbone; results are named ``METRIC/BACKBONE``.
+
+    A subclass sets ``backbones``: the names that fit, the default first. A module of one's own
+    fits always, and goes by its own name.
+
+    Args:
+        backbone: A name out of ``backbones``, or a module that maps frames ``[N, 3, H, W]`` in
+            [0, 1] to features ``[N, d]``.
+        given: Where the weights lie; by default they are looked for.
+        accept: Licences accepted for weights that forbid commercial use.
+        kwargs: What every torchmetrics metric takes.
+
+    Raises:
+        ValueError: The backbone does not fit.
+        WeightsUnavailable: Its weights, a licence or a package is missing.
+    """
+
+    backbones: tuple[str, ...]
+
+    def __init__(
+        self,
+        backbone: str | nn.Module | None = None,
+        given: Path | str | None = None,
+        accept: Collection[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.backbone = self._fitting(
+            self.backbones[0] if backbone is None else backbone, given, accept
+        )
+        self.name = f"{type(self).name}/{self.backbone.name}"
+        self.recipe = f"{type(self).recipe}; features: {self.backbone.recipe}"
+
+    @classmethod
+    def _fitting(
+        cls, name: str | nn.Module, given: Path | str | None, accept: Collection[str]
+    ) -> Backbone:
+        """The backbone, if it fits.
+
+        Raises:
+            ValueError: It does not.
+        """
+        if isinstance(name, str):
+            head = name.partition("=")[0]
+            if head in BACKBONES and head not in (*cls.backbones, "random-2dconv"):
+                raise ValueError(
+                    f"The metric '{cls.name}' is not defined on '{head}'. Choose one of "
+                    f"{', '.join(cls.backbones)}, or pass a module."
+                )
+        found = backbone(name, given, accept)
+        if not found.takes_frames:
+            raise ValueError(
+                f"The metric '{cls.name}' looks at frames, and '{found.name}' takes clips of "
+                f"{found.clip_len}. Choose one of {', '.join(cls.backbones)}."
+            )
+        return found
+
+
+def directions(features: Tensor) -> Tensor:
+    """Features of length one, in float64.
+
+    Args:
+        features: ``[F, d]``.
+
+    Raises:
+        ValueError: A feature is zero or not finite, so it has no direction.
+
+    Example:
+        >>> from torch import tensor
+        >>> directions(tensor([[3.0, 4.0]])).tolist()
+        [[0.6, 0.8]]
+    """
+    length = features.double().norm(dim=-1)
+    broken = ~(length.isfinite() & (length > 0))
+    if broken.any():
+        raise ValueError(
+            f"{int(broken.sum())} of {len(features)} features have no direction: their length is "
+            f"{length[broken][0].item():g}. Pass features that are finite and not zero."
+        )
+    return features.double() / length.unsqueeze(-1)
+
+
+def cosine(left: Tensor, right: Tensor) -> Tensor:
+    """Cosine of every pair of :func:`directions`; rounding does not push it past 1.
+
+    Args:
+        left: ``[F, d]``.
+        right: ``[F, d]``, or ``[d]`` for all.
+
+    Returns:
+        float64 ``[F]``.
+
+    Example:
+        >>> from torch import tensor
+        >>> cosine(directions(tensor([[3.0, 4.0]])), tensor([0.0, 1.0])).tolist()
+        [0.8]
+    """
+    return (left * right).sum(-1).clamp(-1, 1)

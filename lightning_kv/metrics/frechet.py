@@ -1,0 +1,298 @@
+"""Frechet distance between two sets of clips, and what it says at the sizes one can afford.
+
+It is the distance of Gaussians fitted to the sets, ``|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½)``
+(Heusel et al., 2017, arXiv 1706.08500; for videos Unterthiner et al., 2018, arXiv 1812.01717).
+From few clips it is large even between two sets of one population. So it comes with the distance
+to be expected then, with a standard error, and with its limit for many clips.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_kv.metrics.inference import jackknife
+from lightning_kv.metrics.moments import Covariance, Moments, as_features, check_widths, divisor
+
+TOLERANCE = 1e-6
+"""How far rounding may push a value below zero, as a share of what it was computed from."""
+
+CONSTANT = 1e-12
+"""A variance below this share of the mean square is rounding: all clips are the same."""
+
+GROUPS = 64
+"""The jackknife leaves out single clips up to so many, and beyond so many random groups."""
+
+
+def frechet_distance(x: Tensor, y: Tensor, covariance: Covariance = "unbiased") -> Tensor:
+    """Frechet distance of two sets of features, a float64 scalar.
+
+    With centred features ``X`` and ``Y``, ``tr (C1 C2)^½`` is the sum of the singular values of
+    ``X Yᵀ``. So no covariance is formed, and fewer clips than features are no problem.
+
+    Args:
+        x: Features of one set, ``[N, d]``.
+        y: Features of the other, ``[M, d]``.
+        covariance: "unbiased" divides by n - 1, "ml" by n.
+
+    Raises:
+        ValueError: A set has fewer than 2 clips, clips that are all the same, or values that are
+            not finite, or the widths differ.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0]])
+        >>> frechet_distance(x, x + torch.tensor([3.0, 4.0])).round(decimals=9).item()
+        25.0
+    """
+    return AgainstReal(varied(x), varied(y), covariance)()
+
+
+def frechet_from_moments(x: Moments, y: Moments, covariance: Covariance = "unbiased") -> Tensor:
+    """Frechet distance of two sets of which only the moments were kept, a float64 scalar.
+
+    ``C1 C2`` has the eigenvalues of the symmetric ``S C2 Sᵀ``, where ``Sᵀ S = C1``. For fewer clips
+    than features their square roots are less exact than :func:`frechet_distance`.
+
+    Args:
+        x: Moments of one set.
+        y: Moments of the other.
+        covariance: As in :func:`frechet_distance`.
+
+    Raises:
+        ValueError: A set has fewer than 2 clips or clips that are all the same, the widths differ,
+            or the sums have lost too many digits.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0]])
+        >>> shifted = Moments.of(x + torch.tensor([3.0, 4.0]))
+        >>> frechet_from_moments(Moments.of(x), shifted).round(decimals=9).item()
+        25.0
+    """
+    check_widths(x.width, y.width)
+    first, second = x.covariance(covariance), y.covariance(covariance)
+    for moments, spread in ((x, first), (y, second)):
+        if spread.trace() <= CONSTANT * moments.outer.trace() / moments.n:
+            raise _constant(moments.n)
+    values, vectors = torch.linalg.eigh(first)
+    half = vectors * _roots(values)
+    root = _roots(torch.linalg.eigvalsh(half.T @ second @ half)).sum()
+    return _distance(x.mean - y.mean, first.trace() + second.trace(), root)
+
+
+def null_distance(
+    real: Tensor, clips: int, draws: int = 16, seed: int = 0, covariance: Covariance = "unbiased"
+) -> float | None:
+    """The distance to be expected if the clips came from the population of the real set.
+
+    Nothing is assumed about that population: the real set is split at random into two samples of
+    the right ratio. As it is too small for the full sizes, the samples are a half, a quarter and an
+    eighth as large (where both sets are equal), and the curve through their mean distances is
+    continued to the full sizes: a parabola in the logarithms of distance and size. Samples of a
+    Gaussian fitted to fewer clips than features would say half of the truth or less.
+
+    Args:
+        real: Features of the real set, ``[M, d]``.
+        clips: Number N of clips that are compared with it.
+        draws: Number of splits of each size.
+        seed: The same seed gives the same number.
+        covariance: As in :func:`frechet_distance`.
+
+    Returns:
+        The distance; None where the real set cannot be split at two sizes.
+
+    Raises:
+        ValueError: As :func:`frechet_distance`.
+
+    Example:
+        >>> real = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+        >>> null_distance(real, 16) > null_distance(real, 64) > 0
+        True
+        >>> null_distance(real[:4], 4) is None
+        True
+    """
+    real, generator = varied(real), torch.Generator().manual_seed(seed)
+    whole = len(real) / (clips + len(real))
+    points: list[tuple[float, float]] = []
+    for share in (whole, whole / 2, whole / 4):
+        few = round(clips * share)
+        many = min(round(len(real) * share), len(real) - few)
+        if min(few, many) < 2:
+            break
+        orders = (_order(len(real), generator) for _ in range(draws))
+        splits = ((real[order[:few]], real[order[few : few + many]]) for order in orders)
+        mean = math.fsum(AgainstReal(*split, covariance)().item() for split in splits) / draws
+        size = (1 / clips + 1 / len(real)) / (1 / few + 1 / many)
+        if mean > 0:  # it is not where all samples of a set that repeats itself are the same
+            points.append((math.log(size), math.log(mean)))
+    if len(points) < 2:
+        return None
+    curve = np.polynomial.Polynomial.fit(*zip(*points, strict=True), len(points) - 1)
+    return math.exp(curve(0.0))
+
+
+@dataclass(frozen=True)
+class FrechetLimit:
+    """Distance continued to infinitely many clips.
+
+    Args:
+        value: Intercept of the line through the distances of subsets against ``1 / N``.
+        residual: Root mean square of what the line leaves over, in units of the distance.
+    """
+
+    value: float
+    residual: float
+
+
+def frechet_infinity(
+    x: Tensor, y: Tensor, draws: int = 4, seed: int = 0, covariance: Covariance = "unbiased"
+) -> FrechetLimit:
+    """Distance in the limit of many clips (Chong and Forsyth, 2020, arXiv 1911.07023).
+
+    For many clips the distance is a straight line in ``1 / N``. It is fitted to means over random
+    subsets with the same share of both sets, from a half to all, evenly spaced in ``1 / N``.
+
+    Args:
+        x: Features of one set, ``[N, d]``.
+        y: Features of the other, ``[M, d]``.
+        draws: Number of subsets of each size.
+        seed: The same seed gives the same number.
+        covariance: As in :func:`frechet_distance`.
+
+    Raises:
+        ValueError: A set has fewer than 4 d clips, where the line is not straight yet; or as
+            :func:`frechet_distance`.
+
+    Example:
+        >>> x, y = torch.randn(2, 400, 2, generator=torch.Generator().manual_seed(0))
+        >>> frechet_infinity(x, y).value < frechet_distance(x, y).item()
+        True
+    """
+    x, y = varied(x), varied(y)
+    width = x.shape[1]
+    if min(len(x), len(y)) < 4 * width:
+        raise ValueError(
+            f"The limit cannot be told from {len(x)} and {len(y)} clips with {width} features. "
+            f"Pass {4 * width} clips or more in both sets, or read null_distance beside the value."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    inverse, means = np.linspace(1, 2, 5), []
+    for share in 1 / inverse:
+        subsets = (
+            [z[_order(len(z), generator)[: round(len(z) * share)]] for z in (x, y)]
+            for _ in range(draws)
+        )
+        means.append(math.fsum(AgainstReal(*two, covariance)().item() for two in subsets) / draws)
+    line = np.polynomial.Polynomial.fit(inverse, means, 1)
+    residual = np.sqrt(np.mean((line(inverse) - means) ** 2))
+    return FrechetLimit(float(line(0)), float(residual))
+
+
+def frechet_error(x: Tensor, y: Tensor, covariance: Covariance = "unbiased") -> float | None:
+    """Standard error of :func:`frechet_distance` over the clips of the first set, by the jackknife.
+
+    The second set is taken as given. (The bootstrap takes clips twice, which inflates the distance
+    beyond its own interval.) Up to 64 clips are left out one by one, more in 64 random groups.
+
+    Args:
+        x: Features of the set that is measured, ``[N, d]``.
+        y: Features of the set it is compared with, ``[M, d]``.
+        covariance: As in :func:`frechet_distance`.
+
+    Returns:
+        The standard error; None for fewer than 3 clips.
+
+    Raises:
+        ValueError: As :func:`frechet_distance`.
+
+    Example:
+        >>> x, y = torch.randn(2, 32, 4, generator=torch.Generator().manual_seed(0))
+        >>> 0 < frechet_error(x, y) < 1
+        True
+    """
+    distances = AgainstReal(varied(x), varied(y), covariance)
+    groups = min(len(x), GROUPS)
+    group = _order(len(x), torch.Generator().manual_seed(0)) % groups
+    if len(x) < 3:
+        return None
+    return jackknife(np.arange(groups), lambda kept: distances(within(group, kept)).item())[1]
+
+
+class AgainstReal:
+    """Distances of many subsets of one pool of clips from one real set, whose factor is found once.
+
+    Args:
+        pool: Features of all clips, float64 ``[P, d]``.
+        real: Features of the real set, float64 ``[M, d]``.
+        covariance: As in :func:`frechet_distance`.
+    """
+
+    def __init__(self, pool: Tensor, real: Tensor, covariance: Covariance) -> None:
+        check_widths(pool.shape[1], real.shape[1])
+        mean, self.covariance = real.mean(0), covariance
+        factor = (real - mean) / math.sqrt(divisor(len(real), covariance))
+        self.real_trace = factor.square().sum()
+        self.pool = pool - mean
+        if len(factor) > factor.shape[1]:
+            factor = torch.linalg.qr(factor, mode="r").R
+        products = self.pool @ factor.T
+        # Singular values depend on the angles between rows alone, which are those of a square one.
+        wide = products.shape[1] > len(products)
+        self.products = torch.linalg.qr(products.T, mode="r").R.T if wide else products
+
+    def __call__(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Distance of the chosen rows of the pool, all of them by default."""
+        x, products = self.pool[rows], self.products[rows]
+        scale, shift = divisor(len(x), self.covariance), x.mean(0)
+        trace = (x - shift).square().sum() / scale
+        values = torch.linalg.svdvals(products - products.mean(0))
+        return _distance(shift, trace + self.real_trace, values.sum() / math.sqrt(scale))
+
+
+def _distance(shift: Tensor, trace: Tensor, root: Tensor) -> Tensor:
+    """``|shift|² + trace - 2 root``; what rounding puts below zero is zero."""
+    value = shift.square().sum() + trace - 2 * root
+    if value < -TOLERANCE * trace:
+        raise ValueError(
+            f"The Frechet distance came out as {value.item():.3g}, beyond what rounding explains "
+            f"(traces of {trace.item():.3g}). Pass features whose mean and spread are fewer orders "
+            "of magnitude apart, or the features in place of their moments."
+        )
+    return value.clamp(min=0)
+
+
+def _roots(eigenvalues: Tensor) -> Tensor:
+    """Square roots of eigenvalues that are not negative but for rounding."""
+    if eigenvalues.min() < -TOLERANCE * eigenvalues.abs().sum():
+        raise ValueError(
+            f"A covariance has the eigenvalue {eigenvalues.min().item():.3g}: its sums have lost "
+            "their digits. Sum in float64, or pass the features in place of their moments."
+        )
+    return eigenvalues.clamp(min=0).sqrt()
+
+
+def varied(features: Tensor) -> Tensor:
+    """Features in float64, checked; clips that are all the same are no population."""
+    features = as_features(features)
+    if (features == features[0]).all():
+        raise _constant(len(features))
+    return features
+
+
+def _constant(clips: int) -> ValueError:
+    return ValueError(
+        f"All {clips} clips of a set have the same features, so its distance means nothing. Check "
+        "that the clips differ and that the backbone tells them apart."
+    )
+
+
+def _order(n: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(n, generator=generator)
+
+
+def within(group: Tensor, kept: np.ndarray) -> Tensor:
+    """Which rows belong to a group that is kept, bool ``[N]``."""
+    return torch.isin(group, torch.from_numpy(kept).long())

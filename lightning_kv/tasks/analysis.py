@@ -1,0 +1,179 @@
+"""What a summary adds to means and intervals: paired differences, drift, and the Pareto front."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lightning_kv.metrics.drift import drift
+from lightning_kv.metrics.inference import effect_size, holm, jackknife, sign_flip_p
+from lightning_kv.metrics.pareto import front, front_probability
+from lightning_kv.metrics.statistics import bca_interval
+from lightning_kv.report.records import Record
+from lightning_kv.tasks.margins import Clips
+
+LEVEL = 0.05
+AXES = ("kv_bytes_peak", "seconds_per_chunk_p50")
+
+
+def analyse(summary: dict[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+    """The summary of a run with its statistics.
+
+    Adds to every policy ``clips`` (values by prompt key) and ``drift``, to each of its metrics
+    ``paired`` (its difference to the reference, prompt by prompt), and to the summary ``family``
+    (what the p values are corrected for) and ``pareto``.
+
+    Args:
+        summary: From :func:`lightning_kv.report.summary.summarise`.
+        records: The run's records.
+    """
+    clips: dict[str, Clips] = {name: {} for name in summary["policies"]}
+    for record in sorted(records, key=lambda record: record["key"]):
+        clips[record["policy"]][record["key"]] = record
+    base = clips[summary["reference"]]
+    rate = summary["run"].get("rate")
+    for name, policy in summary["policies"].items():
+        own = clips[name]
+        policy["clips"] = {key: record["metrics"] for key, record in own.items()}
+        rival = name != summary["reference"]
+        for metric, value in policy["metrics"].items():
+            if value["sets"]:
+                value.setdefault("paired", None)
+                continue
+            compared = rival and not value["against_reference"]
+            value["paired"] = paired(own, base, metric) if compared else None
+        policy["drift"] = {
+            metric: drifts(own, base if rival else {}, metric, rate)
+            for metric in policy["curves"]
+            if rate
+        }
+    summary["family"] = corrected(summary)
+    summary["pareto"] = pareto(summary, clips)
+    return summary
+
+
+def paired(own: Clips, base: Clips, metric: str) -> dict[str, Any] | None:
+    """Difference to the reference over the prompts that both have a value for.
+
+    Returns:
+        ``difference`` (policy - reference), its 95 % interval ``ci95``, jackknife standard error
+        ``se``, two-sided sign-flip ``p``, Cohen's ``d_z`` and ``n``; None where nothing is paired.
+    """
+    both = [
+        (own[key]["metrics"].get(metric), base[key]["metrics"].get(metric))
+        for key in sorted(own.keys() & base.keys())
+    ]
+    return difference([a - b for a, b in both if a is not None and b is not None])
+
+
+def difference(values: Sequence[float]) -> dict[str, Any] | None:
+    """What paired differences say; None where there are none."""
+    if not values:
+        return None
+    several = len(values) > 1
+    bounds = bca_interval(values, resamples=1000)
+    return {
+        "difference": math.fsum(values) / len(values),
+        "ci95": None if bounds is None else list(bounds),
+        "se": jackknife(values)[1] if several else None,
+        "p": sign_flip_p(values) if several else None,
+        "p_holm": None,
+        "d_z": effect_size(values) if several else None,
+        "n": len(values),
+    }
+
+
+def corrected(summary: dict[str, Any]) -> dict[str, Any]:
+    """Fill in ``p_holm`` of every paired difference; says how many tests there were."""
+    tests = [
+        value["paired"]
+        for policy in summary["policies"].values()
+        for value in policy["metrics"].values()
+        if value["paired"] and value["paired"]["p"] is not None
+    ]
+    for test, p in zip(tests, holm([test["p"] for test in tests]), strict=True):
+        test["p_holm"] = p
+    return {"tests": len(tests), "correction": "Holm", "level": LEVEL}
+
+
+def drifts(own: Clips, base: Clips, metric: str, rate: float) -> dict[str, Any]:
+    """Drift of a metric's curve: every definition, mean over prompts, and against the reference.
+
+    Args:
+        own: Records of the policy.
+        base: Records of the reference; empty for the reference itself.
+        metric: Its name.
+        rate: Values of a curve per second.
+    """
+    found = {
+        key: drift(record["curves"][metric], rate)
+        for key, record in own.items()
+        if record["curves"].get(metric)
+    }
+    named = {key: each.to_dict() for key, each in found.items()}
+    means = {}
+    for name in next(iter(named.values()), {}):
+        values = [each[name] for each in named.values() if each[name] is not None]
+        means[name] = {
+            "mean": math.fsum(values) / len(values) if values else None,
+            "ci95": _bounds(values),
+            "n": len(values),
+        }
+    others = {
+        key: drift(base[key]["curves"][metric], rate).to_dict()
+        for key in named
+        if key in base and base[key]["curves"].get(metric)
+    }
+    against = [
+        named[key]["start_end"] - other["start_end"]
+        for key, other in others.items()
+        if None not in (named[key]["start_end"], other["start_end"])
+    ]
+    return {**means, "paired": difference(against)}
+
+
+def pareto(summary: dict[str, Any], clips: dict[str, Clips]) -> dict[str, Any]:
+    """Who stands on the front of quality and cost, and how probably, per metric and cost."""
+    found: dict[str, Any] = {}
+    for metric, facts in _facts(summary).items():
+        quality = {
+            name: {k: r["metrics"][metric] for k, r in own.items() if _has(r, metric)}
+            for name, own in clips.items()
+        }
+        for axis in AXES:
+            costs = {name: summary["policies"][name]["cost"].get(axis) for name in clips}
+            shown = [name for name in clips if quality[name] and costs[name] is not None]
+            if len(shown) < 2:
+                continue
+            points = {
+                name: (float(np.mean(list(quality[name].values()))), costs[name]) for name in shown
+            }
+            better = facts["higher_is_better"]
+            on = front(points, better)
+            sure = front_probability(
+                {name: quality[name] for name in shown},
+                {name: costs[name] for name in shown},
+                better,
+            )
+            found.setdefault(metric, {})[axis] = {
+                name: {"front": name in on, "p": sure[name]} for name in shown
+            }
+    return found
+
+
+def _facts(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Metrics of clips, and which way is better."""
+    policy = next(iter(summary["policies"].values()))
+    return {name: value for name, value in policy["metrics"].items() if not value.get("sets")}
+
+
+def _has(record: Record, metric: str) -> bool:
+    return record["metrics"].get(metric) is not None
+
+
+def _bounds(values: Sequence[float]) -> list[float] | None:
+    bounds = bca_interval(values, resamples=500) if values else None
+    return None if bounds is None else list(bounds)

@@ -1,0 +1,249 @@
+"""A gate for continuous integration: is a run worse than an earlier one by more than is allowed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_kv.metrics.inference import NonInferiority, non_inferiority, prompts_needed
+from lightning_kv.report.records import RunDirectory
+from lightning_kv.tasks.margins import default_margins
+from lightning_kv.tasks.words import counted, number
+
+PASS, REGRESSION, THIN = 0, 1, 2
+"""Exit codes."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One policy and metric against the baseline, prompt by prompt.
+
+    Args:
+        policy: Its name.
+        metric: Its name.
+        found: How the mean loss lies to the margin; positive is worse.
+        needed: Prompts in all that would settle it, if mean and spread stay what they are; None
+            where it is settled, or no number would.
+        failed: Prompts with a value in the baseline and none now.
+    """
+
+    policy: str
+    metric: str
+    found: NonInferiority
+    needed: int | None
+    failed: int = 0
+
+    @property
+    def verdict(self) -> str:
+        """``not worse``, ``worse`` or ``unclear``; a prompt that fails now is worse."""
+        return "worse" if self.failed else self.found.verdict
+
+    @property
+    def words(self) -> str:
+        """The test in a sentence."""
+        change = self.found.mean
+        said = f"{number(abs(change))} {'worse' if change > 0 else 'better'}" if change else "equal"
+        bounds = (self.found.lower, self.found.upper)
+        spread = "" if None in bounds else f" [{number(bounds[0])}, {number(bounds[1])}]"
+        lost = f", and {counted(self.failed)} without a value now" if self.failed else ""
+        margin = number(self.found.margin)
+        return f"{self.policy} {self.metric}: {said}{spread}, margin {margin}{lost}"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The verdict.
+
+    Args:
+        tests: Every policy and metric, the most telling first.
+        missing: Prompts of the baseline that the run lacks.
+        level: Confidence of each bound.
+    """
+
+    tests: tuple[Judgement, ...]
+    missing: int
+    level: float
+
+    @property
+    def code(self) -> int:
+        """Exit code: 1 where anything got worse, else 2 where anything is unclear, else 0."""
+        verdicts = {test.verdict for test in self.tests}
+        return REGRESSION if "worse" in verdicts else THIN if "unclear" in verdicts else PASS
+
+    @property
+    def words(self) -> list[str]:
+        """The verdict in three lines."""
+        first = self.tests[0]
+        kind = {PASS: "not worse", REGRESSION: "worse", THIN: "unclear"}[self.code]
+        same = [test for test in self.tests if test.verdict == kind]
+        head = {
+            PASS: f"PASS: nothing is worse than the baseline by more than its margin "
+            f"({len(self.tests)} tests, {100 * self.level:g} % confidence each).",
+            REGRESSION: f"REGRESSION: {len(same)} of {len(self.tests)} tests are worse than the "
+            f"baseline by more than their margin.",
+            THIN: f"TOO FEW PROMPTS: {len(same)} of {len(self.tests)} tests could be either.",
+        }[self.code]
+        nearest = "Nearest to its margin" if self.code == PASS else "First"
+        lacks = f"; {counted(self.missing)} of the baseline are missing" if self.missing else ""
+        return [head, f"{nearest}: {first.words}.", f"{self._advice(same)}{lacks}."]
+
+    def _advice(self, same: Sequence[Judgement]) -> str:
+        """What the numbers rest on, and what would help."""
+        prompts = {test.found.n for test in same}
+        said = f"Over {counted(min(prompts))}" + (" or more" if len(prompts) > 1 else "")
+        if self.code != THIN:
+            return f"{said}, paired with the baseline's"
+        needed = [test.needed for test in same]
+        if None in needed:
+            return f"{said}: at its margin, no number of prompts settles it; change the margin"
+        more = max(test.needed - test.found.n for test in same)
+        return f"{said}: about {counted(more)} more would settle it, if they are like these"
+
+
+def check(
+    run: Path,
+    baseline: Path,
+    margins: dict[str, float] | None = None,
+    policies: Sequence[str] | None = None,
+    level: float = 0.95,
+) -> Checked:
+    """Compare a run with a baseline, prompt by prompt: tests of non-inferiority.
+
+    A test passes where the mean loss is within the margin with the confidence ``level``, fails
+    where it is beyond it with that confidence, and is unclear otherwise. All have to pass, so no
+    correction for their number is needed (an intersection-union test).
+
+    Args:
+        run: A run directory, or its ``summary.json``.
+        baseline: The same of an earlier run on the same prompts.
+        margins: Largest mean loss per metric, in its unit; see `margins.MARGINS` where None.
+        policies: Which; all that both have where None.
+        level: Confidence of a verdict.
+
+    Raises:
+        ValueError: No common policies or prompts, another recipe, or a metric without values.
+    """
+    new, old = read_summary(run), read_summary(baseline)
+    names = common(new, old, policies)
+    first = new["policies"][names[0]]["metrics"]
+    if margins is None:
+        able = [m for m in first if any(values(new, old, name, m) for name in names)]
+        margins = default_margins(able)
+    tests = [
+        judge(new, old, name, metric, margin, level)
+        for name in names
+        for metric, margin in margins.items()
+    ]
+    order = {"worse": 0, "unclear": 1, "not worse": 2}
+    tests.sort(key=lambda test: (order[test.verdict], -nearness(test.found)))
+    keys = [set(s["policies"][names[0]]["clips"]) for s in (old, new)]
+    return Checked(tuple(tests), len(keys[0] - keys[1]), level)
+
+
+def nearness(found: NonInferiority) -> float:
+    """The mean loss ÷ the margin."""
+    return found.mean / found.margin if found.margin else found.mean
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Content of ``summary.json``, of a run directory or the file itself.
+
+    Raises:
+        ValueError: There is none, or it is older than the values by prompt that this needs.
+    """
+    file = RunDirectory(path).summary if path.is_dir() else path
+    try:
+        found = json.loads(file.read_bytes())
+        clips = [policy["clips"] for policy in found["policies"].values()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is no summary that a run can be checked against "
+            f"({type(error).__name__}: {error}). Give a directory or summary.json of `lightning-kv "
+            "evaluate` or `compare`; `lightning-kv report RUN` writes that of an older run again."
+        ) from error
+    if not any(clips):
+        raise ValueError(f"{file} holds no values: nothing of that run is measured. Finish it.")
+    return found
+
+
+def common(new: dict[str, Any], old: dict[str, Any], asked: Sequence[str] | None) -> list[str]:
+    """Policies to check: those asked for, else all that both have.
+
+    Raises:
+        ValueError: There is none, or one that was asked for is missing.
+    """
+    here, there = list(new["policies"]), list(old["policies"])
+    if asked is None:
+        both = [name for name in here if name in there]
+        if both:
+            return both
+        asked = here
+    lacking = [name for name in asked if name not in here or name not in there]
+    if not lacking and asked:
+        return list(asked)
+    raise ValueError(
+        f"These policies are not in both: {', '.join(lacking) or 'none was named'}. The run has "
+        f"{', '.join(here)}; the baseline has {', '.join(there)}. Name some that both have: "
+        "--policies full,top-attention@9f."
+    )
+
+
+def values(
+    new: dict[str, Any], old: dict[str, Any], policy: str, metric: str
+) -> list[tuple[float, float]]:
+    """Values of the run and of the baseline on each prompt that both measured."""
+    own, base = (summary["policies"][policy]["clips"] for summary in (new, old))
+    pairs = ((own[key].get(metric), base[key].get(metric)) for key in sorted(own.keys() & base))
+    return [(a, b) for a, b in pairs if a is not None and b is not None]
+
+
+def judge(
+    new: dict[str, Any],
+    old: dict[str, Any],
+    policy: str,
+    metric: str,
+    margin: float,
+    level: float,
+) -> Judgement:
+    """One test.
+
+    Raises:
+        ValueError: The metric is missing, has no values by prompt, or is another recipe there.
+    """
+    here, there = (s["policies"][policy]["metrics"].get(metric) for s in (new, old))
+    if here is None or there is None:
+        known = [name for name in new["policies"][policy]["metrics"] if there is None or name]
+        raise ValueError(
+            f"The margin {metric}={margin:g} names a metric that not both have. The run has "
+            f"{', '.join(known)}; the baseline has {', '.join(old['policies'][policy]['metrics'])}."
+        )
+    if here["recipe"] != there["recipe"]:
+        raise ValueError(
+            f"{metric} was computed in another way: {here['recipe']!r} in the run, "
+            f"{there['recipe']!r} in the baseline. Evaluate the baseline again."
+        )
+    pairs = values(new, old, policy, metric)
+    if not pairs:
+        raise ValueError(
+            f"No prompt has a value of {metric} under {policy} in both: {here['status']} in the "
+            f"run, {there['status']} in the baseline. Leave that margin out, or evaluate the same "
+            "prompts. (Distances between sets have no value by prompt.)"
+        )
+    sign = -1.0 if here["higher_is_better"] else 1.0
+    losses = [sign * (a - b) for a, b in pairs]
+    found = non_inferiority(losses, margin, level)
+    needed = None
+    if found.verdict == "unclear":
+        worse = found.mean > margin
+        needed = prompts_needed(
+            [-x for x in losses] if worse else losses, -margin if worse else margin, level=level
+        )
+    own, base = (summary["policies"][policy]["clips"] for summary in (new, old))
+    failed = sum(
+        base[key].get(metric) is not None and own[key].get(metric) is None
+        for key in own.keys() & base.keys()
+    )
+    return Judgement(policy, metric, found, needed, failed)

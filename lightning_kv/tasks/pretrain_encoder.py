@@ -1,0 +1,317 @@
+"""Train the panorama encoder: what clips show, how the camera moves, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_kv.data.panorama import (
+    CODES,
+    COLUMN,
+    PALETTES,
+    SCREEN,
+    SIZES,
+    VISIBLE,
+    World,
+    draw_prompt,
+    ruler_code,
+    world_for,
+)
+from lightning_kv.metrics.backbones.panorama_encoder import CLIP, FEATURES, TOKEN, PanoramaNetwork
+from lightning_kv.models.codec import PatchCodec
+from lightning_kv.models.embedded import WEIGHTS, load_embedded
+from lightning_kv.tasks.artefacts import KINDS, PAINTS, STEERS, Shot, draw, pick, take
+from lightning_kv.tasks.encoder_options import EncoderRecipe, PretrainEncoderOptions
+from lightning_kv.tasks.pretrain import commit
+
+FIRST_WORLD = 10**9
+"""World seeds of the training are this one and the following; 0 to 9999 are left to evaluations."""
+
+STEP = 4  # pixels: unit of camera steps
+WIDEST = 6  # wider steps count as one kind
+
+
+@dataclass
+class Lesson:
+    """One training step: clips of W worlds, first all clean ones, then the others; B = 2 W.
+
+    Shapes: ``frames`` ``[B, T, 3, 32, 32]``, ``x`` (pixels) and ``intact`` ``[B, T]``, ``strength``
+    ``[B, kinds]``, ``palette``, ``stride`` ``[W]``, ``codes`` of the clean clips ``[W, T, 4]``.
+    """
+
+    frames: Tensor
+    x: Tensor
+    intact: Tensor
+    strength: Tensor
+    palette: Tensor
+    stride: Tensor
+    codes: Tensor
+
+
+class Lessons(IterableDataset):
+    """Lesson number i depends on (seed, i) alone, so that a resumed run sees the same data."""
+
+    def __init__(self, recipe: EncoderRecipe, codec: PatchCodec, start: int) -> None:
+        self.recipe, self.codec, self.start = recipe, codec, start
+
+    def __iter__(self):
+        for step in range(self.start, self.recipe.steps):
+            yield self.draw(step)
+
+    def draw(self, step: int) -> Lesson:
+        """Draw the clips of one step."""
+        rng = torch.Generator().manual_seed(hash((self.recipe.seed, step)) % 2**63)
+        first = FIRST_WORLD + step * self.recipe.worlds
+        worlds = [
+            world_for(draw_prompt(rng, (SIZES[0], SIZES[-1])).text, first + index)
+            for index in range(self.recipe.worlds)
+        ]
+        clean = [take(world, self.codec, rng, {}, CLIP) for world in worlds]
+        other = [self._spoilt(world, rng) for world in worlds]
+        shots = clean + other
+        names = list(PALETTES)
+        return Lesson(
+            *(
+                torch.stack([getattr(s, name) for s in shots])
+                for name in ("frames", "x", "intact", "strength")
+            ),
+            torch.tensor([names.index(world.prompt.palette) for world in worlds]),
+            torch.tensor([world.prompt.stride for world in worlds]),
+            torch.stack(
+                [
+                    world.codes.unfold(0, VISIBLE, 1)[shot.x // COLUMN]
+                    for world, shot in zip(worlds, clean, strict=True)
+                ]
+            ),
+        )
+
+    def _spoilt(self, world: World, rng: torch.Generator) -> Shot:
+        """A clip with one or two artefacts, seldom none; often through the codec once more."""
+        count = (0, 1, 1, 1, 1, 1, 2, 2)[pick(rng, 0, 7)]
+        steered = draw(rng, 0, 1) < 0.5
+        groups = (list(STEERS), list(PAINTS)) if steered else (list(PAINTS), list(PAINTS))
+        kinds = {group[pick(rng, 0, len(group) - 1)] for group in groups[:count]}
+        strength = {kind: draw(rng, 0.2, 1) ** 2 for kind in sorted(kinds)}
+        shot = take(world, self.codec, rng, strength, CLIP, onset=draw(rng, 0, 1) < 0.3)
+        if draw(rng, 0, 1) < 0.5:
+            shot.frames = self.codec.decode(self.codec.encode(shot.frames))
+        return shot
+
+
+class PretrainEncoder(L.LightningModule):
+    """Trains a :class:`PanoramaNetwork` on facts of worlds and on artefacts.
+
+    Args:
+        recipe: What to train, and how long.
+    """
+
+    def __init__(self, recipe: EncoderRecipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.network = PanoramaNetwork()
+            self.column = nn.Sequential(
+                nn.Linear(4 * TOKEN, 128), nn.ReLU(), nn.Linear(128, CODES + 6)
+            )
+            self.pace = nn.Linear(96, 2 * WIDEST + 1)
+            self.facts = nn.Linear(FEATURES, len(PALETTES) + 2)
+            self.present = nn.Linear(FEATURES, len(KINDS))
+            self.amount = nn.Linear(FEATURES, len(KINDS))
+        self.codec = load_embedded(WEIGHTS / "panorama.safetensors", "cpu", "float32").codec
+        self.losses: dict[str, float] = {}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Keep the last losses, which the weights file names."""
+        checkpoint["losses"] = self.losses
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Take up the last losses."""
+        self.losses = checkpoint["losses"]
+
+    def train_dataloader(self) -> DataLoader:
+        """Lessons from the step this run has reached."""
+        return DataLoader(
+            Lessons(self.recipe, self.codec, self.trainer.global_step), batch_size=None
+        )
+
+    def configure_optimizers(self) -> dict:
+        """AdamW, with warm-up and a half cosine."""
+        recipe = self.recipe
+        matrices = [p for p in self.parameters() if p.ndim > 1]
+        rest = [p for p in self.parameters() if p.ndim == 1]
+        groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(
+            groups, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
+        )
+
+        def rate(step: int) -> float:
+            late = math.cos(math.pi / 2 * min(step / recipe.steps, 1)) ** 2
+            return min((step + 1) / recipe.warmup, 1) * late
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def training_step(self, lesson: Lesson, _: int) -> Tensor:
+        """Sum of all losses of a lesson."""
+        net, (clips, length) = self.network, lesson.frames.shape[:2]
+        tokens = net.tokens(lesson.frames.flatten(0, 1))
+        movement = net.movement(tokens.unflatten(0, (clips, length)))
+        features = net.clip_features(movement)
+        losses = {
+            **place_losses(net.frame_features(tokens), lesson),
+            **self._column_losses(tokens, lesson),
+            "pace": F.cross_entropy(self.pace(movement.mT)[:, 1:].flatten(0, 1), steps(lesson.x)),
+            **self._fact_losses(features[: clips // 2], lesson),
+            **self._artefact_losses(features, lesson.strength),
+            # A distance between sets is as sharp as its features of clean clips are alike.
+            "spread": 0.5 * features[: clips // 2].var(0).sum() / features.var(0).sum(),
+        }
+        loss = sum(losses.values())
+        self.losses = {name: float(v.detach()) for name, v in {"loss": loss, **losses}.items()}
+        self.log_dict(self.losses)
+        return loss
+
+    def _column_losses(self, tokens: Tensor, lesson: Lesson) -> dict[str, Tensor]:
+        """What each column of the clean clips is, and where."""
+        worlds, length = lesson.codes.shape[:2]
+        said = self.column(tokens[: worlds * length].permute(0, 3, 1, 2).flatten(2))  # [N, 4, .]
+        middle = lesson.x[:worlds].flatten()[:, None] + COLUMN * (torch.arange(VISIBLE) + 0.5)
+        return {
+            "code": 0.5 * F.cross_entropy(said[..., :CODES].flatten(0, 1), lesson.codes.flatten()),
+            "ruler": F.mse_loss(said[..., CODES:], ruler_code(middle)),
+        }
+
+    def _fact_losses(self, features: Tensor, lesson: Lesson) -> dict[str, Tensor]:
+        """Palette and speed, from the features of clean clips."""
+        palette, stride = self.facts(features).split([len(PALETTES), 2], dim=1)
+        return {
+            "palette": 0.2 * F.cross_entropy(palette, lesson.palette),
+            "speed": 0.2 * F.cross_entropy(stride, lesson.stride - 1),
+        }
+
+    def _artefact_losses(self, features: Tensor, strength: Tensor) -> dict[str, Tensor]:
+        """Which artefacts there are, and how strong."""
+        present = F.binary_cross_entropy_with_logits(self.present(features), (strength > 0).float())
+        return {
+            "present": 4 * present,
+            "amount": 40 * F.mse_loss(self.amount(features), strength),
+        }
+
+
+def place_losses(features: Tensor, lesson: Lesson) -> dict[str, Tensor]:
+    """Cosine of two frames = the share of the screen they have in common, times what is intact.
+
+    Args:
+        features: Of all frames, ``[B * T, 64]``.
+        lesson: Says where each frame was taken.
+    """
+    unit = F.normalize(features, dim=1)
+    x, intact = lesson.x.flatten().float(), lesson.intact.flatten()
+    world = torch.arange(len(lesson.palette)).repeat(2).repeat_interleave(lesson.x.shape[1])
+    same = world[:, None] == world
+    common = (1 - (x[:, None] - x).abs() / SCREEN).clamp_min(0)
+    target = torch.where(same, common * intact[:, None] * intact, 0.0)
+    error = (unit @ unit.T - target).square()
+    return {"same": 8 * error[same].mean(), "apart": 8 * error[~same].mean()}
+
+
+def steps(x: Tensor) -> Tensor:
+    """Camera steps of clips ``x [B, T]`` (pixels) as classes, ``[B * (T - 1)]``."""
+    return (x.diff(dim=1) // STEP).clamp(-WIDEST, WIDEST).flatten() + WIDEST
+
+
+def pretrain_encoder(options: PretrainEncoderOptions) -> Path:
+    """Train, or go on from the last checkpoint in ``out``; returns the weights file.
+
+    Raises:
+        ValueError: ``out`` holds a run with another recipe.
+    """
+    torch.set_num_threads(options.threads)
+    out = options.out
+    described = json.dumps(asdict(options.recipe), indent=2)
+    stamp = out / "recipe.json"
+    if stamp.exists() and stamp.read_text() != described:
+        raise ValueError(
+            f"{out} holds a training run with another recipe. "
+            "Give another --out, or the recipe in its recipe.json."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(described)
+    task, trainer, last = PretrainEncoder(options.recipe), trainer_for(options), out / "last.ckpt"
+    trainer.fit(task, ckpt_path=last if last.exists() else None, weights_only=False)
+    if trainer.global_step < options.recipe.steps:
+        raise RuntimeError(
+            f"Stopped at step {trainer.global_step} of {options.recipe.steps}. "
+            "Give the same command again to go on."
+        )
+    target = out / "panorama_encoder.safetensors"
+    write(target, task, described)
+    return target
+
+
+def trainer_for(options: PretrainEncoderOptions) -> L.Trainer:
+    """A Trainer on one CPU that saves checkpoints and logs losses in the run directory."""
+    from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+    from lightning.pytorch.loggers import CSVLogger
+
+    saver = ModelCheckpoint(
+        options.out,
+        filename="last",
+        every_n_train_steps=options.checkpoint_every,
+        save_top_k=1,
+        enable_version_counter=False,
+    )
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        gradient_clip_val=1.0,
+        callbacks=[saver, RichProgressBar()],
+        logger=CSVLogger(options.out, name="", version="log"),
+        log_every_n_steps=10,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def write(target: Path, task: PretrainEncoder, recipe: str) -> None:
+    """Write the network, float16, and where it comes from."""
+    tensors = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in task.network.state_dict().items()
+    }
+    last = task.recipe.steps * task.recipe.worlds + FIRST_WORLD - 1
+    metadata = {
+        "recipe": recipe,
+        "steps": str(task.recipe.steps),
+        "final_losses": json.dumps(task.losses),
+        "world_seeds": f"{FIRST_WORLD} to {last}",
+        "commit": commit(),
+        "license": "Apache-2.0",
+        "comparable": "false",
+        "reproduce": "lightning-kv pretrain-encoder -c configs/pretrain_encoder.yaml",
+    }
+    target.write_bytes(ordered(save(tensors, metadata)))
+
+
+def ordered(file: bytes) -> bytes:
+    """A safetensors file with its metadata in order: equal contents give equal bytes."""
+    start = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + file[start:]

@@ -1,0 +1,74 @@
+"""Metrics of sets in two processes with uneven work; run as ``python ranks.py FOLDER``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from lightning_kv.metrics.sets import FrechetVideoDistance, VideoKernelDistance
+
+METRICS = {
+    "fvd": (FrechetVideoDistance, {}),
+    "fvd-moments": (FrechetVideoDistance, {"keep_features": False}),
+    "jedi": (VideoKernelDistance, {"form": "jedi"}),
+    "jedi-moments": (VideoKernelDistance, {"form": "jedi", "keep_features": False}),
+    "kvd": (VideoKernelDistance, {"form": "kvd", "estimator": "v"}),
+}
+SHARES = {"uneven": (slice(0, 14), slice(14, 20)), "empty": (slice(0, 20), slice(0, 0))}
+
+
+def features():
+    """Generated and real features: whole numbers, whose sums are exact in any order."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-8, 9, (2, 20, 6), generator=generator).float()
+
+
+def fill(metric, rows, batch=4):
+    """Show these rows of both sets, some rows in a last odd batch."""
+    for real, side in enumerate(features()):
+        ids = torch.arange(20) * 3 + 1
+        for part, names in zip(side[rows].split(batch), ids[rows].split(batch), strict=True):
+            if len(part):
+                metric.update_features(part, real=bool(real), ids=names)
+    return metric
+
+
+def results(share):
+    """Value, report and synced sums of every metric, of one process or of this rank."""
+    found = {}
+    for name, (kind, options) in METRICS.items():
+        metric = fill(kind(num_features=6, **options), share)
+        before = shown(metric)
+        found[name] = {"value": metric.compute().item(), "report": asdict(metric.report())}
+        with metric.sync_context():
+            sums = {key: state for key, state in shown(metric).items() if "outer" in key}
+        found[name] |= {"sums": sums, "kept": shown(metric) == before}
+    return found
+
+
+def shown(metric):
+    """The states as plain numbers; of lists, how many they hold."""
+    states = metric.metric_state.items()
+    return {key: len(s) if isinstance(s, list) else s.tolist() for key, s in states}
+
+
+def work(rank, folder):
+    """What one of the two processes does."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    found = {name: results(shares[rank]) for name, shares in SHARES.items()}
+    # Both ranks see the last four clips, as with a sampler that pads.
+    metric = fill(FrechetVideoDistance(num_features=6), (slice(0, 20), slice(16, 20))[rank])
+    found["padded"] = metric.compute().item()
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # Forked, as most of the time of new processes would go by in imports.
+    mp.start_processes(work, (sys.argv[1],), nprocs=2, start_method="fork")
