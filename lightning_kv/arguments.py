@@ -51,7 +51,14 @@ Files go to $LIGHTNING_KV_MODELS, or ~/.cache/lightning_kv. Nothing else ever us
 
 examples:
   lightning-kv fetch wan2.1-parts
-  lightning-kv fetch self-forcing""",
+  lightning-kv fetch self-forcing
+  lightning-kv fetch dino-vitb16               weights of a metric, see `lightning-kv list metrics`
+  lightning-kv fetch musiq-spaq --accept_license CC-BY-NC-SA-4.0""",
+    "export": """\
+The run must have kept its latents: evaluate --latents true.
+
+example:
+  lightning-kv export runs/longlive -o vbench""",
     "evaluate": """\
 What is not given is the model's own: frames, size, rate, precision, metrics; and all prompts.
 
@@ -77,16 +84,21 @@ example:
 examples:
   lightning-kv list policies
   lightning-kv list models
+  lightning-kv list metrics
   lightning-kv list parts --json""",
+    "pretrain-encoder": """\
+example:
+  lightning-kv pretrain-encoder -c configs/pretrain_encoder.yaml""",
     "pretrain": """\
 example:
   lightning-kv pretrain -c configs/pretrain_panorama.yaml --out runs/pretrain_panorama""",
     "recommend": """\
 A policy qualifies where it fits into the memory, no clip failed under it, it saves memory or reads,
 and its mean loss against the reference, prompt by prompt, is within every margin with 95 %
-confidence. Confidence is the share of resampled sets of prompts in which it is, and never more than
-1 - 0.5^n for n prompts: fewer than 5 prompts recommend nothing. Of those that qualify, the one with
-the fewest bytes wins, then the one with the fewest reads (to 1 % of the reference).
+confidence: by the BCa bootstrap over prompts, never more than 1 - 0.5^n for n prompts (fewer than 5
+recommend nothing), and corrected for the number of policies and metrics (Holm). Of those that
+qualify, the one with the fewest bytes wins, then the one with the fewest reads (to 1 % of the
+reference).
 
 A margin is how much worse than the reference a metric may be, in its own unit. ssim and latent_mse
 are losses from 1 and 0, what two equal clips have; psnr has no such value and takes no margin.

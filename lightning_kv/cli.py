@@ -26,7 +26,8 @@ commands:
   report     write report.html again, of one run or several, finished or not
   inspect    the same in the terminal
   generate   one video from a prompt, and what its cache cost
-  pretrain   train the embedded panorama model; pretrain-encoder: the encoder of its metrics
+  pretrain   train the embedded panorama model
+  pretrain-encoder   train the encoder that its clips are compared with
 
   list       policies, parts, models or metrics that are there
   doctor     what works here: packages, devices, attention kernels, weights
@@ -34,6 +35,7 @@ commands:
   convert    a checkpoint under the names of the original or of diffusers
   encode     text states of a set of prompts, computed once
   decode     videos from latents that were kept
+  export     the same under the folders and names that VBench reads
 
   lightning-kv COMMAND --help    says more
   lightning-kv --version
@@ -56,12 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "inspect": inspect_command,
         "generate": generate_command,
         "pretrain": pretrain_command,
+        "pretrain-encoder": pretrain_encoder_command,
         "list": workshop.list_command,
         "doctor": workshop.doctor_command,
         "fetch": workshop.fetch_command,
         "convert": workshop.convert_command,
         "encode": workshop.encode_command,
         "decode": workshop.decode_command,
+        "export": workshop.export_command,
     }
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
@@ -217,6 +221,17 @@ def pretrain_command(words: list[str]) -> None:
 
     quiet()
     sys.stdout.write(f"Weights are in {pretrain(options)}\n")
+
+
+def pretrain_encoder_command(words: list[str]) -> None:
+    """`lightning-kv pretrain-encoder`."""
+    from lightning_kv.tasks.encoder_options import PretrainEncoderOptions
+
+    options = parse("pretrain-encoder", PretrainEncoderOptions, words)
+    from lightning_kv.tasks.pretrain_encoder import pretrain_encoder
+
+    quiet()
+    sys.stdout.write(f"Weights are in {pretrain_encoder(options)}\n")
 
 
 def add_run(parser: Words) -> None:

@@ -96,15 +96,40 @@ def sampling(config: Any) -> str:
 
 
 def metrics() -> list[dict[str, Any]]:
-    """Metrics and their recipes."""
-    from lightning_kv.metrics import METRICS
+    """Metrics, each with the networks it is known on, and whether their weights are here."""
+    from lightning_kv.metrics import METRICS, SETS, Choice
+    from lightning_kv.metrics.suite import explained, networks
 
-    return [
-        {
-            "metric": name,
-            "unit": metric.unit or "-",
-            "better": "higher" if metric.higher_is_better else "lower",
-            "recipe": metric.recipe,
-        }
-        for name, metric in METRICS.items()
-    ]
+    rows = []
+    for base in (*METRICS, *SETS):
+        kind = SETS.get(base) or METRICS[base]
+        needs = [explained(need) for need in sorted(Choice.parse(base).needs)]
+        better = {True: "higher", False: "lower", None: "neither"}[kind.higher_is_better]
+        for network in networks(base) or (None,):
+            choice = Choice(base, network)
+            rows.append(
+                {
+                    "metric": choice.name,
+                    "unit": kind.unit or "-",
+                    "better": better,
+                    "needs": ", ".join(needs),
+                    "weights": weights(choice),
+                }
+            )
+    return rows
+
+
+def weights(choice: Any) -> str:
+    """Where the weights of a metric's network come from."""
+    from lightning_kv.metrics.backbones import WeightsUnavailable
+    from lightning_kv.metrics.backbones.weights import WEIGHTS, locate
+    from lightning_kv.metrics.perceptual import TRUNKS
+
+    name = TRUNKS.get(choice.network, (choice.network,))[0]
+    if name not in WEIGHTS:
+        return "none needed" if name is None else "in this package"
+    try:
+        locate(name, accept=[WEIGHTS[name].licence])
+        return "here"
+    except WeightsUnavailable:
+        return f"lightning-kv fetch {name}"

@@ -57,10 +57,19 @@ def show_blocks(rows: list[dict[str, Any]]) -> None:
 
 def fetch_command(words: list[str]) -> None:
     """`lightning-kv fetch`."""
-    parser = Words("fetch", "Download a published checkpoint, or the parts that all of them need.")
-    parser.add_argument("name", metavar="NAME", help="see `lightning-kv list models`")
+    parser = Words("fetch", "Download a published checkpoint, or the weights of a metric.")
+    parser.add_argument("name", metavar="NAME", help="see `lightning-kv list models` and metrics")
     parser.add_argument("--force", action="store_true", help="download again what is there")
+    add_license(parser)
     chosen = parser.parse_args(words)
+    from lightning_kv.metrics.backbones.weights import WEIGHTS
+
+    if chosen.name in WEIGHTS:
+        from lightning_kv.tasks.fetch_weights import fetch_weights, terms
+
+        tell([terms(chosen.name)])
+        tell(fetch_weights(chosen.name, chosen.accept_license, chosen.force))
+        return
     from lightning_kv.models.catalogue import entry
     from lightning_kv.tasks.fetch import fetch, notice
 
@@ -130,6 +139,27 @@ def decode_command(words: list[str]) -> None:
     tell(made.words)
 
 
+def export_command(words: list[str]) -> None:
+    """`lightning-kv export`."""
+    parser = Words("export", "Videos of a run under the folders and names that VBench reads.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="made with --latents true")
+    parser.add_argument(
+        "-o", "--out", metavar="DIR", type=Path, required=True, help="a folder for each policy"
+    )
+    parser.add_argument("--vae", metavar="FOLDER", type=Path, help="the vae/ folder of Wan2.1")
+    parser.add_argument(
+        "--precision", metavar="NAME", help="of the VAE; that of the rollout where not given"
+    )
+    parser.add_argument("--force", action="store_true", help="write videos again that are there")
+    add_device(parser)
+    chosen = parser.parse_args(words)
+    from lightning_kv.tasks.export import export
+
+    device = device_of(chosen.accelerator)
+    made = export(chosen.run, chosen.out, chosen.vae, device, chosen.precision, chosen.force)
+    tell(made.words)
+
+
 def convert_command(words: list[str]) -> None:
     """`lightning-kv convert`."""
     parser = Words("convert", "A checkpoint under other names; no number changes.")
@@ -166,6 +196,17 @@ def doctor_command(words: list[str]) -> None:
         console().print(render(found))
     if not found.healthy:
         raise SystemExit(1)
+
+
+def add_license(parser: Words) -> None:
+    """Agreement to licences of weights."""
+    parser.add_argument(
+        "--accept_license",
+        metavar="ID",
+        action="append",
+        default=[],
+        help="agree to the licence of non-commercial weights, such as cc-by-nc-4.0",
+    )
 
 
 def add_device(parser: Words) -> None:

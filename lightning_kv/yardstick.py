@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lightning_kv.arguments import Words
 from lightning_kv.terminal import console, quiet, say, tell
+from lightning_kv.workshop import add_license
 
 
 def compare_command(words: list[str]) -> None:
@@ -68,7 +69,8 @@ def compare_command(words: list[str]) -> None:
     found, out = compare(options), console()
     out.print(render_tables(found.summary))
     say(out, verdict(found.summary, found.run.records()))
-    tell([*found.notes, *(f"Skipped: {why}" for why in found.skipped)])
+    if notes := [*found.notes, *(f"Skipped: {why}" for why in found.skipped)]:
+        tell(notes)
     out.print(f"Results are in {found.run.path}: {found.run.report.name}, summary.json, records/")
     if found.skipped:
         raise SystemExit(1)
@@ -111,14 +113,3 @@ def read_list(text: str) -> list[str]:
     """
     inside = text.strip().removeprefix("[").removesuffix("]")
     return [name.strip() for name in inside.split(",") if name.strip()]
-
-
-def add_license(parser: Words) -> None:
-    """Agreement to licences of weights."""
-    parser.add_argument(
-        "--accept_license",
-        metavar="ID",
-        action="append",
-        default=[],
-        help="agree to the licence of non-commercial weights, such as cc-by-nc-4.0",
-    )

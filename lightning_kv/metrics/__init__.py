@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_kv.metrics.base import Clip, ClipMetric, PixelMetric, clip_value
 from lightning_kv.metrics.panorama import Scene
-from lightning_kv.metrics.suite import METRICS, SETS, Choice, Suite
+from lightning_kv.metrics.suite import METRICS, SETS, Choice, Suite, metric_by_name
 
 __all__ = [
     "METRICS",
@@ -16,4 +16,5 @@ __all__ = [
     "Scene",
     "Suite",
     "clip_value",
+    "metric_by_name",
 ]

@@ -311,14 +311,13 @@ def _similarity(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """SSIM of every plane ``[n, H, W]``, and its contrast and structure without the border."""
     a, b = (F.pad(x, [RADIUS] * 4, mode="reflect") for x in (a, b))
     tops = range(0, a.shape[1] - 2 * RADIUS, TILE)
-    strips = [_maps(*(x[:, top : top + TILE + 2 * RADIUS] for x in (a, b))) for top in tops]
-    similarity, contrast = (torch.cat(parts, 1) for parts in zip(*strips, strict=True))
-    inner = contrast[:, RADIUS:-RADIUS, RADIUS:-RADIUS].contiguous()
-    return similarity.mean((1, 2)), inner.mean((1, 2))
+    strips = [_rows(*(x[:, top : top + TILE + 2 * RADIUS] for x in (a, b))) for top in tops]
+    similarity, contrast = (torch.cat(rows, 1) for rows in zip(*strips, strict=True))
+    return similarity.mean(1), contrast[:, RADIUS:-RADIUS].mean(1)
 
 
-def _maps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """SSIM of every pixel inside the border of 5, and its contrast and structure."""
+def _rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of every row inside the border of 5 that was added to a strip: ``[n, h]``."""
     moments = torch.stack([a, b, a.square() + b.square(), a * b])
     mean_a, mean_b, squares, products = _blur(moments)
     both, power = mean_a * mean_b, mean_a.square_() + mean_b.square_()
@@ -326,7 +325,7 @@ def _maps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     variance = squares.sub_(power).clamp_min_(0).add_(C2)
     contrast = products.sub_(both).mul_(2).add_(C2).div_(variance)
     luminance = both.mul_(2).add_(C1).div_(power.add_(C1))
-    return luminance.mul_(contrast), contrast
+    return luminance.mul_(contrast).mean(2), contrast[..., RADIUS:-RADIUS].mean(2)
 
 
 def _blur(strip: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def frechet_distance(x: Tensor, y: Tensor, covariance: Covariance = "unbiased") 
 def frechet_from_moments(x: Moments, y: Moments, covariance: Covariance = "unbiased") -> Tensor:
     """Frechet distance of two sets of which only the moments were kept, a float64 scalar.
 
-    ``C1 C2`` has the eigenvalues of the symmetric ``S C2 Sᵀ``, where ``Sᵀ S = C1``. For fewer clips
+    ``C1 C2`` has the eigenvalues of the symmetric ``Sᵀ C2 S``, where ``S Sᵀ = C1``. For fewer clips
     than features their square roots are less exact than :func:`frechet_distance`.
 
     Args:
@@ -77,8 +78,10 @@ def frechet_from_moments(x: Moments, y: Moments, covariance: Covariance = "unbia
     for moments, spread in ((x, first), (y, second)):
         if spread.trace() <= CONSTANT * moments.outer.trace() / moments.n:
             raise _constant(moments.n)
-    values, vectors = torch.linalg.eigh(first)
-    half = vectors * _roots(values)
+    half, failed = torch.linalg.cholesky_ex(first)
+    if failed:  # as with fewer clips than features
+        values, vectors = torch.linalg.eigh(first)
+        half = vectors * _roots(values)
     root = _roots(torch.linalg.eigvalsh(half.T @ second @ half)).sum()
     return _distance(x.mean - y.mean, first.trace() + second.trace(), root)
 
@@ -92,7 +95,7 @@ def null_distance(
     the right ratio. As it is too small for the full sizes, the samples are a half, a quarter and an
     eighth as large (where both sets are equal), and the curve through their mean distances is
     continued to the full sizes: a parabola in the logarithms of distance and size. Samples of a
-    Gaussian fitted to fewer clips than features would say half of the truth or less.
+    Gaussian fitted to fewer clips than features would say about half of the truth or less.
 
     Args:
         real: Features of the real set, ``[M, d]``.
@@ -233,23 +236,41 @@ class AgainstReal:
     def __init__(self, pool: Tensor, real: Tensor, covariance: Covariance) -> None:
         check_widths(pool.shape[1], real.shape[1])
         mean, self.covariance = real.mean(0), covariance
-        factor = (real - mean) / math.sqrt(divisor(len(real), covariance))
-        self.real_trace = factor.square().sum()
-        self.pool = pool - mean
-        if len(factor) > factor.shape[1]:
-            factor = torch.linalg.qr(factor, mode="r").R
-        products = self.pool @ factor.T
-        # Singular values depend on the angles between rows alone, which are those of a square one.
+        self.pool, real = pool - mean, real - mean
+        scale = divisor(len(real), covariance)
+        self.real_trace = torch.linalg.vector_norm(real) ** 2 / scale
+        self.factor = _factor(real) / math.sqrt(scale)
+
+    @cached_property
+    def products(self) -> Tensor:
+        """Products of the pool and the factor of the real set, or a square matrix like them."""
+        products = self.pool @ self.factor.T
+        # Singular values depend on the products of rows alone, and R has the same ones.
         wide = products.shape[1] > len(products)
-        self.products = torch.linalg.qr(products.T, mode="r").R.T if wide else products
+        return torch.linalg.qr(products.T, mode="r").R.T if wide else products
 
     def __call__(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """Distance of the chosen rows of the pool, all of them by default."""
-        x, products = self.pool[rows], self.products[rows]
+        x = self.pool[rows]
         scale, shift = divisor(len(x), self.covariance), x.mean(0)
-        trace = (x - shift).square().sum() / scale
-        values = torch.linalg.svdvals(products - products.mean(0))
-        return _distance(shift, trace + self.real_trace, values.sum() / math.sqrt(scale))
+        x = x - shift
+        if len(x) > x.shape[1]:
+            products = _factor(x) @ self.factor.T
+        else:
+            products = self.products[rows]
+            products = products - products.mean(0)
+        trace = torch.linalg.vector_norm(x) ** 2 / scale
+        root = torch.linalg.svdvals(products).sum() / math.sqrt(scale)
+        return _distance(shift, trace + self.real_trace, root)
+
+
+def _factor(x: Tensor) -> Tensor:
+    """A matrix of d rows or fewer with the same ``XᵀX``."""
+    if len(x) <= x.shape[1]:
+        return x
+    factor, failed = torch.linalg.cholesky_ex(x.T @ x, upper=True)
+    # Many clips that span few dimensions have none; the slower way always works.
+    return torch.linalg.qr(x, mode="r").R if failed else factor
 
 
 def _distance(shift: Tensor, trace: Tensor, root: Tensor) -> Tensor:
@@ -277,7 +298,8 @@ def _roots(eigenvalues: Tensor) -> Tensor:
 def varied(features: Tensor) -> Tensor:
     """Features in float64, checked; clips that are all the same are no population."""
     features = as_features(features)
-    if (features == features[0]).all():
+    # Two clips tell at once nearly always, and faster than all of them.
+    if (features[-1] == features[0]).all() and (features == features[0]).all():
         raise _constant(len(features))
     return features
 

@@ -129,6 +129,8 @@ class VideoKernelDistance(SetMetric):
         ('jedi/given', True)
     """
 
+    name = "jedi"
+
     def __init__(
         self,
         backbone: nn.Module | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -182,6 +182,26 @@ class Choice:
         return backbone(self.network, self.given, accept)
 
 
+def metric_by_name(names: Iterable[str], accept: Collection[str] = ()) -> dict[str, ClipMetric]:
+    """A fresh metric of clips for each name, in the order given.
+
+    Raises:
+        ValueError: A name is unknown, or is a metric of sets.
+        WeightsUnavailable: A network's weights are not here.
+
+    Example:
+        >>> {name: metric.unit for name, metric in metric_by_name(["psnr", "recall"]).items()}
+        {'psnr': 'dB', 'recall': 'share'}
+    """
+    choices = [Choice.parse(name) for name in names]
+    if sets := [choice.name for choice in choices if choice.of_sets]:
+        raise ValueError(
+            f"{', '.join(sets)} compares sets of clips and has no value for one. Use "
+            "lightning_kv.metrics.suite.set_metric for it."
+        )
+    return {choice.name: choice.metric(accept) for choice in choices}
+
+
 def networks(base: str) -> tuple[str, ...]:
     """Networks that a metric is known on, the default first; none where it needs none."""
     return ENCODERS[base] if base in SETS else getattr(METRICS[base], "backbones", ())
@@ -313,7 +333,10 @@ def explained(need: str) -> str:
     return {
         "pixels": "pixels",
         "reference_pixels": "pixels of a reference",
+        "latents": "latents",
         "reference_latents": "latents of a reference rollout",
         "scene": "the panorama world",
         "attention": "a rollout",
+        "fps": "a frame rate",
+        "prompt": "a prompt for every clip",
     }.get(need, need)

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lightning_kv.models.codec import PatchCodec, PhraseEncoder
+from lightning_kv.models.sizes import PRESETS
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
 
@@ -22,7 +23,7 @@ UNSAID = {"short_last": False, "stride": (1, 8), "fps": 8}
 
 def shipped() -> list[str]:
     """Names of the models whose weights are in this package."""
-    return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
+    return sorted(path.stem for path in WEIGHTS.glob("*.safetensors") if path.stem in PRESETS)
 
 
 def save_embedded(path: Path, model: VideoModel, metadata: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: quality against cost, and quality over time.
+"""Charts as inline SVG: quality against cost, with the front that no policy beats.
 
 Text, ink and grid take the page's colours, so the charts follow its light and dark looks. Every
 mark of a policy has an id that starts with its family (``policy-3-``), by which a page can fade the
@@ -7,14 +7,21 @@ others, and says its numbers when a pointer rests on it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from lightning_kv.report.entries import Entry, against_reference, families, metric_facts
+from lightning_kv.report.entries import (
+    Entry,
+    against_reference,
+    arrow,
+    direction,
+    families,
+    metric_facts,
+    spoken,
+    unit_text,
+)
+from lightning_kv.report.fronts import front_note, front_runs
 from lightning_kv.report.styles import Style, styles
 from lightning_kv.report.svg import INK, PAPER, figure, to_svg
 from lightning_kv.report.table import format_bytes
@@ -54,7 +61,6 @@ BYTES = Axis("kv_bytes_peak", "cache at its peak, bytes of one clip", format_byt
 READS = Axis("kv_read_fraction", "history rows read, share of the reference", "{:.0%}".format)
 TIME = Axis("seconds_per_chunk_p50", "time per chunk", lambda seconds: f"{1000 * seconds:.3g} ms")
 AXES = (BYTES, READS, TIME)
-TOGETHER = 4  # curves that one chart can hold
 
 
 def tradeoffs(entries: Sequence[Entry], metric: str) -> list[Chart]:
@@ -83,12 +89,15 @@ def tradeoff(entries: Sequence[Entry], metric: str, axis: Axis) -> Chart | None:
         plane.scale(axes, [*points, *references])
         for group in groups:
             plane.draw_family(axes, group)
-        for entry in references:
-            plane.draw_reference(axes, entry)
+        for number, entry in enumerate(references):
+            plane.draw_reference(axes, entry, number)
+        if direction(entries, metric) is not None:
+            plane.draw_fronts(axes, front_runs([*points, *references], metric, axis.name))
         plane.write_budgets(drawn, axes, points)
         axes.set_xlabel(axis.title)
-        axes.set_ylabel(_axis_label(entries, metric))
+        axes.set_ylabel(axis_label(entries, metric))
         notes = {plane.looks[entry.label].mark: plane.note(entry) for entry in points}
+        notes |= {f"reference-{i}": plane.note(entry) for i, entry in enumerate(references)}
         svg = to_svg(drawn, f"{metric}-{axis.name}", notes)
     return Chart(f"{metric} against {axis.title}", svg)
 
@@ -111,7 +120,8 @@ class _Plane:
         cost, quality = self.place(entry)
         bounds = entry.interval(self.metric)
         spread = f" [{bounds[0]:.4g}, {bounds[1]:.4g}]" if bounds else ""
-        return f"{entry.label}: {self.metric} {quality:.4g}{spread}, {self.axis.show(cost)}"
+        place = f"{entry.label}: {self.metric} {quality:.4g}{spread}, {self.axis.show(cost)}"
+        return place + front_note(entry, self.metric, self.axis.name)
 
     def scale(self, axes: Any, shown: list[Entry]) -> None:
         """Logarithmic where values spread far, with plain tick labels."""
@@ -145,11 +155,22 @@ class _Plane:
             line = axes.plot(*places, color=look.colour, lw=1, alpha=0.5, zorder=2)
             line[0].set_gid(f"policy-{look.number}-line")
 
-    def draw_reference(self, axes: Any, entry: Entry) -> None:
+    def draw_reference(self, axes: Any, entry: Entry, number: int) -> None:
         """A ring, and a dashed line to compare with."""
         x, y = self.place(entry)
         axes.axhline(y, color=INK, lw=0.7, alpha=0.6, dashes=(3, 2), zorder=1)
-        axes.plot(x, y, "o", mfc=PAPER, mec=INK, ms=6, mew=1.2, zorder=2)
+        ring = axes.plot(x, y, "o", mfc=PAPER, mec=INK, ms=6, mew=1.2, zorder=2)
+        ring[0].set_gid(f"reference-{number}")
+
+    def draw_fronts(self, axes: Any, runs: list[list[Entry]]) -> None:
+        """Steps through the points that no other beats: the best that each cost can buy."""
+        edges = axes.get_xlim()
+        for number, group in enumerate(runs):
+            xs, ys = zip(*map(self.place, group), strict=True)
+            look = {"color": INK, "lw": 1.1, "alpha": 0.55, "zorder": 1.5}
+            line = axes.plot([*xs, edges[1]], [*ys, ys[-1]], drawstyle="steps-post", **look)
+            line[0].set_gid(f"front-{number}")
+        axes.set_xlim(edges)
 
     def write_budgets(self, drawn: Any, axes: Any, points: list[Entry]) -> None:
         """Write budgets beside their points; one that finds no free place is left out."""
@@ -178,83 +199,8 @@ def _overlap(first: tuple[float, ...], second: tuple[float, ...]) -> bool:
     return a < g and e < c and b < h and f < d
 
 
-def curves(entries: Sequence[Entry], metric: str) -> list[Chart]:
-    """A metric over the frames of a clip, with bands; the reference is dashed.
-
-    A few policies share one chart; more get a chart per family, with equal axes.
-    """
-    groups = {
-        name: own
-        for name, group in families(entries).items()
-        if (own := [entry for entry in group if _has_curve(entry, metric)])
-    }
-    shown = [entry for group in groups.values() for entry in group]
-    references = [
-        e
-        for e in entries
-        if e.is_reference and _has_curve(e, metric) and not against_reference(entries, metric)
-    ]
-    if len(shown) <= TOGETHER:
-        groups = {"": shown} if shown or references else {}
-    limits = _limits([*shown, *references], metric)
-    charts = []
-    for title, group in groups.items():
-        with figure(2.1 if title else 2.9) as (drawn, axes):
-            axes.set_ylim(limits)
-            axes.set_xlabel("latent frame")
-            axes.set_ylabel(_axis_label(entries, metric))
-            lines = _draw_curves(axes, group, references, metric, styles(entries))
-            notes = {look.mark: label for label, look in lines}
-            svg = to_svg(drawn, f"{metric}-curves-{len(charts)}", notes)
-        charts.append(Chart(title, svg, lines))
-    return charts
-
-
-def _draw_curves(
-    axes: Any,
-    group: list[Entry],
-    references: list[Entry],
-    metric: str,
-    looks: dict[str, Style],
-) -> tuple[tuple[str, Style], ...]:
-    """Lines with bands; gives their labels and looks."""
-    for entry in references:
-        frames, mean, _, _ = _curve(entry, metric)
-        axes.plot(frames, mean, color=INK, lw=0.8, alpha=0.7, dashes=(3, 2), zorder=1)
-    for entry in group:
-        look = looks[entry.label]
-        frames, mean, lo, hi = _curve(entry, metric)
-        band = axes.fill_between(frames, lo, hi, color=look.colour, alpha=0.16, lw=0)
-        band.set_gid(f"{look.mark}-band")
-        dots = {"marker": ".", "ms": 3} if len(frames) < 3 else {}
-        line = axes.plot(frames, mean, color=look.colour, alpha=look.strength, lw=1.5, **dots)
-        line[0].set_dashes(look.dashes or (None, None))
-        line[0].set_gid(look.mark)
-    return tuple((entry.label, looks[entry.label]) for entry in group)
-
-
-def _axis_label(entries: Sequence[Entry], metric: str) -> str:
-    facts = metric_facts(entries)[metric]
-    unit = f", {facts['unit']}".replace("^2", "²") if facts["unit"] else ""
-    return f"{metric.replace('_', ' ')}{unit} {'↑' if facts['higher_is_better'] else '↓'}"
-
-
-def _has_curve(entry: Entry, metric: str) -> bool:
-    return any(v is not None for v in entry.result["curves"].get(metric, {}).get("mean", ()))
-
-
-def _curve(entry: Entry, metric: str) -> tuple[np.ndarray, ...]:
-    """Frames that have a value, their means, and their bounds (the mean where there are none)."""
-    curve = entry.result["curves"][metric]
-    mean, lo, hi = (np.array(curve[name], dtype=float) for name in ("mean", "lo", "hi"))
-    frames = np.flatnonzero(~np.isnan(mean))
-    lo, hi = (np.where(np.isnan(bound), mean, bound) for bound in (lo, hi))
-    return frames, mean[frames], lo[frames], hi[frames]
-
-
-def _limits(entries: Sequence[Entry], metric: str) -> tuple[float, float]:
-    """Equal limits for all panels of a metric."""
-    values = [bound for entry in entries for part in _curve(entry, metric)[1:] for bound in part]
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    spare = 0.04 * (high - low) or 0.1 * math.fabs(high) or 0.1
-    return low - spare, high + spare
+def axis_label(entries: Sequence[Entry], metric: str) -> str:
+    """Name, unit and direction of a metric."""
+    unit = unit_text(metric_facts(entries)[metric]["unit"])
+    name = spoken(metric) + (f", {unit}" if unit else "")
+    return name + arrow(direction(entries, metric))

@@ -46,7 +46,7 @@ def analyse(summary: dict[str, Any], records: Sequence[Record]) -> dict[str, Any
             compared = rival and not value["against_reference"]
             value["paired"] = paired(own, base, metric) if compared else None
         policy["drift"] = {
-            metric: drifts(own, base if rival else {}, metric, rate)
+            metric: drifts(own, base if rival else {}, metric, rate, rises(policy, metric))
             for metric in policy["curves"]
             if rate
         }
@@ -99,7 +99,12 @@ def corrected(summary: dict[str, Any]) -> dict[str, Any]:
     return {"tests": len(tests), "correction": "Holm", "level": LEVEL}
 
 
-def drifts(own: Clips, base: Clips, metric: str, rate: float) -> dict[str, Any]:
+def rises(policy: dict[str, Any], metric: str) -> bool:
+    """Whether more of a metric is better."""
+    return policy["metrics"][metric]["higher_is_better"] is True
+
+
+def drifts(own: Clips, base: Clips, metric: str, rate: float, score: bool) -> dict[str, Any]:
     """Drift of a metric's curve: every definition, mean over prompts, and against the reference.
 
     Args:
@@ -107,6 +112,7 @@ def drifts(own: Clips, base: Clips, metric: str, rate: float) -> dict[str, Any]:
         base: Records of the reference; empty for the reference itself.
         metric: Its name.
         rate: Values of a curve per second.
+        score: Whether more is better; else definitions that look for the least are left out.
     """
     found = {
         key: drift(record["curves"][metric], rate)
@@ -114,6 +120,9 @@ def drifts(own: Clips, base: Clips, metric: str, rate: float) -> dict[str, Any]:
         if record["curves"].get(metric)
     }
     named = {key: each.to_dict() for key, each in found.items()}
+    if not score:  # the least and the time of a fall say something about a score alone
+        for each in named.values():
+            del each["windowed_minimum"], each["time_to_fraction"]
     means = {}
     for name in next(iter(named.values()), {}):
         values = [each[name] for each in named.values() if each[name] is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_kv.tasks.margins import Clips, Loss, Record, loss_of
+from lightning_kv.tasks.margins import Clips, Loss, Record
 
 LEVEL = 0.95
 EQUAL = 0.01  # of the reference: bytes or reads that differ by less count as equal
@@ -110,23 +110,29 @@ def candidate(
     clips: dict[str, Clips],
     name: str,
     memory: int | None,
-    margins: dict[str, float],
+    losses: tuple[Loss, ...],
+    judged: int,
 ) -> Candidate:
-    """What a policy costs, what it loses, and whether it qualifies."""
+    """What a policy costs, and whether it qualifies with these losses.
+
+    Args:
+        summary: Content of ``summary.json``.
+        clips: Records by policy and key.
+        name: Of the policy.
+        memory: Bytes that the cache of one clip may take.
+        losses: What it loses, with corrected confidences.
+        judged: Number of metrics that have a margin.
+    """
     own, base = clips.get(name, {}), clips[summary["reference"]]
     result, full = (summary["policies"][which] for which in (name, summary["reference"]))
     failed = sum(fails(clip) and not fails(base.get(key, {})) for key, clip in own.items())
-    found = [
-        loss_of(own, base, metric, full["metrics"], margin) for metric, margin in margins.items()
-    ]
-    losses = tuple(loss for loss in found if loss is not None)
     peak, reads, scored = (
         result["cost"][key] for key in ("kv_bytes_peak", "kv_read_fraction", "kv_scored_fraction")
     )
     work = touched(reads, scored)
     share = None if peak is None else peak / full["cost"]["kv_bytes_peak"]
     reasons = {
-        "no values": len(losses) < len(margins),
+        "no values": len(losses) < judged,
         "failed": failed > 0,
         "memory": memory is not None and peak is not None and peak > memory,
         "saves nothing": all(x is None or x > 1 - EQUAL for x in (share, work)),

@@ -69,7 +69,9 @@ def compare(options: CompareOptions) -> Compared:
     torch.set_num_threads(options.threads)
     alignment = Alignment(options.length, options.size, options.fps)
     videos = find_videos(options)
-    known = {"pixels"} if options.unpaired else {"pixels", "reference_pixels"}
+    known = {"pixels", "fps"} | (set() if options.unpaired else {"reference_pixels"})
+    if all(clip.prompt for clip in videos.clips):
+        known.add("prompt")
     suite = Suite(options.metrics or usual(options), known, options.accept_license)
     device = "cuda" if resolved(options.accelerator) == "gpu" else "cpu"
     infos = {path: probed(path, options.strict) for path in paths_of(videos)}
@@ -132,7 +134,8 @@ class _Job:
                 self._measure(name, clip, path, clip.reference)
 
     def _measure(self, name: str, clip: Clip, path: Path, reference: Path | None) -> None:
-        record = {"policy": name, "key": clip.key, "prompt": clip.prompt, "cost": UNKNOWN}
+        prompt = clip.prompt or clip.key
+        record = {"policy": name, "key": clip.key, "prompt": prompt, "cost": UNKNOWN}
         empty = {"metrics": dict.fromkeys(self.metrics), "curves": {}}
         try:
             found = self._read(name, clip, path, reference)
@@ -155,7 +158,7 @@ class _Job:
         self.progress.begin(f"{name} {clip.key}")
         blocks = self.progress.counted(self._blocks(info, reference))
         curves = read_clip(
-            able, passing(blocks, list(windows.values())), clip.prompt, float(info.fps)
+            able, passing(blocks, list(windows.values())), clip.prompt or None, float(info.fps)
         )
         values = {key: able[key].value(curve) for key, curve in curves.items()}
         features = {key: each.features() for key, each in windows.items()}

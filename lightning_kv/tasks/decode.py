@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,20 +72,50 @@ def decode(
             f"{pairs[0][1]} exists and would be lost. Give another -o, or --force to replace it."
         )
     left = [(clip, video) for clip, video in pairs if force or not video.is_file()]
+    decode_all(left, vae, device, precision, silent=single)
+    target = pairs[0][1] if single else (out or source / "decoded")
+    return Decoded(tuple(video for _, video in left), len(pairs) - len(left), target)
+
+
+def decode_all(
+    pairs: Sequence[tuple[Path, Path]],
+    vae: Path | None,
+    device: str | torch.device,
+    precision: str | None,
+    silent: bool = False,
+) -> None:
+    """Write the video of each file of latents; each VAE is loaded once.
+
+    Raises:
+        ValueError: Latents that cannot be read, no VAE, or no such precision.
+    """
     if precision is not None:
         known_profile(precision)
     codecs: dict[str, Codec] = {}
     console = Console(stderr=True)
-    silent = single or not console.is_terminal
-    for clip, video in track(left, "decoding", console=console, disable=silent, transient=True):
+    quiet = silent or not console.is_terminal
+    for clip, video in track(pairs, "decoding", console=console, disable=quiet, transient=True):
         latents, about = read_clip(clip)
         name = about["model"]
         if name not in codecs:
             codecs[name] = _codec(name, vae, device, precision or about.get("precision"))
         video.parent.mkdir(parents=True, exist_ok=True)
         write_mp4(video, shown(codecs[name].stream(latents.float().to(device))), about["fps"])
-    target = pairs[0][1] if single else (out or source / "decoded")
-    return Decoded(tuple(video for _, video in left), len(pairs) - len(left), target)
+
+
+def latents_of(run: Path) -> list[Path]:
+    """Files of latents that a run has left.
+
+    Raises:
+        ValueError: There are none.
+    """
+    found = sorted((run / FOLDER).rglob(f"*{SUFFIX}"))
+    if not found:
+        raise ValueError(
+            f"There are no latents at {run}. Give a file that `lightning-kv generate ... -o "
+            f"clip{SUFFIX}` wrote, or a run directory of `lightning-kv evaluate --latents true`."
+        )
+    return found
 
 
 def _pairs(source: Path, out: Path | None) -> Iterator[tuple[Path, Path]]:
@@ -99,12 +129,7 @@ def _pairs(source: Path, out: Path | None) -> Iterator[tuple[Path, Path]]:
             )
         yield source, video
         return
-    found = sorted((source / FOLDER).rglob(f"*{SUFFIX}"))
-    if not found:
-        raise ValueError(
-            f"There are no latents at {source}. Give a file that `lightning-kv generate ... -o "
-            f"clip{SUFFIX}` wrote, or a run directory of `lightning-kv evaluate --latents true`."
-        )
+    found = latents_of(source)
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, and a run has many videos. Give a folder to -o.")
     for clip in found:

@@ -221,7 +221,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     data = PromptData(options.data.shards, options.prompts, options.data.seed, options.batch)
     trainer = trainer_for(settings)
     everyone = [reference, *policies.values()]
-    suite = Suite(options.metrics, known(source, options), options.accept_license)
+    suite = Suite(options.metrics, known(source, options), options.accept_license.split(","))
     model = model_for(options, source, data, everyone, trainer.strategy.root_device)
     described = describe(options, policies, reference, model, data, suite, settings.accelerator)
     mark = fingerprint(described)

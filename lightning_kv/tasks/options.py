@@ -44,8 +44,7 @@ class EvaluateOptions:
     Args:
         policies: Names (full, top-attention@9f), YAML files, or parts in place: {name: mine,
             retain: {part: window, budget: 6f}}.
-        budgets: Such as 6f,9f,15f: every policy above that has a budget and does not name it
-            with @ is run once with each. The others stay as they are.
+        budgets: Such as 6f,9f,15f: a policy that has a budget and names none is run with each.
         reference: The policy that the others are compared with.
         model: panorama, a name of `lightning-kv list models`, NAME=FILE, or a file.
         precision: float32, reference (the casts of the original code) or fast.
@@ -58,11 +57,9 @@ class EvaluateOptions:
         size: HEIGHTxWIDTH in pixels.
         seed: Of the noise.
         negative: What guidance leads away from (models with guidance).
-        metrics: Which metrics (see `lightning-kv list metrics`), such as fvd/panorama-encoder or
-            lpips/alex=alexnet.pth.
-        real: Folder of real videos that sets are compared with; the panorama has its own truth.
-        accept_license: Licences of non-commercial weights that you agree to, such as
-            cc-by-nc-4.0.
+        metrics: Such as psnr,fvd/panorama-encoder; see `lightning-kv list metrics`.
+        real: Folder of real videos for fvd and kvd (the panorama has its own).
+        accept_license: Of non-commercial weights, comma-separated.
         decode: Make pixels; without them no videos and no metrics of pixels.
         latents: Keep the latents of every clip, for `lightning-kv decode`.
         out: Run directory. An unfinished run with the same settings goes on there.
@@ -90,7 +87,7 @@ class EvaluateOptions:
     negative: str = ""
     metrics: list[str] | None = None
     real: Path | None = None
-    accept_license: list[str] = field(default_factory=list)
+    accept_license: str = ""
     decode: bool = True
     latents: bool = False
     out: Path = Path("runs/evaluate")

@@ -17,7 +17,7 @@ class Clip:
 
     Args:
         key: Their name in results.
-        prompt: The text that they were made from; the key where unknown.
+        prompt: The text that they were made from; empty where unknown.
         reference: The video that is right; None where sets alone are compared.
         candidates: The videos that are judged, by candidate.
     """
@@ -98,7 +98,7 @@ def joined(reference: str, pairs: Mapping[str, Pairs]) -> Videos:
         found = {name: own[key] for name, own in by_key.items() if key in own}
         first = next(iter(found.values()))
         paths = {name: pair.candidate for name, pair in found.items()}
-        clips.append(Clip(key, first.prompt or key, first.reference, paths))
+        clips.append(Clip(key, first.prompt, first.reference, paths))
     notes = [
         f"{len(alone)} videos of {whose} have no partner in {other} and are left out: "
         f"{', '.join(alone[:3])}{' ...' if len(alone) > 3 else ''}."
@@ -119,5 +119,5 @@ def apart(names: Sequence[str], folders: Sequence[Path]) -> Videos:
         for key, path in sorted(videos_in(folder).items()):
             own = {} if name == names[0] else {name: path}
             first = path if name == names[0] else None
-            clips.append(Clip(f"{name}/{key}", key, first, own))
+            clips.append(Clip(f"{name}/{key}", "", first, own))
     return Videos(names[0], tuple(names[1:]), tuple(clips))

@@ -280,7 +280,7 @@ def trainer_for(options: PretrainEncoderOptions) -> L.Trainer:
         max_epochs=1,
         gradient_clip_val=1.0,
         callbacks=[saver, RichProgressBar()],
-        logger=CSVLogger(options.out, name="", version="log"),
+        logger=CSVLogger(options.out, name="log", flush_logs_every_n_steps=10),
         log_every_n_steps=10,
         enable_model_summary=False,
         use_distributed_sampler=False,

@@ -3,10 +3,10 @@
 The rule. A policy *qualifies* where it fits into the memory (if one is given), no clip failed
 under it, it saves memory or reads, and for every margin metric its mean loss against the
 reference, prompt by prompt, is within the margin with a confidence of 95 % (a one-sided test of
-non-inferiority by the bootstrap, :func:`~lightning_kv.metrics.statistics.confidence_below`). Of
-those, the one with the fewest bytes wins, then the one with the fewest reads; shares of the
-reference that round to the same percent are equal. Each policy is judged on its own: of very many
-that just pass, one may do so by luck.
+non-inferiority by the bootstrap, :func:`~lightning_kv.metrics.statistics.confidence_below`). The
+confidences are corrected for the number of policies and metrics (Holm). Of those that qualify, the
+one with the fewest bytes wins, then the one with the fewest reads; shares of the reference that
+round to the same percent are equal.
 """
 
 from __future__ import annotations
@@ -15,8 +15,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lightning_kv.metrics.inference import holm
 from lightning_kv.tasks.candidates import Candidate, Recommendation, candidate
-from lightning_kv.tasks.margins import Clips, Record, check_margins, default_margins, usable
+from lightning_kv.tasks.margins import (
+    Clips,
+    Loss,
+    Record,
+    check_margins,
+    default_margins,
+    loss_of,
+    usable,
+)
 from lightning_kv.tasks.words import in_words
 
 
@@ -41,7 +50,8 @@ def recommend(
     clips = compared_clips(summary, records)
     margins = judged(summary, clips, margins)
     rivals = [name for name in summary["policies"] if name != reference]
-    found = [candidate(summary, clips, name, memory, margins) for name in rivals]
+    losses = corrected_losses(summary, clips, rivals, margins)
+    found = [candidate(summary, clips, name, memory, losses[name], len(margins)) for name in rivals]
     best = sorted((one for one in found if one.out is None), key=lambda one: one.price)
     keeping = [one for one in found if one.keeps and one.out == "memory"]
     cost = summary["policies"][reference]["cost"]
@@ -63,6 +73,32 @@ def recommend(
         run=summary["run"],
     )
     return replace(answer, words=in_words(answer))
+
+
+def corrected_losses(
+    summary: dict[str, Any],
+    clips: dict[str, Clips],
+    rivals: Sequence[str],
+    margins: dict[str, float],
+) -> dict[str, tuple[Loss, ...]]:
+    """Losses of every policy, with confidences that hold for all of them together (Holm, 1979).
+
+    Of many policies that are each judged with 95 % confidence, one passes by luck sooner or later.
+    """
+    base, facts = clips[summary["reference"]], summary["policies"][summary["reference"]]["metrics"]
+    found = {
+        name: [
+            loss_of(clips.get(name, {}), base, metric, facts, margin)
+            for metric, margin in margins.items()
+        ]
+        for name in rivals
+    }
+    known = {name: [loss for loss in own if loss is not None] for name, own in found.items()}
+    adjusted = iter(holm([1 - loss.confidence for own in known.values() for loss in own]))
+    return {
+        name: tuple(replace(loss, confidence=1 - next(adjusted)) for loss in own)
+        for name, own in known.items()
+    }
 
 
 def compared_clips(summary: dict[str, Any], records: Sequence[Record]) -> dict[str, Clips]:

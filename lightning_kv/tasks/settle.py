@@ -47,7 +47,7 @@ def settled(options: EvaluateOptions, source: Source) -> EvaluateOptions:
 
 def known(source: Source, options: EvaluateOptions) -> set[str]:
     """What metrics can know of a clip of this run."""
-    found = {"reference_latents", "attention"}
+    found = {"latents", "reference_latents", "attention", "prompt", "fps"}
     if options.decode:
         found |= {"pixels", "reference_pixels"}
     return found | ({"scene"} if source.config is None else set())

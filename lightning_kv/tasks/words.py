@@ -144,7 +144,7 @@ def loss_words(loss: Loss, reference: str) -> str:
     if not loss.within:
         return f"{said}: more than the margin of {margin}."
     sure = sureness(loss.confidence)
-    most = ", the most that so few can give" if loss.confidence == ceiling(loss.n) < LEVEL else ""
+    most = ", about the most that so few can give" if ceiling(loss.n) < LEVEL else ""
     return f"{said}: within the margin of {margin} with {sure} confidence{most}."
 
 

@@ -46,7 +46,7 @@ def slow(recorded, reads, places=range(TOKENS), steps=(1,), time=None, extra=Non
             for h in range(HEADS):
                 rows = past.setdefault((b, layer, h), [])
                 flight = [
-                    (f, p, k[b, i * TOKENS + p, h].double(), v[b, i * TOKENS + p, h].double())
+                    Row(f, p, k[b, i * TOKENS + p, h], v[b, i * TOKENS + p, h].double())
                     for i, f in enumerate(step.frames)
                     for p in range(TOKENS)
                 ]
@@ -57,23 +57,30 @@ def slow(recorded, reads, places=range(TOKENS), steps=(1,), time=None, extra=Non
                         query = turn(q[b, step.frames.index(f) * TOKENS + p, h], f, p)
                         pair = compare(query, rows, flight, (h, layer, f), reads, time, extra)
                         found.setdefault((b, f, layer, h), []).append(pair)
-                rows += [row for row in flight if row[0] in step.final]
+                rows += [row for row in flight if row.frame in step.final]
     return found
 
 
-def compare(query, rows, flight, who, reads, time, extra):
+class Row:
+    def __init__(self, frame, place, k, v):
+        self.frame, self.place, self.k, self.v = frame, place, k, v
+        self.key = turn(k, frame, place)
+
+
+def compare(query, past, flight, who, reads, time, extra):
     every, own = [], []
-    start = flight[0][0]
-    for index, (f, p, k, v) in enumerate(rows + flight):
-        logit = float(query @ turn(k, f, p)) / math.sqrt(len(query))
-        every.append((math.exp(logit), v))
-        if not reads(*who, f, p, start):
+    start = flight[0].frame
+    for index, row in enumerate(past + flight):
+        logit = float(query @ row.key) / math.sqrt(len(query))
+        every.append((math.exp(logit), row.v))
+        if not reads(*who, row.frame, row.place, start):
             continue
-        if time and index < len(rows):
-            logit = float(query @ turn(k, time(f, start), p)) / math.sqrt(len(query))
-        if extra and index < len(rows):
-            logit += extra(f, start)
-        own.append((math.exp(logit), v))
+        if time and index < len(past):
+            moved = turn(row.k, time(row.frame, start), row.place)
+            logit = float(query @ moved) / math.sqrt(len(query))
+        if extra and index < len(past):
+            logit += extra(row.frame, start)
+        own.append((math.exp(logit), row.v))
     (mass, out), (total, full) = (
         (sum(w for w, _ in pairs), sum(w * v for w, v in pairs) / sum(w for w, _ in pairs))
         for pairs in (own, every)

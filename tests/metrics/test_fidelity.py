@@ -6,14 +6,28 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
     peak_signal_noise_ratio,
     structural_similarity_index_measure,
 )
 
-from lightning_kv.metrics import METRICS, metric_by_name
-from lightning_kv.metrics.base import Clip, ClipMetric, clip_value
-from lightning_kv.metrics.fidelity import PSNR, SSIM, LatentMSE, latent_mse, psnr, ssim
+from lightning_kv.metrics import METRICS
+from lightning_kv.metrics.base import Clip, ClipMetric, clip_value, read_clip
+from lightning_kv.metrics.fidelity import (
+    MSSSIM,
+    PSNR,
+    SSIM,
+    IdenticalFrames,
+    PSNRPooled,
+    ms_ssim,
+    psnr,
+    ssim,
+)
+
+OF_FRAMES = [PSNR, PSNRPooled, SSIM, IdenticalFrames]
 
 
 def random_clip(seed: int, frames: int = 6, context: int = 2, size: int = 32) -> Clip:
@@ -43,10 +57,37 @@ def test_psnr_of_every_frame_is_that_of_torchmetrics():
     assert psnr(clip.pixels, clip.reference_pixels).tolist() == pytest.approx(expected, rel=1e-7)
 
 
-def test_psnr_averages_decibels_and_not_errors():
+def test_psnr_averages_decibels_and_pooled_psnr_errors():
     # Frames with MSE 1e-4 and 1e-2: 30 dB as a mean over frames, 22.97 dB if pooled.
     clip = Clip(torch.zeros(2, 4, 3, 3), constant(0.01, 0.1), reference_pixels=constant(0.0, 0.0))
     assert clip_value(PSNR().curve(clip)) == pytest.approx(30.0, abs=1e-5)
+    pooled = PSNRPooled()
+    assert pooled.curve(clip).tolist() == pytest.approx([40.0, 20.0], abs=1e-5)
+    pooled.update(clip)
+    assert pooled.compute().item() == pytest.approx(22.967086218813, abs=1e-5)
+
+
+def test_pooled_psnr_is_that_of_torchmetrics_over_the_frames_that_count():
+    clip = random_clip(11, context=2)
+    expected = peak_signal_noise_ratio(
+        clip.pixels[2:].double(), clip.reference_pixels[2:].double(), data_range=1.0
+    )
+    assert PSNRPooled().value(PSNRPooled().curve(clip)) == pytest.approx(expected.item(), rel=1e-7)
+
+
+def test_pooled_psnr_pools_the_pixel_frames_of_a_latent_frame():
+    levels = (0.01, 0.1, 0.1, 0.01, 0.01)  # one pixel frame, then four that show one latent frame
+    clip = Clip(torch.zeros(2, 4, 3, 3), constant(*levels), reference_pixels=constant(*[0.0] * 5))
+    mse = (1e-2 + 1e-2 + 1e-4 + 1e-4) / 4
+    expected = [40.0, -10 * math.log10(mse)]
+    assert PSNRPooled().curve(clip).tolist() == pytest.approx(expected, abs=1e-5)
+    assert PSNR().curve(clip).tolist() == pytest.approx([40.0, 30.0], abs=1e-5)
+
+
+def test_identical_frames_are_those_at_the_cap():
+    clip = Clip(pixels=constant(0.5, 0.5, 0.5, 0.50002), reference_pixels=constant(*[0.5] * 4))
+    assert IdenticalFrames().curve(clip).tolist() == [1, 1, 1, 0]
+    assert (PSNR().curve(clip) == 100).tolist() == [True, True, True, False]
 
 
 def test_ssim_closed_forms():
@@ -86,32 +127,92 @@ def test_ssim_does_not_depend_on_how_frames_are_grouped():
     )
 
 
-def test_latent_mse_is_the_plain_loop():
-    clip = random_clip(3)
-    expected = [
-        math.fsum((float(x) - float(y)) ** 2 for x, y in zip(a, b, strict=True)) / 256
-        for a, b in zip(
-            clip.latents.flatten(1).tolist(),
-            clip.reference_latents.flatten(1).tolist(),
-            strict=True,
-        )
-    ]
-    got = latent_mse(clip.latents, clip.reference_latents)
-    assert got.tolist() == pytest.approx(expected, rel=1e-12)
+@settings(max_examples=15, deadline=None)
+@given(
+    height=st.integers(6, 150),
+    width=st.integers(6, 150),
+    offset=st.floats(0, 1),
+    contrast=st.sampled_from([0.0, 1e-4, 0.1, 1.0]),
+    noise=st.sampled_from([0.0, 1e-3, 0.3]),
+    seed=st.integers(0, 99),
+)
+def test_ssim_is_that_of_torchmetrics_at_any_size(height, width, offset, contrast, noise, seed):
+    # Flat pictures are the hard ones: their variance is a difference of almost equal numbers.
+    generator = torch.Generator().manual_seed(seed)
+    a, error = torch.rand(2, 2, 3, height, width, generator=generator).double()
+    a = offset + contrast * (a - 0.5)
+    b = (a + noise * (error - 0.5)).clamp(0, 1)
+    expected = structural_similarity_index_measure(
+        a.clamp(0, 1), b, reduction="none", data_range=1.0
+    )
+    torch.testing.assert_close(ssim(a.clamp(0, 1), b), expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("metric", [PSNR, SSIM, LatentMSE])
+@pytest.mark.parametrize(("size", "noise"), [((176, 201), 0.02), ((193, 176), 1.0)])
+def test_ms_ssim_is_that_of_torchmetrics(size, noise):
+    generator = torch.Generator().manual_seed(8)
+    a, error = torch.rand(2, 2, 3, *size, generator=generator)
+    b = (a + noise * (error - 0.5)).clamp(0, 1)
+    expected = multiscale_structural_similarity_index_measure(
+        a.double(), b.double(), reduction="none", data_range=1.0, normalize="relu"
+    )
+    # torchmetrics rounds the exponents to float32.
+    torch.testing.assert_close(ms_ssim(a, b), expected, rtol=0, atol=1e-7)
+
+
+def test_ms_ssim_closed_forms():
+    a, b, same = torch.tensor([0.25, 0.75, 0.3]).view(3, 1, 1, 1).expand(3, 3, 161, 161)[:, None]
+    luminance = (2 * 0.25 * 0.75 + 1e-4) / (0.25**2 + 0.75**2 + 1e-4)
+    assert ms_ssim(a, b).item() == pytest.approx(luminance**0.1333, rel=1e-10)
+    assert ms_ssim(same, same).tolist() == [1.0]
+
+
+def test_a_scale_of_negative_similarity_counts_as_nothing():
+    generator = torch.Generator().manual_seed(9)
+    a = torch.rand(1, 3, 176, 176, generator=generator)
+    assert ssim(a, 1 - a).item() < 0
+    assert ms_ssim(a, 1 - a).tolist() == [0.0]
+
+
+def test_ssim_and_ms_ssim_of_every_frame_are_its_own_in_any_dtype():
+    generator = torch.Generator().manual_seed(10)
+    a, b = torch.rand(2, 3, 3, 176, 177, generator=generator).half()
+    for measure in (ssim, ms_ssim, psnr):
+        together = measure(a, b)
+        alone = torch.cat([measure(x[None], y[None]) for x, y in zip(a, b, strict=True)])
+        torch.testing.assert_close(together, alone, rtol=1e-12, atol=0)
+        torch.testing.assert_close(measure(a.double(), b.double()), together, rtol=1e-12, atol=0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(cuts=st.lists(st.integers(1, 5), min_size=1, max_size=8))
+def test_a_curve_does_not_depend_on_how_a_clip_is_cut(cuts):
+    metrics = {metric.name: metric() for metric in OF_FRAMES}
+    a, b = torch.rand(2, sum(cuts), 3, 24, 20, generator=torch.Generator().manual_seed(12))
+    blocks = list(zip(a.split(cuts), b.split(cuts), strict=True))
+    for name, curve in read_clip(metrics, blocks).items():
+        whole = read_clip(metrics, [(a, b)])[name]
+        torch.testing.assert_close(curve, whole, rtol=1e-12, atol=0)
+
+
+def test_blocks_of_ms_ssim_give_the_same_curve():
+    a, b = torch.rand(2, 3, 3, 164, 161, generator=torch.Generator().manual_seed(13))
+    blocks = [(a[:1], b[:1]), (a[1:], b[1:])]
+    curve = read_clip({"": MSSSIM()}, blocks)[""]
+    torch.testing.assert_close(curve, ms_ssim(a, b), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("metric", OF_FRAMES)
 def test_context_frames_do_not_count(metric):
     clip = random_clip(4, context=3)
     curve = metric().curve(clip)
     assert curve.dtype == torch.float64
     assert curve.isnan().tolist() == [True] * 3 + [False] * 3
-    for tensor in (clip.latents, clip.pixels):
-        tensor[:3] = 0.5
+    clip.pixels[:3] = 0.5
     torch.testing.assert_close(metric().curve(clip), curve, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("metric", [PSNR, SSIM, LatentMSE])
+@pytest.mark.parametrize("metric", OF_FRAMES)
 def test_metric_is_the_mean_over_clips_and_merges_by_addition(metric):
     # Clips of different length weigh the same; shards may be uneven, and one may be empty.
     clips = [random_clip(seed, frames=3 + seed) for seed in range(5)]
@@ -123,7 +224,7 @@ def test_metric_is_the_mean_over_clips_and_merges_by_addition(metric):
         shards[2].update(clip)
     for shard in shards[1:]:
         shards[0].merge_state(shard)
-    expected = sum(clip_value(metric().curve(clip)) for clip in clips) / 5
+    expected = sum(metric().value(metric().curve(clip)) for clip in clips) / 5
     assert whole.compute().item() == pytest.approx(expected, rel=1e-12)
     assert shards[0].compute().item() == pytest.approx(expected, rel=1e-12)
     assert whole.compute().dtype == torch.float64
@@ -156,18 +257,11 @@ def test_every_metric_says_what_it_is():
         assert issubclass(metric, ClipMetric)
         assert metric.name == name
         assert isinstance(metric.unit, str)
-        assert isinstance(metric.higher_is_better, bool)
+        assert metric.higher_is_better in (True, False, None)
         assert metric.full_state_update is False
-    assert len({metric.recipe for metric in METRICS.values()}) == len(METRICS)
-
-
-def test_metric_by_name_makes_fresh_metrics_and_suggests_the_nearest():
-    first, second = metric_by_name(["ssim", "psnr"]), metric_by_name(["psnr"])
-    assert list(first) == ["ssim", "psnr"]
-    assert isinstance(first["psnr"], PSNR)
-    assert first["psnr"] is not second["psnr"]
-    with pytest.raises(ValueError, match=r"'recal_far'.*Did you mean 'recall_far'.*latent_mse"):
-        metric_by_name(["psnr", "recal_far"])
+    # Those that look through a network add its recipe to theirs.
+    own = [metric.recipe for metric in METRICS.values() if not hasattr(metric, "backbones")]
+    assert len(set(own)) == len(own)
 
 
 PIXELS, LATENTS = torch.rand(4, 3, 32, 32), torch.randn(4, 16, 4, 4)
@@ -179,7 +273,6 @@ BROKEN[3, 0, 0, 0] = torch.nan
     ("call", "given", "remedy"),
     [
         (lambda: psnr(PIXELS, PIXELS[:3]), "(3, 3, 32, 32)", "same shape"),
-        (lambda: latent_mse(LATENTS, LATENTS[0]), "(16, 4, 4)", "same shape"),
         (lambda: psnr(PIXELS * 2 - 1, PIXELS), "from -", "[0, 1]"),
         (lambda: ssim((PIXELS * 255).byte(), PIXELS), "uint8", "255"),
         (lambda: psnr(BROKEN, PIXELS), "nan", "[0, 1]"),
@@ -187,7 +280,9 @@ BROKEN[3, 0, 0, 0] = torch.nan
         (lambda: Clip(LATENTS, PIXELS[:3]), "'pixels': 3", "same number"),
         (lambda: Clip(LATENTS, PIXELS, context=5), "5 of 4", "0 to 4"),
         (lambda: PSNR().curve(Clip(LATENTS, PIXELS)), "without reference_pixels", "leave"),
-        (lambda: LatentMSE().update(Clip(LATENTS, PIXELS)), "without reference_latents", "leave"),
+        (lambda: ms_ssim(PIXELS, PIXELS), "32 x 32", "more than 160"),
+        (lambda: ms_ssim(*torch.rand(2, 1, 3, 200, 160)), "200 x 160", "more than 160"),
+        (lambda: ssim(*torch.rand(2, 1, 3, 5, 9)), "5 x 9", "more than 5"),
     ],
 )
 def test_errors_say_what_was_given_and_what_would_work(call, given, remedy):

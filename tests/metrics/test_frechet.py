@@ -122,6 +122,12 @@ def test_invariances(n, m, d, scale, seed):
     assert near(centred, frechet_distance(x - x.mean(0), y - y.mean(0)) + shift.square().sum())
 
 
+def test_many_clips_that_span_few_dimensions():
+    thin = draw(60, 3) @ draw(3, 12, seed=1)
+    for x, y in ((thin, draw(60, 12, seed=2)), (thin, thin * 2 + 1)):
+        assert both_routes(x, y) == pytest.approx(by_product(x, y, by_eigenvalues), rel=1e-6)
+
+
 @pytest.mark.parametrize("n", [8, 400])
 def test_a_set_is_at_distance_zero_from_itself(n):
     x = draw(n, 50) + 5

@@ -105,31 +105,35 @@ def test_a_missing_cut_or_foreign_file_is_refused(tmp_path):
         PanoramaEncoder.load(foreign)
 
 
+@pytest.fixture(scope="module")
+def clean(features):
+    """A set of clean clips, and the largest distance of other clean sets to it."""
+    first = features(10)
+    return first, max(float(frechet_distance(first, features(seed))) for seed in (200, 400, 600))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_frechet_distance_grows_with_the_strength_of_an_artefact(features, kind):
-    clean = features(10)
-    null = float(frechet_distance(clean, features(2000)))
+def test_the_frechet_distance_grows_with_the_strength_of_an_artefact(clean, features, kind):
+    first, null = clean
     far = [
-        float(frechet_distance(clean, features(2000, **{kind: strength})))
+        float(frechet_distance(first, features(2000, **{kind: strength})))
         for strength in (0.3, 0.6, 1.0)
     ]
-    assert 2 * null < far[0] < far[1] < far[2]
+    assert null < far[0] < far[1] < far[2] and far[1] > 4 * null
 
 
 def test_frames_are_alike_by_the_share_of_the_screen_they_have_in_common(encoder, codec):
-    def place(seed):
-        x = way(world(seed), 1, 3)  # two views in which no pixel stays where it was, and one more
-        seen = codec.decode(codec.encode(look(world(seed), x)))
-        return seen
+    def views_of(seed):
+        return codec.decode(codec.encode(look(world(seed), way(world(seed), 1, 2))))
 
-    views = torch.stack([place(seed) for seed in range(5000, 5040)])
+    views = torch.stack([views_of(seed) for seed in range(5000, 5040)])
     unit = normalize(encoder(views.flatten(0, 1)), dim=1).unflatten(0, views.shape[:2])
     fast = unit[1::2]  # odd seeds: neighbours share half of the screen
     half = (fast[:, 0] * fast[:, 1]).sum(1)
     assert half.mean() == pytest.approx(0.5, abs=0.1)
     others = unit[:, 0] @ unit[:, 0].T
     others = others[~torch.eye(len(others), dtype=torch.bool)]
-    assert others.mean().abs() < 0.1 and others.quantile(0.99) < 0.5
+    assert others.mean().abs() < 0.15 and others.quantile(0.95) < 0.5
     later = views[:, 0] + 0.02 * torch.randn(views[:, 0].shape, generator=rng(0))
     again = normalize(encoder(later.clamp(0, 1)), dim=1)
     assert (again * unit[:, 0]).sum(1).quantile(0.05) > 0.9
@@ -138,7 +142,7 @@ def test_frames_are_alike_by_the_share_of_the_screen_they_have_in_common(encoder
 @pytest.mark.parametrize("kind", PAINTS)
 def test_a_damaged_frame_is_less_like_itself(encoder, codec, kind):
     likeness = []
-    for strength in (0.1, 0.5, 1.0):
+    for strength in (0.2, 0.5, 1.0):
         shots = [
             [take(world(s), codec, rng(s), given, 8).frames for given in ({}, {kind: strength})]
             for s in range(6000, 6008)

@@ -8,15 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_kv.metrics import METRICS
+from lightning_kv.metrics import METRICS, Clip
 from lightning_kv.report.summary import MetricInfo, summarise
-from lightning_kv.tasks.margins import COMPARED, IDENTICAL, read_margins, read_memory
-from lightning_kv.tasks.recommend import recommend, verdict
+from lightning_kv.tasks.margins import read_margins, read_memory
+from lightning_kv.tasks.recommend import recommend
+from lightning_kv.tasks.verdict import verdict
 
 MIB = 2**20
 INFO = {
-    "psnr": MetricInfo("dB", True, "-"),
-    "ssim": MetricInfo("", True, "-"),
+    "psnr": MetricInfo("dB", True, "-", against_reference=True),
+    "ssim": MetricInfo("", True, "-", against_reference=True, identical=1.0),
     "revisit_error": MetricInfo("", False, "-"),
     "recall": MetricInfo("share", True, "-"),
 }
@@ -74,7 +75,7 @@ def made(policies, prompts=16, measured=None):
         policies={name: policy.config for name, policy in policies.items()},
         metrics=INFO,
         run={"prompts": prompts, "frames": 48},
-        model={},
+        model={"name": "panorama"},
         fingerprint="-",
         interval=lambda values: None,
     )
@@ -327,25 +328,31 @@ def test_unreadable_memory(text):
         read_memory(text)
 
 
-def test_the_metrics_that_compare_are_known():
-    needing = [n for n, m in METRICS.items() if any(x.startswith("reference") for x in m.needs)]
-    assert set(COMPARED) == set(needing)
-    assert set(IDENTICAL) == set(needing) - {"psnr"}
-
-
 def test_identical_clips_measure_what_is_said_of_them():
     import torch
 
-    from lightning_kv.metrics import Clip, metric_by_name
-
     rng = torch.Generator().manual_seed(0)
     latents = torch.randn(4, 3, 4, 4, generator=rng)
-    pixels = torch.rand(4, 3, 32, 32, generator=rng)
+    pixels = torch.rand(4, 3, 192, 192, generator=rng)
     clip = Clip(latents, pixels, latents, pixels)
-    for name, value in IDENTICAL.items():
-        (metric,) = metric_by_name([name]).values()
-        metric.update(clip)
-        assert float(metric.compute()) == pytest.approx(value, abs=1e-6)
+    alike = {name: kind for name, kind in METRICS.items() if kind.against_reference()}
+    endless = {"psnr", "psnr_pooled", "latent_snr"}
+    assert {name for name, kind in alike.items() if kind.identical is None} <= endless | {"lpips"}
+    for name, kind in alike.items():
+        if kind.identical is not None and not hasattr(kind, "backbones"):
+            metric = kind()
+            metric.update(clip)
+            assert float(metric.compute()) == pytest.approx(kind.identical, abs=1e-6), name
+
+
+def test_confidences_are_corrected_for_the_number_of_policies():
+    """Six clips give one policy 98.4 %; the least sure of two policies has half the doubt left."""
+    alone = recommend(*made({"a": Policy(1.0)}, prompts=6)).of("a").losses[0].confidence
+    assert alone == pytest.approx(1 - 0.5**6)
+    both = recommend(*made({"a": Policy(1.0), "b": Policy(2.0)}, prompts=6))
+    assert [both.of(name).losses[0].confidence for name in "ab"] == [1 - 2 * 0.5**6] * 2
+    many = recommend(*made({f"p{i}": Policy(1.0) for i in range(4)}, prompts=6))
+    assert many.policy is None and {one.out for one in many.candidates} == {"unsure"}
 
 
 def test_a_policy_that_scores_all_it_does_not_read_is_no_saving():

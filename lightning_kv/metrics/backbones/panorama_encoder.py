@@ -132,14 +132,13 @@ class PanoramaEncoder(Backbone):
             ValueError: The block has another shape.
         """
         shape = tuple(block.shape)
-        clips = len(shape) == 5
-        if shape[-3:] != (3, SCREEN, SCREEN) or shape[1:-3] != (CLIP,) * clips:
+        if shape[-3:] != (3, SCREEN, SCREEN) or shape[1:-3] not in ((), (CLIP,)) or len(shape) < 4:
             raise ValueError(
                 f"The panorama encoder cannot look at a block {shape}. Pass panorama frames "
                 f"[N, 3, {SCREEN}, {SCREEN}] or clips [B, {CLIP}, 3, {SCREEN}, {SCREEN}]."
             )
         tokens = self.network.tokens(block.float().flatten(0, -4))
-        if not clips:
+        if len(shape) == 4:
             return self.network.frame_features(tokens)
         return self.network.clip_features(self.network.movement(tokens.unflatten(0, shape[:2])))
 

@@ -1,7 +1,7 @@
 document.documentElement.classList.add("js");
 
 // A click on a head sorts by it; empty cells stay last.
-for (const table of document.querySelectorAll("table.results")) {
+for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
     const first = head.dataset.better === "more" ? "descending" : "ascending";
@@ -14,7 +14,8 @@ for (const table of document.querySelectorAll("table.results")) {
     const compare = (a, b) => {
       const [x, y] = [value(a), value(b)];
       if (x === "" || y === "") return (x === "") - (y === "");
-      return sign * (column ? x - y : x.localeCompare(y, undefined, { numeric: true }));
+      const number = x - y;
+      return sign * (Number.isNaN(number) ? x.localeCompare(y, undefined, { numeric: true }) : number);
     };
     const body = table.tBodies[0];
     body.append(...[...body.rows].sort(compare));
@@ -39,3 +40,26 @@ const keep = (family) => {
   for (const chart of document.querySelectorAll(".charts figure")) chart.classList.toggle("kept", chart.querySelector("svg g.kept") !== null);
 };
 for (const chip of chips) chip.addEventListener("click", () => keep(chip.getAttribute("aria-pressed") === "true" ? null : chip.dataset.family));
+
+// The button under a film shows how far the others are from the reference, at the same moment.
+for (const group of document.querySelectorAll(".switch")) {
+  const [pictures, difference] = group.children;
+  const video = group.parentElement.querySelector("video");
+  const sources = new Map([[pictures, video.src], [difference, video.dataset.difference]]);
+  for (const [button, source] of sources) button.addEventListener("click", () => {
+    if (button.getAttribute("aria-pressed") === "true") return;
+    const [time, paused] = [video.currentTime, video.paused];
+    for (const each of sources.keys()) each.setAttribute("aria-pressed", each === button);
+    video.addEventListener("loadedmetadata", () => { video.currentTime = time; }, { once: true });
+    video.autoplay = !paused;
+    video.src = source;
+  });
+}
+
+// Paper has no folds: they are open while a page is printed.
+let unfolded = [];
+addEventListener("beforeprint", () => {
+  unfolded = [...document.querySelectorAll("details:not([open])")];
+  for (const fold of unfolded) fold.open = true;
+});
+addEventListener("afterprint", () => { for (const fold of unfolded) fold.open = false; });
