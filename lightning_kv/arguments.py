@@ -60,12 +60,9 @@ The run must have kept its latents: evaluate --latents true.
 example:
   lightning-kv export runs/longlive -o vbench""",
     "evaluate": """\
-What is not given is the model's own: frames, size, rate, precision, metrics; and all prompts.
-
-examples:
+examples (what is not given is the model's own: frames, size, rate, precision, metrics):
   lightning-kv evaluate -c configs/quickstart.yaml
-  lightning-kv evaluate -c configs/evaluate.yaml --policies [full,sliding-window,top-attention] \\
-      --budgets 6f,9f,15f --out runs/crossed
+  lightning-kv evaluate -c configs/evaluate.yaml --budgets 6f,9f,15f --out runs/crossed
   lightning-kv evaluate -c configs/evaluate.yaml --trainer.devices 2""",
     "generate": """\
 examples:

@@ -103,7 +103,8 @@ def metrics() -> list[dict[str, Any]]:
     rows = []
     for base in (*METRICS, *SETS):
         kind = SETS.get(base) or METRICS[base]
-        needs = [explained(need) for need in sorted(Choice.parse(base).needs)]
+        wanted = Choice.parse(base).needs
+        needs = [explained(n) for n in sorted(wanted) if f"reference_{n}" not in wanted]
         better = {True: "higher", False: "lower", None: "neither"}[kind.higher_is_better]
         for network in networks(base) or (None,):
             choice = Choice(base, network)

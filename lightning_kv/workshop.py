@@ -36,8 +36,8 @@ def show_table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in rows[0]:
-        table.add_column(name, overflow="fold")
+    for place, name in enumerate(rows[0]):
+        table.add_column(name, overflow="fold", no_wrap=place == 0)
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     console().print(table)

@@ -46,7 +46,7 @@ def compare_command(words: list[str]) -> None:
         "--strict", action="store_true", help="stop at the first video that cannot be used"
     )
     parser.add_argument("--videos", metavar="N", type=int, default=3, help="moving pictures (3)")
-    parser.add_argument("--threads", metavar="N", type=int, default=2, help="CPU threads (2)")
+    parser.add_argument("--threads", metavar="N", type=int, default=1, help="CPU threads (1)")
     add_license(parser)
     parser.add_argument(
         "--accelerator", metavar="NAME", default="auto", help="cpu, gpu, or auto (auto)"

@@ -230,7 +230,7 @@ class Suite:
         accept: Licences accepted for weights that forbid commercial use.
 
     Raises:
-        ValueError: A name is unknown or comes twice, or needs what the run has not.
+        ValueError: No name is given, one is unknown or comes twice, or needs what the run has not.
 
     Attributes:
         choices: By name, in order.
@@ -241,6 +241,11 @@ class Suite:
     def __init__(
         self, names: Sequence[str] | None, known: Collection[str], accept: Collection[str] = ()
     ) -> None:
+        if names is not None and not names:
+            raise ValueError(
+                "No metric is named: 0 were given. Name one or more, such as --metrics "
+                "[psnr,recall], or leave them out for the usual ones."
+            )
         self.accept = accept
         chosen = [Choice.parse(name) for name in (USUAL if names is None else names)]
         if names is None:
@@ -331,10 +336,8 @@ def able(known: Collection[str]) -> list[str]:
 def explained(need: str) -> str:
     """What a field of a clip is, in words."""
     return {
-        "pixels": "pixels",
         "reference_pixels": "pixels of a reference",
-        "latents": "latents",
-        "reference_latents": "latents of a reference rollout",
+        "reference_latents": "latents of a reference",
         "scene": "the panorama world",
         "attention": "a rollout",
         "fps": "a frame rate",

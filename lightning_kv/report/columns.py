@@ -141,7 +141,9 @@ def _quality(entry: Entry, metric: str) -> Cell:
         estimate += f" ({small})" if small else ""
     if test := entry.paired(metric):
         note += f"\n{difference_words(test)}"
-    return Cell(value, format_number(value, scale), small, estimate, note, False, entry.differs(metric))
+    return Cell(
+        value, format_number(value, scale), small, estimate, note, False, entry.differs(metric)
+    )
 
 
 def _set_words(found: dict[str, Any]) -> str:

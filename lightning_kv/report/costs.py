@@ -120,4 +120,4 @@ def _growth(times: Sequence[float | None]) -> str:
         return NOTHING
     part = len(there) // QUARTER
     start, end = 1000 * fmean(there[:part]), 1000 * fmean(there[-part:])
-    return f"{start:.3g} → {end:.3g} ms ({end / start:.2f}x)"
+    return f"{start:.1f} → {end:.1f} ms ({end / start:.2f}x)"

@@ -57,12 +57,16 @@ class Axes:
         along: What a place is.
         up: What a value is.
         rate: Places per second; None for no axis of seconds.
+        first: Number of the first place.
+        low: Where the upward axis starts; None for a little below the lowest value.
     """
 
     name: str
     along: str
     up: str
     rate: float | None = None
+    first: int = 0
+    low: float | None = None
 
 
 def curves(entries: Sequence[Entry], metric: str, along: str = "latent frame") -> list[Chart]:
@@ -85,9 +89,7 @@ def curves(entries: Sequence[Entry], metric: str, along: str = "latent frame") -
     return panels(entries, lines, axes)
 
 
-def chunk_curves(
-    entries: Sequence[Entry], times: dict[str, list[float | None]]
-) -> list[Chart]:
+def chunk_curves(entries: Sequence[Entry], times: dict[str, list[float | None]]) -> list[Chart]:
     """Milliseconds of every chunk, the median over clips.
 
     Args:
@@ -98,7 +100,9 @@ def chunk_curves(
         label: Line.of([None if second is None else 1000 * second for second in own])
         for label, own in times.items()
     }
-    return panels(entries, shown, Axes("chunk-times", "chunk", "ms per chunk, median"))
+    return panels(
+        entries, shown, Axes("chunk-times", "chunk", "ms per chunk, median", None, 1, 0.0)
+    )
 
 
 def panels(entries: Sequence[Entry], lines: dict[str, Line], axes: Axes) -> list[Chart]:
@@ -119,7 +123,8 @@ def panels(entries: Sequence[Entry], lines: dict[str, Line], axes: Axes) -> list
     references = [e for e in entries if e.is_reference and e.label in lines]
     if len(shown) <= TOGETHER:
         groups = {"": shown} if shown or references else {}
-    limits = _limits(lines)
+    low, high = _limits(lines)
+    limits = (low if axes.low is None else axes.low, high)
     return [
         _panel(title, group, references, lines, (axes, limits, number), styles(entries))
         for number, (title, group) in enumerate(groups.items())
@@ -143,9 +148,9 @@ def _panel(
         for entry in references:
             line = lines[entry.label]
             style = {"color": INK, "lw": 0.8, "alpha": 0.7, "dashes": (3, 2), "zorder": 1}
-            axes.plot(line.places, line.mean, **style)
+            axes.plot(line.places + says.first, line.mean, **style)
         for entry in group:
-            _draw(axes, lines[entry.label], looks[entry.label])
+            _draw(axes, lines[entry.label], looks[entry.label], says.first)
         if says.rate:
             _seconds(axes, says.rate)
         legend = tuple((entry.label, looks[entry.label]) for entry in group)
@@ -154,15 +159,14 @@ def _panel(
     return Chart(title, svg, legend)
 
 
-def _draw(axes: Any, line: Line, look: Style) -> None:
+def _draw(axes: Any, line: Line, look: Style, first: int) -> None:
     """A line with its band."""
+    places = line.places + first
     if (line.hi > line.lo).any():
-        band = axes.fill_between(line.places, line.lo, line.hi, color=look.colour, alpha=0.16, lw=0)
+        band = axes.fill_between(places, line.lo, line.hi, color=look.colour, alpha=0.16, lw=0)
         band.set_gid(f"{look.mark}-band")
-    dots = {"marker": ".", "ms": 3} if len(line.places) < 3 else {}
-    drawn = axes.plot(
-        line.places, line.mean, color=look.colour, alpha=look.strength, lw=1.5, **dots
-    )
+    dots = {"marker": ".", "ms": 3} if len(places) < 3 else {}
+    drawn = axes.plot(places, line.mean, color=look.colour, alpha=look.strength, lw=1.5, **dots)
     drawn[0].set_dashes(look.dashes or (None, None))
     drawn[0].set_gid(look.mark)
 

@@ -9,6 +9,8 @@ from typing import Any
 from lightning_kv.report.entries import Entry, PageRun, direction, metric_facts
 from lightning_kv.report.table import NOTHING, format_number
 
+MINUS = "\N{MINUS SIGN}"
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -80,7 +82,7 @@ def signed(value: float, scale: float | None = None) -> str:
     ('+0.250', '\N{MINUS SIGN}0.250', '0')
     """
     text = format_number(abs(value), abs(value) if scale is None else scale)
-    return text if value == 0 else f"{'+' if value > 0 else chr(0x2212)}{text}"
+    return text if value == 0 else f"{'+' if value > 0 else MINUS}{text}"
 
 
 def signed_interval(bounds: Sequence[float] | None, scale: float | None = None) -> str:
@@ -92,14 +94,23 @@ def signed_interval(bounds: Sequence[float] | None, scale: float | None = None) 
 
 
 def p_text(p: float | None) -> str:
-    """A p value, short.
+    """A p value, short, or a dash.
 
-    >>> p_text(0.00001), p_text(0.0123), p_text(0.5), p_text(None)
-    ('< 0.0001', '0.012', '0.50', '–')
+    >>> p_text(0.00001), p_text(0.0123), p_text(0.5)
+    ('< 0.0001', '0.012', '0.50')
     """
     if p is None:
         return NOTHING
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.001 else f"{p:.{3 if p < 0.1 else 2}f}"
+
+
+def effect_text(d_z: float | None) -> str:
+    """Cohen's d_z with its sign, or a dash.
+
+    >>> effect_text(1.234)
+    '+1.23'
+    """
+    return NOTHING if d_z is None else f"{d_z:+.2f}".replace("-", MINUS)
 
 
 def _says(entries: Sequence[Entry], entry: Entry, metric: str) -> str:

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_kv.report.differences import p_text, signed, signed_interval
+from lightning_kv.report.differences import MINUS, p_text, signed, signed_interval
 from lightning_kv.report.entries import Entry, main_metrics, metric_facts
 from lightning_kv.report.table import NOTHING, format_number
 
+START_END = f"start {MINUS} end"
 DEFINITIONS = {
-    "start_end_abs": "|start − end|",
-    "start_end_corrected": "|start − end|, less what noise alone makes it",
-    "quality_drift": "first 5 s − last 5 s",
+    "start_end_abs": f"|{START_END}|",
+    "start_end_corrected": f"|{START_END}|, less what noise alone makes it",
+    "quality_drift": f"first 5 s {MINUS} last 5 s",
     "slope_low": "slope per s, lower 95 % bound",
     "slope_high": "slope per s, upper 95 % bound",
     "windowed_minimum": "lowest mean of 1 s",

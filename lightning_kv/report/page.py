@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_kv.report import charts, costs, differences, drifts, fronts
-from lightning_kv.report.columns import comparison
+from lightning_kv.report.columns import WIDE, comparison
 from lightning_kv.report.curves import chunk_curves, curves
 from lightning_kv.report.entries import (
     FILES,
@@ -34,7 +34,8 @@ from lightning_kv.report.styles import styles
 
 FILTERS = (
     *(arrow, spoken, unit_text),
-    *(differences.signed, differences.signed_interval, differences.p_text),
+    *(differences.signed, differences.signed_interval),
+    *(differences.effect_text, differences.p_text),
 )
 
 
@@ -92,6 +93,10 @@ def _quality(entries: Sequence[Entry], runs: Sequence[PageRun]) -> dict[str, Any
         "entries": entries,
         "first": first,
         "more": more,
+        "across": WIDE - 1,
+        "nulls": any(
+            cell.small.startswith("null") for column in first + more for cell in column.cells
+        ),
         "differences": found,
         "sure": sum(each.differs for each in found),
         "families": differences.families_words(runs),

@@ -8,22 +8,28 @@ from textwrap import wrap
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 NOTHING = "\N{EN DASH}"
+SCREEN = 120  # characters of a line
 NAME_WIDTH = 20  # characters after which a policy's name goes on in the next line
 Cell = tuple["float | None", str]  # value and how it is shown
 
 
 def render_tables(summary: dict[str, Any]) -> Group:
-    """Quality and cost of every policy, one table each; both fit into 120 columns.
+    """Quality and cost of every policy; every table fits into 120 columns.
 
     Args:
         summary: Content of ``summary.json``.
     """
-    return Group(quality_table(summary), cost_table(summary))
+    costs = [value for policy in summary["policies"].values() for value in policy["cost"].values()]
+    known = any(cost is not None for cost in costs)
+    parts: list[RenderableType] = [*quality_tables(summary)]
+    if notes := quality_notes(summary):
+        parts.append(Text("\n".join(notes) + "\n", "italic"))
+    return Group(*parts, *([cost_table(summary)] if known else []))
 
 
 def shown_frames(run: dict[str, Any]) -> str:
@@ -32,35 +38,83 @@ def shown_frames(run: dict[str, Any]) -> str:
     return "" if shown == run["frames"] else f" ({shown} pixel frames)"
 
 
-def quality_table(summary: dict[str, Any]) -> Table:
+def quality_tables(summary: dict[str, Any]) -> list[Table]:
     """Mean and 95 % interval of every metric; an arrow shows which way is better.
 
-    The figure after ± is the longer arm of the interval. The best value of a column, the
-    reference left out, is bold. Notes below say why a value is missing.
+    The figure after ± is the longer arm of the interval; in brackets behind a distance between
+    sets stands what equal sets would show. The best value of a column, the reference left out, is
+    bold; a star marks a significant difference to the reference. Metrics that do not fit beside
+    the others go on in further tables.
     """
     run, policies = summary["run"], summary["policies"]
     given = f" ({run['context_frames']} of them given)" if run.get("context_frames") else ""
-    table = _table(
-        f"Quality, reference {summary['reference']}: mean ± 95 % interval, "
-        f"{run['prompts']} prompts, {run['frames']} frames{given}{shown_frames(run)}"
-    )
-    if notes := _notes(policies):
-        table.caption = Text("\n".join(notes))
-    columns = []
-    for name in dict.fromkeys(name for policy in policies.values() for name in policy["metrics"]):
-        results = [policy["metrics"][name] for policy in policies.values()]
-        better = results[0]["higher_is_better"]
-        unit = results[0]["unit"].replace("^2", "\N{SUPERSCRIPT TWO}")
-        header = "\n".join(name.split("_")) + (" ↑" if better else " ↓")
-        _column(table, f"{header}\n({unit})" if unit else header)
-        cells = [(r["mean"], format_estimate(r["mean"], r["ci95"])) for r in results]
-        columns.append(_highlight(cells, better, summary))
-    return _fill(table, summary, columns)
+    names = dict.fromkeys(name for policy in policies.values() for name in policy["metrics"])
+    columns = [
+        _quality_column(name, summary)
+        for name in names
+        if any(policy["metrics"][name]["mean"] is not None for policy in policies.values())
+    ]
+    tables = []
+    for group in _groups(columns, _names(summary)) or [[]]:
+        table = _table(
+            "Quality, continued"
+            if tables
+            else f"Quality, reference {summary['reference']}: mean ± 95 % interval, "
+            f"{run['prompts']} prompts, {run['frames']} frames{given}{shown_frames(run)}"
+        )
+        table.add_column("policy", no_wrap=True)
+        for header, _ in group:
+            _column(table, header)
+        tables.append(_fill(table, summary, [cells for _, cells in group]))
+    return tables
+
+
+def _quality_column(name: str, summary: dict[str, Any]) -> tuple[str, list[Text]]:
+    """Head and cells of a metric."""
+    results = [policy["metrics"][name] for policy in summary["policies"].values()]
+    better = results[0]["higher_is_better"]
+    unit = results[0]["unit"].replace("^2", "\N{SUPERSCRIPT TWO}")
+    header = name.replace("/", "/ ").replace("_", " ").replace(" ", "\n")
+    header += "" if better is None else " ↑" if better else " ↓"
+    cells = [(result["mean"], _estimate(result, summary)) for result in results]
+    return f"{header}\n({unit})" if unit else header, _highlight(cells, better, summary)
+
+
+def _estimate(result: dict[str, Any], summary: dict[str, Any]) -> str:
+    """Mean with its interval or its null, and a star where it differs from the reference."""
+    text, null = format_estimate(result["mean"], result["ci95"]), result.get("null")
+    if None not in (result["mean"], null):
+        text += f" ({format_number(null, max(abs(result['mean']), abs(null)))})"
+    return text + ("*" if _differs(result, summary) else "")
+
+
+def _differs(result: dict[str, Any], summary: dict[str, Any]) -> bool:
+    p = (result.get("paired") or {}).get("p_holm")
+    return p is not None and p <= summary["family"]["level"]
+
+
+def _groups(
+    columns: list[tuple[str, list[Text]]], names: list[str]
+) -> list[list[tuple[str, list[Text]]]]:
+    """As many columns as fit beside the names, then the next."""
+    first = max((len(line) for name in names for line in name.split("\n")), default=0)
+    groups: list[list[tuple[str, list[Text]]]] = []
+    left = 0
+    for header, cells in columns:
+        lines = [*header.split("\n"), *(cell.plain for cell in cells)]
+        width = max(map(len, lines)) + 2  # with the space around it
+        if width > left:
+            groups.append([])
+            left = SCREEN - first - 3
+        groups[-1].append((header, cells))
+        left -= width
+    return groups
 
 
 def cost_table(summary: dict[str, Any]) -> Table:
     """Cache bytes, rows read and scored, time per chunk and speed-up of every policy."""
     table = _table(f"Cost; speed-up against {summary['reference']} on the same clips")
+    table.add_column("policy", no_wrap=True)
     columns = []
     for header, name, show, better in (
         ("KV peak ↓", "kv_bytes_peak", format_bytes, False),
@@ -145,20 +199,21 @@ def _table(title: str) -> Table:
         box=box.SIMPLE_HEAD,
         title=Text(title, style="bold"),
         title_justify="left",
-        caption_justify="left",
         padding=(0, 1, 0, 0),
     )
 
 
 def _column(table: Table, header: str) -> None:
     # Digits are never cut away: in a narrow window a cell breaks at its space instead.
-    if not table.columns:
-        table.add_column("policy", no_wrap=True)
     table.add_column(Text(header), justify="right", overflow="fold")
 
 
-def _highlight(cells: list[Cell], higher_is_better: bool, summary: dict[str, Any]) -> list[Text]:
+def _highlight(
+    cells: list[Cell], higher_is_better: bool | None, summary: dict[str, Any]
+) -> list[Text]:
     """Texts of one column, the best value bold, the reference left out."""
+    if higher_is_better is None:
+        return [Text(text) for _, text in cells]
     names = summary["policies"]
     rivals = [
         value
@@ -177,23 +232,40 @@ def _highlight(cells: list[Cell], higher_is_better: bool, summary: dict[str, Any
 
 def _fill(table: Table, summary: dict[str, Any], columns: list[list[Text]]) -> Table:
     """Add one row per policy; the reference is marked."""
-    for name, *cells in zip(summary["policies"], *columns, strict=True):
-        label = f"{name} (reference)" if name == summary["reference"] else name
-        table.add_row(Text("\n".join(wrap(label, NAME_WIDTH))), *cells)
+    for name, *cells in zip(_names(summary), *columns, strict=True):
+        table.add_row(Text(name), *cells)
     return table
 
 
-def _notes(policies: dict[str, Any]) -> list[str]:
-    """Why values are missing, one line per reason, with the policies it holds for."""
-    found: dict[str, list[str]] = {}
+def _names(summary: dict[str, Any]) -> list[str]:
+    """Names of the policies, in lines that fit; the reference is marked."""
+    marked = {summary["reference"]: f"{summary['reference']} (reference)"}
+    return ["\n".join(wrap(marked.get(name, name), NAME_WIDTH)) for name in summary["policies"]]
+
+
+def quality_notes(summary: dict[str, Any]) -> list[str]:
+    """What a star and brackets mean; why values are missing, and of which policies."""
+    policies = summary["policies"]
+    reasons: dict[tuple[str, str], list[str]] = {}
     for policy, result in policies.items():
         for metric, value in result["metrics"].items():
             most = max(other["metrics"][metric]["n"] for other in policies.values())
             if value["status"] != "ok":
-                found.setdefault(f"{metric}: {value['status']}", []).append(policy)
-            elif value["n"] < most:
-                found.setdefault(f"{metric}: over {value['n']} clips only", []).append(policy)
-    return [
-        reason if len(names) == len(policies) else f"{reason} ({', '.join(names)})"
-        for reason, names in found.items()
-    ]
+                reasons.setdefault((metric, value["status"]), []).append(policy)
+            elif value["n"] < most and not value.get("sets"):
+                reasons.setdefault((metric, f"over {value['n']} clips only"), []).append(policy)
+    found: dict[str, list[str]] = {}
+    for (metric, reason), names in reasons.items():
+        whose = "" if len(names) == len(policies) else f" ({', '.join(names)})"
+        found.setdefault(reason + whose, []).append(metric)
+    values = [value for result in policies.values() for value in result["metrics"].values()]
+    notes = []
+    if any(_differs(value, summary) for value in values):
+        family = summary["family"]
+        notes.append(
+            f"* differs from {summary['reference']}: p at most {family['level']:g} after "
+            f"{family['correction']}'s correction over {family['tests']} tests"
+        )
+    if any(value.get("null") is not None for value in values):
+        notes.append("In brackets: the distance that equal sets would show")
+    return notes + [f"{', '.join(metrics)}: {reason}" for reason, metrics in found.items()]

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from lightning_kv.metrics.drift import drift
 from lightning_kv.metrics.inference import effect_size, holm, jackknife, sign_flip_p
 from lightning_kv.metrics.pareto import front, front_probability
@@ -145,9 +143,12 @@ def drifts(own: Clips, base: Clips, metric: str, rate: float, score: bool) -> di
 
 
 def pareto(summary: dict[str, Any], clips: dict[str, Clips]) -> dict[str, Any]:
-    """Who stands on the front of quality and cost, and how probably, per metric and cost."""
+    """Who stands on the front of quality and cost, and how probably, per metric and cost.
+
+    Over the prompts that all policies with values share; without such there is no front.
+    """
     found: dict[str, Any] = {}
-    for metric, facts in _facts(summary).items():
+    for metric, better in _directions(summary).items():
         quality = {
             name: {k: r["metrics"][metric] for k, r in own.items() if _has(r, metric)}
             for name, own in clips.items()
@@ -155,13 +156,11 @@ def pareto(summary: dict[str, Any], clips: dict[str, Clips]) -> dict[str, Any]:
         for axis in AXES:
             costs = {name: summary["policies"][name]["cost"].get(axis) for name in clips}
             shown = [name for name in clips if quality[name] and costs[name] is not None]
-            if len(shown) < 2:
+            shared = set.intersection(*(set(quality[name]) for name in shown)) if shown else set()
+            if len(shown) < 2 or not shared:
                 continue
-            points = {
-                name: (float(np.mean(list(quality[name].values()))), costs[name]) for name in shown
-            }
-            better = facts["higher_is_better"]
-            on = front(points, better)
+            means = {n: math.fsum(quality[n][key] for key in shared) / len(shared) for n in shown}
+            on = front({name: (means[name], costs[name]) for name in shown}, better)
             sure = front_probability(
                 {name: quality[name] for name in shown},
                 {name: costs[name] for name in shown},
@@ -173,10 +172,11 @@ def pareto(summary: dict[str, Any], clips: dict[str, Clips]) -> dict[str, Any]:
     return found
 
 
-def _facts(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Metrics of clips, and which way is better."""
-    policy = next(iter(summary["policies"].values()))
-    return {name: value for name, value in policy["metrics"].items() if not value.get("sets")}
+def _directions(summary: dict[str, Any]) -> dict[str, bool]:
+    """Whether more is better, of the metrics of clips that have a better."""
+    metrics = next(iter(summary["policies"].values()))["metrics"]
+    better = {name: each["higher_is_better"] for name, each in metrics.items() if not each["sets"]}
+    return {name: way for name, way in better.items() if way is not None}
 
 
 def _has(record: Record, metric: str) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from lightning_kv.metrics.inference import NonInferiority, non_inferiority, prompts_needed
 from lightning_kv.report.records import RunDirectory
-from lightning_kv.tasks.margins import default_margins
+from lightning_kv.tasks.margins import check_margin, default_margins
 from lightning_kv.tasks.words import counted, number
 
 PASS, REGRESSION, THIN = 0, 1, 2
@@ -24,7 +26,9 @@ class Judgement:
     Args:
         policy: Its name.
         metric: Its name.
-        found: How the mean loss lies to the margin; positive is worse.
+        verdict: ``not worse``, ``worse`` or ``unclear``; a prompt that fails now is worse.
+        found: How the mean loss lies to the margin; positive is worse. None where every prompt
+            fails now.
         needed: Prompts in all that would settle it, if mean and spread stay what they are; None
             where it is settled, or no number would.
         failed: Prompts with a value in the baseline and none now.
@@ -32,18 +36,28 @@ class Judgement:
 
     policy: str
     metric: str
-    found: NonInferiority
+    verdict: str
+    found: NonInferiority | None
     needed: int | None
     failed: int = 0
 
     @property
-    def verdict(self) -> str:
-        """``not worse``, ``worse`` or ``unclear``; a prompt that fails now is worse."""
-        return "worse" if self.failed else self.found.verdict
+    def prompts(self) -> int:
+        """How many have a value in both."""
+        return self.found.n if self.found else 0
+
+    @property
+    def nearness(self) -> float:
+        """The mean loss ÷ the margin."""
+        if self.found is None:
+            return math.inf
+        return self.found.mean / self.found.margin if self.found.margin else self.found.mean
 
     @property
     def words(self) -> str:
         """The test in a sentence."""
+        if self.found is None:
+            return f"{self.policy} {self.metric}: no value now on {counted(self.failed)}"
         change = self.found.mean
         said = f"{number(abs(change))} {'worse' if change > 0 else 'better'}" if change else "equal"
         bounds = (self.found.lower, self.found.upper)
@@ -92,14 +106,14 @@ class Checked:
 
     def _advice(self, same: Sequence[Judgement]) -> str:
         """What the numbers rest on, and what would help."""
-        prompts = {test.found.n for test in same}
+        prompts = {test.prompts for test in same}
         said = f"Over {counted(min(prompts))}" + (" or more" if len(prompts) > 1 else "")
         if self.code != THIN:
             return f"{said}, paired with the baseline's"
         needed = [test.needed for test in same]
         if None in needed:
             return f"{said}: at its margin, no number of prompts settles it; change the margin"
-        more = max(test.needed - test.found.n for test in same)
+        more = max(test.needed - test.prompts for test in same)
         return f"{said}: about {counted(more)} more would settle it, if they are like these"
 
 
@@ -114,7 +128,8 @@ def check(
 
     A test passes where the mean loss is within the margin with the confidence ``level``, fails
     where it is beyond it with that confidence, and is unclear otherwise. All have to pass, so no
-    correction for their number is needed (an intersection-union test).
+    correction for their number is needed (an intersection-union test). The reference is not judged
+    by metrics that compare with it.
 
     Args:
         run: A run directory, or its ``summary.json``.
@@ -124,7 +139,8 @@ def check(
         level: Confidence of a verdict.
 
     Raises:
-        ValueError: No common policies or prompts, another recipe, or a metric without values.
+        ValueError: No common policies or prompts, another recipe or reference, a metric without
+            values, or a margin that means nothing.
     """
     new, old = read_summary(run), read_summary(baseline)
     names = common(new, old, policies)
@@ -132,20 +148,20 @@ def check(
     if margins is None:
         able = [m for m in first if any(values(new, old, name, m) for name in names)]
         margins = default_margins(able)
-    tests = [
-        judge(new, old, name, metric, margin, level)
-        for name in names
-        for metric, margin in margins.items()
-    ]
+    asked = [(name, metric) for name in names for metric in margins]
+    able = [one for one in asked if not is_reference(new, *one) or values(new, old, *one)]
+    tests = [judge(new, old, *one, margins[one[1]], level) for one in able or asked]
     order = {"worse": 0, "unclear": 1, "not worse": 2}
-    tests.sort(key=lambda test: (order[test.verdict], -nearness(test.found)))
-    keys = [set(s["policies"][names[0]]["clips"]) for s in (old, new)]
-    return Checked(tuple(tests), len(keys[0] - keys[1]), level)
+    tests.sort(key=lambda test: (order[test.verdict], -test.nearness))
+    clips = [[set(s["policies"][name]["clips"]) for name in names] for s in (old, new)]
+    lacking = set().union(*(there - here for there, here in zip(*clips, strict=True)))
+    return Checked(tuple(tests), len(lacking), level)
 
 
-def nearness(found: NonInferiority) -> float:
-    """The mean loss ÷ the margin."""
-    return found.mean / found.margin if found.margin else found.mean
+def is_reference(summary: dict[str, Any], policy: str, metric: str) -> bool:
+    """Whether a metric would compare this policy with itself."""
+    fact = summary["policies"][policy]["metrics"].get(metric, {"against_reference": False})
+    return policy == summary["reference"] and fact["against_reference"]
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -158,11 +174,12 @@ def read_summary(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_bytes())
         clips = [policy["clips"] for policy in found["policies"].values()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} is no summary that a run can be checked against "
             f"({type(error).__name__}: {error}). Give a directory or summary.json of `lightning-kv "
-            "evaluate` or `compare`; `lightning-kv report RUN` writes that of an older run again."
+            "evaluate` or `compare`. Either command, given again, writes it anew and measures "
+            "nothing twice."
         ) from error
     if not any(clips):
         raise ValueError(f"{file} holds no values: nothing of that run is measured. Finish it.")
@@ -193,11 +210,11 @@ def common(new: dict[str, Any], old: dict[str, Any], asked: Sequence[str] | None
 
 def values(
     new: dict[str, Any], old: dict[str, Any], policy: str, metric: str
-) -> list[tuple[float, float]]:
-    """Values of the run and of the baseline on each prompt that both measured."""
+) -> list[tuple[float | None, float]]:
+    """Values of the run and of the baseline on each prompt of both where the baseline has one."""
     own, base = (summary["policies"][policy]["clips"] for summary in (new, old))
     pairs = ((own[key].get(metric), base[key].get(metric)) for key in sorted(own.keys() & base))
-    return [(a, b) for a, b in pairs if a is not None and b is not None]
+    return [(a, b) for a, b in pairs if b is not None]
 
 
 def judge(
@@ -211,20 +228,11 @@ def judge(
     """One test.
 
     Raises:
-        ValueError: The metric is missing, has no values by prompt, or is another recipe there.
+        ValueError: The metric is missing, has no values by prompt, is another recipe there or
+            compares with another reference; or the margin means nothing.
     """
-    here, there = (s["policies"][policy]["metrics"].get(metric) for s in (new, old))
-    if here is None or there is None:
-        known = [name for name in new["policies"][policy]["metrics"] if there is None or name]
-        raise ValueError(
-            f"The margin {metric}={margin:g} names a metric that not both have. The run has "
-            f"{', '.join(known)}; the baseline has {', '.join(old['policies'][policy]['metrics'])}."
-        )
-    if here["recipe"] != there["recipe"]:
-        raise ValueError(
-            f"{metric} was computed in another way: {here['recipe']!r} in the run, "
-            f"{there['recipe']!r} in the baseline. Evaluate the baseline again."
-        )
+    here, there = same_metric(new, old, policy, metric)
+    check_margin(metric, margin, here)
     pairs = values(new, old, policy, metric)
     if not pairs:
         raise ValueError(
@@ -233,17 +241,50 @@ def judge(
             "prompts. (Distances between sets have no value by prompt.)"
         )
     sign = -1.0 if here["higher_is_better"] else 1.0
-    losses = [sign * (a - b) for a, b in pairs]
+    losses = [sign * (a - b) for a, b in pairs if a is not None]
     found = non_inferiority(losses, margin, level)
-    needed = None
-    if found.verdict == "unclear":
-        worse = found.mean > margin
-        needed = prompts_needed(
-            [-x for x in losses] if worse else losses, -margin if worse else margin, level=level
+    failed = len(pairs) - len(losses)
+    verdict = "worse" if failed else found.verdict
+    needed = more_prompts(losses, margin, level) if verdict == "unclear" else None
+    return Judgement(policy, metric, verdict, found, needed, failed)
+
+
+def more_prompts(losses: list[float], margin: float, level: float) -> int | None:
+    """Prompts in all that would settle a test that is unclear; None where no number would."""
+    if math.fsum(losses) / len(losses) > margin:  # then it has to be shown that it is worse
+        losses, margin = [-loss for loss in losses], -margin
+    # One prompt has no spread; the planned test and the bootstrap differ by a prompt or two.
+    needed = prompts_needed(losses if len(losses) > 1 else 2 * losses, margin, level=level)
+    return None if needed is None else max(needed, len(losses) + 1)
+
+
+def same_metric(
+    new: dict[str, Any], old: dict[str, Any], policy: str, metric: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What both summaries say about a metric of a policy.
+
+    Raises:
+        ValueError: One says nothing, or it is not the same metric.
+    """
+    own, base = (summary["policies"][policy]["metrics"] for summary in (new, old))
+    if metric not in own or metric not in base:
+        both = [name for name in own if name in base]
+        near = get_close_matches(metric, both, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"A margin is given for {metric!r}, which not both have.{hint} Both have "
+            f"{', '.join(both)}."
         )
-    own, base = (summary["policies"][policy]["clips"] for summary in (new, old))
-    failed = sum(
-        base[key].get(metric) is not None and own[key].get(metric) is None
-        for key in own.keys() & base.keys()
-    )
-    return Judgement(policy, metric, found, needed, failed)
+    here, there = own[metric], base[metric]
+    if here["recipe"] != there["recipe"]:
+        raise ValueError(
+            f"{metric} was computed in another way: {here['recipe']!r} in the run, "
+            f"{there['recipe']!r} in the baseline. Evaluate the baseline again."
+        )
+    if here["against_reference"] and new["reference"] != old["reference"]:
+        raise ValueError(
+            f"{metric} compares with {new['reference']!r} in the run and with "
+            f"{old['reference']!r} in the baseline. Evaluate one of them with the other's "
+            "--reference, or judge by a metric that compares with none."
+        )
+    return here, there

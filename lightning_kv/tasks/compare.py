@@ -19,7 +19,13 @@ from lightning_kv.metrics.backbones.weights import checksum
 from lightning_kv.metrics.base import BLOCK, Block, read_clip
 from lightning_kv.metrics.windows import Windows, passing
 from lightning_kv.report.records import RunDirectory, fingerprint
-from lightning_kv.tasks.featured import policy_folder, read_real, write_features
+from lightning_kv.tasks.featured import (
+    featured,
+    policy_folder,
+    read_real,
+    real_videos,
+    write_features,
+)
 from lightning_kv.tasks.film import GAIN, Rows, film, filmed
 from lightning_kv.tasks.launch import resolved
 from lightning_kv.tasks.options import CompareOptions
@@ -66,28 +72,30 @@ def compare(options: CompareOptions) -> Compared:
         ValueError: Anything that does not fit, before anything is written.
         VideoError: A video cannot be read or compared, where ``strict``.
     """
+    check_counts(options)
     torch.set_num_threads(options.threads)
     alignment = Alignment(options.length, options.size, options.fps)
     videos = find_videos(options)
     known = {"pixels", "fps"} | (set() if options.unpaired else {"reference_pixels"})
     if all(clip.prompt for clip in videos.clips):
         known.add("prompt")
-    suite = Suite(options.metrics or usual(options), known, options.accept_license)
+    metrics = usual(options) if options.metrics is None else options.metrics
+    suite = Suite(metrics, known, options.accept_license)
+    real = real_videos(options.real, suite)
     device = "cuda" if resolved(options.accelerator) == "gpu" else "cpu"
     infos = {path: probed(path, options.strict) for path in paths_of(videos)}
-    described = describe(options, videos, suite, alignment, device)
+    described = describe(videos, suite, alignment, infos, real, device)
     run = RunDirectory(options.out)
     run.open(fingerprint(described), described, about(options, videos, suite, infos, device))
     job = _Job(run, suite, alignment, infos, options.strict, device)
-    done = {(record["policy"], record["key"]) for record in run.records()}
+    read_real(run, real, job.encoders)
+    done = job.finished()
     seen = set(sorted({clip.key for clip in videos.clips})[: options.videos])
     with FrameProgress(job.frames(videos, done)) as job.progress:
         for clip in videos.clips:
             job.clip(clip, videos, done)
             if clip.key in seen:
                 film_clip(run, clip, videos, infos, alignment)
-        if options.real is not None:
-            read_real(run, options.real, job.encoders)
     skipped = [
         f"{record['policy']} {record['key']}: {record['failure']}"
         for record in run.records()
@@ -116,6 +124,16 @@ class _Job:
         }
         self.encoders = {name: each.to(device) for name, each in suite.encoders().items()}
 
+    def finished(self) -> set[tuple[str, str]]:
+        """What an earlier call has left nothing to do for, by name and key."""
+        return {
+            (record["policy"], record["key"])
+            for record in self.run.records()
+            if record["failure"]
+            or not self.encoders
+            or featured(policy_folder(self.run, record["policy"]), record["key"])
+        }
+
     def frames(self, videos: Videos, done: set[tuple[str, str]]) -> int:
         """Frames that are left to read."""
         return sum(
@@ -139,7 +157,7 @@ class _Job:
         empty = {"metrics": dict.fromkeys(self.metrics), "curves": {}}
         try:
             found = self._read(name, clip, path, reference)
-        except VideoError as error:
+        except ValueError as error:  # of the file, or of a metric that cannot judge it
             if self.strict:
                 raise
             log.warning("Skipped: %s", error)
@@ -242,25 +260,46 @@ def film_clip(
         log.warning("No moving picture of %s: %s", clip.key, error)
 
 
+def check_counts(options: CompareOptions) -> None:
+    """Refuse numbers that count nothing.
+
+    Raises:
+        ValueError: No threads, or fewer than no videos.
+    """
+    if options.threads < 1 or options.videos < 0:
+        raise ValueError(
+            f"--threads {options.threads} and --videos {options.videos} cannot be. Use 1 thread or "
+            "more, and 0 moving pictures or more."
+        )
+
+
 def usual(options: CompareOptions) -> list[str]:
     """Metrics where nobody says: all that tell two videos apart and need no weights."""
-    alone = ["temporal_flicker", "frame_change", "sharpness", "brightness", "colourfulness"]
-    return alone if options.unpaired else ["psnr", "ssim", "ms_ssim", *alone]
+    alone = ["temporal_flicker", "sharpness", "brightness", "colourfulness"]
+    return alone if options.unpaired else ["psnr", "ssim", *alone]
 
 
 def describe(
-    options: CompareOptions, videos: Videos, suite: Suite, alignment: Alignment, device: str
+    videos: Videos,
+    suite: Suite,
+    alignment: Alignment,
+    infos: Mapping[Path, VideoInfo | VideoError],
+    real: Mapping[str, Path],
+    device: str,
 ) -> dict[str, Any]:
-    """Everything the numbers depend on."""
+    """Everything the numbers depend on; of what cannot be read there is no checksum."""
     return {
         "files": {
-            name: {key: checksum(path) for key, path in own.items()}
+            name: {
+                key: checksum(path) if isinstance(infos[path], VideoInfo) else None
+                for key, path in own.items()
+            }
             for name, own in videos.files.items()
         },
         "reference": videos.reference,
         "alignment": alignment.recipe,
         "metrics": suite.recipes(),
-        "real": None if options.real is None else str(options.real),
+        "real": {key: checksum(path) for key, path in real.items()},
         "device": device,
         "versions": versions(),
     }

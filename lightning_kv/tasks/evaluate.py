@@ -30,7 +30,7 @@ from lightning_kv.report.video import Frames
 from lightning_kv.rollout import Rollout, rollout
 from lightning_kv.tasks.choices import chosen_policies
 from lightning_kv.tasks.clock import read_size
-from lightning_kv.tasks.featured import read_real
+from lightning_kv.tasks.featured import read_real, real_videos
 from lightning_kv.tasks.launch import is_first, launched
 from lightning_kv.tasks.options import EvaluateOptions, TrainerOptions
 from lightning_kv.tasks.overview import conclude
@@ -222,6 +222,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     trainer = trainer_for(settings)
     everyone = [reference, *policies.values()]
     suite = Suite(options.metrics, known(source, options), options.accept_license.split(","))
+    real = real_videos(options.real, suite)
     model = model_for(options, source, data, everyone, trainer.strategy.root_device)
     described = describe(options, policies, reference, model, data, suite, settings.accelerator)
     mark = fingerprint(described)
@@ -243,8 +244,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     trainer.strategy.barrier("records are written")
     if not trainer.is_global_zero:
         return {}
-    if options.real is not None:
-        read_real(run, options.real, suite.encoders())
+    read_real(run, real, suite.encoders())
     return conclude(run)
 
 

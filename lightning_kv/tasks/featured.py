@@ -1,13 +1,17 @@
 """Distances between sets of clips: features on disk, and what they come to.
 
 ``features/policies/POLICY/KEY.npz`` and ``features/real/KEY.npz`` hold, by the name of an encoder,
-float32 ``[windows, d]``: what it makes of the consecutive windows of a clip.
+float32 ``[windows, d]``: what it makes of the consecutive windows of a clip. How names become those
+of files says :func:`part_of_path`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
+import zipfile
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_kv.data.pairs import videos_in
 from lightning_kv.data.videos import SUFFIXES, read
 from lightning_kv.metrics.backbones import Backbone
 from lightning_kv.metrics.frechet_difference import delta_frechet
-from lightning_kv.metrics.suite import set_metric
+from lightning_kv.metrics.suite import Suite, set_metric
 from lightning_kv.metrics.windows import Windows
 from lightning_kv.report.records import RunDirectory, write_atomic
 
@@ -28,9 +33,19 @@ Rows = tuple[Tensor, list[str]]
 """Features ``[n, d]``, and the prompt key of each."""
 
 
+def part_of_path(name: str) -> str:
+    """The name of a policy or clip as part of a path; names that differ stay apart.
+
+    >>> part_of_path("top-attention@9f"), part_of_path("a/b")
+    ('top-attention@9f', 'a_b-c14cddc0')
+    """
+    plain = re.sub(r"^\.+|[^\w@.+-]+", "_", name)[:100]
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
 def policy_folder(run: RunDirectory, policy: str) -> Path:
     """Where the features of a policy are."""
-    return run.features / "policies" / re.sub(r"[^\w@.+-]+", "_", policy)
+    return run.features / "policies" / part_of_path(policy)
 
 
 def real_folder(run: RunDirectory) -> Path:
@@ -45,16 +60,20 @@ def write_features(folder: Path, key: str, features: Mapping[str, Tensor]) -> No
     folder.mkdir(parents=True, exist_ok=True)
     file = io.BytesIO()
     np.savez(file, **{name: each.numpy() for name, each in features.items()})
-    write_atomic(folder / f"{key.replace('/', '__')}.npz", file.getvalue())
+    write_atomic(_file(folder, key), file.getvalue())
 
 
 def featured(folder: Path, key: str) -> bool:
     """Whether the features of a clip are there."""
-    return (folder / f"{key.replace('/', '__')}.npz").is_file()
+    return _file(folder, key).is_file()
+
+
+def _file(folder: Path, key: str) -> Path:
+    return folder / f"{part_of_path(key)}.npz"
 
 
 def read_features(folder: Path, encoder: str) -> Rows:
-    """Features of all clips of a folder, in the order of their keys.
+    """Features of all clips of a folder, in the order of their files, whose names tell them apart.
 
     Raises:
         ValueError: A file is damaged.
@@ -64,7 +83,7 @@ def read_features(folder: Path, encoder: str) -> Rows:
         try:
             with np.load(path, allow_pickle=False) as file:
                 rows = torch.from_numpy(file[encoder])
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"{path} cannot be read as features of {encoder} ({type(error).__name__}: {error})."
                 " Remove it, and take the run up again."
@@ -74,19 +93,35 @@ def read_features(folder: Path, encoder: str) -> Rows:
     return (torch.cat(found) if found else torch.empty(0, 0)), keys
 
 
-def read_real(run: RunDirectory, folder: Path, encoders: Mapping[str, Backbone]) -> None:
+def real_videos(folder: Path | None, suite: Suite) -> dict[str, Path]:
+    """The videos of ``--real`` by their key; none without a folder.
+
+    Raises:
+        ValueError: There are none in the folder, two of one name, or no metric looks at them.
+    """
+    if folder is None:
+        return {}
+    if not any(choice.of_sets for choice in suite.choices.values()):
+        raise ValueError(
+            f"--real {folder} does nothing: no metric compares sets. Leave it out, or name one: "
+            "--metrics [fvd/i3d]."
+        )
+    if found := videos_in(folder):
+        return found
+    raise ValueError(
+        f"There are no videos in --real {folder}. Give a folder of {', '.join(SUFFIXES)} files."
+    )
+
+
+def read_real(
+    run: RunDirectory, videos: Mapping[str, Path], encoders: Mapping[str, Backbone]
+) -> None:
     """Show real videos to the encoders and keep what they say.
 
     Raises:
-        ValueError: There are no videos, or one cannot be read.
+        VideoError: One cannot be read.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise ValueError(
-            f"There are no videos in --real {folder}. Give a folder of {', '.join(SUFFIXES)} files."
-        )
-    for path in paths:
-        key = path.relative_to(folder).with_suffix("").as_posix()
+    for key, path in videos.items():
         if featured(real_folder(run), key):
             continue
         windows = {name: Windows(encoder) for name, encoder in encoders.items()}
@@ -155,6 +190,7 @@ def distance(
         for side, clips in ((False, features), (True, real)):
             metric.update_features(clips, real=side, ids=torch.arange(len(clips)))
         result = asdict(metric.report())
+        rival = None if base is None or "fvd" not in name else versus(own, base, real)
     except ValueError as error:
         return empty | {"status": f"no value: {error}", "paired": None}
     return {
@@ -165,22 +201,25 @@ def distance(
         "n_real": result["n_real"],
         "prompts": prompts,
         "status": result["status"],
-        "paired": None if base is None or "fvd" not in name else versus(own, base, real),
+        "paired": rival,
     }
 
 
 def versus(own: Rows, base: Rows, real: Tensor) -> dict[str, Any] | None:
-    """How much further from the real set than the reference, over the prompts that both have."""
-    common = sorted(set(own[1]) & set(base[1]))
-    order = {key: place for place, key in enumerate(common)}
-    first, second = (
-        torch.stack([row for row, key in zip(*rows, strict=True) if key in order])
-        for rows in (own, base)
-    )
-    ids = torch.tensor([order[key] for key in own[1] if key in order])
-    if first.shape != second.shape or len(common) < 2:
+    """How much further from the real set than the reference, over the prompts that both have.
+
+    Returns:
+        As :func:`lightning_kv.tasks.analysis.difference`; None for fewer than two prompts that have
+        as many windows in both.
+    """
+    first, second = Counter(own[1]), Counter(base[1])
+    common = sorted(key for key in first if first[key] == second[key])
+    if len(common) < 2:
         return None
-    found = delta_frechet(first, second, real, ids)
+    order = {key: place for place, key in enumerate(common)}
+    mine, theirs = ([key in order for key in keys] for _, keys in (own, base))
+    ids = torch.tensor([order[key] for key in own[1] if key in order])
+    found = delta_frechet(own[0][mine], base[0][theirs], real, ids)
     spread = None
     if found.standard_error is not None:
         arm = 1.96 * found.standard_error

@@ -142,11 +142,7 @@ def check_margins(margins: dict[str, float], facts: Facts, able: Sequence[str]) 
             near = get_close_matches(metric, facts, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"This run has no metric {metric!r}.{hint} {works(able)}")
-        if not 0 <= margin < math.inf:
-            raise ValueError(
-                f"The margin {metric}={margin:g} is no loss that could be allowed. It is how much "
-                "worse than the reference the metric may be. Give 0 or more, such as recall=0.02."
-            )
+        check_margin(metric, margin, facts[metric])
         if facts[metric]["against_reference"] and facts[metric]["identical"] is None:
             raise ValueError(
                 f"The margin {metric}={margin:g} means nothing: {metric} compares with the "
@@ -158,6 +154,24 @@ def check_margins(margins: dict[str, float], facts: Facts, able: Sequence[str]) 
                 f"The margin {metric}={margin:g} cannot be judged: no prompt has a value of "
                 f"{metric} under a policy and the reference. {works(able)}"
             )
+
+
+def check_margin(metric: str, margin: float, fact: dict[str, Any]) -> None:
+    """Refuse a margin that means nothing, whatever the values are.
+
+    Raises:
+        ValueError: It is below 0 or not finite, or the metric has no better and worse.
+    """
+    if not 0 <= margin < math.inf:
+        raise ValueError(
+            f"The margin {metric}={margin:g} is no loss that could be allowed. It is how much "
+            "worse the metric may be. Give 0 or more, such as recall=0.02."
+        )
+    if fact["higher_is_better"] is None:
+        raise ValueError(
+            f"The margin {metric}={margin:g} means nothing: neither more nor less of {metric} is "
+            "better. Give a margin of another metric, such as recall=0.02."
+        )
 
 
 def works(able: Sequence[str]) -> str:

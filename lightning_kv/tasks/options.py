@@ -42,8 +42,7 @@ class EvaluateOptions:
     """Roll out the reference and every policy from the same prompts and noise, and compare.
 
     Args:
-        policies: Names (full, top-attention@9f), YAML files, or parts in place: {name: mine,
-            retain: {part: window, budget: 6f}}.
+        policies: Names (full, top-attention@9f), YAML files, or parts in place.
         budgets: Such as 6f,9f,15f: a policy that has a budget and names none is run with each.
         reference: The policy that the others are compared with.
         model: panorama, a name of `lightning-kv list models`, NAME=FILE, or a file.
@@ -66,7 +65,7 @@ class EvaluateOptions:
         batch: Clips rolled out together.
         backend: Attention kernel, sdpa or reference.
         threads: CPU threads per process; can change the last digit of results.
-        videos: Prompts with moving pictures and pictures of what is kept.
+        videos: Prompts with moving pictures.
         fps: Frames per second of the moving pictures.
         trainer: Where it runs.
     """
@@ -135,7 +134,7 @@ class CompareOptions:
     accept_license: tuple[str, ...] = ()
     strict: bool = False
     videos: int = 3
-    threads: int = 2
+    threads: int = 1
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
 
 

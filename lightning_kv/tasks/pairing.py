@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_kv.data.pairs import Pairs, pair_csv, pair_folders, videos_in
+from lightning_kv.data.videos import SUFFIXES
 from lightning_kv.report.entries import run_names
 from lightning_kv.tasks.options import CompareOptions
 
@@ -113,10 +114,19 @@ def joined(reference: str, pairs: Mapping[str, Pairs]) -> Videos:
 
 
 def apart(names: Sequence[str], folders: Sequence[Path]) -> Videos:
-    """Folders without pairs: every video for itself, under a key that names its folder."""
+    """Folders without pairs: every video for itself, under a key that names its folder.
+
+    Raises:
+        ValueError: A folder has no videos.
+    """
     clips = []
     for name, folder in zip(names, folders, strict=True):
-        for key, path in sorted(videos_in(folder).items()):
+        found = videos_in(folder)
+        if not found:
+            raise ValueError(
+                f"There are no videos in {folder}. Give a folder of {', '.join(SUFFIXES)} files."
+            )
+        for key, path in sorted(found.items()):
             own = {} if name == names[0] else {name: path}
             first = path if name == names[0] else None
             clips.append(Clip(f"{name}/{key}", "", first, own))

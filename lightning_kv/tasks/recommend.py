@@ -105,9 +105,16 @@ def compared_clips(summary: dict[str, Any], records: Sequence[Record]) -> dict[s
     """Records by policy and key, where there is something to compare.
 
     Raises:
-        ValueError: Only the reference was run, or it is not measured yet.
+        ValueError: Only the reference was run, it is not measured yet, or nothing has a price.
     """
     reference = summary["reference"]
+    if summary["policies"][reference]["cost"]["kv_bytes_peak"] is None and any(
+        record["policy"] == reference for record in records
+    ):
+        raise ValueError(
+            "There is nothing to recommend: what these clips cost is not known, as they come from "
+            "video files. Read the report, or give a run of `lightning-kv evaluate`."
+        )
     if list(summary["policies"]) == [reference]:
         raise ValueError(
             f"There is nothing to recommend: only the reference {reference!r} was run. "

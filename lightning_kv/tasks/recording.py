@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -17,7 +16,13 @@ from lightning_kv.report.video import Frames
 from lightning_kv.rollout import Rollout
 from lightning_kv.tasks.clips import SUFFIX, write_clip
 from lightning_kv.tasks.decode import FOLDER
-from lightning_kv.tasks.featured import featured, policy_folder, real_folder, write_features
+from lightning_kv.tasks.featured import (
+    featured,
+    part_of_path,
+    policy_folder,
+    real_folder,
+    write_features,
+)
 from lightning_kv.tasks.film import Rows, film, filmed
 from lightning_kv.tasks.options import EvaluateOptions
 from lightning_kv.tasks.results import broken, cost, fitted, measure
@@ -177,7 +182,7 @@ def pixels_of(out: Rollout | None, index: int) -> Tensor | None:
 
 def latents_path(run: RunDirectory, policy: str, key: str) -> Path:
     """Where the latents of a clip are kept."""
-    return run.path / FOLDER / re.sub(r"[^\w@.+-]+", "_", policy) / f"{key}{SUFFIX}"
+    return run.path / FOLDER / part_of_path(policy) / f"{key}{SUFFIX}"
 
 
 def kept(run: RunDirectory, policies: Collection[str], key: str) -> bool:

@@ -237,7 +237,8 @@ def _check_licence(weights: Weights, accept: Collection[str]) -> None:
         raise WeightsUnavailable(
             f"The weights '{weights.name}' ({weights.project}) are not for commercial use: their "
             f"licence is {weights.licence}, and nobody has accepted it. If your use is allowed by "
-            f"it, set {ACCEPTED}={weights.licence} or pass accept={weights.licence!r}."
+            f"it, say --accept_license {weights.licence}, set {ACCEPTED}={weights.licence}, or pass "
+            f"accept={weights.licence!r}."
         )
 
 
