@@ -76,7 +76,7 @@ class Source:
 
     def sha256(self) -> str:
         """Of the file; of several, that of the lines ``HASH  NAME`` of ``sha256sum``, by name."""
-        hashes = [_sha256(file) for file in self.files]
+        hashes = [checksum(file) for file in self.files]
         if len(hashes) == 1:
             return hashes[0]
         lines = (f"{h}  {file.name}\n" for h, file in zip(hashes, self.files, strict=True))
@@ -219,9 +219,11 @@ def _damaged(path: Path, kind: str, error: Exception) -> ValueError:
     )
 
 
-def _sha256(path: Path) -> str:
+def checksum(*paths: Path) -> str:
+    """SHA-256 of a file, or of several one after the other, in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
     return digest.hexdigest()

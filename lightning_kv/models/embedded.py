@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lightning_kv.models.codec import PatchCodec, PhraseEncoder
+from lightning_kv.models.containers import checksum
 from lightning_kv.models.sizes import PRESETS
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
@@ -65,7 +65,7 @@ def load_embedded(path: Path, device: str | torch.device, precision: str) -> Vid
         ) from error
     network.cast(precision).eval().requires_grad_(False)
     source = {
-        "weights": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "weights": checksum(path),
         "precision": precision,
     }
     return VideoModel(network.to(device), codec.to(device), encoder.to(device), source)

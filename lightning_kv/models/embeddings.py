@@ -33,6 +33,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from lightning_kv.models.containers import checksum
+
 SCHEMA = 1
 INDEX = "embeddings.json"
 DTYPE = torch.bfloat16
@@ -65,7 +67,7 @@ class PromptBook(nn.Module):
         self.folder = Path(folder)
         index = _read_index(self.folder)
         self.encoder: str = index["fingerprint"]
-        self.fingerprint = _checksum(self.folder / INDEX)
+        self.fingerprint = checksum(self.folder / INDEX)
         self.length: int = index["length"]
         self.width: int = index["width"]
         self._files: dict[str, str] = {row["prompt"]: row["file"] for row in index["prompts"]}
@@ -91,7 +93,7 @@ class PromptBook(nn.Module):
         """
         for part in self._parts:
             path = self.folder / part["file"]
-            if _checksum(path) != part["sha256"]:
+            if checksum(path) != part["sha256"]:
                 raise _damaged(path, "has another checksum than the index says")
 
     def require(self, prompts: Sequence[str]) -> None:
@@ -272,7 +274,7 @@ def _write_index(folder: Path, fingerprint: str, length: int) -> None:
             "Write states of one encoder, and at least one."
         )
     files = [
-        {"file": p.path.name, "bytes": p.path.stat().st_size, "sha256": _checksum(p.path)}
+        {"file": p.path.name, "bytes": p.path.stat().st_size, "sha256": checksum(p.path)}
         for p in parts
     ]
     index = {
@@ -317,14 +319,6 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 def _name(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lightning_kv.models.containers import checksum
 from lightning_kv.models.text import wan_extra
 
 LIBRARY = "AutoencoderKLWan"
@@ -65,10 +65,8 @@ class WanVAE(nn.Module):
                 f"The VAE in {folder} lacks {len(missing)} tensors, such as {missing[0]}. "
                 "Copy the folder again."
             )
-        digest = hashlib.sha256()
-        for path in sorted(Path(folder).glob("*.safetensors")):
-            digest.update(path.read_bytes())
-        return cls(vae.to(device).eval().requires_grad_(False), digest.hexdigest())
+        mark = checksum(*sorted(Path(folder).glob("*.safetensors")))
+        return cls(vae.to(device).eval().requires_grad_(False), mark)
 
     @property
     def stride(self) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from lightning_kv.report.video import write_mp4
 
 FRAMES, CHUNK, LAYERS, HEADS = 12, 3, 2, 2
 METRICS = {
-    "psnr": MetricInfo("dB", True, "10 log10(1 / mse) < the better", "this is the reference"),
+    "psnr": MetricInfo("dB", True, "10 log10(1 / mse) < the better", "this is the reference", True),
     "recall": MetricInfo("share", True, "share of columns that come back"),
     "ruler_error": MetricInfo("latent^2", False, "mse of the ground row"),
 }
@@ -72,6 +72,7 @@ def make_run() -> Callable[..., PageRun]:
         prompts: list[str],
         pictured: int = 99,
         total: int | None = None,
+        differences: bool = False,
     ) -> PageRun:
         described = {"model": "panorama", "at": str(path)}
         mark, run = fingerprint(described), RunDirectory(path)
@@ -87,6 +88,8 @@ def make_run() -> Callable[..., PageRun]:
             if number < pictured:
                 grey = np.full((5, 16, 16, 3), 40 + 30 * number, np.uint8)
                 write_mp4(run.videos / f"{key}.mp4", grey, 8)
+                if differences:
+                    write_mp4(run.differences / f"{key}.mp4", grey + 100, 8)
                 traces = {name: window_trace(3 * i) for i, name in enumerate(recall)}
                 write_traces(run.traces / f"{key}.npz", traces)
         summary = summarise(
@@ -98,6 +101,8 @@ def make_run() -> Callable[..., PageRun]:
                 "prompts": total or len(prompts),
                 "frames": FRAMES,
                 "context_frames": 4,
+                "rate": 8.0,
+                "difference_gain": 4,
                 "seed": 7,
                 "device": "cpu",
                 "versions": {"torch": "9.9"},
@@ -110,3 +115,65 @@ def make_run() -> Callable[..., PageRun]:
         return PageRun(run, summary)
 
     return make
+
+
+@pytest.fixture
+def add_statistics() -> Callable[[PageRun], PageRun]:
+    """Puts statistics into a summary: every number can be told from every other."""
+
+    def add(run: PageRun) -> PageRun:
+        summary = run.summary
+        rivals = [name for name in summary["policies"] if name != "full"]
+        for number, name in enumerate(rivals, 1):
+            policy = summary["policies"][name]
+            sure = {"p": 0.001 * number, "p_holm": 0.02 * number, "d_z": -1.5, "n": 3}
+            policy["metrics"]["recall"]["paired"] = {
+                **{"difference": -0.125 * number, "ci95": [-0.5, -0.0625], "se": 0.01},
+                **sure,
+            }
+            ends = {"mean": 0.25 * number, "ci95": [0.125, 0.5], "n": 3}
+            slope = {"mean": -0.03125 * number, "ci95": None, "n": 3}
+            against = {"difference": 0.375, "ci95": [0.25, 0.75], "p": 0.03125, "p_holm": None}
+            policy["drift"] = {
+                "recall": {"start_end": ends, "slope": slope, "vde_late": ends, "paired": against}
+            }
+        front = {name: {"front": True, "p": 0.875} for name in rivals[:1]}
+        front |= {name: {"front": False, "p": 0.0625} for name in rivals[1:2]}
+        front |= {name: {"front": False, "p": 0.0} for name in rivals[2:]}
+        front["full"] = {"front": True, "p": 1.0}
+        summary["pareto"] = {"recall": {"kv_bytes_peak": front, "seconds_per_chunk_p50": front}}
+        summary["family"] = {"tests": len(rivals), "correction": "Holm", "level": 0.05}
+        return run
+
+    return add
+
+
+def a_metric(mean: float | None, better: bool | None = True, **more: object) -> dict:
+    """One metric of one policy, as a summary has it."""
+    return {
+        **{"mean": mean, "ci95": None, "n": 3, "unit": "", "higher_is_better": better},
+        **{"recipe": "how", "against_reference": False, "identical": None, "comparable": True},
+        **{"sets": False, "status": "ok", "paired": None},
+        **more,
+    }
+
+
+@pytest.fixture
+def add_metrics() -> Callable[[PageRun], PageRun]:
+    """Puts metrics of every kind into a summary, twenty and more in all."""
+
+    def add(run: PageRun) -> PageRun:
+        for number, policy in enumerate(run.summary["policies"].values()):
+            metrics = policy["metrics"]
+            metrics |= {f"quality_{i}": a_metric(0.5 + number / 8) for i in range(16)}
+            metrics["brightness"] = a_metric(0.25 + number / 8, None)
+            sets = {"sets": True, "n": 96, "n_real": 64, "se": 2.0, "against": "the real set"}
+            metrics["fvd/panorama-encoder"] = a_metric(
+                120.5 + number, False, null=88.25, comparable=False, **sets
+            )
+            metrics["fvd/i3d"] = a_metric(
+                None, False, sets=True, status="no value: unavailable: no <weights> here"
+            )
+        return run
+
+    return add

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_kv.report.charts import AXES, BYTES, READS, curves, tradeoff
+from lightning_kv.report.charts import AXES, BYTES, READS, tradeoff
+from lightning_kv.report.curves import curves
 from lightning_kv.report.entries import Entry, entries_of
 from lightning_kv.report.styles import styles
 

@@ -14,7 +14,7 @@ from lightning_kv.report.table import (
     cost_table,
     format_bytes,
     format_estimate,
-    quality_table,
+    quality_tables,
     render_tables,
 )
 
@@ -102,13 +102,13 @@ def test_all_figures_stand_in_their_row_within_120_columns() -> None:
 
 
 def test_arrows_and_units_are_in_the_header() -> None:
-    table = quality_table(a_summary())
+    table = quality_tables(a_summary())[0]
     assert column(table, "psnr ↑ (dB)")["full"] == ("100.0 ±2.0", False)
     assert column(table, "latent mse ↓ (latent\N{SUPERSCRIPT TWO})")["full"] == ("0", False)
 
 
 def test_the_best_rival_is_bold_and_the_reference_never() -> None:
-    quality, cost = quality_table(a_summary()), cost_table(a_summary())
+    quality, cost = quality_tables(a_summary())[0], cost_table(a_summary())
     for table, header, best in (
         (quality, "psnr ↑ (dB)", {"top-attention@9f"}),
         (quality, "ruler error ↓ (latent\N{SUPERSCRIPT TWO})", {"top-attention@9f"}),
@@ -149,7 +149,7 @@ def test_a_name_with_brackets_is_no_markup_and_a_long_one_goes_on() -> None:
 def test_clips_without_a_value_are_told() -> None:
     summary = a_summary()
     summary["policies"]["top-attention@9f"]["metrics"]["recall"]["n"] = 14
-    assert "recall: over 14 clips only (top-attention@9f)" in drawn(quality_table(summary))
+    assert "recall: over 14 clips only (top-attention@9f)" in drawn(render_tables(summary))
 
 
 sizes = st.floats(1e-9, 999.0)
