@@ -25,7 +25,8 @@ COMMANDS = [
     if line.strip()
 ]
 TOUR = [line for line in COMMANDS if "tiny-wan" in line]
-COMMANDS = [line for line in COMMANDS if line not in TOUR]
+MEASURES = [line for line in COMMANDS if "tour/" in line]
+COMMANDS = [line for line in COMMANDS if line not in (*TOUR, *MEASURES)]
 SMALLER = ["--prompts", "1", "--frames", "36", "--videos", "0", "--trainer.devices", "1"]
 READERS = ("recommend", "report", "inspect")
 
@@ -56,6 +57,32 @@ def test_evaluate_commands_run(line, tmp_path, monkeypatch, capsys):
     main([*words, *smaller, "--out", str(tmp_path / "run")])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert set(policies) <= set(summary["policies"])
+
+
+def test_the_measuring_tour_runs(tmp_path, monkeypatch, capsys):
+    """On five prompts and three policies; a run checked against itself passes."""
+    monkeypatch.chdir(tmp_path)
+    few = ["--prompts", "5", "--frames", "24", "--videos", "1", "--trainer.devices", "1"]
+    few += ["--policies", "[full,sliding-window@9f,top-attention@9f]"]
+    few += ["--data.shards", str(ROOT / "data/panorama-quick")]
+    done = []
+    for line in MEASURES:
+        words = [w.replace("configs/", f"{ROOT}/configs/") for w in shlex.split(line)[1:]]
+        done.append(words[0])
+        if words[0] == "check":
+            with pytest.raises(SystemExit) as stop:
+                main(words)
+            assert stop.value.code == 0
+            continue
+        main([*words, *few] if words[0] == "evaluate" else words)
+    assert done == ["evaluate", "check", "export", "compare"]
+    text = capsys.readouterr().out
+    assert "PASS" in text and "lightning-kv fetch alexnet" in text
+    found = json.loads((tmp_path / "tour/compared/summary.json").read_text())
+    assert list(found["policies"]) == ["full", "sliding-window@9f", "top-attention@9f"]
+    distance = found["policies"]["sliding-window@9f"]["metrics"]["fvd/panorama-encoder"]
+    assert distance["mean"] is not None and distance["n"] > 0
+    assert len(list((tmp_path / "tour/vbench/full").glob("*.mp4"))) == 5
 
 
 @pytest.fixture(scope="module")

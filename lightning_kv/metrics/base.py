@@ -275,15 +275,17 @@ def read_clip(
     """
     readers = {name: metric.reader(prompt, fps) for name, metric in metrics.items()}
     places = {name: metric.device for name, metric in metrics.items()}
-    found: dict[str, list[Tensor]] = {name: [] for name in readers}
+    # Numbers and not tensors: small tensors that stay, between large ones that go, split the free
+    # memory into pieces that fit no block, and the process grows with the clip.
+    found: dict[str, list[float]] = {name: [] for name in readers}
     for block in blocks:
         moved = {
             place: tuple(None if x is None else x.to(place) for x in block)
             for place in set(places.values())
         }
         for name, read in readers.items():
-            found[name].append(read(*moved[places[name]]).cpu())
-    return {name: torch.cat(values) for name, values in found.items()}
+            found[name] += read(*moved[places[name]]).tolist()
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
 
 
 def clip_value(curve: Tensor) -> float | None:

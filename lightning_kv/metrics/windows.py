@@ -37,7 +37,7 @@ class Windows:
         self.backbone, self.skip = backbone, skip
         self.length = backbone.clip_len or FRAMES
         self.held: list[Tensor] = []
-        self.found: list[Tensor] = []
+        self.found: list[list[float]] = []  # no tensors, which would split the free memory
 
     def add(self, pixels: Tensor) -> None:
         """Take in the next frames, ``[f, 3, H, W]`` in [0, 1]."""
@@ -46,14 +46,12 @@ class Windows:
         for frame in pixels[skipped:]:
             self.held.append(frame)
             if len(self.held) == self.length:
-                self.found.append(self._feature(torch.stack(self.held)))
+                self.found.append(self._feature(torch.stack(self.held)).tolist())
                 self.held = []
 
     def features(self) -> Tensor:
         """Float32 ``[windows, d]`` on the CPU; no rows where the clip is shorter than a window."""
-        if not self.found:
-            return torch.empty(0, self.backbone.num_features)
-        return torch.stack(self.found)
+        return torch.tensor(self.found).view(len(self.found), self.backbone.num_features)
 
     @torch.no_grad()
     def _feature(self, frames: Tensor) -> Tensor:
@@ -63,7 +61,7 @@ class Windows:
             found = self.backbone(frames).mean(0)
         else:
             found = self.backbone(frames.unsqueeze(0))[0]
-        return found.float().cpu()
+        return found.float()
 
 
 def passing(blocks: Iterable[Block], windows: Sequence[Windows]) -> Iterator[Block]:

@@ -144,6 +144,7 @@ def _panel(
     with figure(2.2 if title else 2.9) as (drawn, axes):
         axes.set_ylim(limits)
         axes.set_xlabel(says.along)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(says.up)
         for entry in references:
             line = lines[entry.label]

@@ -63,6 +63,7 @@ def number(text: str) -> str:
     ('3.1 \\times 10^{-5}', '26.1\\%', '4.31~\\mathrm{MiB}')
     """
     text = text.replace("%", r"\%")
+    text = re.sub(r"x$", r"\\times", text)
     text = re.sub(r"e(-?)0*(\d+)", r" \\times 10^{\1\2}", text)
     return re.sub(r" ?([A-Za-z]*i?B)$", r"~\\mathrm{\1}", text)
 

@@ -61,7 +61,8 @@ class Judgement:
         change = self.found.mean
         said = f"{number(abs(change))} {'worse' if change > 0 else 'better'}" if change else "equal"
         bounds = (self.found.lower, self.found.upper)
-        spread = "" if None in bounds else f" [{number(bounds[0])}, {number(bounds[1])}]"
+        low, high = (None if bound is None else bound + 0.0 for bound in bounds)  # no -0
+        spread = "" if low is None or low == high else f" [{number(low)}, {number(high)}]"
         lost = f", and {counted(self.failed)} without a value now" if self.failed else ""
         margin = number(self.found.margin)
         return f"{self.policy} {self.metric}: {said}{spread}, margin {margin}{lost}"

@@ -16,7 +16,7 @@ from lightning_kv.data.pairs import Alignment, read_pair
 from lightning_kv.data.videos import VideoError, VideoInfo, probe, read
 from lightning_kv.metrics import PixelMetric, Suite
 from lightning_kv.metrics.backbones.weights import checksum
-from lightning_kv.metrics.base import BLOCK, Block, read_clip
+from lightning_kv.metrics.base import Block, read_clip
 from lightning_kv.metrics.windows import Windows, passing
 from lightning_kv.report.records import RunDirectory, fingerprint
 from lightning_kv.tasks.featured import (
@@ -35,6 +35,7 @@ from lightning_kv.tasks.progress import FrameProgress
 from lightning_kv.tasks.results import fitted, versions
 from lightning_kv.tasks.verdict import FILES
 
+PIECE = 4  # frames read at a time: metrics make several float64 copies of them
 UNKNOWN = {  # what a rollout cost cannot be seen in its video
     "kv_bytes_peak": None,
     "kv_bytes_mean": None,
@@ -190,9 +191,9 @@ class _Job:
     def _blocks(self, info: VideoInfo, reference: Path | None) -> Iterator[Block]:
         """Frames of a video as floats, with those of its reference."""
         if reference is None:
-            yield from ((_floats(block), None) for block in read(info, BLOCK))
+            yield from ((_floats(block), None) for block in read(info, PIECE))
             return
-        for right, judged in read_pair(self._info(reference), info, self.alignment, BLOCK):
+        for right, judged in read_pair(self._info(reference), info, self.alignment, PIECE):
             yield _floats(judged), _floats(right)
 
     def _info(self, path: Path) -> VideoInfo:
@@ -244,7 +245,7 @@ def film_clip(
     total = min(info.frames for info in (reference, *able.values()))
 
     def rows() -> Iterator[Rows]:
-        pairs = [read_pair(reference, info, alignment, BLOCK) for info in able.values()]
+        pairs = [read_pair(reference, info, alignment, PIECE) for info in able.values()]
         for pieces in zip(*pairs, strict=False):
             least = min(len(right) for right, _ in pieces)
             shown = [pieces[0][0], *(judged for _, judged in pieces)]

@@ -73,18 +73,20 @@ def drifting(summary: dict[str, Any], name: str) -> Iterator[str]:
     for metric, found in policy["drift"].items():
         value = policy["metrics"][metric]
         ends = found.get("start_end")
-        if value["against_reference"] and ends and ends["ci95"]:
-            low, high = ends["ci95"]
-            if low <= 0 <= high:
+        if not value["against_reference"] or not ends or ends["mean"] is None:
+            continue
+        spread = "1 prompt"
+        if ends["ci95"]:
+            low, high = sorted(map(abs, ends["ci95"]))
+            if ends["ci95"][0] <= 0 <= ends["ci95"][1]:
                 continue
-            falls = ends["mean"] > 0
-            way = "falls" if falls else "rises"
-            yield (
-                f"{name}: {metric} {way} by {number(abs(ends['mean']))} from the first to the last "
-                f"15 % of the clips (95 % interval {number(min(abs(low), abs(high)))} to "
-                f"{number(max(abs(low), abs(high)))})."
-            )
-            return
+            spread = f"95 % interval {number(low)} to {number(high)}"
+        way = "falls" if ends["mean"] > 0 else "rises"
+        yield (
+            f"{name}: {metric} {way} by {number(abs(ends['mean']))} from the first to the last 15 % "
+            f"of the frames ({spread})."
+        )
+        return
 
 
 def estimate(value: dict[str, Any]) -> str:

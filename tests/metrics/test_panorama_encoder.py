@@ -156,3 +156,9 @@ def test_a_damaged_frame_is_less_like_itself(encoder, codec, kind):
 
 def rng(seed):
     return torch.Generator().manual_seed(seed)
+
+
+def test_enlarged_frames_are_the_same_frames(encoder):
+    frames = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    large = frames.repeat_interleave(10, -1).repeat_interleave(10, -2)
+    assert torch.allclose(encoder(large), encoder(frames), atol=1e-5)

@@ -126,10 +126,14 @@ def add_statistics() -> Callable[[PageRun], PageRun]:
         rivals = [name for name in summary["policies"] if name != "full"]
         for number, name in enumerate(rivals, 1):
             policy = summary["policies"][name]
-            sure = {"p": 0.001 * number, "p_holm": 0.02 * number, "d_z": -1.5, "n": 3}
             policy["metrics"]["recall"]["paired"] = {
-                **{"difference": -0.125 * number, "ci95": [-0.5, -0.0625], "se": 0.01},
-                **sure,
+                "difference": -0.125 * number,
+                "ci95": [-0.5, -0.0625],
+                "se": 0.01,
+                "p": 0.001 * number,
+                "p_holm": 0.02 * number,
+                "d_z": -1.5,
+                "n": 3,
             }
             ends = {"mean": 0.25 * number, "ci95": [0.125, 0.5], "n": 3}
             slope = {"mean": -0.03125 * number, "ci95": None, "n": 3}
@@ -150,12 +154,9 @@ def add_statistics() -> Callable[[PageRun], PageRun]:
 
 def a_metric(mean: float | None, better: bool | None = True, **more: object) -> dict:
     """One metric of one policy, as a summary has it."""
-    return {
-        **{"mean": mean, "ci95": None, "n": 3, "unit": "", "higher_is_better": better},
-        **{"recipe": "how", "against_reference": False, "identical": None, "comparable": True},
-        **{"sets": False, "status": "ok", "paired": None},
-        **more,
-    }
+    plain = {"mean": mean, "ci95": None, "n": 3, "unit": "", "higher_is_better": better}
+    plain |= {"recipe": "how", "against_reference": False, "identical": None, "comparable": True}
+    return plain | {"sets": False, "status": "ok", "paired": None} | more
 
 
 @pytest.fixture

@@ -115,8 +115,9 @@ def browser(folder: Path) -> Iterator[Tab]:
 
 
 @pytest.fixture
-def page(tmp_path: Path, make_run) -> Path:
-    run = make_run(tmp_path / "run", RECALL, ["first", "second", "third"])
+def page(tmp_path: Path, make_run, add_statistics, add_metrics) -> Path:
+    run = make_run(tmp_path / "run", RECALL, ["first", "second", "third"], differences=True)
+    add_metrics(add_statistics(run))
     write_page(run.directory.report, [run], ["Run window@6f."])
     return run.directory.report
 
@@ -126,6 +127,7 @@ def test_a_browser_shows_it_without_complaint(tmp_path: Path, page: Path, width:
     with browser(tmp_path / "profile") as tab:
         tab.open(page, width)
         assert tab.run("innerWidth") == width
+        tab.run("for (const fold of document.querySelectorAll('details')) fold.open = true")
         assert tab.run("document.documentElement.scrollWidth") == width, "nothing sticks out"
         assert tab.run(MOVING) == [[16, True]] * 3, "three pictures move"
         assert tab.run("[...document.images].every((image) => image.naturalWidth)")
@@ -143,7 +145,8 @@ def test_heads_sort_tabs_choose_and_the_legend_fades(tmp_path: Path, page: Path)
     with browser(tmp_path / "profile") as tab:
         tab.open(page, 1400)
         rows = (
-            "[...document.querySelectorAll('table.results tbody th')].map((e) => e.dataset.value)"
+            "[...document.querySelector('table.results').querySelectorAll('tbody th')]"
+            ".map((e) => e.dataset.value)"
         )
         click = "document.querySelectorAll('table.results thead button')[{}].click()"
         assert tab.run(rows) == ["full", "window@3f", "window@6f"]
@@ -167,3 +170,89 @@ def test_heads_sort_tabs_choose_and_the_legend_fades(tmp_path: Path, page: Path)
         assert [tab.run(chip + ";" + faded), tab.run(kept)] == [True, True]
         assert tab.run(chip + ";" + faded) is False
         assert tab.complaints() == []
+
+
+def test_a_film_turns_into_its_differences_at_the_same_moment(tmp_path: Path, page: Path) -> None:
+    script = """(async () => {
+      const video = document.querySelector("video");
+      const [pictures, difference] = document.querySelectorAll(".switch button");
+      const loaded = () => new Promise((done) => {
+        video.addEventListener("seeked", done, {once: true});
+      });
+      const seen = () => {
+        const canvas = document.createElement("canvas");
+        [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
+        const context = canvas.getContext("2d");
+        context.drawImage(video, 0, 0);
+        return context.getImageData(8, 8, 1, 1).data[0];
+      };
+      video.autoplay = false;
+      video.pause();
+      const at = loaded();
+      video.currentTime = 0.4;
+      await at;
+      const found = [[video.currentTime, seen(), difference.getAttribute("aria-pressed")]];
+      for (const button of [difference, pictures]) {
+        const there = loaded();
+        button.click();
+        await there;
+        found.push([video.currentTime, seen(), difference.getAttribute("aria-pressed")]);
+      }
+      return [...found, video.paused];
+    })()"""
+    with browser(tmp_path / "profile") as tab:
+        tab.open(page, 1400)
+        *found, paused = tab.run(script)
+        assert [time for time, _, _ in found] == pytest.approx([0.4] * 3)
+        grey, difference, back = (level for _, level, _ in found)
+        assert difference - grey == pytest.approx(100, abs=8), "the other film is 100 brighter"
+        assert back == grey
+        assert [pressed for _, _, pressed in found] == ["false", "true", "false"]
+        assert paused, "what stands still goes on standing still"
+        assert tab.complaints() == []
+
+
+def test_folds_open_and_their_tables_sort(tmp_path: Path, page: Path) -> None:
+    with browser(tmp_path / "profile") as tab:
+        tab.open(page, 1400)
+        for fold, tables in (("#more", 2), ("#differences", 1)):
+            shown = (
+                f"[...document.querySelectorAll('{fold} table')].map((e) => e.checkVisibility())"
+            )
+            assert tab.run(shown) == [False] * tables
+            tab.run(f"document.querySelector('{fold} summary').click()")
+            assert tab.run(shown) == [True] * tables
+        rows = "[...document.querySelectorAll('#differences tbody th')].map((e) => e.dataset.value)"
+        head = "[...document.querySelectorAll('#differences thead button')]"
+        press = head + ".find((e) => e.textContent == '{}').click()"
+        assert tab.run(rows) == ["window@3f", "window@6f"]
+        tab.run(press.format("difference"))
+        assert tab.run(rows) == ["window@3f", "window@6f"], "-0.125 is more than -0.25"
+        tab.run(press.format("difference"))
+        assert tab.run(rows) == ["window@6f", "window@3f"]
+        tab.run(press.format("p corrected"))
+        assert tab.run(rows) == ["window@3f", "window@6f"]
+        assert tab.complaints() == []
+
+
+def test_paper_shows_everything_and_cuts_nothing(tmp_path: Path, page: Path) -> None:
+    with browser(tmp_path / "profile") as tab:
+        dark = {"name": "prefers-color-scheme", "value": "dark"}
+        tab.call("Emulation.setEmulatedMedia", media="print", features=[dark])
+        tab.open(page, 1040)  # a landscape page of A4 without its margins
+        tab.run(
+            "addEventListener('beforeprint', () => { window.unfolded = "
+            "[...document.querySelectorAll('details')].every((fold) => fold.open); })"
+        )
+        assert tab.call("Page.printToPDF", preferCSSPageSize=True)["data"].startswith("JVBERi0")
+        assert tab.run("window.unfolded"), "while a page is printed its folds are open"
+        assert tab.run("document.querySelectorAll('details:not([open])').length") > 0
+        tab.run("dispatchEvent(new Event('beforeprint'))")
+        assert tab.run("document.documentElement.scrollWidth") <= 1040, "no table is cut"
+        wide = "[...document.querySelectorAll('.scroll, details > div:not(.strips)')]"
+        assert tab.run(wide + ".every((e) => e.scrollWidth <= e.clientWidth)")
+        assert tab.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        gone = "[...document.querySelectorAll('nav, .tabs, .switch')].every((e) => !e.offsetHeight)"
+        assert tab.run(gone), "nothing that only a pointer can use"
+        tabs = "[...document.querySelectorAll('.tab')].every((e) => e.offsetHeight > 0)"
+        assert tab.run(tabs), "charts of all metrics"

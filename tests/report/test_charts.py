@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_kv.report.charts import AXES, BYTES, READS, tradeoff
-from lightning_kv.report.curves import curves
+from lightning_kv.report.curves import chunk_curves, curves
 from lightning_kv.report.entries import Entry, entries_of
 from lightning_kv.report.styles import styles
 
@@ -56,16 +56,54 @@ def test_points_stand_where_their_numbers_say(entries: list[Entry]) -> None:
         "w@9f: recall 0.6 [0.5, 0.7], 3.91 KiB",
         "top: recall 0.95 [0.9, 1], 7.81 KiB",
         f"{WILD}: recall 0.4 [0.4, 0.4], 15.6 KiB",
+        "full: recall 1 [1, 1], 0.98 KiB",
     }
     xs = [x for x, _ in points.values()]
     steps = [b - a for a, b in zip(sorted(xs), sorted(xs)[1:], strict=False)]
-    assert steps == pytest.approx([steps[0]] * 3, rel=1e-3), "each has twice the bytes: a log axis"
+    assert steps == pytest.approx([steps[0]] * 4, rel=1e-3), "each has twice the bytes: a log axis"
     heights = {name.split(":")[0]: y for name, (_, y) in points.items()}
     scale = (heights["w@6f"] - heights["w@9f"]) / 0.4
     assert heights["w@9f"] - heights["top"] == pytest.approx(0.35 * scale, rel=1e-3)
     linear = marks(parsed(tradeoff(entries, "recall", READS).svg))
     xs = sorted(x for x, _ in linear.values())
+    assert len(xs) == 5
     assert xs[1] - xs[0] == pytest.approx(xs[3] - xs[2], rel=1e-2)
+
+
+def path_of(root: ET.Element, start: str) -> list[tuple[float, float]]:
+    """Corners of the line whose id starts so."""
+    for group in root.iter(f"{SVG}g"):
+        if group.get("id", "").startswith(start):
+            numbers = re.findall(r"-?[\d.]+", group.find(f"{SVG}path").get("d"))
+            pairs = list(map(float, numbers))
+            return list(zip(pairs[::2], pairs[1::2], strict=True))
+    return []
+
+
+def test_the_front_is_a_staircase_through_its_points(tmp_path: Path, make_run) -> None:
+    recall = {"full": [1.0, 1.0], "w@6f": [0.2, 0.4], "w@9f": [0.6, 0.6], "off": [0.1, 0.1]}
+    run = make_run(tmp_path, recall, ["p", "q"])
+    costs = {"w@6f": 1000, "off": 1500, "w@9f": 2000, "full": 3000}
+    for name, cost in costs.items():
+        run.summary["policies"][name]["cost"]["kv_bytes_peak"] = cost
+    found = {name: {"front": name != "off", "p": 0.25 if name == "off" else 0.75} for name in costs}
+    run.summary["pareto"] = {"recall": {"kv_bytes_peak": found}}
+    entries = entries_of([run])
+    chart = parsed(tradeoff(entries, "recall", BYTES).svg)
+    points = {says.split(":")[0]: place for says, place in marks(chart).items()}
+    (ax, ay), (bx, by), (cx, cy) = (points[name] for name in ("w@6f", "w@9f", "full"))
+    corners = path_of(chart, "front-0")
+    steps = [(ax, ay), (bx, ay), (bx, by), (cx, by), (cx, cy)]
+    assert corners[:5] == [pytest.approx(step, abs=1e-3) for step in steps]
+    assert corners[5][0] > cx, "it goes on to the edge"
+    assert corners[5][1] == pytest.approx(cy, abs=1e-3)
+    says = {says.split(":")[0]: says for says in marks(chart)}
+    assert says["off"].endswith(", off the front, P(on it) = 0.25")
+    assert says["full"].endswith(", on the front, P(on it) = 0.75")
+    assert path_of(parsed(tradeoff(entries, "recall", READS).svg), "front-") == []
+    for entry in entries:
+        entry.result["metrics"]["recall"]["higher_is_better"] = None
+    assert path_of(parsed(tradeoff(entries, "recall", BYTES).svg), "front-") == []
 
 
 def test_texts_are_shown_as_they_are(entries: list[Entry]) -> None:
@@ -134,6 +172,31 @@ def test_curves_follow_their_means(entries: list[Entry]) -> None:
     assert x1 - x0 == pytest.approx(x2 - x1, rel=1e-3)
     # The means are 0.6, 0.3 and 0.2; y runs down.
     assert y1 - y0 == pytest.approx(3 * (y2 - y1), rel=1e-3)
+
+
+def test_seconds_stand_above_the_frames(tmp_path: Path, make_run) -> None:
+    run = make_run(tmp_path, {"full": [1.0], "w": [0.5]}, ["p"])
+    run.summary["run"]["rate"] = 2.0
+    (chart,) = curves(entries_of([run]), "recall", along="frame")
+    texts = [text.text for text in parsed(chart.svg).iter(f"{SVG}text")]
+    assert {"seconds", "frame"} <= set(texts)
+    assert "5" in texts, "frame 10 is at 5 seconds"
+    run.summary["run"]["rate"] = None
+    (chart,) = curves(entries_of([run]), "recall")
+    assert "seconds" not in chart.svg
+
+
+def test_the_time_of_chunks_starts_at_nothing_and_counts_from_one(entries: list[Entry]) -> None:
+    times = {"full": [0.01, 0.02], "w@6f": [0.01, 0.03], "w@9f": [0.02, None], "top": []}
+    (chart,) = chunk_curves(entries, times)
+    assert [label for label, _ in chart.lines] == ["w@6f", "w@9f"]
+    root = parsed(chart.svg)
+    (x0, y0), (x1, y1) = line_of(root, "w@6f")
+    texts = [text.text for text in root.iter(f"{SVG}text")]
+    assert {"0", "30", "1", "2"} <= set(texts)
+    assert x1 > x0
+    floor = max(y for _, y in path_of(root, "patch_2"))
+    assert (floor - y0) == pytest.approx((floor - y1) / 3, rel=1e-3), "10 ms is a third of 30"
 
 
 def test_many_policies_get_a_panel_per_family_with_equal_axes(tmp_path: Path, make_run) -> None:

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from lightning_kv.report.entries import (
     entries_of,
     families,
+    headline,
     main_metric,
     main_metrics,
     run_names,
+    with_values,
+    without_values,
 )
 from lightning_kv.report.prompts import extremes, finished, median, ranked
 
@@ -76,6 +79,31 @@ def test_the_main_metric_is_recall_then_psnr_then_any(tmp_path, make_run) -> Non
     for policy in lost.summary["policies"].values():
         policy["metrics"]["ruler_error"]["mean"] = None
     assert (main_metrics(entries_of([lost])), main_metric(entries_of([lost]))) == ([], None)
+
+
+def test_neutral_metrics_and_those_of_sets_rank_nothing(tmp_path, make_run, add_metrics) -> None:
+    run = add_metrics(make_run(tmp_path, {"full": [None], "a": [None]}, ["x"]))
+    entries = entries_of([run])
+    assert (main_metrics(entries), main_metric(entries)) == (["psnr"], "psnr")
+    assert headline(entries) == ["psnr", "fvd/panorama-encoder"]
+    assert without_values(entries) == {
+        "recall": "no clip gave one",
+        "fvd/i3d": "unavailable: no <weights> here",
+    }
+    for policy in run.summary["policies"].values():
+        for name in ("psnr", "ruler_error", *(f"quality_{i}" for i in range(16))):
+            policy["metrics"][name]["mean"] = None
+    assert main_metrics(entries) == ["brightness"]
+    assert main_metric(entries) is None
+    assert with_values(entries) == ["brightness", "fvd/panorama-encoder"]
+
+
+def test_where_only_fidelity_is_known_all_of_it_is_main(tmp_path, make_run) -> None:
+    run = make_run(tmp_path, {"full": [None], "a": [None]}, ["x"])
+    for policy in run.summary["policies"].values():
+        for name in ("ssim", "lpips/alex", "psnr_pooled"):
+            policy["metrics"][name] = dict(policy["metrics"]["psnr"])
+    assert main_metrics(entries_of([run])) == ["psnr", "ssim", "lpips/alex"]
 
 
 def test_prompts_are_ranked_by_the_mean_over_the_policies(tmp_path, make_run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -66,9 +67,10 @@ def results(page: Page) -> dict[str, list[str]]:
     rows: dict[str, list[str]] = {}
     for tag, attrs in page.tags:
         if tag == "th" and attrs.get("scope") == "row":
-            own = rows.setdefault(attrs["data-value"], [])
-        elif tag == "td":
+            own = rows.setdefault(attrs.get("data-value", ""), [])
+        elif tag == "td" and "data-value" in attrs:
             own.append(attrs["data-value"])
+    rows.pop("", None)  # tables that cannot be sorted
     return rows
 
 
@@ -116,14 +118,15 @@ def test_the_table_holds_the_numbers_of_the_summary(tmp_path: Path, run: PageRun
         assert shown == expected
     text = page.text("table", "tbody")
     assert "0.500 0.250 … 0.750" in text, "mean and interval of window@3f"
-    assert text.count("reference") == 1
+    assert text.count("full reference") == 2, "quality and cost, and where time and bytes go"
 
 
 def test_the_best_of_a_column_is_marked_and_the_reference_is_not(tmp_path, run: PageRun) -> None:
     page = written(tmp_path / "report.html", [run])
     cells = [attrs for tag, attrs in page.tags if tag == "td"]
+    cells = [attrs for attrs in cells if "data-value" in attrs]
     columns = len(cells) // len(RECALL)
-    best = [index for index, attrs in enumerate(cells) if attrs.get("class") == "best"]
+    best = [index for index, attrs in enumerate(cells) if "best" in attrs["class"]]
     assert best == [2 * columns], "recall of window@6f; in the other columns all are equal"
 
 
@@ -217,7 +220,7 @@ def test_several_runs_share_the_table(tmp_path: Path, make_run, run: PageRun) ->
     names = ["my run/full", *list(RECALL)[1:], "other/full", "top"]
     assert list(results(page)) == names
     assert page.text("h1") == "my run, other"
-    assert page.text("table").count("reference") == 2
+    assert page.text("table").count("full reference") == 2 * 2
     assert len(page.all("video")) == 4
     assert "Only: p" in page.text("h3")
 
@@ -231,3 +234,118 @@ def test_a_damaged_trace_is_an_error_and_leaves_the_old_page(tmp_path: Path, run
     with pytest.raises(ValueError, match="A trace cannot be read"):
         write_page(path, [run], [])
     assert path.read_bytes() == before
+
+
+def test_statistics_stand_in_the_tables(tmp_path: Path, run: PageRun, add_statistics) -> None:
+    page = written(tmp_path / "report.html", [add_statistics(run)])
+    marked = [attrs for tag, attrs in page.tags if tag == "sup"]
+    assert len(marked) == 2, "corrected p of 0.02 and 0.04 are significant, 0.06 is not"
+    titles = [attrs.get("title") or "" for attrs in page.all("td")]
+    notes = [title for title in titles if "p = " in title]
+    assert notes[0].endswith(
+        "difference to the reference -0.125 [-0.5, -0.0625], p = 0.001, corrected 0.02, "
+        "d_z = -1.5, n = 3"
+    )
+    assert len(notes) == 3
+    assert "Differences to the reference: 2 of 3 are sure" in page.text("summary")
+    folded = page.text("details", "table", "tbody")
+    minus = "\N{MINUS SIGN}"
+    interval = f"{minus}0.500 … {minus}0.062"
+    row = f"window@3f recall {minus}0.125 {interval} 0.001 0.020 {minus}1.50 3 worse"
+    assert row in folded
+    assert "by Holm's method over all 3 differences to full" in page.text("details", "p")
+
+
+def test_fronts_and_drift_stand_under_their_charts(tmp_path, run: PageRun, add_statistics) -> None:
+    page = written(tmp_path / "report.html", [add_statistics(run)])
+    text = page.text("section", "table")
+    assert "policy P, for bytes P, for time full reference 1.00 1.00 window@3f 0.88 0.88" in text
+    assert "window@6f 0.06 0.06 recall" in text, "and no row for the one that is never on it"
+    assert (
+        "window@3f +0.250 +0.125 … +0.500 +0.375 +0.250 … +0.750 0.031 \N{MINUS SIGN}0.031" in text
+    )
+    definitions = page.text("details", "table", "thead")
+    assert "VDE, late weights vde_late" in definitions
+    assert "vde_log" not in definitions, "no policy has a value"
+    assert "Drift of psnr" not in page.text("h3")
+
+
+def test_many_metrics_stay_readable(tmp_path: Path, run: PageRun, add_metrics) -> None:
+    page = written(tmp_path / "report.html", [add_metrics(run)])
+    heads = page.text("section", "thead")
+    first = heads.split("policy")[1]
+    assert first.split()[:5] == ["recall", "↑", "share", "psnr", "↑"]
+    assert "fvd/panorama-encoder ↓ †" in first
+    assert "quality" not in first
+    assert "More metrics (18)" in page.text("summary")
+    assert all(f"quality {number} ↑" in heads for number in range(16))
+    assert not re.search("brightness [↑↓]", heads)
+    assert "brightness neither way is better" in page.text("dt")
+    assert "null 88.2" in page.text("td", "span")
+    assert "121.5 from 96 windows of clips against 64 of the real set" in str(page.all("td"))
+    assert "fvd/i3d : unavailable: no <weights> here" in page.text("ul", "li")
+    assert "fvd/i3d" not in heads, "no empty column"
+    best = {attrs["data-value"] for attrs in page.all("td") if "best" in attrs.get("class", "")}
+    assert {"0.875", "121.5"} <= best, "the highest quality and the smallest distance"
+    assert "0.625" not in best, "the highest brightness is not the best"
+
+
+def test_a_film_of_differences_is_a_button_away(tmp_path: Path, make_run) -> None:
+    run = make_run(tmp_path / "run", RECALL, PROMPTS, differences=True)
+    page = written(tmp_path / "report.html", [run])
+    videos = page.all("video")
+    assert len(videos) == 3, "what is in difference/ is no prompt"
+    for attrs in videos:
+        assert attrs["data-difference"].startswith("data:video/mp4;base64,")
+        assert attrs["data-difference"] != attrs["src"]
+    assert page.text("div", "button").count("difference \N{MULTIPLICATION SIGN}4") == 3
+    bare = make_run(tmp_path / "bare", RECALL, PROMPTS)
+    page = written(tmp_path / "bare.html", [bare])
+    assert not any("data-difference" in attrs for attrs in page.all("video"))
+    assert "difference \N{MULTIPLICATION SIGN}" not in page.text("button")
+
+
+def test_a_film_whose_key_has_a_folder_is_found(tmp_path: Path, make_run) -> None:
+    run = make_run(tmp_path / "run", {"full": [1.0], "w": [0.5]}, ["p"])
+    records = run.directory.path / "records" / "rank-00000.jsonl"
+    records.write_text(records.read_text().replace('"k0"', '"street/k0"'))
+    (run.directory.videos / "k0.mp4").rename(run.directory.videos / "street__k0.mp4")
+    page = written(tmp_path / "report.html", [run])
+    assert "street/k0" in page.text("figcaption")
+
+
+def test_time_and_bytes_are_broken_down(tmp_path: Path, run: PageRun) -> None:
+    page = written(tmp_path / "report.html", [run])
+    section = page.text("section", "table")
+    assert "391 KiB mean, 4.77 MiB peak" in section
+    assert "25.0% read" in section
+    bars = [a["style"] for a in page.all("i") if "style" in a and a["style"].startswith("width")]
+    assert bars[:2] == ["width:8.00%", "width:92.00%"], "400 000 of 5 000 000 bytes"
+    assert bars[2:4] == ["width:100.00%", "width:0.00%"]
+    assert bars[6:8] == ["width:25.00%", "width:0.00%"]
+
+
+def test_videos_alone_have_no_cost_and_no_memory(tmp_path: Path, run: PageRun) -> None:
+    summary = run.summary
+    summary["model"] = {"name": "video files"}
+    for name in ("seed", "context_frames"):
+        del summary["run"][name]
+    for policy in summary["policies"].values():
+        policy["cost"] = dict.fromkeys(policy["cost"])
+    records = run.directory.path / "records" / "rank-00000.jsonl"
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    for line in lines:
+        line["cost"] = dict.fromkeys(line["cost"]) | {"seconds_per_chunk": []}
+    records.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = written(tmp_path / "report.html", [run])
+    facts = page.text("header", "dl")
+    assert facts.startswith("compared video files")
+    for word in ("seed", "latent", "given", "model"):
+        assert word not in facts
+    heads = page.text("h2")
+    assert "cost" not in heads
+    assert "memory" not in heads
+    assert "bytes" not in heads
+    assert "KV" not in page.text("body")
+    assert "policy" not in page.text("table", "thead")
+    assert "latent frame" not in (tmp_path / "report.html").read_text()

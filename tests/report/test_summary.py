@@ -72,6 +72,9 @@ def test_the_schema_is_that_of_the_results() -> None:
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
+PLAIN = {"against_reference": False, "identical": None, "comparable": True, "sets": False}
+
+
 def test_metrics_in_closed_form() -> None:
     metrics = summary_of(RECORDS)["policies"]["random@9f"]["metrics"]
     assert metrics["psnr"] == {
@@ -82,6 +85,7 @@ def test_metrics_in_closed_form() -> None:
         "higher_is_better": True,
         "recipe": "psnr of the clip",
         "status": "ok",
+        **PLAIN,
     }
     assert metrics["recall"] == {
         "mean": None,
@@ -91,6 +95,7 @@ def test_metrics_in_closed_form() -> None:
         "higher_is_better": True,
         "recipe": "share of columns",
         "status": "no value: no frame was revisited",
+        **PLAIN,
     }
 
 

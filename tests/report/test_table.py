@@ -93,7 +93,6 @@ def test_all_figures_stand_in_their_row_within_120_columns() -> None:
         "0.810 ±0.016",
         "0.060 ±0.001",
         "0.125 ±0.003",
-        "\N{EN DASH}",
         "4.0e-5 ±8e-7",
     ]
     assert cost[1:] == ["1.00 MiB", "29.0 %", "0.0 %", "25.0", "25.0", "2.00x"]
@@ -112,7 +111,6 @@ def test_the_best_rival_is_bold_and_the_reference_never() -> None:
     for table, header, best in (
         (quality, "psnr ↑ (dB)", {"top-attention@9f"}),
         (quality, "ruler error ↓ (latent\N{SUPERSCRIPT TWO})", {"top-attention@9f"}),
-        (quality, "recall far ↑ (share)", set()),
         (cost, "KV peak ↓", {"sliding-window@9f"}),
         (cost, "reads ↓", {"sliding-window@9f", "top-attention@9f"}),
         (cost, "scored ↓", {"sliding-window@9f"}),
@@ -193,3 +191,57 @@ def test_bytes_read_back(count: int) -> None:
     scale = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit]
     assert float(number) * scale == pytest.approx(count, rel=0.01)
     assert unit == "GiB" or len(number) <= 4
+
+
+def test_twenty_metrics_go_on_in_further_tables_within_120_columns() -> None:
+    summary = a_summary()
+    for policy in summary["policies"].values():
+        metrics = policy["metrics"]
+        for number in range(20):
+            metrics[f"quality_{number}"] = metrics["ssim"]
+    tables = quality_tables(summary)
+    assert len(tables) > 2
+    text = drawn(render_tables(summary))
+    assert max(map(len, text.splitlines())) <= 120
+    heads = " ".join(str(c.header).replace("\n", " ") for table in tables for c in table.columns)
+    assert all(f"quality {number} ↑" in heads for number in range(20)), "none is lost"
+    assert all(len(table.columns) > 4 for table in tables[:-1]), "a table takes what fits"
+    assert text.split().count("sliding-window@9f") == len(tables) + 1
+
+
+def test_neither_way_is_better_so_nothing_is_best() -> None:
+    summary = a_summary()
+    for policy in summary["policies"].values():
+        policy["metrics"]["ssim"]["higher_is_better"] = None
+    cells = column(quality_tables(summary)[0], "ssim")
+    assert not any(bold for _, bold in cells.values())
+
+
+def test_a_star_marks_what_differs_and_brackets_hold_the_null() -> None:
+    summary = a_summary()
+    summary["family"] = {"tests": 7, "correction": "Holm", "level": 0.05}
+    for name, p in (("sliding-window@9f", 0.05), ("top-attention@9f", 0.051)):
+        summary["policies"][name]["metrics"]["recall"]["paired"] = {"p_holm": p}
+    distance = {"mean": 150.5, "ci95": None, "null": 88.25, "unit": "", "sets": True, "n": 9}
+    distance |= {"higher_is_better": False, "recipe": "", "status": "ok"}
+    for name, policy in summary["policies"].items():
+        empty = {"mean": None, "null": None} if name == "full" else {}
+        policy["metrics"]["fvd/i3d"] = distance | empty
+    tables = quality_tables(summary)
+    recall = column(tables[0], "recall ↑ (share)")
+    assert recall["sliding-window@9f"][0] == "0.125 ±0.003*"
+    assert "*" not in recall["top-attention@9f"][0]
+    fvd = column(tables[-1], "fvd/ i3d ↓")
+    assert (fvd["full"][0], fvd["top-attention@9f"][0]) == ("\N{EN DASH}", "150.5 (88.2)")
+    text = drawn(render_tables(summary))
+    assert "* differs from full: p at most 0.05 after Holm's correction over 7 tests" in text
+    assert "In brackets: the distance that equal sets would show" in text
+
+
+def test_costs_that_nobody_knows_have_no_table() -> None:
+    summary = a_summary()
+    for policy in summary["policies"].values():
+        policy["cost"] = dict.fromkeys(policy["cost"])
+    text = drawn(render_tables(summary))
+    assert "Quality" in text
+    assert "Cost" not in text

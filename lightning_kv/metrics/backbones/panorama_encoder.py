@@ -128,16 +128,21 @@ class PanoramaEncoder(Backbone):
     def forward(self, block: Tensor) -> Tensor:
         """Features ``[., 64]`` of frames ``[N, 3, 32, 32]`` or clips ``[B, 8, 3, 32, 32]``.
 
+        Frames that were enlarged by a whole number, as in video files, are averaged back.
+
         Raises:
             ValueError: The block has another shape.
         """
         shape = tuple(block.shape)
-        if shape[-3:] != (3, SCREEN, SCREEN) or shape[1:-3] not in ((), (CLIP,)) or len(shape) < 4:
+        side, spare = divmod(shape[-1], SCREEN)
+        square = shape[-3:] == (3, shape[-1], shape[-1]) and side and not spare
+        if not square or shape[1:-3] not in ((), (CLIP,)) or len(shape) < 4:
             raise ValueError(
                 f"The panorama encoder cannot look at a block {shape}. Pass panorama frames "
-                f"[N, 3, {SCREEN}, {SCREEN}] or clips [B, {CLIP}, 3, {SCREEN}, {SCREEN}]."
+                f"[N, 3, {SCREEN}, {SCREEN}] or clips [B, {CLIP}, 3, {SCREEN}, {SCREEN}], or a "
+                "whole multiple of these sides."
             )
-        tokens = self.network.tokens(block.float().flatten(0, -4))
+        tokens = self.network.tokens(F.avg_pool2d(block.float().flatten(0, -4), side))
         if len(shape) == 4:
             return self.network.frame_features(tokens)
         return self.network.clip_features(self.network.movement(tokens.unflatten(0, shape[:2])))
