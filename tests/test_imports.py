@@ -47,7 +47,9 @@ def test_a_module_imports_only_what_it_may(path):
         if top == "lightning_kv" and rest[:1] == ["cli"]:
             assert floor == "__main__", f"{floor} imports the command line"
         if top == "lightning_kv" and rest[:1] and rest[0] in COMMAND_LINE:
-            assert floor in ("cli", "workshop", "yardstick"), f"{floor} imports what belongs to the command line"
+            assert floor in ("cli", "workshop", "yardstick"), (
+                f"{floor} imports what belongs to the command line"
+            )
         if top == "lightning":
             assert floor in ("tasks", "cli") or path.name == "datamodule.py", (
                 f"{floor} imports lightning"

@@ -152,7 +152,7 @@ class Sharpness(FrameMetric):
 
     name = "sharpness"
     unit = "intensity^2"
-    higher_is_better = True
+    higher_is_better = None
     recipe = (
         "mean over frames after the context of the variance of the Laplacian (4 neighbours, no "
         "padding) of the BT.601 luma, range [0,1], float64"

@@ -51,7 +51,9 @@ class Windows:
 
     def features(self) -> Tensor:
         """Float32 ``[windows, d]`` on the CPU; no rows where the clip is shorter than a window."""
-        return torch.tensor(self.found).view(len(self.found), self.backbone.num_features)
+        return torch.tensor(self.found, dtype=torch.float32).view(
+            len(self.found), self.backbone.num_features
+        )
 
     @torch.no_grad()
     def _feature(self, frames: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from lightning_kv.report.records import Record
 from lightning_kv.tasks.margins import Clips
 
 LEVEL = 0.05
-AXES = ("kv_bytes_peak", "seconds_per_chunk_p50")
+AXES = ("kv_bytes_peak", "kv_read_fraction", "seconds_per_chunk_p50")
 
 
 def analyse(summary: dict[str, Any], records: Sequence[Record]) -> dict[str, Any]:

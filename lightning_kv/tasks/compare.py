@@ -18,6 +18,7 @@ from lightning_kv.metrics import PixelMetric, Suite
 from lightning_kv.metrics.backbones.weights import checksum
 from lightning_kv.metrics.base import Block, read_clip
 from lightning_kv.metrics.windows import Windows, passing
+from lightning_kv.report.entries import FILES
 from lightning_kv.report.records import RunDirectory, fingerprint
 from lightning_kv.tasks.featured import (
     featured,
@@ -33,7 +34,6 @@ from lightning_kv.tasks.overview import conclude
 from lightning_kv.tasks.pairing import Clip, Videos, find_videos
 from lightning_kv.tasks.progress import FrameProgress
 from lightning_kv.tasks.results import fitted, versions
-from lightning_kv.tasks.verdict import FILES
 
 PIECE = 4  # frames read at a time: metrics make several float64 copies of them
 UNKNOWN = {  # what a rollout cost cannot be seen in its video

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from lightning_kv.report.players import film_name
 from lightning_kv.report.records import RunDirectory
 from lightning_kv.report.video import Frames, amplified, side_by_side, write_mp4
 
@@ -33,7 +34,7 @@ def film(
         reference: Label of the panel that the others are compared with; without such a panel there
             is no second film.
     """
-    name = file_name(key)
+    name = film_name(key)
     write_mp4(run.videos / name, _panels(rows(), total), fps)
     labels = [label for label, _ in next(rows())]
     if reference in labels and len(labels) > 1:
@@ -41,14 +42,9 @@ def film(
         write_mp4(run.differences / name, _panels(pieces, total), fps)
 
 
-def file_name(key: str) -> str:
-    """The file of a prompt's moving picture."""
-    return f"{key.replace('/', '__')}.mp4"
-
-
 def filmed(run: RunDirectory, key: str) -> bool:
     """Whether a prompt's moving picture is there."""
-    return (run.videos / file_name(key)).is_file()
+    return (run.videos / film_name(key)).is_file()
 
 
 def _panels(pieces: Iterator[Rows], total: int) -> Iterator[Frames]:

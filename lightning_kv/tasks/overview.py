@@ -79,12 +79,16 @@ def conclude(run: RunDirectory) -> dict[str, Any]:
 def write_report(path: Path, runs: Sequence[RunDirectory], summaries: Sequence[dict]) -> None:
     """Write the page about one run or several, with the verdict in words.
 
+    Beside it go the same in Markdown and a table for LaTeX.
+
     Args:
         path: HTML file to write.
         runs: The run directories.
         summaries: Of each, from :func:`summary_of`.
     """
     from lightning_kv.report.entries import PageRun, run_names
+    from lightning_kv.report.latex import write_latex
+    from lightning_kv.report.markdown import write_markdown
     from lightning_kv.report.page import write_page
 
     pages = [PageRun(run, found) for run, found in zip(runs, summaries, strict=True)]
@@ -94,6 +98,8 @@ def write_report(path: Path, runs: Sequence[RunDirectory], summaries: Sequence[d
         first, *more = verdict(found, run.records())
         words += [f"{name}: {first}" if len(runs) > 1 else first, *more]
     write_page(path, pages, words)
+    write_markdown(path.with_suffix(".md"), pages, words)
+    write_latex(path.with_name("table.tex" if path.stem == "report" else f"{path.stem}.tex"), pages)
 
 
 def page_path(runs: Sequence[Path], out: Path | None, force: bool) -> Path:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lightning_kv.report.entries import FILES
 from lightning_kv.tasks.margins import Record
 from lightning_kv.tasks.recommend import recommend
 from lightning_kv.tasks.words import counted, number
-
-FILES = "video files"
-"""Name of the model of a comparison of video files."""
 
 
 def verdict(summary: dict[str, Any], records: Sequence[Record]) -> list[str]:
@@ -83,8 +81,8 @@ def drifting(summary: dict[str, Any], name: str) -> Iterator[str]:
             spread = f"95 % interval {number(low)} to {number(high)}"
         way = "falls" if ends["mean"] > 0 else "rises"
         yield (
-            f"{name}: {metric} {way} by {number(abs(ends['mean']))} from the first to the last 15 % "
-            f"of the frames ({spread})."
+            f"{name}: {metric} {way} by {number(abs(ends['mean']))} from the first to the last "
+            f"15 % of the frames ({spread})."
         )
         return
 

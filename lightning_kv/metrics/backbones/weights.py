@@ -111,7 +111,7 @@ def locate(name: str, given: Path | str | None = None, accept: Collection[str] =
             return path
     raise WeightsUnavailable(
         f"The weights '{name}' are not on this machine: {_described(weights)} was looked for in "
-        f"{', '.join(str(path) for path in places)}. {_advice(weights)}"
+        f"{', '.join(map(_short, places))}. {_advice(weights)}"
     )
 
 
@@ -237,9 +237,15 @@ def _check_licence(weights: Weights, accept: Collection[str]) -> None:
         raise WeightsUnavailable(
             f"The weights '{weights.name}' ({weights.project}) are not for commercial use: their "
             f"licence is {weights.licence}, and nobody has accepted it. If your use is allowed by "
-            f"it, say --accept_license {weights.licence}, set {ACCEPTED}={weights.licence}, or pass "
-            f"accept={weights.licence!r}."
+            f"it, say --accept_license {weights.licence}, set {ACCEPTED}={weights.licence}, or "
+            f"pass accept={weights.licence!r}."
         )
+
+
+def _short(path: Path) -> str:
+    """A path as people write it: reports carry this text to other machines."""
+    home = Path.home()
+    return f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else str(path)
 
 
 def _wanted(weights: Weights) -> str:
