@@ -212,7 +212,7 @@ class FeatureSimilarity(FeatureMetric):
     unit = ""
     higher_is_better = True
     recipe = (
-        "against the reference rollout: mean over frames after the context of the cosine of the "
+        "against the reference: mean over frames after the context of the cosine of the "
         "features of both at the same time"
     )
     needs = ("pixels", "reference_pixels")

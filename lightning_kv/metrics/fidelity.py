@@ -149,7 +149,7 @@ class PSNR(PixelMetric):
     unit = "dB"
     higher_is_better = True
     recipe = (
-        "against the reference rollout: mean over frames after the context of "
+        "against the reference: mean over frames after the context of "
         "10 log10(1/max(mse,1e-10)), range [0,1]"
     )
     needs = ("pixels", "reference_pixels")
@@ -177,7 +177,7 @@ class PSNRPooled(PixelMetric):
     unit = "dB"
     higher_is_better = True
     recipe = (
-        "against the reference rollout: 10 log10(1/m) of each clip, m the mean over frames after "
+        "against the reference: 10 log10(1/m) of each clip, m the mean over frames after "
         "the context of max(mse,1e-10), range [0,1]; mean over clips"
     )
     needs = ("pixels", "reference_pixels")
@@ -213,7 +213,7 @@ class IdenticalFrames(PixelMetric):
     unit = "share"
     higher_is_better = True
     recipe = (
-        "against the reference rollout: share of frames after the context with mse <= 1e-10, "
+        "against the reference: share of frames after the context with mse <= 1e-10, "
         "range [0,1]"
     )
     needs = ("pixels", "reference_pixels")
@@ -239,7 +239,7 @@ class SSIM(PixelMetric):
     unit = ""
     higher_is_better = True
     recipe = (
-        "against the reference rollout: mean over frames after the context of torchmetrics SSIM, "
+        "against the reference: mean over frames after the context of torchmetrics SSIM, "
         "gaussian 11x11 sigma 1.5, K1 0.01, K2 0.03, reflect padding, no crop, RGB mean, "
         "range [0,1], float64"
     )
@@ -266,7 +266,7 @@ class MSSSIM(PixelMetric):
     unit = ""
     higher_is_better = True
     recipe = (
-        "against the reference rollout: mean over frames after the context of torchmetrics "
+        "against the reference: mean over frames after the context of torchmetrics "
         "MS-SSIM, 5 scales, gaussian 11x11 sigma 1.5, K1 0.01, K2 0.03, reflect padding, contrast "
         "without the border, negative scales 0, RGB mean, range [0,1], float64"
     )

@@ -177,7 +177,7 @@ class LatentMSE(LatentMetric):
     unit = "latent^2"
     higher_is_better = False
     recipe = (
-        "against the reference rollout: mean over frames after the context of the mean squared "
+        "against the reference: mean over frames after the context of the mean squared "
         "latent difference, float64"
     )
     identical = 0.0
@@ -199,7 +199,7 @@ class LatentRelative(LatentMetric):
     unit = ""
     higher_is_better = False
     recipe = (
-        "against the reference rollout: mean over frames after the context of "
+        "against the reference: mean over frames after the context of "
         "|latent - reference| / |reference|, L2 norms over a frame, float64; frames with a zero "
         "reference have no value"
     )
@@ -222,7 +222,7 @@ class LatentCosine(LatentMetric):
     unit = ""
     higher_is_better = True
     recipe = (
-        "against the reference rollout: mean over frames after the context of the cosine between "
+        "against the reference: mean over frames after the context of the cosine between "
         "the latents of a frame, float64; zero frames have no value"
     )
     identical = 1.0
@@ -244,7 +244,7 @@ class LatentSNR(LatentMetric):
     unit = "dB"
     higher_is_better = True
     recipe = (
-        "against the reference rollout: mean over frames after the context of 10 log10(1/max(r^2,"
+        "against the reference: mean over frames after the context of 10 log10(1/max(r^2,"
         "1e-10)), r = |latent - reference| / |reference|, float64; frames with a zero reference "
         "have no value"
     )
@@ -266,7 +266,7 @@ class LatentShift(LatentMetric):
     unit = "latent"
     higher_is_better = False
     recipe = (
-        "against the reference rollout: mean over frames after the context of the root mean square "
+        "against the reference: mean over frames after the context of the root mean square "
         "over channels of sqrt((mean shift)^2 + (deviation shift)^2), float64"
     )
     identical = 0.0

@@ -129,7 +129,7 @@ class LPIPS(PixelMetric):
     name = "lpips"
     unit = ""
     higher_is_better = False
-    recipe = "against the reference rollout: mean over frames after the context of LPIPS"
+    recipe = "against the reference: mean over frames after the context of LPIPS"
     needs = ("pixels", "reference_pixels")
     identical = 0.0
     backbones = tuple(TRUNKS)

@@ -92,8 +92,8 @@ def estimate(value: dict[str, Any]) -> str:
     unit = f" {value['unit']}" if value["unit"] else ""
     spread = ""
     if value["ci95"]:
-        spread = f" [{number(value['ci95'][0])}, {number(value['ci95'][1])}]"
-    return f"{number(value['mean'])}{unit}{spread}"
+        spread = " [{:.3g}, {:.3g}]".format(*value["ci95"])
+    return f"{value['mean']:.3g}{unit}{spread}"
 
 
 def change(test: dict[str, Any]) -> str:

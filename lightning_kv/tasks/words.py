@@ -17,6 +17,14 @@ def in_words(found: Recommendation) -> list[str]:
         said.insert(
             1, f"The run is not finished: {found.measured} of {found.run['prompts']} prompts."
         )
+    keeping = [one for one in found.candidates if one.keeps and one.policy != found.policy]
+    if keeping:
+        bars = " and ".join(f"{number(m)} {name}" for name, m in found.margins.items())
+        also = " either" if found.policy else ""
+        said.append(
+            f"Not worse than {found.reference} by more than {bars}{also}: "
+            f"{', '.join(map(cheaply, keeping))}."
+        )
     named_above = (found.closest, found.beyond)
     out = [one for one in found.candidates if one.out and one.policy not in named_above]
     if out:
@@ -154,6 +162,13 @@ def brief(one: Candidate) -> str:
     speed = f", {one.speedup:.2f}x speed" if one.speedup else ""
     reads = "" if one.reads is None else f", reads {percent(one.reads)}"
     return f"{one.policy} ({format_bytes(one.bytes_peak)}{reads}{speed}, {losses})"
+
+
+def cheaply(one: Candidate) -> str:
+    """A policy, what it reads and holds, and its speed."""
+    reads = "" if one.reads is None else f" at {percent(one.reads)} of reads"
+    speed = "" if one.speedup is None else f", {one.speedup:.1f}x speed"
+    return f"{one.policy}{reads} ({format_bytes(one.bytes_peak or 0)}{speed})"
 
 
 def why_out(one: Candidate) -> str:
