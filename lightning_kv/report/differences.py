@@ -46,11 +46,17 @@ def family_words(summary: dict[str, Any]) -> str:
     family = summary.get("family")
     if not family or not family["tests"]:
         return ""
+    few = ""
+    if family.get("prompts", 0) < family.get("prompts_needed", 0):
+        few = (
+            f" However large, none can be sure with {family['prompts']} prompts: so many tests "
+            f"take {family['prompts_needed']} prompts or more."
+        )
     return (
         "Differences are tested prompt by prompt with a two-sided sign-flip permutation test; p "
         f"values are corrected by {family['correction']}'s method over all {family['tests']} "
         f"differences to {summary['reference']} in this run, policies times metrics, at a level "
-        f"of {family['level']:.0%}."
+        f"of {family['level']:.0%}.{few}"
     )
 
 

@@ -94,7 +94,14 @@ def corrected(summary: dict[str, Any]) -> dict[str, Any]:
     ]
     for test, p in zip(tests, holm([test["p"] for test in tests]), strict=True):
         test["p_holm"] = p
-    return {"tests": len(tests), "correction": "Holm", "level": LEVEL}
+    return {
+        "tests": len(tests),
+        "correction": "Holm",
+        "level": LEVEL,
+        "prompts": max((test["n"] for test in tests), default=0),
+        # the smallest p of n prompts is 2**(1 - n), and the first of Holm's is multiplied by all
+        "prompts_needed": math.ceil(1 + math.log2(max(1, len(tests)) / LEVEL)),
+    }
 
 
 def rises(policy: dict[str, Any], metric: str) -> bool:

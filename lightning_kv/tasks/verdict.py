@@ -54,7 +54,9 @@ def compared(summary: dict[str, Any], name: str) -> Iterator[str]:
         )
     rest = [metric for metric in tested if metric not in sure]
     if rest:
-        few = "" if pairs > 5 else f"; {counted(pairs)} can hardly show any"
+        family = summary["family"]
+        enough = family["prompts"] >= family["prompts_needed"]
+        few = "" if enough else f"; it takes {family['prompts_needed']} or more to be sure of any"
         yield f"{name}: no sure difference in {', '.join(rest)}{few}."
     for metric, value in metrics.items():
         if value["sets"] and value["mean"] is not None:
