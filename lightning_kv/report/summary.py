@@ -111,7 +111,7 @@ def summarise(
 
 def _metric(name: str, info: MetricInfo, clips: list[Record], interval: Interval) -> dict[str, Any]:
     """One metric of one policy over its clips."""
-    values = _values(clip["metrics"].get(name) for clip in clips)
+    values = list(by_unit(clips, name).values())
     reason = info.undefined if clips else "no clip is finished"
     failed = [clip["failure"] for clip in clips if clip.get("failure")]
     status = "ok" if values else f"no value: {reason}"
@@ -127,9 +127,23 @@ def _metric(name: str, info: MetricInfo, clips: list[Record], interval: Interval
         "against_reference": info.against_reference,
         "identical": info.identical,
         "comparable": info.comparable,
+        "weights": info.weights,
         "sets": info.sets,
         "status": status,
     }
+
+
+def by_unit(clips: Iterable[Record], metric: str) -> dict[str, float]:
+    """Values of a metric; of several samples of one prompt, which are not independent, the mean.
+
+    A record's ``unit`` says which belong together; without it every key is its own.
+    """
+    found: dict[str, list[float]] = {}
+    for clip in clips:
+        value = clip["metrics"].get(metric)
+        if value is not None:
+            found.setdefault(clip.get("unit") or clip["key"], []).append(value)
+    return {unit: math.fsum(values) / len(values) for unit, values in found.items()}
 
 
 def _cost(clips: list[Record], reference: list[Record]) -> dict[str, float | None]:

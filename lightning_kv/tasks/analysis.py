@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
-from lightning_kv.metrics.drift import drift
+import numpy as np
+
+from lightning_kv.metrics.drift import Drift, drift
 from lightning_kv.metrics.inference import effect_size, holm, jackknife, sign_flip_p
 from lightning_kv.metrics.pareto import front, front_probability
 from lightning_kv.metrics.statistics import bca_interval
 from lightning_kv.report.records import Record
+from lightning_kv.report.summary import by_unit
 from lightning_kv.tasks.margins import Clips
 
 LEVEL = 0.05
@@ -56,15 +60,15 @@ def analyse(summary: dict[str, Any], records: Sequence[Record]) -> dict[str, Any
 def paired(own: Clips, base: Clips, metric: str) -> dict[str, Any] | None:
     """Difference to the reference over the prompts that both have a value for.
 
+    Several samples of one prompt are one value, their mean.
+
     Returns:
         ``difference`` (policy - reference), its 95 % interval ``ci95``, jackknife standard error
         ``se``, two-sided sign-flip ``p``, Cohen's ``d_z`` and ``n``; None where nothing is paired.
     """
-    both = [
-        (own[key]["metrics"].get(metric), base[key]["metrics"].get(metric))
-        for key in sorted(own.keys() & base.keys())
-    ]
-    return difference([a - b for a, b in both if a is not None and b is not None])
+    values, others = (by_unit(clips.values(), metric) for clips in (own, base))
+    both = [(values[unit], others[unit]) for unit in sorted(values.keys() & others.keys())]
+    return difference([a - b for a, b in both])
 
 
 def difference(values: Sequence[float]) -> dict[str, Any] | None:
@@ -120,7 +124,7 @@ def drifts(own: Clips, base: Clips, metric: str, rate: float, score: bool) -> di
         score: Whether more is better; else definitions that look for the least are left out.
     """
     found = {
-        key: drift(record["curves"][metric], rate)
+        key: drift_of(tuple(record["curves"][metric]), rate)
         for key, record in own.items()
         if record["curves"].get(metric)
     }
@@ -137,7 +141,7 @@ def drifts(own: Clips, base: Clips, metric: str, rate: float, score: bool) -> di
             "n": len(values),
         }
     others = {
-        key: drift(base[key]["curves"][metric], rate).to_dict()
+        key: drift_of(tuple(base[key]["curves"][metric]), rate).to_dict()
         for key in named
         if key in base and base[key]["curves"].get(metric)
     }
@@ -147,6 +151,27 @@ def drifts(own: Clips, base: Clips, metric: str, rate: float, score: bool) -> di
         if None not in (named[key]["start_end"], other["start_end"])
     ]
     return {**means, "paired": difference(against)}
+
+
+def by_prompt(own: Clips, axis: str) -> dict[str, float]:
+    """What a policy cost on each prompt, where that differs between prompts; else nothing.
+
+    A peak is the largest of all prompts, so it is one number.
+    """
+    if axis == "kv_bytes_peak":
+        return {}
+    if axis == "kv_read_fraction":
+        found = {key: record["cost"][axis] for key, record in own.items()}
+    else:
+        seconds = {key: record["cost"]["seconds_per_chunk"] for key, record in own.items()}
+        found = {key: float(np.median(each)) for key, each in seconds.items() if each}
+    return {key: cost for key, cost in found.items() if cost is not None}
+
+
+@lru_cache(maxsize=4096)
+def drift_of(curve: tuple[float | None, ...], rate: float) -> Drift:
+    """Drift of one curve; those of the reference are asked for once per policy."""
+    return drift(curve, rate)
 
 
 def pareto(summary: dict[str, Any], clips: dict[str, Clips]) -> dict[str, Any]:
@@ -170,7 +195,7 @@ def pareto(summary: dict[str, Any], clips: dict[str, Clips]) -> dict[str, Any]:
             on = front({name: (means[name], costs[name]) for name in shown}, better)
             sure = front_probability(
                 {name: quality[name] for name in shown},
-                {name: costs[name] for name in shown},
+                {name: by_prompt(clips[name], axis) or costs[name] for name in shown},
                 better,
             )
             found.setdefault(metric, {})[axis] = {

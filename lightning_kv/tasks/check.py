@@ -18,6 +18,9 @@ from lightning_kv.tasks.words import counted, number
 PASS, REGRESSION, THIN = 0, 1, 2
 """Exit codes."""
 
+SETTINGS = ("frames", "context_frames", "size", "seed", "data_seed", "alignment")
+"""Of a run, without which its values are others."""
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -76,17 +79,24 @@ class Checked:
         tests: Every policy and metric, the most telling first.
         missing: Prompts of the baseline that the run lacks.
         level: Confidence of each bound.
+        absent: Policies of the baseline that the run lacks, where none were named.
     """
 
     tests: tuple[Judgement, ...]
     missing: int
     level: float
+    absent: tuple[str, ...] = ()
 
     @property
     def code(self) -> int:
-        """Exit code: 1 where anything got worse, else 2 where anything is unclear, else 0."""
+        """Exit code: 1 where anything got worse, else 2 where anything is unclear, else 0.
+
+        What the baseline measured and the run did not is unclear: a gate must not reward gaps.
+        """
         verdicts = {test.verdict for test in self.tests}
-        return REGRESSION if "worse" in verdicts else THIN if "unclear" in verdicts else PASS
+        if "worse" in verdicts:
+            return REGRESSION
+        return THIN if "unclear" in verdicts or self.missing or self.absent else PASS
 
     @property
     def words(self) -> list[str]:
@@ -99,17 +109,22 @@ class Checked:
             f"({len(self.tests)} tests, {100 * self.level:g} % confidence each).",
             REGRESSION: f"REGRESSION: {len(same)} of {len(self.tests)} tests are worse than the "
             f"baseline by more than their margin.",
-            THIN: f"TOO FEW PROMPTS: {len(same)} of {len(self.tests)} tests could be either.",
+            THIN: f"TOO FEW PROMPTS: {len(same)} of {len(self.tests)} tests could be either."
+            if same
+            else "INCOMPLETE: what was measured passes, but part of the baseline is missing.",
         }[self.code]
         nearest = "Nearest to its margin" if self.code == PASS else "First"
-        lacks = f"; {counted(self.missing)} of the baseline are missing" if self.missing else ""
-        return [head, f"{nearest}: {first.words}.", f"{self._advice(same)}{lacks}."]
+        lacks = f"; {counted(self.missing)} of the baseline missing" if self.missing else ""
+        if self.absent:
+            lacks += f"; the run lacks {', '.join(self.absent)} (name --policies to leave them out)"
+        advice = self._advice(same or self.tests)
+        return [head, f"{nearest}: {first.words}.", f"{advice}{lacks}."]
 
     def _advice(self, same: Sequence[Judgement]) -> str:
         """What the numbers rest on, and what would help."""
         prompts = {test.prompts for test in same}
         said = f"Over {counted(min(prompts))}" + (" or more" if len(prompts) > 1 else "")
-        if self.code != THIN:
+        if all(test.verdict != "unclear" for test in same):
             return f"{said}, paired with the baseline's"
         needed = [test.needed for test in same]
         if None in needed:
@@ -129,8 +144,8 @@ def check(
 
     A test passes where the mean loss is within the margin with the confidence ``level``, fails
     where it is beyond it with that confidence, and is unclear otherwise. All have to pass, so no
-    correction for their number is needed (an intersection-union test). The reference is not judged
-    by metrics that compare with it.
+    correction for their number is needed (an intersection-union test); that any fails is corrected
+    for it (Bonferroni). The reference is not judged by metrics that compare with it.
 
     Args:
         run: A run directory, or its ``summary.json``.
@@ -141,9 +156,10 @@ def check(
 
     Raises:
         ValueError: No common policies or prompts, another recipe or reference, a metric without
-            values, or a margin that means nothing.
+            values, other frames or seeds, or a margin that means nothing.
     """
     new, old = read_summary(run), read_summary(baseline)
+    check_settings(new.get("run", {}), old.get("run", {}))
     names = common(new, old, policies)
     first = new["policies"][names[0]]["metrics"]
     if margins is None:
@@ -151,12 +167,32 @@ def check(
         margins = default_margins(able)
     asked = [(name, metric) for name in names for metric in margins]
     able = [one for one in asked if not is_reference(new, *one) or values(new, old, *one)]
-    tests = [judge(new, old, *one, margins[one[1]], level) for one in able or asked]
+    asked = able or asked
+    tests = [judge(new, old, *one, margins[one[1]], level, len(asked)) for one in asked]
     order = {"worse": 0, "unclear": 1, "not worse": 2}
     tests.sort(key=lambda test: (order[test.verdict], -test.nearness))
     clips = [[set(s["policies"][name]["clips"]) for name in names] for s in (old, new)]
     lacking = set().union(*(there - here for there, here in zip(*clips, strict=True)))
-    return Checked(tuple(tests), len(lacking), level)
+    absent = [] if policies else [name for name in old["policies"] if name not in names]
+    return Checked(tuple(tests), len(lacking), level, tuple(absent))
+
+
+def check_settings(new: dict[str, Any], old: dict[str, Any]) -> None:
+    """Refuse two runs that did not do the same: their differences would say nothing.
+
+    Raises:
+        ValueError: Names what differs.
+    """
+    other = [
+        f"{name} ({old[name]} in the baseline, {new[name]} in the run)"
+        for name in SETTINGS
+        if name in old and name in new and old[name] != new[name]
+    ]
+    if other:
+        raise ValueError(
+            f"The run cannot be checked against this baseline. These differ: {', '.join(other)}. "
+            "Run with the baseline's settings, or make a new baseline."
+        )
 
 
 def is_reference(summary: dict[str, Any], policy: str, metric: str) -> bool:
@@ -225,8 +261,9 @@ def judge(
     metric: str,
     margin: float,
     level: float,
+    tests: int = 1,
 ) -> Judgement:
-    """One test.
+    """One test of several: "worse" has to hold for all of them together (Bonferroni).
 
     Raises:
         ValueError: The metric is missing, has no values by prompt, is another recipe there or
@@ -246,6 +283,9 @@ def judge(
     found = non_inferiority(losses, margin, level)
     failed = len(pairs) - len(losses)
     verdict = "worse" if failed else found.verdict
+    if verdict == "worse" and not failed:
+        again = non_inferiority(losses, margin, 1 - (1 - level) / tests)
+        verdict = "worse" if again.verdict == "worse" else "unclear"
     needed = more_prompts(losses, margin, level) if verdict == "unclear" else None
     return Judgement(policy, metric, verdict, found, needed, failed)
 
@@ -277,10 +317,11 @@ def same_metric(
             f"{', '.join(both)}."
         )
     here, there = own[metric], base[metric]
-    if here["recipe"] != there["recipe"]:
+    ways = [f"{each['recipe']} {each.get('weights') or ''}".rstrip() for each in (here, there)]
+    if ways[0] != ways[1]:
         raise ValueError(
-            f"{metric} was computed in another way: {here['recipe']!r} in the run, "
-            f"{there['recipe']!r} in the baseline. Evaluate the baseline again."
+            f"{metric} was computed in another way: {ways[0]!r} in the run, {ways[1]!r} in the "
+            "baseline. Evaluate the baseline again."
         )
     if here["against_reference"] and new["reference"] != old["reference"]:
         raise ValueError(

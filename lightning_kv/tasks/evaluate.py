@@ -224,14 +224,14 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     suite = Suite(options.metrics, known(source, options), options.accept_license.split(","))
     real = real_videos(options.real, suite)
     model = model_for(options, source, data, everyone, trainer.strategy.root_device)
-    described = describe(options, policies, reference, model, data, suite, settings.accelerator)
-    mark = fingerprint(described)
+    place = settings.accelerator
+    described = describe(options, policies, reference, model, data, suite, real, place)
     enough(trainer.world_size, data.total)
     run = RunDirectory(options.out)
     if is_first():
         device = str(trainer.strategy.root_device)
         told = about(options, policies, reference, model, data.total, suite, device)
-        run.open(mark, described, told)
+        run.open(fingerprint(described), described, told)
         write_atomic(run.config, config_yaml(options))
     task = Evaluate(options, model, policies, reference, suite, run)
     task.pictured = set(data.keys()[: options.videos])

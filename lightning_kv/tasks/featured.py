@@ -186,11 +186,11 @@ def distance(
             num_features=features.shape[1],
             features_name=facts["encoder"],
             frames=facts["frames"],
+            sync_on_compute=False,  # one process concludes, from the features of all
         )
         for side, clips in ((False, features), (True, real)):
             metric.update_features(clips, real=side, ids=torch.arange(len(clips)))
         result = asdict(metric.report())
-        rival = None if base is None or "fvd" not in name else versus(own, base, real)
     except ValueError as error:
         return empty | {"status": f"no value: {error}", "paired": None}
     return {
@@ -201,7 +201,7 @@ def distance(
         "n_real": result["n_real"],
         "prompts": prompts,
         "status": result["status"],
-        "paired": rival,
+        "paired": None if base is None or "fvd" not in name else versus(own, base, real),
     }
 
 
@@ -210,7 +210,7 @@ def versus(own: Rows, base: Rows, real: Tensor) -> dict[str, Any] | None:
 
     Returns:
         As :func:`lightning_kv.tasks.analysis.difference`; None for fewer than two prompts that have
-        as many windows in both.
+        as many windows in both, or where the reference has no distance.
     """
     first, second = Counter(own[1]), Counter(base[1])
     common = sorted(key for key in first if first[key] == second[key])
@@ -219,7 +219,10 @@ def versus(own: Rows, base: Rows, real: Tensor) -> dict[str, Any] | None:
     order = {key: place for place, key in enumerate(common)}
     mine, theirs = ([key in order for key in keys] for _, keys in (own, base))
     ids = torch.tensor([order[key] for key in own[1] if key in order])
-    found = delta_frechet(own[0][mine], base[0][theirs], real, ids)
+    try:
+        found = delta_frechet(own[0][mine], base[0][theirs], real, ids)
+    except ValueError:  # the status of the reference says why
+        return None
     spread = None
     if found.standard_error is not None:
         arm = 1.96 * found.standard_error

@@ -50,9 +50,9 @@ class Recorder:
     ) -> None:
         self.run, self.options, self.encoders = run, options, encoders
         self.given, self.rank = given, rank
-        self.there: set[tuple[str, str]] = set()
-        if run.path.is_dir():
-            self.there = {(record["policy"], record["key"]) for record in run.records()}
+        found = run.records() if run.path.is_dir() else []
+        self.there = {(record["policy"], record["key"]) for record in found}
+        self.failed = {(r["policy"], r["key"]) for r in found if r.get("failure")}
 
     def clips(
         self,
@@ -168,11 +168,16 @@ class Recorder:
             if (key not in pictured or key in traced)
             and (key not in pictured or not options.decode or filmed(self.run, key))
             and (not options.latents or kept(self.run, policies, key))
-            and (
-                not self.encoders
-                or all(featured(policy_folder(self.run, name), key) for name in policies)
-            )
+            and (not self.encoders or self._featured(policies, key))
         }
+
+    def _featured(self, policies: Collection[str], key: str) -> bool:
+        """Whether the features of a prompt are there, of all clips that did not fail."""
+        whole = [name for name in policies if (name, key) not in self.failed]
+        folders = [policy_folder(self.run, name) for name in whole]
+        if whole and self.given and self.options.real is None:  # only a world is given frames
+            folders.append(real_folder(self.run))
+        return all(featured(folder, key) for folder in folders)
 
 
 def pixels_of(out: Rollout | None, index: int) -> Tensor | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch.nn.functional import avg_pool2d
 import lightning_kv
 from lightning_kv.data.datamodule import PromptData
 from lightning_kv.metrics import Clip, Suite
+from lightning_kv.metrics.backbones.weights import checksum
 from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.presets import policy_to_dict
@@ -80,6 +83,7 @@ def describe(
     model: VideoModel,
     data: PromptData,
     suite: Suite,
+    real: Mapping[str, Path],
     accelerator: str,
 ) -> dict[str, Any]:
     """Everything the numbers depend on: the run's fingerprint is made of it."""
@@ -101,7 +105,7 @@ def describe(
         "negative": options.negative,
         "decode": options.decode,
         "metrics": suite.recipes(),
-        "real": None if options.real is None else str(options.real),
+        "real": {key: checksum(path) for key, path in real.items()},
         "batch": options.batch,
         "backend": options.backend,
         "threads": options.threads,

@@ -18,12 +18,13 @@ def verdict(summary: dict[str, Any], records: Sequence[Record]) -> list[str]:
         summary: Content of ``summary.json``, with its statistics.
         records: The run's records.
     """
+    told = [said for name in rivals(summary) for said in compared(summary, name)]
     if summary["model"]["name"] == FILES:
-        return [said for name in rivals(summary) for said in compared(summary, name)]
+        return told or ["There is nothing to compare: no video has a partner with a value."]
     try:
         return recommend(summary, records).words
-    except ValueError as error:
-        return [str(error)]
+    except ValueError as error:  # no metric that a margin can be set for, or one policy alone
+        return [*told, str(error)]
 
 
 def rivals(summary: dict[str, Any]) -> list[str]:
@@ -49,7 +50,7 @@ def compared(summary: dict[str, Any], name: str) -> Iterator[str]:
     if sure:
         changes = ", ".join(f"{metric} by {change(test)}" for metric, test in sure.items())
         yield (
-            f"{name} differs from {reference} in {changes} (sign-flip test, {level:.0%} over "
+            f"{name} differs from {reference} in {changes} (sign-flip test, {100 * level:g} % over "
             f"{summary['family']['tests']} tests by Holm)."
         )
     rest = [metric for metric in tested if metric not in sure]

@@ -72,7 +72,23 @@ def test_the_schema_is_that_of_the_results() -> None:
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
-PLAIN = {"against_reference": False, "identical": None, "comparable": True, "sets": False}
+PLAIN = {
+    "against_reference": False,
+    "identical": None,
+    "comparable": True,
+    "weights": None,
+    "sets": False,
+}
+
+
+def test_samples_of_one_prompt_are_one_value() -> None:
+    records = [
+        a_record("random@9f", str(i), value, [0.1]) for i, value in enumerate((1.0, 3.0, 8.0))
+    ]
+    for record, unit in zip(records, ("cat", "cat", "dog"), strict=True):
+        record["unit"] = unit
+    found = summary_of(records)["policies"]["random@9f"]["metrics"]["psnr"]
+    assert (found["mean"], found["n"]) == (5.0, 2)
 
 
 def test_metrics_in_closed_form() -> None:

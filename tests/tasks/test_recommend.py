@@ -7,6 +7,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from lightning_kv.metrics import METRICS, Clip
 from lightning_kv.report.summary import MetricInfo, summarise
@@ -151,9 +152,13 @@ def test_a_mean_within_the_margin_is_not_enough():
     assert found.policy is None and found.closest == "a"
     (loss,) = found.of("a").losses
     assert loss.within and found.of("a").out == "unsure"
-    # 1 of 16 prompts: a resampled set has at most one of them with P(Bin(16, 1/16) <= 1)
-    share = (15 / 16) ** 16 + 16 * (1 / 16) * (15 / 16) ** 15
-    assert loss.confidence == pytest.approx(share, abs=0.02)
+    # A resampled set has that prompt Bin(16, 1/16) times, and keeps the margin with at most one.
+    times = stats.binom(16, 1 / 16)
+    bias = stats.norm.ppf(times.cdf(0) + times.pmf(1) / 2)
+    lost = stats.skew([0.2] + [0.0] * 15) / (6 * math.sqrt(16))  # the acceleration of BCa
+    z = stats.norm.ppf(times.cdf(1)) - bias
+    expected = stats.t.cdf((z / (1 + lost * z) - bias) / math.sqrt(16 / 15), 15)
+    assert loss.confidence == pytest.approx(expected, abs=0.02)
     assert "none is recommended" in found.words[0]
     assert recommend(*run, margins={"recall": 0.2}).policy == "a"
 

@@ -12,14 +12,14 @@ def metric(mean=None, n=8, against=True, paired=None, ci95=None, **more):
     return facts | {"unit": "", "sets": False} | more
 
 
-def tested(difference, p):
+def change(difference, p):
     ci95 = [difference - 0.1, difference + 0.1]
     return {"difference": difference, "ci95": ci95, "p": p, "p_holm": p, "n": 8}
 
 
-def said(metrics, drift=None, tests=3):
+def said(metrics, drift=None, prompts=8):
     policies = {"full": {}, "mine": {"metrics": metrics, "drift": drift or {}}}
-    family = {"level": 0.05, "tests": tests}
+    family = {"level": 0.05, "tests": 3, "prompts": prompts, "prompts_needed": 7}
     summary = {"model": {"name": FILES}, "reference": "full", "policies": policies}
     return verdict(summary | {"family": family}, [])
 
@@ -27,29 +27,29 @@ def said(metrics, drift=None, tests=3):
 def test_what_is_near_what_differs_and_what_does_not():
     words = said(
         {
-            "psnr": metric(31.25, ci95=[30.0, 32.5], unit="dB"),
+            "psnr": metric(31.2, ci95=[30.0, 32.5], unit="dB"),
             "ssim": metric(None),
-            "sharpness": metric(0.5, against=False, paired=tested(-0.3, 0.01)),
-            "colour": metric(0.5, against=False, paired=tested(0.2, 0.06)),
-            "flicker": metric(0.5, against=False, paired=tested(0.2, None)),
+            "sharpness": metric(0.5, against=False, paired=change(-0.3, 0.01)),
+            "colour": metric(0.5, against=False, paired=change(0.2, 0.06)),
+            "flicker": metric(0.5, against=False, paired=change(0.2, None)),
         }
     )
     assert words == [
-        "mine against full, over 8 prompts: psnr 31.25 dB [30, 32.5].",
+        "mine against full, over 8 prompts: psnr 31.2 dB [30, 32.5].",
         "mine differs from full in sharpness by -0.3 [-0.4, -0.2] (corrected p = 0.01) "
-        "(sign-flip test, 5% over 3 tests by Holm).",
+        "(sign-flip test, 5 % over 3 tests by Holm).",
         "mine: no sure difference in colour, flicker.",
     ]
 
 
 def test_few_prompts_are_named_as_the_reason():
-    colour = metric(0.5, n=3, against=False, paired=tested(0.2, 0.25))
-    (word,) = said({"colour": colour})
-    assert word.endswith("; 3 prompts can hardly show any.")
+    colour = metric(0.5, n=3, against=False, paired=change(0.2, 0.25))
+    (word,) = said({"colour": colour}, prompts=6)
+    assert word == "mine: no sure difference in colour; it takes 7 or more to be sure of any."
 
 
 def test_distances_of_sets():
-    far = metric(12.5, sets=True, null=2.0, against="the real set", paired=None)
+    far = metric(12.5, against=False, sets=True, null=2.0) | {"against": "the real set"}
     words = said({"fvd": far, "kvd": far | {"mean": None}})
     assert words == ["mine: fvd 12.5 from the real set; equal sets would show 2."]
 
