@@ -26,7 +26,7 @@ CONSTANT = 1e-12
 """A variance below this share of the mean square is rounding: all clips are the same."""
 
 GROUPS = 64
-"""The jackknife leaves out single clips up to so many, and beyond so many random groups."""
+"""The jackknife leaves out single prompts up to so many, and beyond so many random groups."""
 
 
 def frechet_distance(x: Tensor, y: Tensor, covariance: Covariance = "unbiased") -> Tensor:
@@ -87,7 +87,12 @@ def frechet_from_moments(x: Moments, y: Moments, covariance: Covariance = "unbia
 
 
 def null_distance(
-    real: Tensor, clips: int, draws: int = 16, seed: int = 0, covariance: Covariance = "unbiased"
+    real: Tensor,
+    clips: int,
+    draws: int = 16,
+    seed: int = 0,
+    covariance: Covariance = "unbiased",
+    groups: Tensor | None = None,
 ) -> float | None:
     """The distance to be expected if the clips came from the population of the real set.
 
@@ -97,18 +102,23 @@ def null_distance(
     continued to the full sizes: a parabola in the logarithms of distance and size. Samples of a
     Gaussian fitted to fewer clips than features would say about half of the truth or less.
 
+    Clips of one prompt are alike and stay together. So what counts is the number of prompts, each
+    taken to have as many clips as those of the real set.
+
     Args:
         real: Features of the real set, ``[M, d]``.
-        clips: Number N of clips that are compared with it.
+        clips: Number N of clips that are compared with it; of their prompts, where ``groups`` are
+            given.
         draws: Number of splits of each size.
         seed: The same seed gives the same number.
         covariance: As in :func:`frechet_distance`.
+        groups: Prompt of each real clip, int64 ``[M]``; by default each has its own.
 
     Returns:
         The distance; None where the real set cannot be split at two sizes.
 
     Raises:
-        ValueError: As :func:`frechet_distance`.
+        ValueError: The groups do not fit, or as :func:`frechet_distance`.
 
     Example:
         >>> real = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -118,17 +128,18 @@ def null_distance(
         True
     """
     real, generator = varied(real), torch.Generator().manual_seed(seed)
-    whole = len(real) / (clips + len(real))
+    group, prompts = numbered(groups, len(real))
+    whole = prompts / (clips + prompts)
     points: list[tuple[float, float]] = []
     for share in (whole, whole / 2, whole / 4):
         few = round(clips * share)
-        many = min(round(len(real) * share), len(real) - few)
+        many = min(round(prompts * share), prompts - few)
         if min(few, many) < 2:
             break
-        orders = (_order(len(real), generator) for _ in range(draws))
-        splits = ((real[order[:few]], real[order[few : few + many]]) for order in orders)
+        places = (_order(prompts, generator)[group] for _ in range(draws))
+        splits = ((real[at < few], real[(at >= few) & (at < few + many)]) for at in places)
         mean = math.fsum(AgainstReal(*split, covariance)().item() for split in splits) / draws
-        size = (1 / clips + 1 / len(real)) / (1 / few + 1 / many)
+        size = (1 / clips + 1 / prompts) / (1 / few + 1 / many)
         if mean > 0:  # it is not where all samples of a set that repeats itself are the same
             points.append((math.log(size), math.log(mean)))
     if len(points) < 2:
@@ -194,22 +205,26 @@ def frechet_infinity(
     return FrechetLimit(float(line(0)), float(residual))
 
 
-def frechet_error(x: Tensor, y: Tensor, covariance: Covariance = "unbiased") -> float | None:
-    """Standard error of :func:`frechet_distance` over the clips of the first set, by the jackknife.
+def frechet_error(
+    x: Tensor, y: Tensor, covariance: Covariance = "unbiased", groups: Tensor | None = None
+) -> float | None:
+    """Standard error of :func:`frechet_distance` over prompts of the first set, by the jackknife.
 
     The second set is taken as given. (The bootstrap takes clips twice, which inflates the distance
-    beyond its own interval.) Up to 64 clips are left out one by one, more in 64 random groups.
+    beyond its own interval.) The clips of a prompt are left out together: up to 64 prompts one by
+    one, more in 64 random groups.
 
     Args:
         x: Features of the set that is measured, ``[N, d]``.
         y: Features of the set it is compared with, ``[M, d]``.
         covariance: As in :func:`frechet_distance`.
+        groups: Prompt of each clip of the first set, int64 ``[N]``; by default each has its own.
 
     Returns:
-        The standard error; None for fewer than 3 clips.
+        The standard error; None for fewer than 3 prompts.
 
     Raises:
-        ValueError: As :func:`frechet_distance`.
+        ValueError: The groups do not fit, or as :func:`frechet_distance`.
 
     Example:
         >>> x, y = torch.randn(2, 32, 4, generator=torch.Generator().manual_seed(0))
@@ -217,11 +232,12 @@ def frechet_error(x: Tensor, y: Tensor, covariance: Covariance = "unbiased") -> 
         True
     """
     distances = AgainstReal(varied(x), varied(y), covariance)
-    groups = min(len(x), GROUPS)
-    group = _order(len(x), torch.Generator().manual_seed(0)) % groups
-    if len(x) < 3:
+    group, prompts = numbered(groups, len(x))
+    if prompts < 3:
         return None
-    return jackknife(np.arange(groups), lambda kept: distances(within(group, kept)).item())[1]
+    parts = min(prompts, GROUPS)
+    part = _order(prompts, torch.Generator().manual_seed(0))[group] % parts
+    return jackknife(np.arange(parts), lambda kept: distances(within(part, kept)).item())[1]
 
 
 class AgainstReal:
@@ -313,6 +329,39 @@ def _constant(clips: int) -> ValueError:
 
 def _order(n: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(n, generator=generator)
+
+
+def measurable(features: Tensor, width: int) -> bool:
+    """Whether a set of features has a distance from one of this width.
+
+    Example:
+        >>> measurable(torch.eye(3), 3), measurable(torch.ones(3, 3), 3)
+        (True, False)
+    """
+    if len(features) < 2 or features.shape[1] != width:
+        return False
+    return bool(features.isfinite().all() and (features != features[0]).any())
+
+
+def numbered(groups: Tensor | None, n: int) -> tuple[Tensor, int]:
+    """Group of each of n rows, counted from 0, and the number of groups.
+
+    Raises:
+        ValueError: There is not one whole number for each row.
+
+    Example:
+        >>> numbered(torch.tensor([7, 3, 7]), 3)
+        (tensor([1, 0, 1]), 2)
+    """
+    if groups is None:
+        return torch.arange(n), n
+    if groups.shape != (n,) or groups.dtype != torch.int64:
+        raise ValueError(
+            f"The groups do not fit {n} clips: {groups.dtype} {tuple(groups.shape)}. Pass one "
+            "int64 for each clip."
+        )
+    found, group = groups.cpu().unique(return_inverse=True)
+    return group, len(found)
 
 
 def within(group: Tensor, kept: np.ndarray) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_kv.metrics.frechet import AgainstReal, varied, within
+from lightning_kv.metrics.frechet import AgainstReal, numbered, varied, within
 from lightning_kv.metrics.inference import jackknife
 from lightning_kv.metrics.moments import Covariance
 
@@ -106,10 +106,7 @@ def _prompts(candidate: Tensor, reference: Tensor, ids: Tensor | None) -> tuple[
             f"{tuple(reference.shape)}, prompts {None if ids is None else tuple(ids.shape)}. "
             "Pass the same clips in the same order, and one prompt for each."
         )
-    if ids is None:
-        return torch.arange(len(reference)), len(reference)
-    found, prompt = ids.cpu().unique(return_inverse=True)
-    return prompt, len(found)
+    return numbered(ids, len(reference))
 
 
 def _swaps(prompts: int, permutations: int, seed: int) -> Tensor:

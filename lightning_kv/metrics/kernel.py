@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_kv.metrics.frechet import numbered
 from lightning_kv.metrics.moments import Moments, as_features, check_widths
 
 Estimator = Literal["u", "v"]
@@ -107,21 +108,29 @@ def jedi_from_moments(x: Moments, y: Moments, estimator: Estimator = "u") -> Ten
 
 
 def kernel_null(
-    real: Tensor | Moments, clips: int, kernel: PolynomialKernel = KVD, estimator: Estimator = "u"
+    real: Tensor | Moments,
+    clips: int,
+    kernel: PolynomialKernel = KVD,
+    estimator: Estimator = "u",
+    groups: Tensor | None = None,
 ) -> float:
     """The distance to be expected if the clips came from the population of the real set.
 
     Exactly ``(1 / N + 1 / M) (E k(x, x) - E k(x, x'))`` for "v", estimated without bias from the
-    real set, and 0 for "u".
+    real set, and 0 for "u". Where clips of one prompt are alike, pairs within a prompt take the
+    place of pairs of a clip with itself, and lift "u" too, which leaves out only the latter.
 
     Args:
         real: Features of the real set, ``[M, d]``; or its moments, for the kernel ``JEDI``.
-        clips: Number N of clips that are compared with it.
+        clips: Number N of clips that are compared with it; where ``groups`` are given, of their
+            prompts, each taken to have as many clips as those of the real set.
         kernel: As in :func:`kernel_distance`.
         estimator: As in :func:`kernel_distance`.
+        groups: Prompt of each real clip, int64 ``[M]``; by default each has its own.
 
     Raises:
-        ValueError: As :func:`kernel_distance`.
+        ValueError: The groups do not fit, there are fewer than 2, or they come with moments; or as
+            :func:`kernel_distance`.
 
     Example:
         >>> real = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -131,33 +140,61 @@ def kernel_null(
         0.0
     """
     if isinstance(real, Moments):
+        if groups is not None:
+            raise ValueError(
+                f"Moments of {real.n} clips do not say which are of one prompt. Pass the features, "
+                "or no groups."
+            )
         within = _Within.from_moments(real)
+        sizes, blocks = torch.ones(real.n, dtype=torch.float64), within.diagonal
     else:
-        within = _Within.of(as_features(real), kernel)
-    if estimator == "u":
+        real = as_features(real)
+        within, blocks = _Within.of(real, kernel), _blocks(real, kernel, groups)[1].sum()
+        sizes = numbered(groups, len(real))[0].bincount().double()
+    if len(sizes) < 2:
+        raise ValueError(
+            f"All {within.n} real clips are of {len(sizes)} prompt. Pass clips of 2 prompts or more."
+        )
+    return kernel.scale * _lift(within, blocks, sizes, clips, estimator)
+
+
+def _lift(
+    within: _Within, blocks: Tensor, sizes: Tensor, clips: int, estimator: Estimator
+) -> float:
+    """What the pairs within prompts lift the distance by, before scaling."""
+    alone = 0 if estimator == "v" else 1  # pairs of a clip with itself that are left out
+    pairs, n, size = (sizes * (sizes - alone)).sum(), within.n, sizes.mean()
+    if pairs == 0:
         return 0.0
-    apart = within.diagonal / within.n - within.mean("u")
-    return kernel.scale * (1 / clips + 1 / within.n) * apart.item()
+    apart = (within.total - blocks) / (n**2 - sizes.square().sum())
+    alike = (blocks - alone * within.diagonal) / pairs
+    shares = pairs / (n * (n - alone)) + (size - alone) / (clips * size - alone)
+    return (shares * (alike - apart)).item()
 
 
 def kernel_error(
-    x: Tensor, y: Tensor, kernel: PolynomialKernel = KVD, estimator: Estimator = "u"
+    x: Tensor,
+    y: Tensor,
+    kernel: PolynomialKernel = KVD,
+    estimator: Estimator = "u",
+    groups: Tensor | None = None,
 ) -> float | None:
-    """Standard error of :func:`kernel_distance` over the clips of the first set, by the jackknife.
+    """Standard error of :func:`kernel_distance` over prompts of the first set, by the jackknife.
 
-    The second set is taken as given.
+    The clips of a prompt are left out together. The second set is taken as given.
 
     Args:
         x: Features of the set that is measured, ``[N, d]``.
         y: Features of the set it is compared with, ``[M, d]``.
         kernel: As in :func:`kernel_distance`.
         estimator: As in :func:`kernel_distance`.
+        groups: Prompt of each clip of the first set, int64 ``[N]``; by default each has its own.
 
     Returns:
-        The standard error; None for fewer than 3 clips.
+        The standard error; None for fewer than 3 prompts.
 
     Raises:
-        ValueError: As :func:`kernel_distance`.
+        ValueError: The groups do not fit, or as :func:`kernel_distance`.
 
     Example:
         >>> x, y = torch.randn(2, 32, 4, generator=torch.Generator().manual_seed(0))
@@ -165,21 +202,39 @@ def kernel_error(
         True
     """
     x, y = _both(x, y)
-    n = len(x)
-    if n < 3:
+    (group, blocks), prompts = _blocks(x, kernel, groups), numbered(groups, len(x))[1]
+    if prompts < 3:
         return None
+
+    def by_prompt(values: Tensor) -> Tensor:
+        return values.new_zeros(prompts).index_add(0, group, values)
+
     rows, diagonal, across = kernel.rows(x, x), kernel.diagonal(x), kernel.rows(x, y)
-    # Sums without each clip in turn: its row and its column go.
-    left = _Within(n - 1, rows.sum() - 2 * rows + diagonal, diagonal.sum() - diagonal)
-    values = _mmd(left, _Within.of(y, kernel), across.sum() - across, estimator)
-    return kernel.scale * math.sqrt((n - 1) * values.var(correction=0).item())
+    # Sums without each prompt in turn: its rows and its columns go, and its block went twice.
+    left = _Within(
+        len(x) - by_prompt(torch.ones_like(rows)),
+        rows.sum() - 2 * by_prompt(rows) + blocks,
+        diagonal.sum() - by_prompt(diagonal),
+    )
+    values = _mmd(left, _Within.of(y, kernel), across.sum() - by_prompt(across), estimator)
+    return kernel.scale * math.sqrt((prompts - 1) * values.var(correction=0).item())
+
+
+def _blocks(x: Tensor, kernel: PolynomialKernel, groups: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Prompt of each clip ``[N]``, and the sum of the kernel over the pairs within each prompt."""
+    group, prompts = numbered(groups, len(x))
+    group = group.to(x.device)
+    if prompts == len(x):
+        return group, kernel.diagonal(x)[group.argsort()]
+    parts = (x[group == prompt] for prompt in range(prompts))
+    return group, torch.stack([kernel.rows(part, part).sum() for part in parts])
 
 
 @dataclass(frozen=True)
 class _Within:
     """Kernel values of n clips with each other: their sum, and the sum of those with themselves."""
 
-    n: int
+    n: int | Tensor
     total: Tensor
     diagonal: Tensor
 

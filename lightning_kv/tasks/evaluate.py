@@ -40,8 +40,6 @@ from lightning_kv.tasks.results import about, describe, fitted
 from lightning_kv.tasks.scenes import Start, stack_context, start_of
 from lightning_kv.tasks.settle import check_options, check_text, known, settled
 
-PANEL = 160  # pixels that a smaller picture is enlarged to in a moving picture
-
 
 class Evaluate(L.LightningModule):
     """Rolls out the reference and every policy, measures, and writes one record per clip.
@@ -233,6 +231,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         told = about(options, policies, reference, model, data.total, suite, device)
         run.open(fingerprint(described), described, told)
         write_atomic(run.config, config_yaml(options))
+        read_real(run, real, suite.encoders())  # what is damaged is better known before
     task = Evaluate(options, model, policies, reference, suite, run)
     task.pictured = set(data.keys()[: options.videos])
     if run.path.is_dir():
@@ -244,7 +243,6 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     trainer.strategy.barrier("records are written")
     if not trainer.is_global_zero:
         return {}
-    read_real(run, real, suite.encoders())
     return conclude(run)
 
 

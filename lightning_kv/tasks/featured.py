@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import re
+import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,12 +26,14 @@ import torch
 from torch import Tensor
 
 from lightning_kv.data.pairs import videos_in
-from lightning_kv.data.videos import SUFFIXES, read
+from lightning_kv.data.videos import SUFFIXES, VideoError, read
 from lightning_kv.metrics.backbones import Backbone
 from lightning_kv.metrics.frechet_difference import delta_frechet
 from lightning_kv.metrics.suite import Suite, set_metric
 from lightning_kv.metrics.windows import Windows
 from lightning_kv.report.records import RunDirectory, write_atomic
+
+log = logging.getLogger(__name__)
 
 Rows = tuple[Tensor, list[str]]
 """Features ``[n, d]``, and the prompt key of each."""
@@ -96,6 +102,8 @@ def read_features(folder: Path, encoder: str) -> Rows:
 def real_videos(folder: Path | None, suite: Suite) -> dict[str, Path]:
     """The videos of ``--real`` by their key; none without a folder.
 
+    A shard, a tar file of videos, gives a key ``SHARD::NAME`` for each, and its own path.
+
     Raises:
         ValueError: There are none in the folder, two of one name, or no metric looks at them.
     """
@@ -106,31 +114,71 @@ def real_videos(folder: Path | None, suite: Suite) -> dict[str, Path]:
             f"--real {folder} does nothing: no metric compares sets. Leave it out, or name one: "
             "--metrics [fvd/i3d]."
         )
-    if found := videos_in(folder):
+    found = videos_in(folder)
+    for shard in sorted(folder.rglob("*.tar")):
+        with tarfile.open(shard) as content:
+            names = [member.name for member in content if member.isfile()]
+        key = shard.relative_to(folder).with_suffix("").as_posix()
+        videos = (name for name in names if Path(name).suffix.lower() in SUFFIXES)
+        found |= {f"{key}::{name}": shard for name in videos}
+    if found:
         return found
     raise ValueError(
-        f"There are no videos in --real {folder}. Give a folder of {', '.join(SUFFIXES)} files."
+        f"There are no videos in --real {folder}. Give a folder of {', '.join(SUFFIXES)} files, or "
+        "of .tar shards that hold some."
     )
 
 
 def read_real(
     run: RunDirectory, videos: Mapping[str, Path], encoders: Mapping[str, Backbone]
-) -> None:
+) -> list[str]:
     """Show real videos to the encoders and keep what they say.
 
+    Returns:
+        What was left out, and why: videos that are damaged, or too short for a window.
+
     Raises:
-        VideoError: One cannot be read.
+        ValueError: Nothing is left.
     """
-    for key, path in videos.items():
+    skipped = []
+    for key, path in videos.items() if encoders else ():
         if featured(real_folder(run), key):
             continue
         windows = {name: Windows(encoder) for name, encoder in encoders.items()}
-        for block in read(path):
-            for each in windows.values():
-                each.add(block.float() / 255)
-        write_features(
-            real_folder(run), key, {name: each.features() for name, each in windows.items()}
+        try:
+            with on_disk(key, path) as file:
+                for block in read(file):
+                    for each in windows.values():
+                        each.add(block.float() / 255)
+        except VideoError as error:
+            skipped.append(f"real {key}: {error}")
+            continue
+        found = {name: each.features() for name, each in windows.items()}
+        if not all(len(rows) for rows in found.values()):
+            longest = max(each.length for each in windows.values())
+            skipped.append(f"real {key}: shorter than a window of {longest} frames")
+            continue
+        write_features(real_folder(run), key, found)
+    for why in skipped:
+        log.warning("Skipped: %s", why)
+    if skipped and not any(real_folder(run).glob("*.npz")):
+        raise ValueError(
+            f"None of {len(videos)} real videos can be used. {skipped[0]}. Give others to --real."
         )
+    return skipped
+
+
+@contextmanager
+def on_disk(key: str, path: Path) -> Iterator[Path]:
+    """A video as a file of its own: itself, or a copy of what a shard holds."""
+    if path.suffix != ".tar":
+        yield path
+        return
+    name = key.partition("::")[2]
+    with tarfile.open(path) as shard, TemporaryDirectory() as place:
+        copy = Path(place) / f"video{Path(name).suffix}"
+        copy.write_bytes(shard.extractfile(name).read())
+        yield copy
 
 
 def distances(

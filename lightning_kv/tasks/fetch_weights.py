@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from lightning_kv.metrics.backbones.weights import (
     Weights,
     WeightsUnavailable,
+    check_licence,
     first_line,
     locate,
     published,
@@ -33,13 +35,11 @@ def fetch_weights(name: str, accept: Collection[str] = (), force: bool = False) 
         WeightsUnavailable: A licence was not accepted.
     """
     weights = published(name)
-    try:
+    check_licence(weights, accept)
+    with suppress(WeightsUnavailable):
         found = locate(name, accept=accept)
         if not force:
             return [f"{name} is already here, in {found}. Nothing was downloaded."]
-    except WeightsUnavailable as error:
-        if weights.noncommercial and "licence" in str(error) and "accept" in str(error):
-            raise
     if not weights.fetchable:
         raise ValueError(
             f"{name} cannot be downloaded: {weights.about} See {weights.page}, and say where your "
@@ -52,7 +52,12 @@ def fetch_weights(name: str, accept: Collection[str] = (), force: bool = False) 
     else:
         _from_address(weights, folder / weights.file)
     place = locate(name, accept=accept)
-    digest = verified(place, weights)
+    try:
+        digest = verified(place, weights)
+    except ValueError:  # or the next fetch would find it here
+        if folder in place.parents:
+            place.unlink(missing_ok=True)
+        raise
     checked = "as published" if weights.sha256 else "no checksum is published to compare with"
     return [f"{name} is in {place}. SHA-256 {digest} ({checked})."]
 

@@ -94,7 +94,7 @@ def locate(name: str, given: Path | str | None = None, accept: Collection[str] =
         WeightsUnavailable: They are not here, or forbid commercial use and nobody accepted that.
     """
     weights = published(name)
-    _check_licence(weights, accept)
+    check_licence(weights, accept)
     said = os.environ.get(weights.variable)
     for path, origin in ((given, "as given"), (said, f"set in {weights.variable}")):
         if path:
@@ -226,8 +226,12 @@ def _places(weights: Weights) -> Iterator[Path]:
             yield Path(found).parent if weights.is_folder else Path(found)
 
 
-def _check_licence(weights: Weights, accept: Collection[str]) -> None:
-    """Raise where commercial use is forbidden and nobody has accepted that."""
+def check_licence(weights: Weights, accept: Collection[str]) -> None:
+    """Refuse weights that forbid commercial use and whose licence nobody has accepted.
+
+    Raises:
+        WeightsUnavailable: Says how to accept it.
+    """
     if isinstance(accept, str):
         accept = accept.split(",")
     said = {*accept, *os.environ.get(ACCEPTED, "").split(",")}
