@@ -34,7 +34,7 @@ def compare_command(words: list[str]) -> None:
         "--unpaired", action="store_true", help="names do not match: compare whole sets"
     )
     parser.add_argument(
-        "--length", metavar="HOW", default="equal", help="equal, or shortest: cut the longer video"
+        "--length", metavar="HOW", default="equal", help="equal, or shortest: cut all to that"
     )
     parser.add_argument(
         "--resize", action="store_true", help="bring candidates to the size of the reference"

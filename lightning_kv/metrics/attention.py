@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from lightning_kv.metrics.base import SavedMetric
 
 BINS, TOP = 2000, 2.0  # of the histograms: bins of 0.001, and one for all that is beyond
 
@@ -91,7 +92,7 @@ def topk_recall(weights: Tensor, kept: Tensor, k: int) -> Tensor:
     return kept.expand_as(weights).gather(-1, top).double().mean(-1)
 
 
-class AttentionFidelity(Metric):
+class AttentionFidelity(SavedMetric):
     """Retained mass and output error of every layer, head, denoising step and chunk.
 
     All states are sums, so ranks and shards with uneven numbers of clips merge by addition. The
@@ -116,8 +117,6 @@ class AttentionFidelity(Metric):
         [nan, 0.25]
     """
 
-    full_state_update = False
-    is_differentiable = False
     higher_is_better = None
 
     total: Tensor
@@ -133,7 +132,7 @@ class AttentionFidelity(Metric):
             "histogram": torch.zeros(2, BINS + 1, dtype=torch.int64),
         }
         for name, start in states.items():
-            self.add_state(name, start, dist_reduce_fx="sum")
+            self.add_state(name, start, dist_reduce_fx="sum", persistent=True)
 
     def update(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -116,12 +117,31 @@ def _shows(frames: int, pixel_frames: int) -> bool:
     return pixel_frames >= frames and (pixel_frames - 1) % (frames - 1) == 0
 
 
-class ClipMetric(Metric):
+class SavedMetric(Metric):
+    """A metric that ``state_dict`` holds: one that was loaded goes on where that stood.
+
+    A subclass adds its states with ``persistent=True``.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # torchmetrics would give the value remembered from before, or warn that there is none.
+        if any(f"{prefix}{name}" in state_dict for name in self._defaults):
+            self._computed = None
+            self._update_count += 1
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class ClipMetric(SavedMetric):
     """A metric that takes one clip per update and has a value for each of its frames.
 
     A clip's value is the mean over the frames that count; the metric is the mean over clips that
     have a value, NaN if there is none. The states are float64 sums, so ranks and shards with
-    uneven numbers of clips merge by addition.
+    uneven numbers of clips merge by addition: to rounding, as the order of addition differs.
 
     A subclass sets the class attributes and writes :meth:`frame_values`:
 
@@ -148,9 +168,6 @@ class ClipMetric(Metric):
         0.5
     """
 
-    full_state_update = False
-    is_differentiable = False
-
     name: str
     unit: str
     recipe: str
@@ -163,8 +180,9 @@ class ClipMetric(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("clips", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("total", "clips"):
+            zero = torch.zeros((), dtype=torch.float64)
+            self.add_state(name, zero, dist_reduce_fx="sum", persistent=True)
 
     @classmethod
     def against_reference(cls) -> bool:
@@ -261,6 +279,7 @@ def read_clip(
     blocks: Iterable[Block],
     prompt: str | None = None,
     fps: float | None = None,
+    problems: dict[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """Curves of several metrics in one pass over the pixels, which are never held as a whole.
 
@@ -269,11 +288,20 @@ def read_clip(
         blocks: The clip, block after block; every block may have another number of frames.
         prompt: What the model was told.
         fps: Frames per second.
+        problems: Where given, takes up why a metric cannot judge this clip, by name; the others
+            go on.
 
     Returns:
-        Value of every pixel frame, float64 ``[P]`` on the CPU, NaN where it has none, by name.
+        Value of every pixel frame, float64 ``[P]`` on the CPU, NaN where it has none, by name;
+        nothing for a metric with a problem.
+
+    Raises:
+        ValueError: A metric cannot judge this clip, and ``problems`` is not given.
     """
-    readers = {name: metric.reader(prompt, fps) for name, metric in metrics.items()}
+    readers: dict[str, Reader] = {}
+    for name, metric in metrics.items():
+        with noting(problems, name):
+            readers[name] = metric.reader(prompt, fps)
     places = {name: metric.device for name, metric in metrics.items()}
     # Numbers and not tensors: small tensors that stay, between large ones that go, split the free
     # memory into pieces that fit no block, and the process grows with the clip.
@@ -284,8 +312,31 @@ def read_clip(
             for place in set(places.values())
         }
         for name, read in readers.items():
-            found[name] += read(*moved[places[name]]).tolist()
+            if name in found:
+                with noting(problems, name):
+                    found[name] += read(*moved[places[name]]).tolist()
+                    continue
+                del found[name]
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
+
+
+@contextmanager
+def noting(problems: dict[str, str] | None, name: str) -> Iterator[None]:
+    """Take up the ValueError of what is done inside, under a name; without a dict it goes on.
+
+    Example:
+        >>> problems = {}
+        >>> with noting(problems, "width"):
+        ...     int("wide")
+        >>> list(problems)
+        ['width']
+    """
+    try:
+        yield
+    except ValueError as error:
+        if problems is None:
+            raise
+        problems[name] = str(error)
 
 
 def clip_value(curve: Tensor) -> float | None:

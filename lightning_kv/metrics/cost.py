@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from lightning_kv.metrics.base import SavedMetric
 
 MEANS = ("kv_bytes_mean", "kv_rows_read", "kv_rows_scored")
 
 
-class CacheCost(Metric):
+class CacheCost(SavedMetric):
     """Cost of the clips of a run: peak over clips, means over clips, time per chunk.
 
     The bytes of a clip are those of all distinct storages that its cache and its policy's state
-    hold. The states are maxima and sums, so ranks with uneven numbers of clips merge exactly.
+    hold. The states are sums, and lists with one largest value per clip, so ranks with uneven
+    numbers of clips merge; sums to rounding, as the order of addition differs.
 
     * ``kv_bytes_peak``: most bytes that any clip held.
     * ``kv_bytes_mean``: bytes held after a chunk, mean over chunks, then over clips.
@@ -32,29 +34,27 @@ class CacheCost(Metric):
         {'kv_bytes_peak': 1200.0, 'kv_bytes_mean': 850.0, 'kv_rows_read': 60.0, ...
     """
 
-    full_state_update = False
-    is_differentiable = False
     higher_is_better = False
 
-    peak: Tensor
+    peaks: list[Tensor]
     sums: Tensor
     clips: Tensor
     seconds: Tensor
     chunks: Tensor
-    slowest: Tensor
+    slowest: list[Tensor]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name in ("peak", "slowest"):
-            lowest = torch.full((), -math.inf, dtype=torch.float64)
-            self.add_state(name, lowest, dist_reduce_fx="max")
+        for name in ("peaks", "slowest"):
+            self.add_state(name, [], dist_reduce_fx="cat", persistent=True)
         for name, shape in (
             ("sums", (len(MEANS),)),
             ("clips", ()),
             ("seconds", ()),
             ("chunks", ()),
         ):
-            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+            zeros = torch.zeros(shape, dtype=torch.float64)
+            self.add_state(name, zeros, dist_reduce_fx="sum", persistent=True)
 
     def update(
         self,
@@ -89,18 +89,32 @@ class CacheCost(Metric):
                 f"A chunk holds {max(chunk_bytes)} bytes, more than the peak of {peak_bytes}. Pass "
                 "the largest number of bytes as the peak."
             )
-        self.peak = self.peak.clamp_min(peak_bytes)
+        self.peaks.append(self.sums.new_tensor([peak_bytes]))
         mean = math.fsum(chunk_bytes) / len(chunk_bytes)
         self.sums += self.sums.new_tensor([mean, rows_read, rows_scored])
         self.clips += 1
         self.seconds += math.fsum(seconds)
         self.chunks += len(seconds)
-        self.slowest = self.slowest.clamp_min(max(seconds, default=-math.inf))
+        if seconds:
+            self.slowest.append(self.sums.new_tensor([max(seconds)]))
 
     def compute(self) -> dict[str, Tensor]:
         """Every cost, a float64 scalar; NaN where no clip, or no timed chunk, was seen."""
-        found = {"kv_bytes_peak": self.peak}
+        found = {"kv_bytes_peak": self._largest(self.peaks)}
         found |= zip(MEANS, self.sums / self.clips, strict=True)
         found["seconds_per_chunk"] = self.seconds / self.chunks
-        found["seconds_per_chunk_max"] = self.slowest
-        return {name: x.masked_fill(x == -math.inf, torch.nan) for name, x in found.items()}
+        found["seconds_per_chunk_max"] = self._largest(self.slowest)
+        return found
+
+    def _largest(self, values: list[Tensor] | Tensor) -> Tensor:
+        """Largest of some values, which are one tensor once they were gathered."""
+        if isinstance(values, list):
+            values = torch.cat([self.sums.new_zeros(0), *values])
+        return values.max() if len(values) else self.sums.new_tensor(torch.nan)
+
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        # A process without clips must gather what the others gather: torchmetrics takes float32.
+        for state in (self.peaks, self.slowest):
+            if not state:
+                state.append(self.sums.new_zeros(0))
+        super()._sync_dist(*args, **kwargs)

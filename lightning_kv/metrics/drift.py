@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from lightning_kv.metrics.base import Clip, ClipMetric
+from lightning_kv.metrics.base import Clip, ClipMetric, SavedMetric
 from lightning_kv.metrics.drift_definitions import (
     Curve,
     NotComputable,
@@ -151,7 +150,7 @@ def paired_drift(
     return found
 
 
-class DriftMetric(Metric):
+class DriftMetric(SavedMetric):
     """Drift of any metric of a clip: every definition, mean over the clips that have it.
 
     Args:
@@ -172,8 +171,6 @@ class DriftMetric(Metric):
         20.0
     """
 
-    full_state_update = False
-    is_differentiable = False
     higher_is_better = None
 
     sums: Tensor
@@ -184,7 +181,7 @@ class DriftMetric(Metric):
         self.metric, self.rate = metric, checked_rate(rate)
         for name in ("sums", "counts"):
             zeros = torch.zeros(len(NAMES), dtype=torch.float64)
-            self.add_state(name, zeros, dist_reduce_fx="sum")
+            self.add_state(name, zeros, dist_reduce_fx="sum", persistent=True)
 
     def update(self, clip: Clip | None, curve: Tensor | None = None) -> None:
         """Add one clip.

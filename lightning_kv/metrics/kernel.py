@@ -113,7 +113,7 @@ def kernel_null(
     kernel: PolynomialKernel = KVD,
     estimator: Estimator = "u",
     groups: Tensor | None = None,
-) -> float:
+) -> float | None:
     """The distance to be expected if the clips came from the population of the real set.
 
     Exactly ``(1 / N + 1 / M) (E k(x, x) - E k(x, x'))`` for "v", estimated without bias from the
@@ -128,9 +128,11 @@ def kernel_null(
         estimator: As in :func:`kernel_distance`.
         groups: Prompt of each real clip, int64 ``[M]``; by default each has its own.
 
+    Returns:
+        The distance; None where the real clips are of one prompt.
+
     Raises:
-        ValueError: The groups do not fit, there are fewer than 2, or they come with moments; or as
-            :func:`kernel_distance`.
+        ValueError: The groups do not fit, or come with moments; or as :func:`kernel_distance`.
 
     Example:
         >>> real = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -152,9 +154,7 @@ def kernel_null(
         within, blocks = _Within.of(real, kernel), _blocks(real, kernel, groups)[1].sum()
         sizes = numbered(groups, len(real))[0].bincount().double()
     if len(sizes) < 2:
-        raise ValueError(
-            f"All {within.n} real clips are of {len(sizes)} prompt. Pass clips of 2 prompts or more."
-        )
+        return None
     return kernel.scale * _lift(within, blocks, sizes, clips, estimator)
 
 

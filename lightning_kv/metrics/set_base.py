@@ -28,9 +28,12 @@ class SetResult:
         value: The distance.
         null: The distance to be expected if both sets came from one population; None where that
             cannot be told.
-        standard_error: By the jackknife over the generated clips; None where that cannot be told.
+        standard_error: By the jackknife over the prompts of the generated clips; None where that
+            cannot be told.
         n: Number of generated clips.
         n_real: Number of real clips.
+        prompts: Number of prompts of the generated clips: so many count as independent.
+        prompts_real: The same of the real ones.
         recipe: How it was computed; see :func:`check_comparable`.
         status: "ok", or what to beware of.
     """
@@ -41,6 +44,8 @@ class SetResult:
     standard_error: float | None
     n: int
     n_real: int
+    prompts: int
+    prompts_real: int
     recipe: str
     status: str
 
@@ -52,7 +57,7 @@ def check_comparable(*results: SetResult) -> None:
         ValueError: The recipes differ.
 
     Example:
-        >>> some = SetResult("fvd/x", 1.0, 2.0, 0.1, 8, 8, "clips of 16 frames", "ok")
+        >>> some = SetResult("fvd/x", 1.0, 2.0, 0.1, 8, 8, 8, 8, "clips of 16 frames", "ok")
         >>> check_comparable(some, some)
     """
     recipes = dict.fromkeys(result.recipe for result in results)
@@ -63,12 +68,27 @@ def check_comparable(*results: SetResult) -> None:
         )
 
 
+def windows_recipe(backbone: nn.Module) -> str:
+    """How the features of the windows of clips are made, in a sentence.
+
+    Args:
+        backbone: As in :class:`SetMetric`; one whose ``clip_len`` is None sees single frames.
+    """
+    mean = "" if backbone.clip_len else ", mean over the frames of a window"
+    return (
+        f"{backbone.recipe}{mean}; consecutive windows without overlap, context and remainder left "
+        "out, pooled over clips"
+    )
+
+
 class SetMetric(Metric):
     """A metric of two sets of clips, the generated ones and the real ones.
 
     A set is kept as the features of its clips. They are put in the order of the ids, and an id that
     comes twice (from a sampler that pads) counts once; so the result does not depend on how the
-    clips were spread over processes. Or it is kept as its moments, float64 sums whose size does not
+    clips were spread over processes. Clips of one group (the windows of a rollout, or the rollouts
+    of a prompt) are alike: they are split and left out together, and count as one where it matters
+    how many are independent. Or a set is kept as its moments, float64 sums whose size does not
     grow; then each id may come once, and there is no standard error.
 
     States are saved with ``state_dict``, and sets from several jobs are put together with
@@ -78,9 +98,10 @@ class SetMetric(Metric):
 
     Args:
         backbone: Maps clips ``[B, T, 3, H, W]`` in [0, 1] to features ``[B, d]``; has attributes
-            ``name`` and ``num_features``. None where features are given.
+            ``name``, ``num_features`` and ``recipe``. None where features are given.
         num_features: Width d of the features, where there is no backbone.
         features_name: What the features are called, where there is no backbone.
+        features_recipe: How they were made, in a sentence; that of the backbone where None.
         keep_features: Whether to keep features, or moments.
         frames: Number of frames of each clip; other clips are refused.
         kwargs: Of ``torchmetrics.Metric``.
@@ -95,6 +116,7 @@ class SetMetric(Metric):
 
     name: str
     unit = ""
+    tests_difference = False  # whether ``delta_frechet`` tests differences of it
 
     def __init__(
         self,
@@ -102,6 +124,7 @@ class SetMetric(Metric):
         *,
         num_features: int | None = None,
         features_name: str = "given",
+        features_recipe: str | None = None,
         keep_features: bool = True,
         frames: int = 16,
         **kwargs: Any,
@@ -114,11 +137,14 @@ class SetMetric(Metric):
             )
         self._backbone = (backbone,)  # in a tuple it is no submodule
         self.features_name = features_name if backbone is None else backbone.name
+        if features_recipe is None:
+            features_recipe = "made elsewhere" if backbone is None else backbone.recipe
+        self.features_recipe = features_recipe
         self.num_features = num_features if backbone is None else backbone.num_features
         self.keep_features, self.frames = keep_features, frames
         for side in SIDES:
             for name, empty in self._empty().items():
-                listed = name in ("ids", "features")
+                listed = name in ("ids", "groups", "features")
                 self.add_state(
                     f"{name}_{side}",
                     [] if listed else empty,
@@ -131,23 +157,31 @@ class SetMetric(Metric):
     def recipe(self) -> str:
         """One exact sentence; values of different recipes must not be compared."""
 
+    @property
+    def features(self) -> str:
+        """What is compared, as part of the recipe."""
+        return (
+            f"{self.features_name} features of clips of {self.frames} frames "
+            f"({self.features_recipe})"
+        )
+
     @abstractmethod
     def value(self, generated: Tensor | Moments, real: Tensor | Moments) -> Tensor:
         """Distance of two sets, both features or both moments."""
 
     @abstractmethod
-    def null(self, real: Tensor | Moments, clips: int) -> float | None:
-        """Distance to be expected of so many clips of the real population."""
+    def null(self, real: Tensor | Moments, prompts: int, groups: Tensor) -> float | None:
+        """Distance to be expected of so many prompts; groups are those of the real clips."""
 
     @abstractmethod
-    def error(self, generated: Tensor, real: Tensor) -> float | None:
-        """Standard error of the value over the generated clips."""
+    def error(self, generated: Tensor, real: Tensor, groups: Tensor) -> float | None:
+        """Standard error of the value over the groups of the generated clips."""
 
-    def status(self, n: int, n_real: int) -> str:
-        """What to beware of with so many clips."""
+    def status(self, prompts: int, prompts_real: int) -> str:
+        """What to beware of with so many prompts."""
         return "ok"
 
-    def update(self, clips: Tensor, real: bool, ids: Tensor) -> None:
+    def update(self, clips: Tensor, real: bool, ids: Tensor, groups: Tensor | None = None) -> None:
         """Add a batch of clips to one of the sets.
 
         Args:
@@ -155,6 +189,8 @@ class SetMetric(Metric):
                 as in :meth:`update_features`.
             real: Whether they belong to the real set.
             ids: What tells the clips of a set apart, int64 ``[B]``.
+            groups: What clips that are no independent samples have in common, such as the number
+                of their prompt, int64 ``[B]``; by default each clip stands alone.
 
         Raises:
             ValueError: Shapes, types or range are wrong, or features are not finite.
@@ -165,30 +201,35 @@ class SetMetric(Metric):
                 "Features are kept in float32, but these are float64. Pass features.float()."
             )
         check_widths(as_features(features, least=1).shape[1], self.num_features)
-        if ids.shape != (len(features),) or ids.dtype != torch.int64:
-            raise ValueError(
-                f"The ids do not fit {len(features)} clips: {ids.dtype} {tuple(ids.shape)}. "
-                "Pass one int64 for each clip."
-            )
+        names = {"ids": ids, "groups": ids if groups is None else groups}
+        for what, given in names.items():
+            if given.shape != (len(features),) or given.dtype != torch.int64:
+                raise ValueError(
+                    f"The {what} do not fit {len(features)} clips: {given.dtype} "
+                    f"{tuple(given.shape)}. Pass one int64 for each clip."
+                )
         features = features.detach().float().to(self.device)
         batch = {"features": features} if self.keep_features else vars(Moments.of(features))
-        for name, value in ({"ids": ids.to(self.device)} | batch).items():
+        for name, value in (names | batch).items():
             state = f"{name}_{SIDES[real]}"
-            more = [value] if isinstance(getattr(self, state), list) else value
+            more = [value.to(self.device)] if isinstance(getattr(self, state), list) else value
             setattr(self, state, getattr(self, state) + more)
 
-    def update_features(self, features: Tensor, real: bool, ids: Tensor) -> None:
+    def update_features(
+        self, features: Tensor, real: bool, ids: Tensor, groups: Tensor | None = None
+    ) -> None:
         """Add the features of a batch of clips to one of the sets.
 
         Args:
             features: ``[B, d]``, float32 or narrower.
             real: As in :meth:`update`.
             ids: As in :meth:`update`.
+            groups: As in :meth:`update`.
 
         Raises:
             ValueError: As :meth:`update`.
         """
-        self.update(features, real, ids)
+        self.update(features, real, ids, groups)
 
     def compute(self) -> Tensor:
         """The distance, a float64 scalar.
@@ -196,7 +237,7 @@ class SetMetric(Metric):
         Raises:
             ValueError: A set has fewer than 2 clips, or an id came twice that must not.
         """
-        return self.value(self._set("generated"), self._set("real"))
+        return self.value(self._set("generated")[0], self._set("real")[0])
 
     def report(self) -> SetResult:
         """The distance with all that is needed to believe it; to be called on every process.
@@ -205,17 +246,19 @@ class SetMetric(Metric):
             ValueError: As :meth:`compute`.
         """
         with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync):
-            generated, real = self._set("generated"), self._set("real")
-        n, n_real = (s.n if isinstance(s, Moments) else len(s) for s in (generated, real))
+            (generated, groups), (real, real_groups) = map(self._set, SIDES)
+        prompts, prompts_real = len(groups.unique()), len(real_groups.unique())
         return SetResult(
             name=f"{self.name}/{self.features_name}",
             value=self.value(generated, real).item(),
-            null=self.null(real, n),
-            standard_error=self.error(generated, real) if self.keep_features else None,
-            n=n,
-            n_real=n_real,
+            null=self.null(real, prompts, real_groups),
+            standard_error=self.error(generated, real, groups) if self.keep_features else None,
+            n=len(groups),
+            n_real=len(real_groups),
+            prompts=prompts,
+            prompts_real=prompts_real,
             recipe=self.recipe,
-            status=self.status(n, n_real),
+            status=self.status(prompts, prompts_real),
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
@@ -295,10 +338,11 @@ class SetMetric(Metric):
         """States of an empty set."""
         ids, none = torch.zeros(0, dtype=torch.int64), torch.zeros(0, self.num_features)
         kept = {"features": none} if self.keep_features else vars(Moments.of(none))
-        return {"ids": ids} | {name: torch.as_tensor(state) for name, state in kept.items()}
+        kept = {name: torch.as_tensor(state) for name, state in kept.items()}
+        return {"ids": ids, "groups": ids.clone()} | kept
 
-    def _set(self, side: str) -> Tensor | Moments:
-        """One set: its features in the order of the ids, each once; or its moments."""
+    def _set(self, side: str) -> tuple[Tensor | Moments, Tensor]:
+        """One set: its features in the order of the ids, each once, or its moments; its groups."""
         states = {}
         for name, empty in self._empty().items():
             state = getattr(self, f"{name}_{side}")
@@ -306,6 +350,7 @@ class SetMetric(Metric):
                 torch.cat([empty.to(self.device), *state]) if isinstance(state, list) else state
             )
         ids, order = states.pop("ids").sort(stable=True)
+        groups = states.pop("groups")[order]
         fresh = torch.ones_like(ids, dtype=torch.bool)
         fresh[1:] = ids.diff() != 0
         if fresh.sum() < 2:
@@ -315,11 +360,13 @@ class SetMetric(Metric):
             )
         if not self.keep_features:
             self._refuse_ids(ids[~fresh], "came twice, and sums cannot tell which to drop")
-            return Moments(states.pop("n").item(), **states)
+            return Moments(states.pop("n").item(), **states), groups
         features = states["features"][order]
         moved = (features - features.roll(1, 0)).norm(dim=1) > SAME * features.norm(dim=1)
         self._refuse_ids(ids[moved & ~fresh], "came twice with different features")
-        return features[fresh]
+        other = groups != groups.roll(1)
+        self._refuse_ids(ids[other & ~fresh], "came twice with different groups")
+        return features[fresh], groups[fresh]
 
     def _refuse_ids(self, ids: Tensor, what: str) -> None:
         if len(ids):

@@ -15,7 +15,6 @@ from lightning_kv.metrics.frechet import (
 from lightning_kv.metrics.kernel import (
     JEDI,
     KVD,
-    Estimator,
     jedi_from_moments,
     kernel_distance,
     kernel_error,
@@ -32,8 +31,8 @@ __all__ = [
     "check_comparable",
 ]
 
-KERNELS = {"jedi": JEDI, "kvd": KVD}
-"""Forms of the kernel distance, by name."""
+FORMS = {"jedi": (JEDI, "v"), "jedi-u": (JEDI, "u"), "kvd": (KVD, "u")}
+"""Kernel and estimator of the forms of the kernel distance, by name."""
 
 
 class FrechetVideoDistance(SetMetric):
@@ -60,6 +59,7 @@ class FrechetVideoDistance(SetMetric):
     """
 
     name = "fvd"
+    tests_difference = True
 
     def __init__(
         self,
@@ -76,8 +76,8 @@ class FrechetVideoDistance(SetMetric):
     def recipe(self) -> str:
         """One exact sentence; values of different recipes must not be compared."""
         return (
-            f"Frechet distance, {self.features_name} features of clips of {self.frames} frames, "
-            f"{self.covariance} covariance, float64"
+            f"Frechet distance of Gaussians fitted to the sets, {self.features}, {self.covariance} "
+            "covariance, float64"
         )
 
     def value(self, generated: Tensor | Moments, real: Tensor | Moments) -> Tensor:
@@ -85,38 +85,38 @@ class FrechetVideoDistance(SetMetric):
         distance = frechet_distance if self.keep_features else frechet_from_moments
         return distance(generated, real, self.covariance)
 
-    def null(self, real: Tensor | Moments, clips: int) -> float | None:
-        """Distance to be expected of so many clips of the real population; needs features."""
-        return (
-            null_distance(real, clips, covariance=self.covariance) if self.keep_features else None
-        )
+    def null(self, real: Tensor | Moments, prompts: int, groups: Tensor) -> float | None:
+        """Distance to be expected of so many prompts of the real population; needs features."""
+        if isinstance(real, Moments):
+            return None
+        return null_distance(real, prompts, covariance=self.covariance, groups=groups)
 
-    def error(self, generated: Tensor, real: Tensor) -> float | None:
-        """Standard error of the value over the generated clips."""
-        return frechet_error(generated, real, self.covariance)
+    def error(self, generated: Tensor, real: Tensor, groups: Tensor) -> float | None:
+        """Standard error of the value over the groups of the generated clips."""
+        return frechet_error(generated, real, self.covariance, groups)
 
-    def status(self, n: int, n_real: int) -> str:
-        """What to beware of with so many clips."""
-        if min(n, n_real) < self.num_features:
-            return "n < d: biased, see the null distance"
+    def status(self, prompts: int, prompts_real: int) -> str:
+        """What to beware of with so many prompts."""
+        if min(prompts, prompts_real) < self.num_features:
+            return "fewer prompts than features: biased, see the null distance"
         return "ok"
 
 
 class VideoKernelDistance(SetMetric):
     """The kernel distance between generated and real clips, in the features of a backbone.
 
-    See :func:`~lightning_kv.metrics.kernel.kernel_distance`. The form "jedi" needs no features to
-    be kept.
+    See :func:`~lightning_kv.metrics.kernel.kernel_distance`. JEDi needs no features to be kept. As
+    published it has a bias: read it beside ``report().null``.
 
     Args:
         backbone: As in :class:`SetMetric`.
-        form: "jedi" (Luo et al., 2024, arXiv 2410.05203) or "kvd" (the kernel of KID: Binkowski et
-            al., 2018, arXiv 1801.01401).
-        estimator: "u" has no bias; "v" is the published JEDi.
+        form: "jedi" is the published one (Luo et al., 2024, arXiv 2410.05203; estimator v),
+            "jedi-u" the same kernel without the bias (estimator u); "kvd" has the kernel and the
+            estimator u of KID (Binkowski et al., 2018, arXiv 1801.01401).
         kwargs: As in :class:`SetMetric`.
 
     Raises:
-        ValueError: The form or the estimator is unknown, or "kvd" is to do without features.
+        ValueError: The form is unknown, or "kvd" is to do without features.
 
     Example:
         >>> import torch
@@ -135,30 +135,28 @@ class VideoKernelDistance(SetMetric):
         self,
         backbone: nn.Module | None = None,
         *,
-        form: Literal["jedi", "kvd"] = "jedi",
-        estimator: Estimator = "u",
+        form: Literal["jedi", "jedi-u", "kvd"] = "jedi",
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, **kwargs)
-        if form not in KERNELS or estimator not in ("u", "v"):
+        if form not in FORMS:
             raise ValueError(
-                f"There is no kernel distance '{form}' with the estimator '{estimator}'. Choose "
-                f"among {', '.join(KERNELS)}, and 'u' or 'v'."
+                f"There is no kernel distance '{form}'. Choose among {', '.join(FORMS)}."
             )
         if form == "kvd" and not self.keep_features:
             raise ValueError(
                 "'kvd' cannot be computed from moments. Keep features, or choose 'jedi'."
             )
-        self.name, self.estimator, self.kernel = form, estimator, KERNELS[form]
+        self.name, (self.kernel, self.estimator) = form, FORMS[form]
 
     @property
     def recipe(self) -> str:
         """One exact sentence; values of different recipes must not be compared."""
-        k = self.kernel
+        k, bias = self.kernel, "with" if self.estimator == "v" else "without"
         return (
             f"{k.scale:g} MMD² of the kernel (a·b / d + {k.coef0:g})^{k.degree} by the "
-            f"estimator {self.estimator}, {self.features_name} features of clips of {self.frames} "
-            "frames, float64"
+            f"estimator {self.estimator} ({bias} pairs of a clip with itself), {self.features}, "
+            "float64"
         )
 
     def value(self, generated: Tensor | Moments, real: Tensor | Moments) -> Tensor:
@@ -167,10 +165,16 @@ class VideoKernelDistance(SetMetric):
             return kernel_distance(generated, real, self.kernel, self.estimator)
         return jedi_from_moments(generated, real, self.estimator)
 
-    def null(self, real: Tensor | Moments, clips: int) -> float:
-        """Distance to be expected of so many clips of the real population."""
-        return kernel_null(real, clips, self.kernel, self.estimator)
+    def null(self, real: Tensor | Moments, prompts: int, groups: Tensor) -> float | None:
+        """Distance to be expected of so many prompts of the real population.
 
-    def error(self, generated: Tensor, real: Tensor) -> float | None:
-        """Standard error of the value over the generated clips."""
-        return kernel_error(generated, real, self.kernel, self.estimator)
+        None from moments of clips of which several are of one prompt.
+        """
+        if not isinstance(real, Moments):
+            return kernel_null(real, prompts, self.kernel, self.estimator, groups)
+        alone = len(groups.unique()) == len(groups)
+        return kernel_null(real, prompts, self.kernel, self.estimator) if alone else None
+
+    def error(self, generated: Tensor, real: Tensor, groups: Tensor) -> float | None:
+        """Standard error of the value over the groups of the generated clips."""
+        return kernel_error(generated, real, self.kernel, self.estimator, groups)

@@ -38,6 +38,7 @@ from lightning_kv.metrics.mechanism import AttentionError, RetainedMass
 from lightning_kv.metrics.motion import FrameChange, TemporalFlicker
 from lightning_kv.metrics.panorama import CameraRule, Recall, RecallFar, RevisitError, RulerError
 from lightning_kv.metrics.perceptual import LPIPS
+from lightning_kv.metrics.set_base import windows_recipe
 from lightning_kv.metrics.sets import FrechetVideoDistance, SetMetric, VideoKernelDistance
 from lightning_kv.metrics.windows import FRAMES
 
@@ -84,13 +85,14 @@ METRICS: dict[str, type[ClipMetric]] = {
 """Every metric of a clip, by its name."""
 
 SETS: dict[str, type[SetMetric]] = {"fvd": FrechetVideoDistance, "kvd": VideoKernelDistance}
-SETS["jedi"] = VideoKernelDistance
+SETS |= dict.fromkeys(("jedi", "jedi-u"), VideoKernelDistance)
 """Every metric of two sets of clips, by its name."""
 
 ENCODERS = {
     "fvd": ("i3d", "i3d-torchscript", "videomae-ssv2", "panorama-encoder"),
     "kvd": ("i3d", "i3d-torchscript", "videomae-ssv2", "panorama-encoder"),
     "jedi": ("panorama-encoder", "videomae-ssv2"),
+    "jedi-u": ("panorama-encoder", "videomae-ssv2"),
 }
 """Encoders that a metric of sets is known on, the default first; any other may be named."""
 
@@ -212,11 +214,14 @@ def set_metric(name: str, encoder: Backbone | None = None, **given: Any) -> SetM
 
     Args:
         name: Such as ``fvd/panorama-encoder``.
-        encoder: What clips are shown to; None where ``num_features`` and the like are ``given``.
+        encoder: What the windows of clips are shown to; None where ``num_features`` and the like
+            are ``given``.
         given: Of :class:`lightning_kv.metrics.sets.SetMetric`.
     """
     base = Choice.parse(name).base
-    form = {"kvd": {"form": "kvd"}, "jedi": {"form": "jedi"}}.get(base, {})
+    form = {"form": base} if SETS[base] is VideoKernelDistance else {}
+    if encoder is not None:
+        given = {"features_recipe": windows_recipe(encoder)} | given
     return SETS[base](encoder, **form, **given)
 
 

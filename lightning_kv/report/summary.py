@@ -112,9 +112,12 @@ def summarise(
 def _metric(name: str, info: MetricInfo, clips: list[Record], interval: Interval) -> dict[str, Any]:
     """One metric of one policy over its clips."""
     values = list(by_unit(clips, name).values())
-    reason = info.undefined if clips else "no clip is finished"
     failed = [clip["failure"] for clip in clips if clip.get("failure")]
+    problems = [found[name] for clip in clips if name in (found := clip.get("problems") or {})]
+    reason = (problems or [info.undefined])[0] if clips else "no clip is finished"
     status = "ok" if values else f"no value: {reason}"
+    if values and problems:
+        status = f"{len(problems)} of {len(clips)} clips have no value: {problems[0]}"
     if failed:
         status = f"{len(failed)} of {len(clips)} clips failed: {failed[0]}"
     return {

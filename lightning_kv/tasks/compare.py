@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import platform
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from torch import Tensor
 from lightning_kv.data.pairs import Alignment, read_pair
 from lightning_kv.data.videos import VideoError, VideoInfo, probe, read
 from lightning_kv.metrics import PixelMetric, Suite
-from lightning_kv.metrics.backbones.weights import checksum
-from lightning_kv.metrics.base import Block, read_clip
+from lightning_kv.metrics.backbones import Backbone
+from lightning_kv.metrics.base import Block, noting, read_clip
 from lightning_kv.metrics.windows import Windows, passing
-from lightning_kv.report.entries import FILES
-from lightning_kv.report.records import RunDirectory, fingerprint
+from lightning_kv.report.records import Record, RunDirectory, fingerprint
+from lightning_kv.tasks.comparison import about, check_counts, describe, usual
 from lightning_kv.tasks.featured import (
     featured,
     policy_folder,
@@ -27,13 +27,13 @@ from lightning_kv.tasks.featured import (
     real_videos,
     write_features,
 )
-from lightning_kv.tasks.film import GAIN, Rows, film, filmed
+from lightning_kv.tasks.film import Rows, film, filmed
 from lightning_kv.tasks.launch import resolved
 from lightning_kv.tasks.options import CompareOptions
 from lightning_kv.tasks.overview import conclude
-from lightning_kv.tasks.pairing import Clip, Videos, find_videos
+from lightning_kv.tasks.pairing import Clip, Infos, Videos, alignable, find_videos, shortest
 from lightning_kv.tasks.progress import FrameProgress
-from lightning_kv.tasks.results import fitted, versions
+from lightning_kv.tasks.results import fitted
 
 PIECE = 4  # frames read at a time: metrics make several float64 copies of them
 UNKNOWN = {  # what a rollout cost cannot be seen in its video
@@ -56,7 +56,7 @@ class Compared:
     Args:
         run: Where it is.
         summary: Content of ``summary.json``.
-        notes: What has no partner.
+        notes: What has no partner, and which metrics cannot judge some of the videos.
         skipped: What could not be read or compared, and why.
     """
 
@@ -70,8 +70,8 @@ def compare(options: CompareOptions) -> Compared:
     """Measure every video against its partner; go on with what an earlier call left unfinished.
 
     Raises:
-        ValueError: Anything that does not fit, before anything is written.
-        VideoError: A video cannot be read or compared, where ``strict``.
+        ValueError: Anything that does not fit, before anything is written; and where ``strict``, a
+            video that cannot be read, compared or judged, now or in an earlier call.
     """
     check_counts(options)
     torch.set_num_threads(options.threads)
@@ -85,24 +85,23 @@ def compare(options: CompareOptions) -> Compared:
     real = real_videos(options.real, suite)
     device = "cuda" if resolved(options.accelerator) == "gpu" else "cpu"
     infos = {path: probed(path, options.strict) for path in paths_of(videos)}
-    described = describe(videos, suite, alignment, infos, real, device)
+    described = describe(options, videos, suite, infos, real, device)
     run = RunDirectory(options.out)
     run.open(fingerprint(described), described, about(options, videos, suite, infos, device))
     job = _Job(run, suite, alignment, infos, options.strict, device)
-    read_real(run, real, job.encoders)
+    unread = read_real(run, real, job.encoders)
+    if options.strict:
+        refuse_skipped(unread, run.records())
     done = job.finished()
     seen = set(sorted({clip.key for clip in videos.clips})[: options.videos])
     with FrameProgress(job.frames(videos, done)) as job.progress:
         for clip in videos.clips:
             job.clip(clip, videos, done)
             if clip.key in seen:
-                film_clip(run, clip, videos, infos, alignment)
-    skipped = [
-        f"{record['policy']} {record['key']}: {record['failure']}"
-        for record in run.records()
-        if record.get("failure")
-    ]
-    return Compared(run, conclude(run), videos.notes, tuple(skipped))
+                job.film(clip, videos)
+    records = run.records()
+    notes = (*videos.notes, *unjudged(records))
+    return Compared(run, conclude(run), notes, (*unread, *failures(records)))
 
 
 class _Job:
@@ -115,15 +114,17 @@ class _Job:
         run: RunDirectory,
         suite: Suite,
         alignment: Alignment,
-        infos: Mapping[Path, VideoInfo | VideoError],
+        infos: Infos,
         strict: bool,
         device: str,
     ) -> None:
         self.run, self.alignment, self.infos, self.strict = run, alignment, infos, strict
+        self.failed = {(r["policy"], r["key"]) for r in run.records() if r["failure"]}
         self.metrics: dict[str, PixelMetric] = {
             name: metric.to(device) for name, metric in suite.clip_metrics().items()
         }
         self.encoders = {name: each.to(device) for name, each in suite.encoders().items()}
+        self.sets = {n: suite.made[n].name for n in suite.made if suite.choices[n].of_sets}
 
     def finished(self) -> set[tuple[str, str]]:
         """What an earlier call has left nothing to do for, by name and key."""
@@ -137,8 +138,9 @@ class _Job:
 
     def frames(self, videos: Videos, done: set[tuple[str, str]]) -> int:
         """Frames that are left to read."""
+        limits = {clip.key: shortest(clip, self.infos, self.alignment) for clip in videos.clips}
         return sum(
-            self.infos[path].frames
+            limits[key] or self.infos[path].frames
             for name, paths in videos.files.items()
             for key, path in paths.items()
             if (name, key) not in done and isinstance(self.infos[path], VideoInfo)
@@ -158,10 +160,11 @@ class _Job:
         empty = {"metrics": dict.fromkeys(self.metrics), "curves": {}}
         try:
             found = self._read(name, clip, path, reference)
-        except ValueError as error:  # of the file, or of a metric that cannot judge it
+        except ValueError as error:
             if self.strict:
                 raise
             log.warning("Skipped: %s", error)
+            self.failed.add((name, clip.key))
             found = empty | {"failure": str(error)}
         self.run.append(0, record | found)
 
@@ -172,35 +175,100 @@ class _Job:
             for key, metric in self.metrics.items()
             if reference is not None or not metric.against_reference()
         }
-        info = self._info(path)
-        windows = {key: Windows(encoder) for key, encoder in self.encoders.items()}
+        info, problems = self._info(path), None if self.strict else {}
+        windows = {key: _Windows(each, key, problems) for key, each in self.encoders.items()}
         self.progress.begin(f"{name} {clip.key}")
-        blocks = self.progress.counted(self._blocks(info, reference))
-        curves = read_clip(
-            able, passing(blocks, list(windows.values())), clip.prompt or None, float(info.fps)
-        )
+        limit = shortest(clip, self.infos, self.alignment)
+        blocks = self.progress.counted(self._blocks(info, reference, limit))
+        shown = passing(blocks, list(windows.values()))
+        curves = read_clip(able, shown, clip.prompt or None, float(info.fps), problems)
         values = {key: able[key].value(curve) for key, curve in curves.items()}
         features = {key: each.features() for key, each in windows.items()}
         write_features(policy_folder(self.run, name), clip.key, features)
         return {
             "metrics": dict.fromkeys(self.metrics) | values,
             "curves": {key: _plain(curve) for key, curve in curves.items()},
+            "problems": self._named(problems or {}),
             "failure": None,
         }
 
-    def _blocks(self, info: VideoInfo, reference: Path | None) -> Iterator[Block]:
+    def _named(self, problems: Mapping[str, str]) -> dict[str, str]:
+        """Problems by metric: those of an encoder are of every metric that looks through it."""
+        names = {name: self.sets.get(name, name) for name in (*self.metrics, *self.sets)}
+        return {name: problems[of] for name, of in names.items() if of in problems}
+
+    def _blocks(
+        self, info: VideoInfo, reference: Path | None, limit: int | None
+    ) -> Iterator[Block]:
         """Frames of a video as floats, with those of its reference."""
         if reference is None:
-            yield from ((_floats(block), None) for block in read(info, PIECE))
+            for (pixels,) in cut(((block,) for block in read(info, PIECE)), limit):
+                yield _floats(pixels), None
             return
-        for right, judged in read_pair(self._info(reference), info, self.alignment, PIECE):
+        pairs = read_pair(self._info(reference), info, self.alignment, PIECE)
+        for right, judged in cut(pairs, limit):
             yield _floats(judged), _floats(right)
+
+    def film(self, clip: Clip, videos: Videos) -> None:
+        """A moving picture of a clip and its candidates, unless it is there.
+
+        What has failed is left out.
+        """
+        reference = self.infos.get(clip.reference)
+        able = {
+            name: info
+            for name, info in alignable(clip, self.infos, self.alignment).items()
+            if (name, clip.key) not in self.failed
+        }
+        if not able or filmed(self.run, clip.key):
+            return
+        limit = shortest(clip, self.infos, self.alignment) or reference.frames
+        names = [videos.reference, *able]
+
+        def rows() -> Iterator[Rows]:
+            pairs = [read_pair(reference, info, self.alignment, PIECE) for info in able.values()]
+            shown = (
+                (each[0][0], *(judged for _, judged in each)) for each in zip(*pairs, strict=False)
+            )
+            for pieces in cut(shown, limit):
+                yield [
+                    (name, fitted(_floats(pixels)))
+                    for name, pixels in zip(names, pieces, strict=True)
+                ]
+
+        film(self.run, clip.key, rows, limit, float(reference.fps), videos.reference)
 
     def _info(self, path: Path) -> VideoInfo:
         info = self.infos[path]
         if isinstance(info, VideoError):
             raise info
         return info
+
+
+class _Windows(Windows):
+    """Windows of an encoder that may be unable to judge a clip, which then has none."""
+
+    def __init__(self, encoder: Backbone, name: str, problems: dict[str, str] | None) -> None:
+        super().__init__(encoder)
+        self.name, self.problems = name, problems
+
+    def add(self, pixels: Tensor) -> None:
+        if self.problems is None or self.name not in self.problems:
+            with noting(self.problems, self.name):
+                super().add(pixels)
+                return
+        self.held, self.found = [], []
+
+
+def cut(pieces: Iterable[tuple[Tensor, ...]], limit: int | None) -> Iterator[tuple[Tensor, ...]]:
+    """As many frames of the videos as the shortest piece has each time, up to a limit."""
+    left = sys.maxsize if limit is None else limit
+    for piece in pieces:
+        frames = min(left, *map(len, piece))
+        if not frames:
+            return
+        yield tuple(pixels[:frames] for pixels in piece)
+        left -= frames
 
 
 def _floats(pixels: Tensor) -> Tensor:
@@ -226,123 +294,33 @@ def paths_of(videos: Videos) -> list[Path]:
     return list(dict.fromkeys(path for own in videos.files.values() for path in own.values()))
 
 
-def film_clip(
-    run: RunDirectory,
-    clip: Clip,
-    videos: Videos,
-    infos: Mapping[Path, VideoInfo | VideoError],
-    alignment: Alignment,
-) -> None:
-    """A moving picture of a clip and its candidates, unless it is there."""
-    reference = infos.get(clip.reference)
-    able = {
-        name: infos[path]
-        for name, path in clip.candidates.items()
-        if isinstance(infos[path], VideoInfo)
-    }
-    if not able or not isinstance(reference, VideoInfo) or filmed(run, clip.key):
-        return
-    total = min(info.frames for info in (reference, *able.values()))
-
-    def rows() -> Iterator[Rows]:
-        pairs = [read_pair(reference, info, alignment, PIECE) for info in able.values()]
-        for pieces in zip(*pairs, strict=False):
-            least = min(len(right) for right, _ in pieces)
-            shown = [pieces[0][0], *(judged for _, judged in pieces)]
-            names = [videos.reference, *able]
-            yield [
-                (name, fitted(_floats(pixels[:least])))
-                for name, pixels in zip(names, shown, strict=True)
-            ]
-
-    try:
-        film(run, clip.key, rows, total, float(reference.fps), videos.reference)
-    except VideoError as error:  # its record says so too
-        log.warning("No moving picture of %s: %s", clip.key, error)
+def failures(records: Iterable[Record]) -> list[str]:
+    """The videos that could not be used, and why."""
+    return [f"{r['policy']} {r['key']}: {r['failure']}" for r in records if r.get("failure")]
 
 
-def check_counts(options: CompareOptions) -> None:
-    """Refuse numbers that count nothing.
+def unjudged(records: Iterable[Record]) -> list[str]:
+    """The metrics that cannot judge some of the videos, and why."""
+    found: dict[str, list[str]] = {}
+    for record in records:
+        for metric, why in (record.get("problems") or {}).items():
+            found.setdefault(metric, []).append(f"{record['policy']} {record['key']}: {why}")
+    return [
+        f"{metric} has no value for {len(videos)} videos. The first: {videos[0]}"
+        for metric, videos in found.items()
+    ]
+
+
+def refuse_skipped(unread: Iterable[str], records: Iterable[Record]) -> None:
+    """Refuse to go on where an earlier call skipped something, or the real set has a bad file.
 
     Raises:
-        ValueError: No threads, or fewer than no videos.
+        ValueError: It has.
     """
-    if options.threads < 1 or options.videos < 0:
+    records = list(records)
+    if skipped := [*unread, *failures(records), *unjudged(records)]:
         raise ValueError(
-            f"--threads {options.threads} and --videos {options.videos} cannot be. Use 1 thread or "
-            "more, and 0 moving pictures or more."
+            f"{len(skipped)} videos or metrics were skipped, which --strict does not allow. The "
+            f"first: {skipped[0].rstrip('.')}. Leave --strict out, or repair this and compare into "
+            "a new directory."
         )
-
-
-def usual(options: CompareOptions) -> list[str]:
-    """Metrics where nobody says: all that tell two videos apart and need no weights."""
-    alone = ["temporal_flicker", "sharpness", "brightness", "colourfulness"]
-    return alone if options.unpaired else ["psnr", "ssim", *alone]
-
-
-def describe(
-    videos: Videos,
-    suite: Suite,
-    alignment: Alignment,
-    infos: Mapping[Path, VideoInfo | VideoError],
-    real: Mapping[str, Path],
-    device: str,
-) -> dict[str, Any]:
-    """Everything the numbers depend on; of what cannot be read there is no checksum."""
-    return {
-        "files": {
-            name: {
-                key: checksum(path) if isinstance(infos[path], VideoInfo) else None
-                for key, path in own.items()
-            }
-            for name, own in videos.files.items()
-        },
-        "reference": videos.reference,
-        "alignment": alignment.recipe,
-        "metrics": suite.recipes(),
-        "real": {key: checksum(path) for key, path in real.items()},
-        "device": device,
-        "versions": versions(),
-    }
-
-
-def about(
-    options: CompareOptions,
-    videos: Videos,
-    suite: Suite,
-    infos: Mapping[Path, VideoInfo | VideoError],
-    device: str,
-) -> dict[str, Any]:
-    """What a report must know."""
-    known = [info for info in infos.values() if isinstance(info, VideoInfo)]
-    if not known:
-        first = next(iter(infos.values()))
-        raise ValueError(f"None of {len(infos)} videos can be read. The first: {first}")
-    rates = {float(info.fps) for info in known}
-    folders = {videos.reference: options.reference} | dict(
-        zip(videos.candidates, options.candidates, strict=False)
-    )
-    return {
-        "reference": videos.reference,
-        "policies": {
-            name: {"folder": str(folders.get(name) or options.pairs)}
-            for name in (videos.reference, *videos.candidates)
-        },
-        "metrics": suite.facts(),
-        "run": {
-            "prompts": len(videos.clips),
-            "frames": max(info.frames for info in known),
-            "context_frames": 0,
-            "rate": min(rates),
-            "difference_gain": GAIN,
-            "size": " ".join(sorted({f"{info.height}x{info.width}" for info in known})),
-            "source": " ".join(sorted({info.source for info in known})),
-            "alignment": asdict(Alignment(options.length, options.size, options.fps)),
-            "unpaired": options.unpaired,
-            "device": device,
-            "versions": versions() | {"python": platform.python_version()},
-        },
-        "model": {"name": FILES},
-        "videos": options.videos,
-        "fps": min(rates),
-    }

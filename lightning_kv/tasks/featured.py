@@ -14,7 +14,7 @@ import re
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,11 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from lightning_kv.data.pairs import videos_in
 from lightning_kv.data.videos import SUFFIXES, VideoError, read
 from lightning_kv.metrics.backbones import Backbone
+from lightning_kv.metrics.frechet import measurable
 from lightning_kv.metrics.frechet_difference import delta_frechet
 from lightning_kv.metrics.suite import Suite, set_metric
 from lightning_kv.metrics.windows import Windows
@@ -222,11 +224,24 @@ def distances(
 
 
 def distance(
-    name: str, facts: Mapping[str, Any], own: Rows, real: Tensor, base: Rows | None
+    name: str,
+    facts: Mapping[str, Any],
+    own: Rows,
+    real: Tensor,
+    base: Rows | None,
+    real_keys: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """One metric of one policy; ``base`` holds the clips of the reference, prompt by prompt."""
+    """One metric of one policy.
+
+    Args:
+        name: Of the metric.
+        facts: What is known about it.
+        own: Clips of the policy.
+        real: What they are compared with.
+        base: Clips of the reference, prompt by prompt; None where there is nothing to compare.
+        real_keys: Prompt or video of each row of ``real``; by default each has its own.
+    """
     features, keys = own
-    prompts = len(set(keys))
     empty = {"mean": None, "null": None, "se": None, "n": len(features), "n_real": len(real)}
     try:
         metric = set_metric(
@@ -236,8 +251,11 @@ def distance(
             frames=facts["frames"],
             sync_on_compute=False,  # one process concludes, from the features of all
         )
-        for side, clips in ((False, features), (True, real)):
-            metric.update_features(clips, real=side, ids=torch.arange(len(clips)))
+        others = range(len(real)) if real_keys is None else real_keys
+        for side, clips, names in ((False, features, keys), (True, real, others)):
+            order = {key: place for place, key in enumerate(dict.fromkeys(names))}
+            groups = torch.tensor([order[key] for key in names], dtype=torch.int64)
+            metric.update_features(clips, real=side, ids=torch.arange(len(clips)), groups=groups)
         result = asdict(metric.report())
     except ValueError as error:
         return empty | {"status": f"no value: {error}", "paired": None}
@@ -247,14 +265,18 @@ def distance(
         "se": result["standard_error"],
         "n": result["n"],
         "n_real": result["n_real"],
-        "prompts": prompts,
+        "prompts": result["prompts"],
         "status": result["status"],
-        "paired": None if base is None or "fvd" not in name else versus(own, base, real),
+        "paired": versus(own, base, real) if base and metric.tests_difference else None,
     }
 
 
 def versus(own: Rows, base: Rows, real: Tensor) -> dict[str, Any] | None:
     """How much further from the real set than the reference, over the prompts that both have.
+
+    The interval is Student's with one degree of freedom less than prompts, from the jackknife; p is
+    that of the sign-flip test. These are two approximations and may differ near the threshold, and
+    most where prompts are few: below 6 there is no interval.
 
     Returns:
         As :func:`lightning_kv.tasks.analysis.difference`; None for fewer than two prompts that have
@@ -267,13 +289,13 @@ def versus(own: Rows, base: Rows, real: Tensor) -> dict[str, Any] | None:
     order = {key: place for place, key in enumerate(common)}
     mine, theirs = ([key in order for key in keys] for _, keys in (own, base))
     ids = torch.tensor([order[key] for key in own[1] if key in order])
-    try:
-        found = delta_frechet(own[0][mine], base[0][theirs], real, ids)
-    except ValueError:  # the status of the reference says why
-        return None
+    sides = own[0][mine], base[0][theirs]
+    if not all(measurable(side, real.shape[1]) for side in sides):
+        return None  # the status of the reference says why
+    found = delta_frechet(*sides, real, ids)
     spread = None
-    if found.standard_error is not None:
-        arm = 1.96 * found.standard_error
+    if found.prompts >= 6:
+        arm = stdtrit(found.prompts - 1, 0.975).item() * found.standard_error
         spread = [found.value - arm, found.value + arm]
     return {
         "difference": found.value,

@@ -35,15 +35,16 @@ def film(
             is no second film.
     """
     name = film_name(key)
-    write_mp4(run.videos / name, _panels(rows(), total), fps)
     labels = [label for label, _ in next(rows())]
     if reference in labels and len(labels) > 1:
         pieces = (_differences(piece, reference) for piece in rows())
         write_mp4(run.differences / name, _panels(pieces, total), fps)
+    # The last to come, so that it says of both that they are there: see filmed.
+    write_mp4(run.videos / name, _panels(rows(), total), fps)
 
 
 def filmed(run: RunDirectory, key: str) -> bool:
-    """Whether a prompt's moving picture is there."""
+    """Whether a prompt's moving pictures are there, with the difference where there is one."""
     return (run.videos / film_name(key)).is_file()
 
 

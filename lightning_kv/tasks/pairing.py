@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_kv.data.pairs import Pairs, pair_csv, pair_folders, videos_in
-from lightning_kv.data.videos import SUFFIXES
+from lightning_kv.data.pairs import Alignment, Pairs, pair_csv, pair_folders, videos_in
+from lightning_kv.data.videos import SUFFIXES, VideoError, VideoInfo
 from lightning_kv.report.entries import run_names
 from lightning_kv.tasks.options import CompareOptions
+
+Infos = Mapping[Path, "VideoInfo | VideoError"]
+"""What every file holds, or why it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -131,3 +134,31 @@ def apart(names: Sequence[str], folders: Sequence[Path]) -> Videos:
             first = path if name == names[0] else None
             clips.append(Clip(f"{name}/{key}", "", first, own))
     return Videos(names[0], tuple(names[1:]), tuple(clips))
+
+
+def alignable(clip: Clip, infos: Infos, alignment: Alignment) -> dict[str, VideoInfo]:
+    """Candidates of a clip that can be compared with its reference, by name."""
+    reference = infos.get(clip.reference)
+    found: dict[str, VideoInfo] = {}
+    for name, path in clip.candidates.items():
+        info = infos[path]
+        if not (isinstance(reference, VideoInfo) and isinstance(info, VideoInfo)):
+            continue
+        try:
+            alignment.check(reference, info)
+        except VideoError:  # its record says so
+            continue
+        found[name] = info
+    return found
+
+
+def shortest(clip: Clip, infos: Infos, alignment: Alignment) -> int | None:
+    """Frames that all videos of a clip are cut to; None where each is taken whole.
+
+    The reference is cut with its candidates, and all of them alike: differences and sets would
+    compare other stretches of time otherwise.
+    """
+    able = alignable(clip, infos, alignment)
+    if alignment.length != "shortest" or not able:
+        return None
+    return min(info.frames for info in (infos[clip.reference], *able.values()))

@@ -16,6 +16,7 @@ import lightning_kv
 from lightning_kv.data.datamodule import PromptData
 from lightning_kv.metrics import Clip, Suite
 from lightning_kv.metrics.backbones.weights import checksum
+from lightning_kv.metrics.base import noting
 from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.presets import policy_to_dict
@@ -46,18 +47,28 @@ def fitted(pixels: Tensor, width: int = 320) -> np.ndarray:
 
 
 def measure(
-    metrics: nn.ModuleDict, clip: Clip
+    metrics: nn.ModuleDict, clip: Clip, problems: dict[str, str] | None = None
 ) -> tuple[dict[str, float | None], dict[str, list[float | None]]]:
-    """Update each metric with a clip; its value and curve over time (null where it has none)."""
-    values, curves = {}, {}
+    """Update each metric with a clip; its value and curve over time (null where it has none).
+
+    Args:
+        metrics: By name.
+        clip: The clip; a metric that needs what it lacks has no value.
+        problems: Where given, takes up why a metric cannot judge this clip, by name; the others
+            go on.
+
+    Raises:
+        ValueError: A metric cannot judge this clip, and ``problems`` is not given.
+    """
+    values, curves = dict.fromkeys(metrics), {name: [] for name in metrics}
     for name, metric in metrics.items():
         if any(getattr(clip, need) is None for need in metric.needs):
-            values[name], curves[name] = None, []
             continue
-        curve = metric.curve(clip)
-        metric.update(clip, curve)
-        values[name] = metric.value(curve)
-        curves[name] = [None if x != x else x for x in curve.tolist()]
+        with noting(problems, name):
+            curve = metric.curve(clip)
+            metric.update(clip, curve)
+            values[name] = metric.value(curve)
+            curves[name] = [None if x != x else x for x in curve.tolist()]
     return values, curves
 
 

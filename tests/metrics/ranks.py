@@ -1,4 +1,4 @@
-"""Metrics of sets in two processes with uneven work; run as ``python ranks.py FOLDER``."""
+"""Metrics in two processes with uneven work; run as ``python ranks.py FOLDER``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from lightning_kv.metrics.base import Clip
+from lightning_kv.metrics.cost import CacheCost
+from lightning_kv.metrics.drift import DriftMetric
+from lightning_kv.metrics.fidelity import PSNR
+from lightning_kv.metrics.panorama import Recall, Scene
 from lightning_kv.metrics.sets import FrechetVideoDistance, VideoKernelDistance
 
 METRICS = {
@@ -17,7 +22,8 @@ METRICS = {
     "fvd-moments": (FrechetVideoDistance, {"keep_features": False}),
     "jedi": (VideoKernelDistance, {"form": "jedi"}),
     "jedi-moments": (VideoKernelDistance, {"form": "jedi", "keep_features": False}),
-    "kvd": (VideoKernelDistance, {"form": "kvd", "estimator": "v"}),
+    "jedi-u": (VideoKernelDistance, {"form": "jedi-u"}),
+    "kvd": (VideoKernelDistance, {"form": "kvd"}),
 }
 SHARES = {"uneven": (slice(0, 14), slice(14, 20)), "empty": (slice(0, 20), slice(0, 0))}
 
@@ -36,6 +42,28 @@ def fill(metric, rows, batch=4):
             if len(part):
                 metric.update_features(part, real=bool(real), ids=names)
     return metric
+
+
+def clip_results(share):
+    """What metrics of clips say of these of 20 clips, of one process or of this rank."""
+    metrics = {"psnr": PSNR(), "recall": Recall(), "drift": DriftMetric(PSNR(), rate=4)}
+    metrics["cost"] = CacheCost()
+    codes = torch.arange(26.0).view(26, 1, 1).expand(26, 1, 3)
+    scene = Scene(codes, torch.zeros(4, 1, 4), size=4)
+    for seed in range(20)[share]:
+        generator = torch.Generator().manual_seed(seed)
+        latents = torch.randint(0, 2, (4, 1, 4, 4), generator=generator).float()
+        latents[:, :, 3] = 0
+        pixels, reference = torch.rand(2, 4, 3, 32, 32, generator=generator)
+        clip = Clip(latents, pixels, reference_pixels=reference, scene=scene)
+        for name in ("psnr", "recall", "drift"):
+            metrics[name].update(clip)
+        metrics["cost"].update(seed + 0.3, [seed + 0.1], 3.3, 0.7, [0.1 * seed] if seed % 2 else [])
+    found = {name: metric.compute() for name, metric in metrics.items()}
+    return {
+        name: [each.item() for each in (value.values() if isinstance(value, dict) else [value])]
+        for name, value in found.items()
+    }
 
 
 def results(share):
@@ -62,6 +90,7 @@ def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     found = {name: results(shares[rank]) for name, shares in SHARES.items()}
+    found |= {f"clips-{name}": clip_results(shares[rank]) for name, shares in SHARES.items()}
     # Both ranks see the last four clips, as with a sampler that pads.
     metric = fill(FrechetVideoDistance(num_features=6), (slice(0, 20), slice(16, 20))[rank])
     found["padded"] = metric.compute().item()

@@ -139,6 +139,9 @@ def test_shards_merge_by_addition():
     for name, expected in whole.compute().items():
         merged = parts[0].compute()[name]
         torch.testing.assert_close(merged, expected, equal_nan=True, rtol=1e-14, atol=0)
+    parts[2].load_state_dict(whole.state_dict())
+    for name, expected in whole.compute().items():
+        torch.testing.assert_close(parts[2].compute()[name], expected, equal_nan=True)
 
 
 def test_quantiles_beyond_the_edges_and_of_nothing():

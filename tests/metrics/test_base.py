@@ -71,6 +71,20 @@ def test_sums_merge_by_addition():
     assert Level().compute().isnan()
 
 
+def test_what_was_saved_goes_on(recwarn):
+    first, second = Level(), Level()
+    first.update(Clip(pixels=0.25 * torch.ones(2, 3, 4, 4)))
+    second.update(Clip(pixels=torch.ones(2, 3, 4, 4)))
+    for metric in (second, Level()):
+        if metric is second:
+            assert metric.compute() == 1  # which must not be remembered
+        metric.load_state_dict(first.state_dict())
+        assert metric.compute() == 0.25
+        metric.update(Clip(pixels=0.75 * torch.ones(2, 3, 4, 4)))
+        assert metric.compute() == 0.5 and first.compute() == 0.25
+    assert not [w for w in recwarn if "before the ``update``" in str(w.message)]
+
+
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
@@ -92,3 +106,36 @@ def test_parts_that_do_not_fit(parts, said):
 def test_what_a_metric_lacks_is_named():
     with pytest.raises(ValueError, match=r"'level' cannot be computed: .* without pixels"):
         Level().curve(Clip(torch.zeros(2, 1, 1, 1)))
+
+
+def test_one_metric_with_a_problem_leaves_the_others():
+    class Picky(Level):
+        def reader(self, prompt=None, fps=None):
+            if prompt is None:
+                raise ValueError("It must be told something.")
+            read = super().reader(prompt, fps)
+
+            def once(block, reference):
+                if self.blocks:
+                    raise ValueError("One block is enough.")
+                return read(block, reference)
+
+            return once
+
+    blocks, problems = [(block, None) for block in pixels(6).split(2)], {}
+    for prompt, why in ((None, "It must be told something."), ("a cat", "One block is enough.")):
+        found = read_clip({"x": Picky(), "y": Level()}, blocks, prompt, problems=problems)
+        assert list(found) == ["y"] and len(found["y"]) == 6 and problems == {"x": why}
+        with pytest.raises(ValueError, match=why):
+            read_clip({"x": Picky(), "y": Level()}, blocks, prompt)
+
+
+def test_a_clip_that_cannot_be_read_is_no_problem_of_a_metric():
+    def blocks():
+        yield pixels(2), None
+        raise ValueError("The file ends early.")
+
+    problems = {}
+    with pytest.raises(ValueError, match="ends early"):
+        read_clip({"x": Level()}, blocks(), problems=problems)
+    assert problems == {}

@@ -54,17 +54,31 @@ def test_what_was_not_seen_is_not_a_number_and_not_zero():
     assert cost.compute()["kv_bytes_peak"].isnan()
 
 
-def test_states_are_sums_and_maxima_in_float64():
+def test_states_are_sums_and_lists_in_float64():
     cost = CacheCost()
-    assert {state.dtype for state in cost.metric_state.values()} == {torch.float64}
+    cost.update(*CLIPS[0])
+    states = [s[0] if isinstance(s, list) else s for s in cost.metric_state.values()]
+    assert {state.dtype for state in states} == {torch.float64}
     reductions = {name: reduce.__name__ for name, reduce in cost._reductions.items()}
-    assert {name for name, reduce in reductions.items() if "max" in reduce} == {"peak", "slowest"}
+    assert {name for name, reduce in reductions.items() if "cat" in reduce} == {"peaks", "slowest"}
     assert {name for name, reduce in reductions.items() if "sum" in reduce} == {
         "sums",
         "clips",
         "seconds",
         "chunks",
     }
+
+
+def test_costs_are_saved_and_loaded(recwarn):
+    cost, loaded = CacheCost(), CacheCost()
+    for clip in CLIPS[:2]:
+        cost.update(*clip)
+    loaded.load_state_dict(cost.state_dict())
+    assert loaded.compute() == cost.compute()
+    for metric in (cost, loaded):
+        metric.update(*CLIPS[2])
+    assert loaded.compute() == cost.compute()
+    assert not [w for w in recwarn if "before the ``update``" in str(w.message)]
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,16 @@ def clip_of(levels):
     return Clip(pixels=error, reference_pixels=torch.zeros_like(error))
 
 
+def test_the_metric_is_saved_and_loaded(recwarn):
+    whole, loaded = DriftMetric(PSNR(), rate=2), DriftMetric(PSNR(), rate=2)
+    whole.update(clip_of([0.1 + 0.02 * n for n in range(30)]))
+    loaded.load_state_dict(whole.state_dict())
+    found = {name: value.item() for name, value in loaded.compute().items()}
+    assert found == pytest.approx({k: v.item() for k, v in whole.compute().items()}, nan_ok=True)
+    assert found["start_end"] > 1
+    assert not [w for w in recwarn if "before the ``update``" in str(w.message)]
+
+
 def test_the_metric_is_the_mean_over_clips_that_have_a_value_and_merges():
     generator = torch.Generator().manual_seed(3)
     clips = [clip_of(torch.rand(n, generator=generator).tolist()) for n in (12, 30, 2)]

@@ -274,6 +274,41 @@ def test_the_standard_error_is_the_spread_over_draws(n):
     assert np.mean(errors) == pytest.approx(np.std(values, ddof=1), rel=0.2)
 
 
+def alike(prompts, seed, windows=4, d=16):
+    """Clips of which four are of one prompt and nearly the same, and their prompts."""
+    centres = draw(prompts, d, seed=seed).repeat_interleave(windows, 0)
+    groups = torch.arange(prompts).repeat_interleave(windows)
+    return centres + 0.1 * draw(prompts * windows, d, seed=seed + 5000), groups
+
+
+def test_the_null_distance_and_the_error_of_clips_that_are_alike():
+    """24 prompts of 4 clips each are worth 24 clips, not 96."""
+    pairs = [(alike(24, seed), alike(24, seed + 999)) for seed in range(16)]
+    truth = np.mean([frechet_distance(x, y).item() for (x, _), (y, _) in pairs])
+    nulls = [null_distance(y, 24, groups=groups) for _, (y, groups) in pairs]
+    assert truth / 1.5 < np.mean(nulls) < truth * 1.5
+    assert np.mean([null_distance(y, 96) for _, (y, _) in pairs]) < truth / 1.5
+    real = draw(400, 16, seed=77)
+    values = [frechet_distance(alike(24, seed)[0], real).item() for seed in range(200)]
+    errors = [frechet_error(x, real, groups=groups) for (x, groups), _ in pairs]
+    assert np.std(values) / 1.5 < np.mean(errors) < np.std(values) * 1.5
+    assert np.mean([frechet_error(x, real) for (x, _), _ in pairs]) < np.mean(errors) / 1.2
+
+
+def test_whole_prompts_are_left_out():
+    x, y = draw(9, 3), draw(20, 3, seed=1)
+    groups = torch.tensor([7, 3, 3, 9, 7, 3, 9, 1, 9])
+    left = [frechet_distance(x[groups != group], y).item() for group in (1, 3, 7, 9)]
+    slow = math.sqrt(3 / 4 * sum((value - np.mean(left)) ** 2 for value in left))
+    assert frechet_error(x, y, groups=groups) == pytest.approx(slow, rel=1e-9)
+    assert frechet_error(x, y, groups=groups % 2) is None
+    assert null_distance(x, 9, groups=torch.arange(9)) == null_distance(x, 9)
+    with pytest.raises(ValueError, match="groups do not fit 9 clips"):
+        null_distance(x, 9, groups=groups[:8])
+    with pytest.raises(ValueError, match="groups do not fit 9 clips"):
+        frechet_error(x, y, groups=groups.int())
+
+
 def test_the_standard_error_leaves_out_one_by_one():
     x, y = draw(9, 4), draw(20, 4, seed=1)
     left = [frechet_distance(torch.cat([x[:i], x[i + 1 :]]), y).item() for i in range(9)]

@@ -128,6 +128,42 @@ def test_the_standard_error_leaves_out_one_by_one(kernel, estimator):
     assert kernel_error(x[:2], y, kernel, estimator) is None
 
 
+def alike(prompts, seed, windows=4, d=4, spread=0.3):
+    """Clips of which some are of one prompt, and their prompts."""
+    centres = draw(prompts, d, seed=seed).repeat_interleave(windows, 0)
+    groups = torch.arange(prompts).repeat_interleave(windows)
+    return centres + spread * draw(prompts * windows, d, seed=seed + 5000), groups
+
+
+@pytest.mark.parametrize("estimator", ["u", "v"])
+@pytest.mark.parametrize("kernel", [JEDI, KVD])
+def test_the_null_of_clips_that_are_alike(kernel, estimator):
+    pairs = [(alike(8, s)[0], alike(12, s + 999)) for s in range(300)]
+    values = [kernel_distance(x, y, kernel, estimator).item() for x, (y, _) in pairs]
+    nulls = [kernel_null(y, 8, kernel, estimator, groups) for _, (y, groups) in pairs]
+    off = np.std(np.subtract(values, nulls)) / math.sqrt(300)
+    assert np.mean(nulls) == pytest.approx(np.mean(values), abs=4 * off)
+    assert np.mean(nulls) > 10 * off  # so it tells the null from zero
+
+
+@pytest.mark.parametrize("estimator", ["u", "v"])
+@pytest.mark.parametrize("kernel", [JEDI, KVD])
+def test_the_standard_error_leaves_out_whole_prompts(kernel, estimator):
+    x, y = draw(9, 4), draw(12, 4, seed=1) + 0.5
+    groups = torch.tensor([7, 3, 3, 9, 7, 3, 9, 1, 9])
+    left = [
+        kernel_distance(x[groups != group], y, kernel, estimator).item() for group in (1, 3, 7, 9)
+    ]
+    expected = math.sqrt(3 * np.var(left))
+    assert kernel_error(x, y, kernel, estimator, groups) == pytest.approx(expected, rel=1e-9)
+    assert kernel_error(x, y, kernel, estimator, groups % 2) is None
+    assert kernel_null(x, 5, kernel, estimator, groups % 2) is None
+    with pytest.raises(ValueError, match="groups do not fit 9 clips"):
+        kernel_error(x, y, kernel, estimator, groups[:8])
+    with pytest.raises(ValueError, match="do not say which are of one prompt"):
+        kernel_null(Moments.of(x), 5, JEDI, estimator, groups)
+
+
 def test_a_set_is_at_distance_zero_from_itself():
     for kernel in (JEDI, KVD):
         assert kernel_distance(X, X, kernel, "v").item() == pytest.approx(0, abs=1e-9)

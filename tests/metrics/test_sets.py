@@ -14,13 +14,16 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_kv.metrics.backbones.base import RandomBackbone
 from lightning_kv.metrics.frechet import frechet_distance, frechet_error, null_distance
 from lightning_kv.metrics.kernel import JEDI, KVD, kernel_distance
+from lightning_kv.metrics.set_base import windows_recipe
 from lightning_kv.metrics.sets import (
     FrechetVideoDistance,
     VideoKernelDistance,
     check_comparable,
 )
+from lightning_kv.metrics.suite import set_metric
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 spec = importlib.util.spec_from_file_location("ranks", SCRIPT)
@@ -39,7 +42,7 @@ def made(name="fvd", rows=ALL, **options):
 class Colours(nn.Module):
     """Mean colour of the first and the last frame; drops the batch axis of a single clip."""
 
-    name, num_features = "colours", 6
+    name, num_features, recipe = "colours", 6, "mean colour of the ends"
 
     def forward(self, clips):
         assert not self.training
@@ -63,6 +66,17 @@ def two(tmp_path_factory):
 
 
 @pytest.mark.parametrize("share", ["uneven", "empty"])
+def test_two_processes_say_the_same_of_clips_to_rounding(two, share):
+    one = ranks.clip_results(ALL)
+    assert one.keys() == {"psnr", "recall", "drift", "cost"} and 0 < one["recall"][0] < 1
+    for rank in two:
+        for name, expected in one.items():
+            found = rank[f"clips-{share}"][name]
+            assert found == pytest.approx(expected, rel=1e-12, nan_ok=True), name
+            assert not all(math.isnan(value) for value in found)
+
+
+@pytest.mark.parametrize("share", ["uneven", "empty"])
 @pytest.mark.parametrize("name", ranks.METRICS)
 def test_two_processes_say_what_one_says_to_the_last_digit(two, name, share):
     one = ranks.results(ALL)[name]
@@ -79,8 +93,9 @@ def test_a_clip_that_a_padding_sampler_repeats_counts_once(two):
 
 def test_the_values_are_those_of_the_functions():
     assert made().compute() == frechet_distance(GENERATED, REAL)
-    assert made("jedi").compute() == kernel_distance(GENERATED, REAL, JEDI, "u")
-    assert made("kvd").compute() == kernel_distance(GENERATED, REAL, KVD, "v")
+    assert made("jedi").compute() == kernel_distance(GENERATED, REAL, JEDI, "v")
+    assert made("jedi-u").compute() == kernel_distance(GENERATED, REAL, JEDI, "u")
+    assert made("kvd").compute() == kernel_distance(GENERATED, REAL, KVD, "u")
     assert made("fvd-moments").compute().item() == pytest.approx(made().compute().item())
     assert made("jedi-moments").compute().item() == pytest.approx(made("jedi").compute().item())
     ml = made(covariance="ml")
@@ -96,11 +111,55 @@ def test_the_report_says_what_is_needed_to_believe_it():
     assert result.standard_error == frechet_error(GENERATED, REAL)
     assert all(word in result.recipe for word in ("i3d", "clips of 8 frames", "unbiased"))
     few = made(rows=slice(0, 5)).report()
-    assert few.status == "n < d: biased, see the null distance"
+    assert few.status == "fewer prompts than features: biased, see the null distance"
     summed = made("fvd-moments").report()
     assert (summed.null, summed.standard_error) == (None, None)
-    assert made("jedi-moments").report().null == made("jedi").report().null == 0.0
-    assert made("kvd").report().null > 0
+    nulls = [made(name).report().null for name in ("jedi", "jedi-moments", "jedi-u", "kvd")]
+    assert nulls[0] == pytest.approx(nulls[1], rel=1e-12) and nulls[0] > 0
+    assert nulls[2:] == [0.0, 0.0]
+    assert "estimator v" in made("jedi").recipe and "estimator u" in made("jedi-u").recipe
+
+
+@pytest.mark.parametrize("name", ranks.METRICS)
+def test_clips_of_one_prompt_count_as_one(name):
+    kind, fixed = ranks.METRICS[name]
+    metric, ids = kind(num_features=6, **fixed), torch.arange(20)
+    mixed = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    for real, side in enumerate((GENERATED, REAL)):
+        for part in mixed.split(7):
+            metric.update_features(side[part], bool(real), ids[part], groups=part // 4)
+    result, alone = metric.report(), made(name).report()
+    assert (result.n, result.n_real, result.prompts, result.prompts_real) == (20, 20, 5, 5)
+    assert (alone.prompts, alone.prompts_real) == (20, 20)
+    assert result.value == pytest.approx(alone.value, rel=1e-12)
+    if metric.keep_features:
+        assert result.standard_error == metric.error(GENERATED, REAL, ids // 4)
+        assert result.standard_error != alone.standard_error
+        assert result.null == metric.null(REAL, 5, ids // 4) and result.null != alone.null
+    else:
+        assert result.null is result.standard_error is None
+    if name.startswith("fvd"):
+        assert alone.status == "ok" and result.status.startswith("fewer prompts than features")
+
+
+def test_the_recipe_says_how_the_features_were_made():
+    backbone = Colours()
+    shown, stored = FrechetVideoDistance(backbone), FrechetVideoDistance(num_features=6)
+    assert backbone.recipe in shown.recipe and shown.recipe != stored.recipe
+    facts = {"features_name": "colours", "features_recipe": backbone.recipe}
+    assert FrechetVideoDistance(num_features=6, **facts).recipe == shown.recipe
+    for name, mean in (("fvd/random-2dconv", True), ("jedi-u/random-3dconv", False)):
+        encoder = RandomBackbone(2 + (not mean))
+        recipe = set_metric(name, encoder, frames=8).recipe
+        said = ("clips of 8 frames", encoder.recipe, "without overlap, context and remainder left")
+        assert all(words in recipe for words in said)
+        assert ("mean over the frames" in recipe) == mean
+        stored = {"num_features": encoder.num_features, "features_name": encoder.name}
+        stored |= {"features_recipe": windows_recipe(encoder), "frames": 8}
+        assert set_metric(name, **stored).recipe == recipe
+    one, other = (made(features_recipe=size).report() for size in ("32 pixels", "64 pixels"))
+    with pytest.raises(ValueError, match="different recipes"):
+        check_comparable(one, other)
 
 
 @pytest.mark.parametrize("name", ranks.METRICS)
@@ -179,6 +238,11 @@ def test_an_id_counts_once_or_is_refused():
     metric.update_features(GENERATED[1:2], real=False, ids=torch.tensor([1]))
     with pytest.raises(ValueError, match="came twice with different features, such as 1"):
         metric.compute()
+    metric = made()
+    group = torch.tensor([99])
+    metric.update_features(GENERATED[:1], real=False, ids=torch.tensor([1]), groups=group)
+    with pytest.raises(ValueError, match="came twice with different groups, such as 1"):
+        metric.compute()
     sums = made("fvd-moments")
     sums.update_features(GENERATED[:1], real=False, ids=torch.tensor([1]))
     with pytest.raises(ValueError, match="came twice, and sums cannot tell"):
@@ -223,6 +287,10 @@ def test_what_is_no_batch_is_refused(batch, words):
 def test_ids_must_fit(ids):
     with pytest.raises(ValueError, match="ids do not fit 2 clips"):
         FrechetVideoDistance(num_features=6).update_features(REAL[:2], True, ids)
+    with pytest.raises(ValueError, match="groups do not fit 2 clips"):
+        FrechetVideoDistance(num_features=6).update_features(
+            REAL[:2], True, torch.arange(2), groups=ids
+        )
 
 
 def test_what_makes_no_metric_is_refused():
@@ -235,8 +303,6 @@ def test_what_makes_no_metric_is_refused():
         FrechetVideoDistance(num_features=6, covariance="biased")
     with pytest.raises(ValueError, match="no kernel distance 'mmd'"):
         VideoKernelDistance(num_features=6, form="mmd")
-    with pytest.raises(ValueError, match="no kernel distance 'jedi' with the estimator 'w'"):
-        VideoKernelDistance(num_features=6, estimator="w")
     with pytest.raises(ValueError, match="cannot be computed from moments"):
         VideoKernelDistance(num_features=6, form="kvd", keep_features=False)
     with pytest.raises(ValueError, match="One batch has no 'fvd'"):

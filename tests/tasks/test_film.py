@@ -66,3 +66,20 @@ def test_the_difference_is_dark_where_a_clip_equals_the_reference(run):
 def test_without_something_to_compare_there_is_no_second_film(run, labels):
     film(run, "k", lambda: iter([[(label, shots(90)) for label in labels]]), 10, 8, "full")
     assert (run.videos / "k.mp4").is_file() and not list(run.differences.glob("*"))
+
+
+def test_films_that_a_kill_left_half_done_are_made_again(run, monkeypatch):
+    """Whatever is killed between the two, what is there counts as nothing."""
+    written = []
+
+    def killed(path, frames, fps):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        path.touch()
+
+    monkeypatch.setattr("lightning_kv.tasks.film.write_mp4", killed)
+    rows = [("full", shots(90)), ("a", shots(99))]
+    with pytest.raises(KeyboardInterrupt):
+        film(run, "k", lambda: iter([rows]), 10, 8, "full")
+    assert len(written) == 1 and not filmed(run, "k")

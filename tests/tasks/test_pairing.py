@@ -1,9 +1,13 @@
 """Which videos belong together."""
 
+from fractions import Fraction
+
 import pytest
 
+from lightning_kv.data.pairs import Alignment
+from lightning_kv.data.videos import VideoError, VideoInfo
 from lightning_kv.tasks.options import CompareOptions
-from lightning_kv.tasks.pairing import find_videos
+from lightning_kv.tasks.pairing import Clip, alignable, find_videos, shortest
 
 
 @pytest.fixture
@@ -85,3 +89,35 @@ def test_a_table_and_folders_contradict_each_other(tree):
         find_videos(CompareOptions(tree / "out", pairs=table, unpaired=True))
     with pytest.raises(ValueError, match="Nothing to compare: 0 folder"):
         find_videos(CompareOptions(tree / "out"))
+
+
+def info(path, frames, width=32):
+    return VideoInfo(path, width, 32, Fraction(8), frames, 0, 0, "h264", "yuv420p", 8, "rgb", True)
+
+
+@pytest.mark.parametrize(
+    ("given", "able", "frames"),
+    [
+        ({}, [], None),
+        ({"length": "shortest"}, ["a", "b"], 16),
+        ({"length": "shortest", "size": "resize"}, ["a", "b", "wide"], 3),
+    ],
+)
+def test_a_clip_is_cut_to_the_shortest_of_those_that_fit(tmp_path, given, able, frames):
+    names = ("full", "a", "b", "wide", "broken")
+    paths = {name: tmp_path / name for name in names}
+    infos = {
+        paths["full"]: info(paths["full"], 24),
+        paths["a"]: info(paths["a"], 16),
+        paths["b"]: info(paths["b"], 30),
+        paths["wide"]: info(paths["wide"], 3, width=64),
+        paths["broken"]: VideoError("It cannot be read."),
+    }
+    clip = Clip("k", "", paths["full"], {name: paths[name] for name in names[1:]})
+    alignment = Alignment(**given)
+    assert list(alignable(clip, infos, alignment)) == able
+    assert shortest(clip, infos, alignment) == frames
+    alone = Clip("k", "", None, {"a": paths["a"]})
+    assert shortest(alone, infos, alignment) is None
+    unreadable = Clip("k", "", paths["broken"], {"a": paths["a"]})
+    assert shortest(unreadable, infos, alignment) is None

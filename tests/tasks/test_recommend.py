@@ -11,6 +11,7 @@ from scipy import stats
 
 from lightning_kv.metrics import METRICS, Clip
 from lightning_kv.report.summary import MetricInfo, summarise
+from lightning_kv.tasks.analysis import analyse
 from lightning_kv.tasks.margins import read_margins, read_memory
 from lightning_kv.tasks.recommend import recommend
 from lightning_kv.tasks.verdict import verdict
@@ -312,7 +313,7 @@ def test_a_run_that_says_nothing_is_said_to():
     with pytest.raises(ValueError, match="nothing to compare yet: full"):
         recommend(summary, [r for r in records if r["policy"] == "full"])
     assert verdict(*made({}))[0].startswith("There is nothing to recommend")
-    assert verdict(summary, records) == recommend(summary, records).words
+    assert verdict(analyse(summary, records), records) == recommend(summary, records).words
 
 
 def test_margins_and_memory_as_people_write_them():
