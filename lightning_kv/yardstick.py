@@ -16,6 +16,32 @@ def compare_command(words: list[str]) -> None:
     """`lightning-kv compare`; exit code 1 where a video was skipped."""
     from lightning_kv.tasks.options import CompareOptions
 
+    chosen = vars(compare_words().parse_args(words))
+    folders, metrics = chosen.pop("folders"), chosen.pop("metrics")
+    options = CompareOptions(
+        reference=folders[0] if folders else None,
+        candidates=tuple(folders[1:]),
+        metrics=None if metrics is None else tuple(read_list(metrics)),
+        size="resize" if chosen.pop("resize") else "equal",
+        **chosen,
+    )
+    from lightning_kv.report.table import render_tables
+    from lightning_kv.tasks.compare import compare
+    from lightning_kv.tasks.verdict import verdict
+
+    quiet()
+    found, out = compare(options), console()
+    out.print(render_tables(found.summary))
+    say(out, verdict(found.summary, found.run.records()))
+    if notes := [*found.notes, *(f"Skipped: {why}" for why in found.skipped)]:
+        tell(notes)
+    out.print(f"Results are in {found.run.path}: {found.run.report.name}, summary.json, records/")
+    if found.skipped:
+        raise SystemExit(1)
+
+
+def compare_words() -> Words:
+    """What can be typed after `compare`."""
     parser = Words("compare", "The metrics and statistics of a run, for videos you already have.")
     parser.add_argument(
         "folders", metavar="FOLDER", nargs="*", type=Path, help="reference, then candidates"
@@ -51,29 +77,7 @@ def compare_command(words: list[str]) -> None:
     parser.add_argument(
         "--accelerator", metavar="NAME", default="auto", help="cpu, gpu, or auto (auto)"
     )
-    chosen = vars(parser.parse_args(words))
-    folders = chosen.pop("folders")
-    metrics = chosen.pop("metrics")
-    options = CompareOptions(
-        reference=folders[0] if folders else None,
-        candidates=tuple(folders[1:]),
-        metrics=None if metrics is None else tuple(read_list(metrics)),
-        size="resize" if chosen.pop("resize") else "equal",
-        **chosen,
-    )
-    from lightning_kv.report.table import render_tables
-    from lightning_kv.tasks.compare import compare
-    from lightning_kv.tasks.verdict import verdict
-
-    quiet()
-    found, out = compare(options), console()
-    out.print(render_tables(found.summary))
-    say(out, verdict(found.summary, found.run.records()))
-    if notes := [*found.notes, *(f"Skipped: {why}" for why in found.skipped)]:
-        tell(notes)
-    out.print(f"Results are in {found.run.path}: {found.run.report.name}, summary.json, records/")
-    if found.skipped:
-        raise SystemExit(1)
+    return parser
 
 
 def check_command(words: list[str]) -> None:

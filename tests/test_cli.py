@@ -65,8 +65,10 @@ def test_the_run_directory_is_complete(single):
         "config.yaml",
         "records",
         "report.html",
+        "report.md",
         "run.json",
         "summary.json",
+        "table.tex",
         "traces",
         "videos",
     }
@@ -226,8 +228,8 @@ def test_budgets_cross_policies_and_every_prompt_is_pictured(tmp_path, capsys):
     words = ["--policies", "[full,sliding-window,random]", "--budgets", "3f,6f", "--prompts", "2"]
     main(["evaluate", *SMALL[:-2], *words, "--out", str(out)])
     names = ["full", "sliding-window@3f", "sliding-window@6f", "random@3f", "random@6f"]
+    assert list(summary(out)["policies"]) == names
     assert len(list((out / "videos").glob("*.mp4"))) == len(list((out / "traces").iterdir())) == 2
-    assert len(list((out / "videos").iterdir())) == len(list((out / "traces").iterdir())) == 2
     main(["evaluate", "-c", str(out / "config.yaml")])  # the same run: nothing is left to do
     text = capsys.readouterr().out
     assert text.count("Results are in") == 2

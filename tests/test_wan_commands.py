@@ -186,7 +186,7 @@ def test_without_pixels_no_vae_is_needed(tiny_wan, prompts, tmp_path):
     )
     summary = json.loads((out / "summary.json").read_text())
     assert list(summary["policies"]["full"]["metrics"]) == ["latent_mse"]
-    assert not list((out / "videos").glob("*")) and list((out / "traces").glob("*.npz"))
+    assert not list((out / "videos").rglob("*.mp4")) and list((out / "traces").glob("*.npz"))
 
 
 @pytest.mark.parametrize("like", ["self-forcing", "causal-forcing-2step", "rolling-forcing"])
@@ -314,7 +314,7 @@ def test_a_video_that_cannot_be_made_is_said(tiny_wan, tmp_path, capsys, words, 
     ("words", "text"),
     [
         ([], "Nothing says which prompts"),
-        (["--data.shards", "SET", "--metrics", "[recall]"], "it knows the panorama world only"),
+        (["--data.shards", "SET", "--metrics", "[recall]"], "it needs the panorama world"),
         (["--data.shards", "SET", "--metrics", "[psnr]", "--decode", "false"], "needs pixels"),
         (["--data.shards", "SET", "--context_frames", "3"], "has none to give. Use 0"),
         (["--data.shards", "SET", "--frames", "0"], "leave nothing to generate"),

@@ -213,8 +213,7 @@ class IdenticalFrames(PixelMetric):
     unit = "share"
     higher_is_better = True
     recipe = (
-        "against the reference: share of frames after the context with mse <= 1e-10, "
-        "range [0,1]"
+        "against the reference: share of frames after the context with mse <= 1e-10, range [0,1]"
     )
     needs = ("pixels", "reference_pixels")
     identical = 1.0

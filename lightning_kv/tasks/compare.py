@@ -157,6 +157,8 @@ class _Job:
     def _measure(self, name: str, clip: Clip, path: Path, reference: Path | None) -> None:
         prompt = clip.prompt or clip.key
         record = {"policy": name, "key": clip.key, "prompt": prompt, "cost": UNKNOWN}
+        if clip.prompt:  # several samples of one prompt are no independent clips
+            record["unit"] = clip.prompt
         empty = {"metrics": dict.fromkeys(self.metrics), "curves": {}}
         try:
             found = self._read(name, clip, path, reference)

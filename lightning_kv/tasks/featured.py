@@ -210,14 +210,15 @@ def distances(
             continue
         encoder = facts["encoder"]
         sets = {p: read_features(policy_folder(run, p), encoder) for p in policies}
-        real, _ = read_features(real_folder(run), encoder)
+        real, keys = read_features(real_folder(run), encoder)
         against = "the real set" if len(real) else f"the clips of {reference}"
         for policy, own in sets.items():
             if len(real):
                 base = None if policy == reference else sets[reference]
-                found[policy][name] = distance(name, facts, own, real, base)
+                found[policy][name] = distance(name, facts, own, real, base, keys)
             elif policy != reference:
-                found[policy][name] = distance(name, facts, own, sets[reference][0], None)
+                others, keys = sets[reference]
+                found[policy][name] = distance(name, facts, own, others, None, keys)
             if name in found[policy]:
                 found[policy][name]["against"] = against
     return found

@@ -109,13 +109,13 @@ class CompareOptions:
         pairs: A CSV table of pairs instead of folders.
         metrics: Which metrics (see `lightning-kv list metrics`); those that need no weights where
             not given.
-        length: equal, or shortest: leave out what the longer video has more.
+        length: equal, or shortest: cut all videos of a clip to the shortest of them.
         size: equal, or resize: bring candidates to the size of the reference.
         fps: equal, or ignore: compare the n-th frame with the n-th frame all the same.
         unpaired: The folders have no videos in common: compare sets, and each video alone.
         real: Folder of real videos that sets are compared with; the reference where not given.
         accept_license: Licences of non-commercial weights that you agree to.
-        strict: Stop at the first video that cannot be read.
+        strict: Stop at the first video that cannot be used, also of an earlier call.
         videos: Pairs with moving pictures.
         threads: CPU threads.
         accelerator: cpu, gpu, or auto (a CUDA GPU if there is one).

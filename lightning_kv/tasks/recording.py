@@ -91,8 +91,9 @@ class Recorder:
             failure = broken(out, reference, index)
             found = {"metrics": dict.fromkeys(metrics), "curves": {}, "failure": failure}
             if not failure:
-                clip = self._clip(start, out, compared, index, probe)
-                found["metrics"], found["curves"] = measure(metrics, clip)
+                clip, problems = self._clip(start, out, compared, index, probe), {}
+                found["metrics"], found["curves"] = measure(metrics, clip, problems)
+                found |= {"problems": problems} if problems else {}
             self.run.append(self.rank, record | found)
 
     def _clip(

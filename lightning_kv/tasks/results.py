@@ -112,7 +112,7 @@ def describe(
         "frames": options.frames,
         "context_frames": options.context_frames,
         "size": options.size,
-        "fps": options.fps,
+        "fps": float(options.fps),
         "seed": options.seed,
         "negative": options.negative,
         "decode": options.decode,
