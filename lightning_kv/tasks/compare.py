@@ -234,7 +234,7 @@ class _Job:
             )
             for pieces in cut(shown, limit):
                 yield [
-                    (name, fitted(_floats(pixels)))
+                    (name, fitted(_floats(pixels), 480))
                     for name, pixels in zip(names, pieces, strict=True)
                 ]
 
