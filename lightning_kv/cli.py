@@ -99,8 +99,8 @@ def evaluate_command(words: list[str]) -> None:
         out.print(render_tables(summary))
         say(out, verdict(summary, run.records()))
         out.print(
-            f"Results are in {run.path}: {run.report.name}, summary.json, records/, videos/, "
-            "traces/",
+            f"Results are in {run.path}: {run.report.name}, report.md, table.tex, summary.json, "
+            "records/, videos/, traces/",
             soft_wrap=True,
         )
 
