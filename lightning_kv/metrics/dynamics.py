@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from lightning_kv.metrics.backbones import BACKBONES, Backbone
 from lightning_kv.metrics.backbones import backbone as resolve
 from lightning_kv.metrics.backbones.interpolators import LinearMidpoint
-from lightning_kv.metrics.base import PixelMetric, Reader
+from lightning_kv.metrics.base import Reader
+from lightning_kv.metrics.features import FeatureMetric
 from lightning_kv.metrics.motion import checked_pixels, eight_bit
 
 RATE = 8  # frames per second at which flow is measured
@@ -129,39 +129,18 @@ class Pairwise(Backbone):
         return self.module(first, second)
 
 
-class PairMetric(PixelMetric):
+class PairMetric(FeatureMetric):
     """A metric that shows a network two frames at a time; results are named ``METRIC/NETWORK``.
-
-    A subclass sets ``backbones``: the names that fit, the default first. A module of one's own
-    fits always, and goes by its own name.
 
     Args:
         backbone: A name out of ``backbones``, or a module that takes two frames ``[N, 3, H, W]``.
-        given: Where the weights lie; by default they are looked for.
-        accept: Licences accepted for weights that forbid commercial use.
-        kwargs: What every torchmetrics metric takes.
-
-    Raises:
-        ValueError: The network does not fit.
-        WeightsUnavailable: Its weights, a licence or a package is missing.
+        given: As in :class:`~lightning_kv.metrics.features.FeatureMetric`, and so on.
     """
 
-    backbones: tuple[str, ...]
-
-    def __init__(
-        self,
-        backbone: str | nn.Module | None = None,
-        given: Path | str | None = None,
-        accept: Collection[str] = (),
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.backbone = self.fitting(backbone or self.backbones[0], given, accept)
-        self.name = f"{type(self).name}/{self.backbone.name}"
-        self.recipe = f"{type(self).recipe}; network: {self.backbone.recipe}"
+    through = "network"
 
     @classmethod
-    def fitting(
+    def _fitting(
         cls, name: str | nn.Module, given: Path | str | None, accept: Collection[str]
     ) -> Backbone:
         """The network, if it fits.

@@ -31,6 +31,7 @@ class FeatureMetric(PixelMetric):
     """
 
     backbones: tuple[str, ...]
+    through = "features"  # what the recipe calls it
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ class FeatureMetric(PixelMetric):
             self.backbones[0] if backbone is None else backbone, given, accept
         )
         self.name = f"{type(self).name}/{self.backbone.name}"
-        self.recipe = f"{type(self).recipe}; features: {self.backbone.recipe}"
+        self.recipe = f"{type(self).recipe}; {self.through}: {self.backbone.recipe}"
 
     @classmethod
     def _fitting(
