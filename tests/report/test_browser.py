@@ -179,24 +179,29 @@ def test_a_film_turns_into_its_differences_at_the_same_moment(tmp_path: Path, pa
       const loaded = () => new Promise((done) => {
         video.addEventListener("seeked", done, {once: true});
       });
-      const seen = () => {
+      const seen = async () => {  // a frame is painted a little after the seek
         const canvas = document.createElement("canvas");
         [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
         const context = canvas.getContext("2d");
-        context.drawImage(video, 0, 0);
-        return context.getImageData(8, 8, 1, 1).data[0];
+        for (let tries = 0; tries < 100; tries++) {
+          context.drawImage(video, 0, 0);
+          const level = context.getImageData(8, 8, 1, 1).data[0];
+          if (level) return level;
+          await new Promise((done) => setTimeout(done, 20));
+        }
+        return 0;
       };
       video.autoplay = false;
       video.pause();
       const at = loaded();
       video.currentTime = 0.4;
       await at;
-      const found = [[video.currentTime, seen(), difference.getAttribute("aria-pressed")]];
+      const found = [[video.currentTime, await seen(), difference.getAttribute("aria-pressed")]];
       for (const button of [difference, pictures]) {
         const there = loaded();
         button.click();
         await there;
-        found.push([video.currentTime, seen(), difference.getAttribute("aria-pressed")]);
+        found.push([video.currentTime, await seen(), difference.getAttribute("aria-pressed")]);
       }
       return [...found, video.paused];
     })()"""
