@@ -183,6 +183,10 @@ def test_a_film_turns_into_its_differences_at_the_same_moment(tmp_path: Path, pa
         const canvas = document.createElement("canvas");
         [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
         const context = canvas.getContext("2d");
+        await new Promise((done) => {
+          video.requestVideoFrameCallback(done);
+          setTimeout(done, 500);  // it may have been painted already
+        });
         for (let tries = 0; tries < 100; tries++) {
           context.drawImage(video, 0, 0);
           const level = context.getImageData(8, 8, 1, 1).data[0];
