@@ -251,6 +251,27 @@ class Pretrain(L.LightningModule):
         imsave(folder / f"step-{int(self.done):05d}.png", strip.clamp(0, 1).cpu().numpy())
 
 
+def stamp(out: Path, recipe: object) -> str:
+    """Make the directory of a training run, or check that it holds one of this recipe.
+
+    Returns:
+        The recipe as JSON.
+
+    Raises:
+        ValueError: It holds another.
+    """
+    described = json.dumps(asdict(recipe), indent=2)
+    file = out / "recipe.json"
+    if file.exists() and file.read_text() != described:
+        raise ValueError(
+            f"{out} holds a training run with another recipe. "
+            "Give another --out, or the recipe in its recipe.json."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(described)
+    return described
+
+
 def pretrain(options: PretrainOptions) -> Path:
     """Train, or go on from the last checkpoint in ``out``; returns the weights file.
 
@@ -259,15 +280,7 @@ def pretrain(options: PretrainOptions) -> Path:
     """
     torch.set_num_threads(options.threads)
     out = options.out
-    described = json.dumps(asdict(options.recipe), indent=2)
-    stamp = out / "recipe.json"
-    if stamp.exists() and stamp.read_text() != described:
-        raise ValueError(
-            f"{out} holds a training run with another recipe. "
-            "Give another --out, or the recipe in its recipe.json."
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(described)
+    described = stamp(out, options.recipe)
     task = Pretrain(options.recipe, out, options.picture_every)
     last = out / "last.ckpt"
     trainer_for(options).fit(task, ckpt_path=last if last.exists() else None, weights_only=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
@@ -31,7 +31,7 @@ from lightning_kv.models.codec import PatchCodec
 from lightning_kv.models.embedded import WEIGHTS, load_embedded
 from lightning_kv.tasks.artefacts import KINDS, PAINTS, STEERS, Shot, draw, pick, take
 from lightning_kv.tasks.encoder_options import EncoderRecipe, PretrainEncoderOptions
-from lightning_kv.tasks.pretrain import commit
+from lightning_kv.tasks.pretrain import commit, stamp
 
 FIRST_WORLD = 10**9
 """World seeds of the training are this one and the following; 0 to 9999 are left to evaluations."""
@@ -241,15 +241,7 @@ def pretrain_encoder(options: PretrainEncoderOptions) -> Path:
     """
     torch.set_num_threads(options.threads)
     out = options.out
-    described = json.dumps(asdict(options.recipe), indent=2)
-    stamp = out / "recipe.json"
-    if stamp.exists() and stamp.read_text() != described:
-        raise ValueError(
-            f"{out} holds a training run with another recipe. "
-            "Give another --out, or the recipe in its recipe.json."
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(described)
+    described = stamp(out, options.recipe)
     task, trainer, last = PretrainEncoder(options.recipe), trainer_for(options), out / "last.ckpt"
     trainer.fit(task, ckpt_path=last if last.exists() else None, weights_only=False)
     if trainer.global_step < options.recipe.steps:
