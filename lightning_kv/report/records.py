@@ -17,6 +17,7 @@ A record line, JSON without NaN and Infinity (what has no value is null)::
     {"schema": 1, "policy": str, "key": str, "prompt": str, "rank": int,
      "failure": why the clip has no values | null, "problems": {metric: why it has none},
      "unit": what samples of one prompt have in common (optional, as problems is),
+     "noise_revision": of the rule by which the noise was drawn (rollouts only),
      "metrics": {name: float | null}, "curves": {name: [float | null, ...]},
      "cost": {"kv_bytes_peak", "kv_bytes_mean", "kv_rows_read", "kv_rows_scored",
               "kv_read_fraction", "kv_scored_fraction", "seconds_per_chunk": [float, ...]}}

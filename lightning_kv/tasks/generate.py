@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_kv.data.panorama import PanoramaPrompt
 from lightning_kv.models.loading import load_model
+from lightning_kv.models.samplers import NOISE_REVISION
 from lightning_kv.models.sources import find_model
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import WanConfig
@@ -193,6 +194,7 @@ def write(
             "model": options.model,
             "policy": policy,
             "seed": str(options.seed),
+            "noise_revision": str(NOISE_REVISION),
             "precision": model.source["precision"],
         }
         write_clip(options.out, latents, fps, about)

@@ -11,6 +11,7 @@ from lightning_kv.cache.probe import AttentionProbe
 from lightning_kv.metrics import Clip
 from lightning_kv.metrics.backbones import Backbone
 from lightning_kv.metrics.windows import Windows
+from lightning_kv.models.samplers import NOISE_REVISION
 from lightning_kv.report.records import RunDirectory
 from lightning_kv.report.video import Frames
 from lightning_kv.rollout import Rollout
@@ -86,6 +87,7 @@ class Recorder:
                 "policy": name,
                 "key": start.sample.key,
                 "prompt": start.sample.prompt,
+                "noise_revision": NOISE_REVISION,
                 "cost": cost(out, reference, index),
             }
             failure = broken(out, reference, index)
@@ -141,6 +143,7 @@ class Recorder:
             "prompt": start.sample.prompt,
             "key": start.sample.key,
             "seed": str(self.options.seed),
+            "noise_revision": str(NOISE_REVISION),
             "precision": self.options.precision,
         }
         path = latents_path(self.run, name, start.sample.key)

@@ -17,6 +17,7 @@ from lightning_kv.data.datamodule import PromptData
 from lightning_kv.metrics import Clip, Suite
 from lightning_kv.metrics.backbones.weights import checksum
 from lightning_kv.metrics.base import noting
+from lightning_kv.models.samplers import NOISE_REVISION
 from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.presets import policy_to_dict
@@ -114,6 +115,7 @@ def describe(
         "size": options.size,
         "fps": float(options.fps),
         "seed": options.seed,
+        "noise_revision": NOISE_REVISION,
         "negative": options.negative,
         "decode": options.decode,
         "metrics": suite.recipes(),
@@ -153,6 +155,7 @@ def about(
             "difference_gain": GAIN,
             "size": options.size,
             "seed": options.seed,
+            "noise_revision": NOISE_REVISION,
             "data_seed": options.data.seed,
             "batch": options.batch,
             "device": device,

@@ -1,11 +1,15 @@
 """Samplers against tables kept by hand, noise against its promises, UniPC against diffusers."""
 
+import hashlib
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
+from lightning_kv.models import samplers
 from lightning_kv.models.samplers import (
+    NOISE_REVISION,
     ChunkPlan,
     few_step,
     flow,
@@ -379,6 +383,25 @@ def test_noise_does_not_care_for_its_neighbours():
         together(c, s)[i].flatten()[0].item() for c in (0, 1) for s in (0, 1, 2) for i in range(3)
     ]
     assert len(set(pieces)) == len(pieces)
+
+
+def test_all_of_the_key_counts(monkeypatch):
+    """Keys that share their lower, or their upper, 32 and 64 bits draw other noise."""
+    plan, found = ChunkPlan(1, 1), []
+    for bits in (0, *(2**n for n in (0, 31, 32, 63, 64, 95, 96, 127))):
+        monkeypatch.setattr(samplers, "digest", lambda *parts, bits=bits: bits << 128)
+        found.append(tuple(keyed_noise(0, ["a"], plan, (1, 2, 2))(0, 0).flatten().tolist()))
+    assert len(set(found)) == len(found)
+
+
+def test_the_noise_of_this_revision():
+    """These numbers stand in other people's results: another rule is another revision."""
+    assert NOISE_REVISION == 2
+    first = keyed_noise(0, ["a prompt"], ChunkPlan(3, 3), (1, 1, 2))(0, 0).flatten().tolist()
+    key = int.from_bytes(hashlib.sha256(b"0\x1fa prompt\x1f0\x1f0").digest()[:16], "big")
+    rng = np.random.Generator(np.random.Philox(key=key))
+    assert first == rng.standard_normal(6, dtype=np.float32).tolist()
+    assert first[:4] == pytest.approx([-0.710089, -0.603229, 1.133267, 2.091548], abs=1e-6)
 
 
 # -- what a checkpoint asks for --------------------------------------------------------------

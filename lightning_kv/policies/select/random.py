@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,8 +25,8 @@ class Random(SelectPart):
 
     def scores(self, view: CacheView, state: Any) -> Tensor:
         """One uniform number per frame."""
-        rng = torch.Generator().manual_seed((view.seed * 1_000_003 + view.step.chunk) % 2**63)
-        draw = torch.rand(int(view.frame_ids.max()) + 1, generator=rng)
+        rng = random.Random(f"{view.seed} {view.step.chunk}")  # all of a text counts as its seed
+        draw = torch.tensor([rng.random() for _ in range(int(view.frame_ids.max()) + 1)])
         ids = view.frame_ids
         return draw.to(ids.device)[ids].expand(view.heads, 1, -1)
 
