@@ -402,7 +402,9 @@ def show_parity(step: dict[str, Any], console: Console) -> None:
 
 def show_seeds(step: dict[str, Any], console: Console) -> None:
     """A line per policy that is not the same twice."""
-    rows = step.get("policies", {})
+    rows = step.get("policies")
+    if not rows:
+        return
     same = [name for name, row in rows.items() if row["status"] == "ok"]
     console.print(f"The same twice: {', '.join(same) or 'none'}")
     for name, row in rows.items():
