@@ -48,6 +48,8 @@ NULLS = {
     "peak_reserved_bytes": "torch counts the bytes of a CUDA device only",
     "allocated_growth": "torch counts the bytes of a CUDA device only, or fewer than 6 chunks",
     "growth": "fewer than 6 chunks",
+    "flop_limit": "no rows were counted",
+    "flops_per_second": "no rows were counted",
     "ratio_to_full": "`full` is not among the policies, or had no room",
     "decode": "not asked for with --vae",
 }
@@ -176,6 +178,7 @@ def parser() -> argparse.ArgumentParser:
         ("device", str, "where to run: cuda or cpu"),
         ("repeats", int, "rollouts of each policy"),
         ("seed", int, "of weights, text and noise"),
+        ("sampler", str, "few-step or rolling; as the preset where not given"),
     ):
         default = ",".join(POLICIES) if name == "policies" else usual[name]
         text += "" if default is None else f" ({default})"

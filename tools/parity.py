@@ -16,7 +16,8 @@ The file holds what an original implementation did with its own weights and nois
 (other tensors are not read)
 and, as a Python literal under `config` in its metadata, the constructor's arguments with H and W
 (latent) and the frames per chunk. Prints one line per trajectory; exits 0 only if the largest
-absolute difference of each is within the tolerance.
+absolute difference of each is within the tolerance. On a GPU (`--device cuda`) float32 stays
+float32: TF32 is off.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lightning_kv import rollout
@@ -94,11 +96,12 @@ class Recording:
         count = self.noise(chunk, 0).shape[1]
         return self.tensors["renoise"][:, chunk, step - 1, :count]
 
-    def model(self, profile: str) -> VideoModel:
+    def model(self, profile: str, device: str = "cpu") -> VideoModel:
         """The network with the recorded weights."""
         network = CausalWan(self.config)
         load_into(network, Checkpoint(self.weights, "original", "safetensors", None, "", None))
-        return VideoModel(network.cast(profile), None, lambda prompts: self.tensors["context"])
+        text = self.tensors["context"].to(device)
+        return VideoModel(network.cast(profile).to(device), None, lambda prompts: text)
 
     def trajectories(self) -> Iterator[tuple[str, dict]]:
         """Name of each recorded trajectory, and the policy that makes it.
@@ -199,8 +202,13 @@ def difference(recording: Recording, model: VideoModel, name: str, parts: dict) 
         latent_size=tuple(recorded.shape[-2:]),
         decode=False,
     )
-    worst = (out.latents.float() - recorded.float()).abs().max()
+    worst = (out.latents.float().cpu() - recorded.float()).abs().max()
     return float(worst) if bool(worst.isfinite()) else math.inf
+
+
+def exact() -> None:
+    """No TF32 on a GPU; convolutions have it by default."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def main() -> int:
@@ -211,10 +219,17 @@ def main() -> int:
     parser.add_argument("--reference", type=Path, required=True, help="file of the format above")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference (1e-4)")
     parser.add_argument("--precision", choices=PROFILES, default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     chosen = parser.parse_args()
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA GPU here")
+    exact()
     try:
         recording = Recording.read(chosen.reference)
-        model, trajectories = recording.model(chosen.precision), [*recording.trajectories()]
+        model, trajectories = (
+            recording.model(chosen.precision, chosen.device),
+            [*recording.trajectories()],
+        )
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import gc
 import re
-import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -23,7 +22,7 @@ from lightning_kv.cache.passes import Geometry, Pass
 from lightning_kv.cache.rotary import rotate_by
 from lightning_kv.cache.session import CacheSession, Cost
 from lightning_kv.models.precision import known_profile
-from lightning_kv.models.samplers import Sampler, Steps, sampler_of
+from lightning_kv.models.samplers import Sampler, sampler_of
 from lightning_kv.models.sizes import PRESETS, parameters
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
@@ -31,6 +30,7 @@ from lightning_kv.policies.presets import load_policy, preset, unknown
 from lightning_kv.report.table import format_bytes
 from lightning_kv.rollout import rollout
 from lightning_kv.tasks.clock import read_size
+from lightning_kv.tasks.timing import Run
 
 CONFIGS = {
     "wan-1.3b": PRESETS["wan-1.3b"],
@@ -56,6 +56,7 @@ class BenchOptions:
         device: ``cuda`` or ``cpu``.
         repeats: Rollouts of each policy.
         seed: Of weights, text and noise.
+        sampler: ``few-step`` or ``rolling``; the preset's where not given.
     """
 
     preset: str = "wan-1.3b"
@@ -67,6 +68,7 @@ class BenchOptions:
     device: str = "cuda"
     repeats: int = 3
     seed: int = 0
+    sampler: str | None = None
 
     def __post_init__(self) -> None:
         if self.preset not in CONFIGS:
@@ -88,7 +90,8 @@ class BenchOptions:
         """The network's. Which noise levels there are is all the same, their number is not."""
         config = CONFIGS[self.preset]
         count = self.steps or len(config.timesteps)
-        return replace(config, timesteps=tuple(1000 - 1000 * i / count for i in range(count)))
+        levels = tuple(1000 - 1000 * i / count for i in range(count))
+        return replace(config, timesteps=levels, sampler=self.sampler or config.sampler)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,81 +143,6 @@ class PlainCache:
         return self._turns[step.query_times]
 
 
-@dataclass
-class Run:
-    """One rollout: times by pass, and what was held.
-
-    A pass lasts from when the sampler is asked for it until the session has closed it, so the
-    noise before it counts for it.
-
-    Args:
-        device: Where the network is.
-        session: Whose cache it is; asked for its frames when a chunk opens, off the clock.
-        denoise: Seconds of each chunk.
-        commit: Seconds of each chunk.
-        frames: History frames of each chunk.
-        allocated: Bytes at the end of each chunk; none on a CPU.
-        held: Bytes of the cache while each chunk is denoised.
-        peaks: Most bytes, see :func:`peaks`.
-        latents: What was made; None where memory ran out.
-        failure: What torch said when memory ran out.
-    """
-
-    device: torch.device
-    session: Any
-    denoise: list[float] = field(default_factory=list)
-    commit: list[float] = field(default_factory=list)
-    frames: list[float] = field(default_factory=list)
-    allocated: list[int] = field(default_factory=list)
-    held: list[int] = field(default_factory=list)
-    peaks: dict[str, int | None] = field(default_factory=dict)
-    latents: Tensor | None = None
-    failure: str = ""
-
-    @property
-    def seconds(self) -> list[float]:
-        """Of each chunk."""
-        return [a + b for a, b in zip(self.denoise, self.commit, strict=True)]
-
-    def timed(self, sampler: Sampler) -> Sampler:
-        """The same sampler with a mark at both ends of every pass."""
-
-        def passes(*given: Any) -> Steps:
-            steps, estimate, laps = sampler(*given), None, []
-            while True:
-                began = self._mark()
-                try:
-                    step, x = steps.send(estimate)
-                except StopIteration:
-                    return
-                estimate = yield step, x
-                laps.append((step.phase, began, self._mark()))
-                if step.opens:
-                    self.frames.append(held_frames(self.session))
-                if step.phase == "commit":
-                    self._close(laps)
-                    laps = []
-
-        return passes
-
-    def _mark(self) -> Any:
-        if self.device.type == "cpu":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _close(self, laps: list[tuple[str, Any, Any]]) -> None:
-        """Wait for the device and read the marks of a chunk."""
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.synchronize(self.device)
-            self.allocated.append(torch.cuda.memory_allocated(self.device))
-        for phase, seconds in (("denoise", self.denoise), ("commit", self.commit)):
-            own = [(began, ended) for name, began, ended in laps if name == phase]
-            seconds.append(sum(a.elapsed_time(b) / 1000 if cuda else b - a for a, b in own))
-
-
 class Bench:
     """A network with random weights and text, and the policies to measure it under."""
 
@@ -239,7 +167,11 @@ class Bench:
             for name, done in runs.items():
                 if not (done and done[-1].failure):
                     done.append(self.once(name))
-        rows = {name: self.row(runs[name]) for name in self.policies}
+        return self.report(runs)
+
+    def report(self, runs: dict[str, list[Run]]) -> dict[str, Any]:
+        """What :meth:`run` gives, of rollouts that were made; policies without any are left out."""
+        rows = {name: self.row(runs[name]) for name in self.policies if runs.get(name)}
         good = {
             n: row["ms_per_chunk"]["median"] for n, row in rows.items() if row["status"] == "ok"
         }
@@ -247,8 +179,11 @@ class Bench:
             rows[name]["ratio_to_full"] = own / good[REFERENCE] if REFERENCE in good else None
         return {"policies": rows, "overhead": overhead(runs)}
 
-    def once(self, name: str) -> Run:
+    def once(self, name: str, around: Callable[[Sampler], Sampler] | None = None) -> Run:
         """One rollout, under a policy or with the hard-wired cache.
+
+        ``around`` puts the sampler into another one that looks on, see
+        :func:`lightning_kv.tasks.timing.looked_at`.
 
         Raises:
             ValueError: The random weights gave numbers that are not finite.
@@ -258,6 +193,7 @@ class Bench:
         policy = self.policies.get(name) or preset(REFERENCE)
         session: Any = CacheSession(geometry, policy.start, (self.options.seed,))
         run = Run(self.device, PlainCache(geometry, self.frames) if name == PLAIN else session)
+        sampler = run.timed(sampler_of(self.config))
         try:
             made = rollout(
                 self.model,
@@ -266,7 +202,7 @@ class Bench:
                 self.frames,
                 seed=self.options.seed,
                 latent_size=self.size,
-                sampler=run.timed(sampler_of(self.config)),
+                sampler=around(sampler) if around else sampler,
                 session=run.session,
                 decode=False,
             )
@@ -287,7 +223,9 @@ class Bench:
         Milliseconds and frames per second are those of denoising and commit passes, without the
         first chunk; each chunk's time is the median of the repeats, but ``worst`` is the slowest.
         ``kv`` is about the last chunk while it is denoised: ``frames`` held (it included, mean of
-        all heads), their ``bytes``, and by the formula for plain keys and values.
+        all heads), their ``bytes``, and by the formula for plain keys and values. ``flop_limit``
+        is how many times fewer operations the timed chunks take than under ``full``: no kernel
+        makes a policy that reads less faster than that.
         """
         last, chunk = runs[-1], self.config.chunk
         frames = sum(last.frames[-1:]) + chunk
@@ -308,10 +246,19 @@ class Bench:
             "latent_fps": rate,
             "pixel_fps": rate * self.config.stride[0],
             "ms_per_chunk": times,
+            **self._operations(last, rate),
             **last.peaks,
             "allocated_growth": growth(last.allocated),
             "kv": kv | {"ratio": held[-1] / formula, "growth": growth(held), "chunk_bytes": held},
         }
+
+    def _operations(self, run: Run, rate: float) -> dict[str, float | None]:
+        """Of the timed chunks; None where nobody counted rows."""
+        timed = run.work[1:]
+        own = sum(work.flops(self.config, work.read) for work in timed)
+        full = sum(work.flops(self.config, work.history) for work in timed)
+        speed = own / len(timed) * rate / self.config.chunk if timed else None
+        return {"flop_limit": full / own if timed else None, "flops_per_second": speed}
 
 
 def overhead(runs: dict[str, list[Run]]) -> dict[str, Any]:
@@ -350,14 +297,6 @@ def kv_bytes(geometry: Geometry, frames: float) -> int:
     """Bytes of plain keys and values of so many frames."""
     row = 2 * geometry.head_dim * geometry.element_size
     return round(row * geometry.layers * geometry.heads * geometry.tokens * frames)
-
-
-def held_frames(session: Any) -> float:
-    """Committed and archived frames of a session, mean of all layers and heads."""
-    cells = [cell for lane in session.lanes.values() for cell in lane.cells]
-    groups = [g for cell in cells for rows in (cell.memory, cell.archive) for g in rows.groups]
-    of = session.geometry
-    return sum(len(g) * len(g.heads) for g in groups) / (of.layers * of.heads * of.tokens)
 
 
 def middle(repeats: Iterable[list[float]]) -> list[float]:

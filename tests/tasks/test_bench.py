@@ -17,8 +17,9 @@ from lightning_kv.models.samplers import ChunkPlan, few_step
 from lightning_kv.models.sizes import PRESETS
 from lightning_kv.models.vae import WanVAE
 from lightning_kv.models.wan import CausalWan
-from lightning_kv.tasks import bench
-from lightning_kv.tasks.bench import PLAIN, Bench, BenchOptions, PlainCache, Run
+from lightning_kv.tasks import bench, timing
+from lightning_kv.tasks.bench import PLAIN, Bench, BenchOptions, PlainCache
+from lightning_kv.tasks.timing import Run, Work
 
 TOOL = Path(__file__).parents[2] / "tools" / "bench_rollout.py"
 SINK = "sink-window@9f"
@@ -132,7 +133,7 @@ def test_the_hard_wired_cache_attends_to_all_that_came_before():
 
 def test_time_goes_to_the_pass_that_took_it(monkeypatch):
     now = [0]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     run = Run(torch.device("cpu"), PlainCache(PRESETS["panorama"].geometry(), 6))
     waits = {("denoise", 0): 1, ("denoise", 1): 20, ("commit", 0): 300}
 
@@ -296,3 +297,32 @@ def test_the_vae_needs_the_extra(tool, monkeypatch, capsys):
 def test_steps_are_as_many_as_asked_for():
     assert options(steps=2).config.timesteps == (1000, 500)
     assert len(options().config.timesteps) == 4
+
+
+def test_the_flop_limit_is_that_of_the_rows_that_are_read():
+    made = Bench(options(policies=(SINK,), chunks=8))
+    run, passes = made.once(SINK), 5
+    tokens, config = 3 * 16, made.config  # of a pass
+    read = [passes * tokens * 2 * 2 * 16 * min(3 * chunk, 9) for chunk in range(8)]
+    whole = [passes * tokens * 2 * 2 * 16 * 3 * chunk for chunk in range(8)]
+    assert run.work == [
+        Work(passes * tokens, passes * tokens**2, *rows) for rows in zip(read, whole, strict=True)
+    ]
+    # q, k, v, o, q and o of the text, two layers of the MLP; then own rows and the text
+    linear = 2 * tokens * (6 * 64 * 64 + 2 * 64 * 128)
+    fixed = 2 * passes * (linear + 4 * tokens * tokens * 64 + 4 * tokens * 512 * 64)
+    assert run.work[2].flops(config, 0) == fixed
+    own, full = (sum(fixed + 4 * 32 * rows for rows in each[1:]) for each in (read, whole))
+    row = made.row([run])
+    assert row["flop_limit"] == pytest.approx(full / own)
+    assert row["flops_per_second"] == pytest.approx(own / 7 * row["latent_fps"] / 3)
+
+
+def test_another_sampler_is_timed_by_finished_chunk():
+    made = Bench(options(policies=("full",), chunks=6, sampler="rolling"))
+    run = made.once("full")
+    assert made.geometry.flight == 12 and len(run.seconds) == len(run.work) == 6
+    assert run.work[0].queries == 16 * (3 + 6 + 9 + 12 + 3)  # chunks enter until four are in flight
+    assert run.work[1].queries == 16 * (12 + 3)
+    with pytest.raises(ValueError, match="sampler"):
+        Bench(options(sampler="runge-kutta"))
