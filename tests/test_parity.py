@@ -391,7 +391,8 @@ def test_the_smallest_windows(parity, tmp_path):
 def test_windows_longer_than_the_video_forget_nothing(parity, tmp_path):
     windows = [(8, 0), (9, 3), (500, 2), (6, 3)]
     found = accepted(parity, tmp_path / "r", record(8, chunk=2, windows=windows))
-    assert apart(found, "latents.window500_sink2") == apart(found, "latents.window8") == 0
+    # Buffers of another size may be summed in another order.
+    assert apart(found, "latents.window500_sink2") < 1e-5 and apart(found, "latents.window8") < 1e-5
     assert apart(found, "latents.window6_sink3") > 1e-3
 
 

@@ -70,7 +70,10 @@ def test_text_states_on_disk_are_the_encoders(tiny_wan, prompts):
     book, model = PromptBook(prompts), model_of(tiny_wan)
     assert book.prompts == [*PROMPTS, ""]
     found = torch.stack([book([prompt])[0] for prompt in PROMPTS])
-    assert torch.equal(found, model.encoder(PROMPTS).bfloat16())
+    states = model.encoder(PROMPTS)
+    # One step of bfloat16 between 2 and 4, where the largest are: batches may round apart.
+    assert (found - states).abs().max() <= 2**-6
+    assert (states[1:] - states[:-1]).abs().amax((1, 2)).min() > 1
 
 
 def test_an_evaluation_measures_the_rollouts_it_ran(tiny_wan, prompts, run):

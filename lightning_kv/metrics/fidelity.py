@@ -72,7 +72,7 @@ def decibels(mse: Tensor) -> Tensor:
     """PSNR of a mean squared error of pixels in [0, 1], 100 dB at most.
 
     Example:
-        >>> decibels(torch.tensor([0.01, 0.0], dtype=torch.float64)).tolist()
+        >>> decibels(torch.tensor([0.01, 0.0], dtype=torch.float64)).round(decimals=9).tolist()
         [20.0, 100.0]
     """
     return -10 * mse.clamp_min(MSE_FLOOR).log10()
@@ -90,7 +90,7 @@ def ssim(preds: Tensor, target: Tensor, device: Place = None) -> Tensor:
         device: Where to compute.
 
     Returns:
-        float64 ``[F]``, 1 for identical frames.
+        float64 ``[F]``, 1 for identical frames (up to rounding, 1e-13).
 
     Raises:
         ValueError: The shapes differ, the values are not floats in [0, 1], or frames are smaller.
@@ -119,7 +119,7 @@ def ms_ssim(preds: Tensor, target: Tensor, device: Place = None) -> Tensor:
         device: Where to compute.
 
     Returns:
-        float64 ``[F]``, 1 for identical frames.
+        float64 ``[F]``, 1 for identical frames (up to rounding, 1e-13).
 
     Raises:
         ValueError: The shapes differ, the values are not floats in [0, 1], or frames are smaller.

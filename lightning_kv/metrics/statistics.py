@@ -168,7 +168,9 @@ class MeanConfidence:
         """How sure it is that the mean lies at or below this bound, between 0 and 1."""
         # Two ways to the same loss may round apart.
         bound += 1e-12 * max(1.0, abs(self._start), abs(self._end))
-        share = float((self._means <= (bound - self._start) / (self._span or 1.0)).mean())
+        # Plain floats: far above values that hardly differ, infinity is right and needs no warning.
+        place = float(bound - self._start) / (float(self._span) or 1.0)
+        share = float((self._means <= place).mean())
         if share in (0, 1):
             return share
         z = ndtri(share) - self._bias

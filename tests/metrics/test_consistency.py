@@ -55,9 +55,9 @@ def close(found, wanted):
 
 def test_the_anchor_of_the_specification():
     found = consistency(GOLDEN)
-    assert clip_value(found.value) == 0.25
-    assert found.previous[1:].tolist() == [0, 0]
-    assert found.first[1:].tolist() == [0, 1]
+    assert clip_value(found.value) == pytest.approx(0.25, rel=1e-12)
+    assert found.previous[1:].tolist() == pytest.approx([0, 0], abs=1e-12)
+    assert found.first[1:].tolist() == pytest.approx([0, 1], abs=1e-12)
 
 
 @given(seed=st.integers(0, 999), count=st.integers(1, 9), anchor=st.integers(0, 8))

@@ -184,7 +184,8 @@ def test_curves_do_not_depend_on_blocks(metric, sizes, fps):
     blocks = [(block, None) for block in frames.split(sizes)]
     whole = read_clip({"": metric}, [(frames, None)], fps=fps)[""]
     split = read_clip({"": metric}, blocks, fps=fps)[""]
-    torch.testing.assert_close(split, whole, rtol=0, atol=0, equal_nan=True)
+    # Flows are summed in float32 (8 eps), in an order that may depend on the size of a block.
+    torch.testing.assert_close(split, whole, rtol=1e-6, atol=0, equal_nan=True)
 
 
 class Middle(nn.Module):

@@ -87,7 +87,8 @@ def test_pooled_psnr_pools_the_pixel_frames_of_a_latent_frame():
 def test_identical_frames_are_those_at_the_cap():
     clip = Clip(pixels=constant(0.5, 0.5, 0.5, 0.50002), reference_pixels=constant(*[0.5] * 4))
     assert IdenticalFrames().curve(clip).tolist() == [1, 1, 1, 0]
-    assert (PSNR().curve(clip) == 100).tolist() == [True, True, True, False]
+    *capped, other = PSNR().curve(clip).tolist()
+    assert capped == pytest.approx([100] * 3, rel=1e-12) and other < 99.99
 
 
 def test_ssim_closed_forms():
@@ -164,7 +165,9 @@ def test_ms_ssim_closed_forms():
     a, b, same = torch.tensor([0.25, 0.75, 0.3]).view(3, 1, 1, 1).expand(3, 3, 161, 161)[:, None]
     luminance = (2 * 0.25 * 0.75 + 1e-4) / (0.25**2 + 0.75**2 + 1e-4)
     assert ms_ssim(a, b).item() == pytest.approx(luminance**0.1333, rel=1e-10)
-    assert ms_ssim(same, same).tolist() == [1.0]
+    # Weights of a window add up to 1 only in exact numbers: some 2e-15 may be missing.
+    assert ms_ssim(same, same).tolist() == pytest.approx([1.0], rel=1e-13)
+    assert ms_ssim(same, 1.001 * same).item() < 1 - 1e-8
 
 
 def test_a_scale_of_negative_similarity_counts_as_nothing():

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import nct, permutation_test
 from scipy.stats import t as student
@@ -127,6 +127,7 @@ def test_no_difference_has_a_p_value_of_one(n, alternative):
 @pytest.mark.filterwarnings("error")
 @settings(max_examples=150, deadline=None)
 @given(LOSSES, st.floats(-3, 3), st.floats(0.5, 0.99))
+@example([0.0, 5e-324], 0.0, 0.5)  # a margin that is 1e311 spans away
 def test_verdict_bounds_and_confidence_say_the_same(losses, margin, level):
     found = non_inferiority(losses, margin, level, resamples=300)
     confidence = confidence_below(losses, margin, resamples=300)

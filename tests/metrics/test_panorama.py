@@ -139,7 +139,8 @@ def test_a_shuffled_camera_breaks_its_rule_and_not_its_memory(codec):
     clip = clip_of(world.render(FRAMES)[order], codec, free(scene_of(world, codec)), 0)
     got = values(clip)
     assert got["camera_rule"] < 0.5
-    assert (got["recall"], got["revisit_error"]) == (1.0, 0.0)
+    assert got["recall"] == 1.0
+    assert got["revisit_error"] == pytest.approx(0, abs=1e-9)  # its views are decoded one by one
 
 
 def test_ruler_error_is_the_distance_to_the_expected_ground(codec):

@@ -171,8 +171,15 @@ def passes():
     return [(first, LEVELS, ()), (first, (0.0,) * 3, first), (second, LEVELS[1:2] * 3, ())]
 
 
+def unlike(found, wanted):
+    """Share of numbers that differ. Two ways to compute one sum may round to two neighbours in
+    bfloat16, in a token or two; another cast moves half of all numbers."""
+    assert found.dtype == wanted.dtype
+    return (found != wanted).double().mean()
+
+
 @torch.no_grad()
-def test_reference_makes_the_casts_of_the_originals_to_the_last_bit():
+def test_reference_makes_the_casts_of_the_originals():
     network = made("reference")
     written = Written(dict(network.state_dict()))
     x, states = inputs(torch.bfloat16)
@@ -181,13 +188,15 @@ def test_reference_makes_the_casts_of_the_originals_to_the_last_bit():
         part = x[:, list(frames)]
         velocity = written.forward(part, levels, states, frames, bool(final))
         assert velocity.dtype == torch.bfloat16
-        assert torch.equal(found[2 * index], velocity)
-        assert torch.equal(found[2 * index + 1], written.x0(part, velocity, levels))
+        clean = written.x0(part, velocity, levels)
+        for ours, theirs in ((found[2 * index], velocity), (found[2 * index + 1], clean)):
+            assert unlike(ours, theirs) < 0.1
+            torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=2**-6)
 
 
 @pytest.mark.parametrize("change", ["gain", "turn"])
 @torch.no_grad()
-def test_the_last_bit_tells_other_casts_apart(change, monkeypatch):
+def test_the_share_of_unlike_numbers_tells_other_casts_apart(change, monkeypatch):
     """So that the test above would notice: a gain in float32, a rotation in bfloat16."""
 
     def gain(self, name, x):
@@ -216,7 +225,7 @@ def test_the_last_bit_tells_other_casts_apart(change, monkeypatch):
     x, states = inputs(torch.bfloat16)
     frames, levels, _ = passes()[0]
     other = Written(dict(network.state_dict())).forward(x[:, :3], levels, states, frames)
-    assert not torch.equal(three_passes(network)[0][0], other)
+    assert unlike(three_passes(network)[0][0], other) > 0.3
 
 
 @torch.no_grad()
@@ -272,8 +281,7 @@ def test_keys_turn_in_the_precision_of_the_profile():
     pairs = torch.view_as_complex(k[0].double().unflatten(-1, (-1, 2)))
     turned = pairs * torch.polar(torch.ones_like(angles), angles)
     want = torch.view_as_real(turned).flatten(-2).bfloat16().transpose(0, 1)
-    assert torch.equal(found["reference"], want)
-    assert 0 < int((found["fast"] != want).sum()) < 1e-3 * want.numel()
+    assert unlike(found["reference"], want) < 1e-5 < unlike(found["fast"], want) < 1e-3
 
 
 @pytest.mark.parametrize("name", PROFILES)

@@ -24,6 +24,7 @@ from lightning_kv.models.vae import WanVAE
 from lightning_kv.models.wan import CausalWan, WanConfig
 
 SIZES = {"dim": 64, "ffn_dim": 128, "layers": 2, "heads": 2, "text_dim": 16, "latent_size": (8, 12)}
+STEP = 2**-6  # of bfloat16 between 2 and 4, where the largest states are: batches may round apart
 
 
 @pytest.fixture(autouse=True)
@@ -360,7 +361,8 @@ def test_the_text_encoder_is_let_go_when_all_prompts_are_known(tiny_wan, tmp_pat
     assert len(made) == 1 and made[0]() is None
     for batch in (["a boat"], ["", "a fox", "a fox"], prompts):
         expected = torch.cat([whole([prompt]) for prompt in batch])
-        assert torch.equal(model.encoder(batch), expected)
+        assert (model.encoder(batch) - expected).abs().max() <= STEP
+    assert (whole(["a fox"]) - whole(["a boat"])).abs().max() > 1
     assert model.source["text"] == whole.fingerprint
     with pytest.raises(ValueError, match=r"let go before it met 'a cat'.*load_model\(prompts="):
         model.encoder(["a fox", "a cat"])
@@ -522,7 +524,7 @@ def test_embeddings_in_place_of_a_text_encoder(tiny_wan, tmp_path, spied):
     write_embeddings(folder, items, whole.fingerprint, whole.length)
     path = model_file(tiny_wan, tmp_path)
     model = load_model(path, text=folder, decode=False, prompts=["a boat", ""])
-    assert torch.equal(model.encoder(["a boat", ""]), whole(["a boat", ""]).bfloat16())
+    assert (model.encoder(["a boat", ""]) - whole(["a boat", ""])).abs().max() <= STEP
     index = hashlib.sha256((folder / "embeddings.json").read_bytes()).hexdigest()
     assert model.source["text"] == index and spied == ["weights"]  # every state counts
     with pytest.raises(ValueError, match="no text states for 'a cat'"):

@@ -19,6 +19,11 @@ SMALL = {
     "latents_std": [2.0, 1.5, 0.7, 1.1],
 }
 
+# Frame by frame and whole are two ways of computing: kernels add up in the order that the CPU and
+# the sizes call for. Of pixels in [0, 1], either way is up to 2e-6 (16 eps of float32) and 0.03
+# (4 eps of bfloat16) from the same network in float64. One feature lost at a seam moves 0.1.
+ROUNDING, ROUNDING_HALF, LOST = 5e-6, 0.04, 0.1
+
 
 def build(**changes):
     torch.manual_seed(0)
@@ -35,6 +40,11 @@ def latents(frames, *, clips=1, channels=4, seed=1):
     return torch.randn(clips, frames, channels, 3, 2, generator=rng)
 
 
+def difference(found, expected):
+    assert found.shape == expected.shape
+    return (found - expected).abs().max()
+
+
 def whole(vae, z):
     """The library's decode of whole clips, [B, F, C, h, w] to [B, T, 3, H, W] in [0, 1]."""
     mean, std = (torch.tensor(vae.config[f"latents_{n}"]).view(-1, 1, 1) for n in ("mean", "std"))
@@ -43,11 +53,12 @@ def whole(vae, z):
 
 
 @pytest.mark.parametrize("parts", [(7,), (1,) * 7, (3, 3, 1), (2, 1, 4)])
-def test_parts_join_to_exactly_the_whole(vae, parts):
+def test_parts_join_to_the_whole(vae, parts):
     z = latents(7)
     decoder = WanVAE(vae).open()
     found = [decoder.push(part) for part in z[0].split(parts)]
-    assert torch.equal(torch.cat(found)[None], whole(vae, z))
+    assert difference(torch.cat(found)[None], whole(vae, z)) < ROUNDING
+    assert torch.equal(torch.cat(found), torch.cat(list(WanVAE(vae).stream(z[0]))))
     assert [len(part) for part in found] == [
         4 * n - (3 if i == 0 else 0) for i, n in enumerate(parts)
     ]
@@ -57,7 +68,24 @@ def test_a_stream_gives_one_frame_then_four(vae):
     z = latents(4)
     found = list(WanVAE(vae).stream(z[0]))
     assert [len(part) for part in found] == [1, 4, 4, 4]
-    assert torch.equal(torch.cat(found)[None], whole(vae, z))
+    assert difference(torch.cat(found)[None], whole(vae, z)) < ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [("float32", ROUNDING), ("bfloat16", ROUNDING_HALF)]
+)
+def test_rounding_hides_no_lost_feature(dtype, rounding):
+    net, z = build().to(getattr(torch, dtype)), latents(7)
+    right, lost = whole(net, z)[0], []
+    codec = WanVAE(net)
+    for place in range(len(codec.open().features)):
+        decoder = codec.open()
+        found = [decoder.push(z[0, :3])]
+        if isinstance(decoder.features[place], torch.Tensor):  # the shortcuts keep nothing
+            decoder.features[place].zero_()
+            found.append(decoder.push(z[0, 3:]))
+            lost.append(difference(torch.cat(found), right))
+    assert len(lost) > 10 and min(lost) > LOST > 2 * rounding
 
 
 def test_no_frames_are_lost_at_seams(vae):
@@ -73,7 +101,7 @@ def test_decode_is_the_whole_decode_clip_by_clip(vae, frames):
     z = latents(frames, clips=2)
     found = WanVAE(vae).decode(z)
     assert found.shape == (2, 1 + 4 * (frames - 1), 3, 12, 8) and found.dtype == torch.float32
-    assert torch.equal(found, torch.cat([whole(vae, clip) for clip in z.split(1)]))
+    assert difference(found, torch.cat([whole(vae, clip) for clip in z.split(1)])) < ROUNDING
     assert found.std() > 0.01 and found.min() >= 0 and found.max() <= 1
 
 
@@ -90,15 +118,15 @@ def test_published_shape_of_the_network():
     assert codec.stride == (4, 8)
     assert len(codec.open().features) == 33  # causal convolutions of the published decoder
     z = latents(3, channels=16)
-    assert torch.equal(codec.decode(z), whole(big, z))
+    assert difference(codec.decode(z), whole(big, z)) < ROUNDING
 
 
 def test_number_format_of_the_weights_is_kept(vae):
     half = build().to(torch.bfloat16)
     z = latents(3)
     found = WanVAE(half).decode(z)
-    assert torch.equal(found, whole(half, z)) and found.dtype == torch.float32
-    assert WanVAE(half).decode(z.bfloat16()).sub(found).abs().max() < 0.05
+    assert difference(found, whole(half, z)) < ROUNDING_HALF and found.dtype == torch.float32
+    assert difference(WanVAE(half).decode(z.bfloat16()), found) < 0.05
 
 
 def test_what_is_held_does_not_grow(vae):
@@ -114,7 +142,8 @@ def test_clips_do_not_share_features(vae):
     first, second = codec.open(), codec.open()
     mixed = [(first.push(x), second.push(y)) for x, y in zip(a.split(2), b.split(2), strict=True)]
     for clip, parts in zip((a, b), zip(*mixed, strict=True), strict=True):
-        assert torch.equal(torch.cat(parts)[None], whole(vae, clip[None]))
+        assert torch.equal(torch.cat(parts), codec.open().push(clip))
+        assert difference(torch.cat(parts)[None], whole(vae, clip[None])) < ROUNDING
 
 
 def test_encode_gives_the_normalised_mode(vae):
@@ -163,7 +192,8 @@ def test_other_kinds_are_refused_in_words(change, said):
 def test_a_folder_is_loaded(tmp_path, vae):
     vae.save_pretrained(tmp_path / "vae")
     codec = WanVAE.load(tmp_path / "vae", "cpu", torch.float32)
-    assert torch.equal(codec.decode(latents(3)), whole(vae, latents(3)))
+    assert torch.equal(codec.decode(latents(3)), WanVAE(vae).decode(latents(3)))
+    assert difference(codec.decode(latents(3)), whole(vae, latents(3))) < ROUNDING
     assert not any(p.requires_grad for p in codec.parameters()) and not codec.vae.training
     half = WanVAE.load(tmp_path / "vae", "cpu", torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}

@@ -24,7 +24,8 @@ def test_a_clean_clip_is_what_the_world_renders(codec, text):
     assert torch.equal(look(world, x), world.render(20))
     shot = take(world, codec, rng(), {}, 8)
     seen = world_for(text, 3).strip()[:, :, int(shot.x[5]) : int(shot.x[5]) + 32]
-    assert torch.equal(shot.frames[5], codec.decode(codec.encode(seen)))
+    alone = codec.decode(codec.encode(seen))  # the clip goes through the codec as one batch
+    assert (shot.frames[5] - alone).abs().max() < 2e-6 < 1e-2 < (shot.frames[4] - alone).abs().max()
     assert shot.strength.tolist() == [0.0] * len(KINDS) and shot.intact.tolist() == [1.0] * 8
 
 

@@ -112,7 +112,9 @@ def test_the_hard_wired_cache_makes_the_same_video(precision):
     assert full.shape == (1, 15, 16, 4, 8)
     assert (full - plain).abs().max() <= (1e-5 if precision == "float32" else 0.02)
     # 9 of 12 history frames in the last chunk: the comparison sees a cache that forgets
-    assert torch.equal(full[:, :12], window[:, :12]) and not torch.equal(full, window)
+    apart = (full - window).abs().double().mean((0, 2, 3, 4))
+    rounding = 1e-6 if precision == "float32" else 5e-4  # on average; what is forgotten moves 4e-3
+    assert apart[:12].max() <= rounding and apart[12:].min() > 4 * rounding
 
 
 def test_the_hard_wired_cache_attends_to_all_that_came_before():

@@ -18,6 +18,7 @@ VBENCH = Path(__file__).parents[3] / "shared" / "prompts" / "vbench_all_dimensio
 LINES = ["a cat", "", "a dog &amp; a cat", "a  cat", "  a cat ", "\t", "rain"]
 TEXTS = ["a cat", "a dog &amp; a cat", "a  cat", "a cat", "rain"]  # without blank lines and ends
 DISTINCT = ["a cat", "a dog &amp; a cat", "a  cat", "rain", ""]
+STEP = 2**-6  # of bfloat16 between 2 and 4, where the largest states are: batches may round apart
 
 
 def save_text(folder, seed=0):
@@ -80,7 +81,9 @@ def test_a_list_becomes_a_set_that_can_be_evaluated(prompts, tmp_path, text, cal
     assert len({sample.key for sample in samples}) == 5  # the repeated one is another world
     book, encoder = PromptBook(out), WanText.load(text, "cpu")
     assert book.prompts == DISTINCT and book.encoder == encoder.fingerprint
-    assert torch.equal(book([sample.prompt for sample in samples]), encoder(TEXTS))
+    states = encoder(TEXTS)
+    assert (book([sample.prompt for sample in samples]) - states).abs().max() <= STEP
+    assert (states[1] - states[0]).abs().max() > 1
     assert (done.out, done.added, done.kept) == (out, 5, 0)
     said = "\n".join(done.words)
     assert f"all 5 prompts are in {out}; 5 were encoded now." in said
@@ -170,8 +173,8 @@ def test_another_encoder_needs_force(prompts, tmp_path, text):
     assert content(out) == before
     encode(prompts, out, other, "cpu", force=True)
     book = PromptBook(out)
-    assert torch.equal(book(["rain"]), WanText.load(other, "cpu")(["rain"]))
-    assert not torch.equal(book(["rain"]), WanText.load(text, "cpu")(["rain"]))
+    assert (book(["rain"]) - WanText.load(other, "cpu")(["rain"])).abs().max() <= STEP
+    assert (book(["rain"]) - WanText.load(text, "cpu")(["rain"])).abs().max() > 1
 
 
 def test_another_list_needs_another_folder(prompts, tmp_path, text):
