@@ -192,7 +192,7 @@ Context = list[tuple[Tensor, Tensor]]
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm over the full hidden width; statistics in float32."""
+    """Root mean square norm over the full hidden width; statistics in float32 or wider."""
 
     fused = False
 
@@ -205,7 +205,7 @@ class RMSNorm(nn.Module):
         """Normalise ``[..., dim]``."""
         if self.fused:
             return rms_norm(x, self.weight.shape, self.weight, self.eps)
-        work = x.float()
+        work = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = torch.rsqrt(work.square().mean(-1, keepdim=True) + self.eps)
         return (work * scale).to(x.dtype) * self.weight
 
