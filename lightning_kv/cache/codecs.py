@@ -11,15 +11,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+Shared = dict[str, Tensor | int]
+"""What all rows of a segment share: tensors ``[h, ...]``, or plain numbers."""
+
 
 class Codec(Protocol):
     """Encodes vectors ``[h, n, D]`` and decodes them again."""
 
-    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Tensors with a row axis ``[h, n, ...]``, and tensors shared by all rows ``[h, ...]``."""
+    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], Shared]:
+        """Tensors with a row axis ``[h, n, ...]``, and what all rows share."""
         ...
 
-    def decode(self, rows: dict[str, Tensor], shared: dict[str, Tensor]) -> Tensor:
+    def row_bytes(self, width: int, element: int) -> float:
+        """Bytes of one vector of ``width`` numbers of ``element`` bytes."""
+        ...
+
+    def decode(self, rows: dict[str, Tensor], shared: Shared) -> Tensor:
         """The vectors ``[h, n, D]``, in the dtype of the stored scale."""
         ...
 
@@ -34,19 +41,23 @@ class Integer:
 
     bits: int
 
-    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], Shared]:
         """See :class:`Codec`."""
         top = 2 ** (self.bits - 1) - 1
         scale = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / top
         codes = (x / scale).round().clamp(-top, top).to(torch.int16) + top
         return {"codes": pack(codes.to(torch.uint8), self.bits), "scale": scale}, {
-            "width": torch.tensor(x.shape[-1])
+            "width": x.shape[-1]
         }
 
-    def decode(self, rows: dict[str, Tensor], shared: dict[str, Tensor]) -> Tensor:
+    def row_bytes(self, width: int, element: int) -> float:
+        """See :class:`Codec`."""
+        return -(-width * self.bits // 8) + element
+
+    def decode(self, rows: dict[str, Tensor], shared: Shared) -> Tensor:
         """See :class:`Codec`."""
         top = 2 ** (self.bits - 1) - 1
-        codes = unpack(rows["codes"], self.bits, int(shared["width"]))
+        codes = unpack(rows["codes"], self.bits, shared["width"])
         return (codes.to(rows["scale"].dtype) - top) * rows["scale"]
 
 
@@ -63,23 +74,29 @@ class Centroids:
     count: int = 16
     iterations: int = 2
 
-    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], Shared]:
         """See :class:`Codec`."""
         count = max(1, min(self.count, x.shape[1] // 8))
-        start = torch.linspace(0, x.shape[1] - 1, count).long()
-        centre = x[:, start].clone()
+        start = torch.linspace(0, x.shape[1] - 1, count, device=x.device).long()
+        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
+        centre = x.index_select(1, start)
         for _ in range(self.iterations):
             near = torch.cdist(x, centre).argmin(-1)  # [h, n]
             member = torch.nn.functional.one_hot(near, count).to(x.dtype)  # [h, n, count]
             size = member.sum(1).unsqueeze(-1)
             mean = member.transpose(1, 2) @ x / size.clamp_min(1)
             centre = torch.where(size > 0, mean, centre)
+        centre = centre.to(dtype).to(x.dtype)  # as it is stored
         near = torch.cdist(x, centre).argmin(-1)
         rest = x - centre.gather(1, near.unsqueeze(-1).expand_as(x))
-        rows, shared = Integer(2).encode(rest)
-        return rows | {"near": near.to(torch.uint8)}, shared | {"centre": centre}
+        rows, shared = Integer(2).encode(rest.to(dtype))
+        return rows | {"near": near.to(torch.uint8)}, shared | {"centre": centre.to(dtype)}
 
-    def decode(self, rows: dict[str, Tensor], shared: dict[str, Tensor]) -> Tensor:
+    def row_bytes(self, width: int, element: int) -> float:
+        """See :class:`Codec`; a codebook of one vector for 8 rows is the most there is."""
+        return Integer(2).row_bytes(width, element) + 1 + width * element / 8
+
+    def decode(self, rows: dict[str, Tensor], shared: Shared) -> Tensor:
         """See :class:`Codec`."""
         rest = Integer(2).decode(rows, shared)
         near = rows["near"].long().unsqueeze(-1).expand_as(rest)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from lightning_kv.cache.rotary import Rotary
+from lightning_kv.cache.rows import ROW_BYTES
 
 Phase = Literal["prefill", "denoise", "commit"]
 
-LEADER = "cond"
+CONDITIONAL = "cond"
 """The namespace whose passes come first; the only one without guidance."""
 
 
@@ -46,10 +50,16 @@ class Geometry:
         """Tokens per latent frame."""
         return self.grid[0] * self.grid[1]
 
+    def places(self, device: torch.device | str = "cpu") -> Tensor:
+        """Row and column of every token of a frame, int64 ``[tokens, 2]``."""
+        raster = torch.arange(self.tokens, device=device)
+        columns = self.grid[1]
+        return torch.stack([raster.div(columns, rounding_mode="floor"), raster % columns], -1)
+
     @property
     def frame_bytes(self) -> int:
-        """Bytes of one frame in all heads and layers as computed, 16 for each row's fields."""
-        row = 2 * self.head_dim * self.element_size + 16
+        """Bytes of one frame in all heads and layers as computed, each row's fields included."""
+        row = 2 * self.head_dim * self.element_size + ROW_BYTES
         return row * self.heads * self.layers * self.tokens
 
 
@@ -70,6 +80,9 @@ class Pass:
         times: Rotary time of each query frame; the frame id where not given.
         samples: Indices into the batch; every sample where not given.
         rebuild: True while a :class:`~lightning_kv.cache.decisions.Rebuild` is carried out.
+        mode: ``run`` writes in place. ``scratch`` reads the cache and throws its own rows away;
+            nothing is observed, counted or decided, and ``samples`` may name one sample several
+            times. ``grad`` overwrites nothing: gradients reach queries, keys and values.
     """
 
     phase: Phase
@@ -80,10 +93,23 @@ class Pass:
     final: tuple[int, ...] = ()
     opens: bool = False
     next_chunk: int = 0
-    namespace: str = LEADER
+    namespace: str = CONDITIONAL
     times: tuple[float, ...] | None = None
     samples: tuple[int, ...] | None = None
     rebuild: bool = False
+    mode: Literal["run", "scratch", "grad"] = "run"
+
+    @property
+    def clean(self) -> bool:
+        """Whether the latents are those that stay, at t = 0."""
+        return self.phase != "denoise"
+
+    def final_rows(self, tokens: int) -> slice:
+        """Which of the rows in flight stay after this pass, given tokens per frame."""
+        if not self.final:
+            return slice(0, 0)
+        low = self.frames.index(self.final[0])
+        return slice(low * tokens, (low + len(self.final)) * tokens)
 
     @property
     def start(self) -> int:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from lightning_kv.cache.decisions import Selection
-from lightning_kv.cache.passes import LEADER
-from lightning_kv.cache.resolve import resolve
-from lightning_kv.cache.view import BLOCK, CacheView
+from lightning_kv.cache.passes import CONDITIONAL
+from lightning_kv.cache.plan import bias_of
+from lightning_kv.cache.table import BLOCK
+from lightning_kv.cache.view import PassView
 
 Tell = Callable[[Tensor, Tensor, Tensor, Tensor, int, int, int], None]
 """``(lse_read [H, Q], lse_full [H, Q], out [H, Q, D], out_full [H, Q, D], layer, step, chunk)``."""
@@ -63,14 +63,14 @@ class AttentionProbe:
         self._seen: dict[tuple[int, int, int], list[Tensor]] = defaultdict(list)
         self._frames = 0
 
-    def __call__(self, sample: int, view: CacheView, selection: Selection | None) -> None:
+    def __call__(self, view: PassView) -> None:
         """Note one pass of one layer."""
-        step = view.step
-        if step.namespace != LEADER or step.rebuild or view.layer % self.stride:
+        step, sample = view.step, view.sample
+        if step.namespace != CONDITIONAL or step.rebuild or view.layer % self.stride:
             return
         self._frames = max(self._frames, step.frames[-1] + 1)
         if step.phase == "denoise" and step.step in self.steps:
-            self._measure(sample, view, selection)
+            self._measure(sample, view)
         if step.final:
             self._remember(sample, view)
 
@@ -117,17 +117,15 @@ class AttentionProbe:
             found[:, frame, layers.index(layer)] = torch.stack(seen).mean(0).cpu()
         return found
 
-    def _remember(self, sample: int, view: CacheView) -> None:
-        step, tokens = view.step, view.geometry.tokens
-        low = step.frames.index(step.final[0]) * tokens
-        k, v = (x[:, low : low + len(step.final) * tokens] for x in _flight(view))
+    def _remember(self, sample: int, view: PassView) -> None:
+        k, v = (x[:, view.final] for x in _flight(view))
         blocks = self._shadow[sample, view.layer]
         if blocks and blocks[-1][0].shape[1] + k.shape[1] <= _rows(k):  # few large blocks are fast
             past = blocks.pop()
             k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
         blocks.append((k, v))
 
-    def _measure(self, sample: int, view: CacheView, selection: Selection | None) -> None:
+    def _measure(self, sample: int, view: PassView) -> None:
         step, tokens = view.step, view.geometry.tokens
         past = self._shadow[sample, view.layer]
         seen = sum(k.shape[1] for k, _ in past)
@@ -143,7 +141,7 @@ class AttentionProbe:
         index = (torch.arange(len(frames)).unsqueeze(1) * tokens + place).flatten()
         index = index.to(view.query.device)
         query, out = view.query[:, index].double(), view.output[:, index].double()
-        lse_read = _read(view, selection, query, index)
+        lse_read = _read(view, query, index)
         lse_full, out_full = _full(query, [*past, _flight(view)])
         if self.tell is not None:
             self.tell(lse_read, lse_full, out, out_full, view.layer, step.step, step.chunk)
@@ -153,7 +151,7 @@ class AttentionProbe:
         for frame, values in zip(frames, means.unbind(-1), strict=True):
             self._seen[sample, view.layer, frame].append(values)
 
-    def _places(self, view: CacheView) -> Tensor:
+    def _places(self, view: PassView) -> Tensor:
         """Tokens of a frame whose queries are asked: points of a Sobol sequence on its grid."""
         rows, columns = view.geometry.grid
         if self.tokens >= rows * columns:
@@ -163,14 +161,9 @@ class AttentionProbe:
         return (row * columns + column).unique()
 
 
-def _flight(view: CacheView) -> tuple[Tensor, Tensor]:
+def _flight(view: PassView) -> tuple[Tensor, Tensor]:
     """Keys as rotated in this pass and values of the rows in flight, each ``[H, P, D]``."""
-    last = slice(-view.cell.provisional, None)
-    k, v = torch.empty_like(view.query), torch.empty_like(view.query)
-    for group, keys in zip(view.groups, view.read_keys, strict=True):
-        k[list(group.heads)] = keys[:, last]
-        v[list(group.heads)] = view.cell.readable(group, "v")[:, last]
-    return k, v
+    return view.own_keys(), view.own_values()
 
 
 def _rows(keys: Tensor) -> int:
@@ -194,24 +187,27 @@ def _full(query: Tensor, blocks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, T
     return lse, out
 
 
-def _read(view: CacheView, selection: Selection | None, query: Tensor, index: Tensor) -> Tensor:
+def _read(view: PassView, query: Tensor, index: Tensor) -> Tensor:
     """Log-sum-exp ``[H, Q]`` over the rows that the policy read, as it read them."""
-    lse = torch.empty_like(query[..., 0])
-    masks, biases = resolve(selection, view, "log_weight" if view.log_weight else None)
-    for group, keys, mask, bias in zip(view.groups, view.read_keys, masks, biases, strict=True):
-        heads, size, parts = list(group.heads), _rows(keys), []
-        for low in range(0, keys.shape[1], size):
-            rows = slice(low, low + size)
-            logits = _logits(query[heads], keys[:, rows])
+    parts, low = [], 0
+    bias = bias_of(view.selection, view)
+    for keys, mask in zip((view.keys("read"), view.own_keys()), view.read, strict=True):
+        held = low == 0 and keys.shape[1] == len(view) and view.ragged
+        for start in range(0, keys.shape[1], _rows(keys)):
+            rows = slice(start, min(start + _rows(keys), keys.shape[1]))
+            logits = _logits(query, keys[:, rows])
             if bias is not None:
-                logits = logits + _of(bias[..., rows], index, view)
+                here = slice(low + rows.start, low + rows.stop)
+                logits = logits + _of(bias[..., here], index, view)
             if mask is not None:
                 logits = logits.masked_fill(~_of(mask[..., rows], index, view), -torch.inf)
+            elif held:
+                logits = logits.masked_fill(~view.valid[:, rows].unsqueeze(1), -torch.inf)
             parts.append(logits.logsumexp(-1))
-        lse[heads] = torch.stack(parts).logsumexp(0)
-    return lse
+        low += keys.shape[1]
+    return torch.stack(parts).logsumexp(0)
 
 
-def _of(per_block: Tensor, index: Tensor, view: CacheView) -> Tensor:
-    """What holds for the blocks of queries, ``[h, Q, N]``, for single queries."""
+def _of(per_block: Tensor, index: Tensor, view: PassView) -> Tensor:
+    """What holds for the blocks of queries, ``[1 or H, Q, N]``, for single queries."""
     return per_block[:, index // (view.query.shape[1] // per_block.shape[1])]

@@ -46,11 +46,10 @@ class Rotary:
         ]
         return torch.cat(parts, dim=-1)
 
-    def time_angles(self, delta: Tensor) -> Tensor:
-        """Angles that move a rotated vector by ``delta`` frames and leave its place alone."""
-        turned = delta.to(torch.float64).unsqueeze(-1) * self.frequencies(0, delta.device)
-        still = turned.new_zeros(*delta.shape, self.head_dim // 2 - turned.shape[-1])
-        return torch.cat([turned, still], dim=-1)
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, or float64 where it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rotate(x: Tensor, angles: Tensor, work: torch.dtype = torch.float32) -> Tensor:

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_kv.cache.attend import known_backend
-from lightning_kv.cache.decider import Decider
-from lightning_kv.cache.decisions import Event, Rebuild, Retention, Selection
-from lightning_kv.cache.needs import COLLECTORS, Collector
-from lightning_kv.cache.passes import LEADER, Geometry, Pass, following
-from lightning_kv.cache.resolve import check_needs, resolve
-from lightning_kv.cache.rotary import rotate, rotate_by
-from lightning_kv.cache.rows import Group, RowSet
-from lightning_kv.cache.store import Cell, reachable_bytes
-from lightning_kv.cache.view import CacheView
+from lightning_kv.cache.decisions import Event, Rebuild, Retention
+from lightning_kv.cache.host import fetch, upload
+from lightning_kv.cache.kernels import Workspace, known_backend
+from lightning_kv.cache.passes import Geometry, Pass
+from lightning_kv.cache.plan import raised
+from lightning_kv.cache.rotary import rotate_by
+from lightning_kv.cache.rows import Rows
+from lightning_kv.cache.sample import SampleCache
+from lightning_kv.cache.view import PassView
+
+Watch = Callable[[PassView], None]
+Aside = tuple[Rows, tuple[int, ...], bool, bool]
+
+
+class Policy(Protocol):
+    """What a session asks of a cache policy (``lightning_kv.policies.base.CachePolicy``)."""
+
+    retain: Any
+    select: Any
+    positions: Any
+    precision: Any
+    bias: str | None
+    branches: str
+    columns: dict[str, str]
+    needs: dict[str, Any]
 
 
 @dataclass
@@ -32,7 +46,7 @@ class Cost:
         rows_scored: The same for keys touched only to score them.
         rows_history: The same if every pass had read its whole history.
         chunk_bytes: Held bytes while each chunk is denoised.
-        peak_bytes: The most that was ever held.
+        peak_bytes: The most that was held after any pass, with the work buffers and the read plans.
         rebuilt_frames: Past frames that were encoded again on the policy's word.
     """
 
@@ -44,53 +58,59 @@ class Cost:
     rebuilt_frames: int = 0
 
 
-Watch = Callable[[int, CacheView, Selection | None], None]
-
-
-@dataclass
-class Lane:
-    """One sample in one namespace: cells per layer, a decider and its statistics."""
-
-    cells: list[Cell]
-    decider: Decider
-    collectors: dict[str, Collector]
-    seed: int
-
-
 class CacheSession:
     """Cache of one rollout.
 
     Args:
         geometry: Sizes of the model.
-        start: Makes a fresh decider; called once per sample and namespace.
+        policy: What decides.
         seeds: Base of the random draws of each sample; their number is the batch size.
-        backend: Kernel name (see :data:`lightning_kv.cache.attend.KERNELS`).
+        backend: Kernel name (see :data:`lightning_kv.cache.kernels.BACKENDS`).
         context_frames: Given frames; passes over them are left out of the read counts.
-        tables: Values for needs that are not collected here, such as ``reference_mass``.
-        watch: Told of every pass of every layer, once it has attended: sample, view and selection.
+        tables: Values for declared needs, by name.
+        watch: Told of every pass of every layer, once it has attended.
+        keys: Prompt key of each sample.
+        inputs: Side inputs by frame, by name; parts find them in ``view.inputs``.
+        buffers: Turned and gathered copies of rows are made anew in every pass (``remake``: one
+            layer's work buffer), or live as long as their plan (``keep``: faster, up to one more
+            copy of what is read).
+        gradients: In passes with ``mode="grad"``, committed rows of so many newest chunks let
+            gradients through.
 
     Raises:
-        ValueError: Unknown backend, or a need that nothing here can meet.
+        ValueError: Unknown backend or buffers, or a need that nothing here can meet.
     """
 
     def __init__(
         self,
         geometry: Geometry,
-        start: Callable[[], Decider],
+        policy: Policy,
         seeds: Sequence[int] = (0,),
         backend: str = "sdpa",
         context_frames: int = 0,
         tables: dict[str, Any] | None = None,
         watch: Watch | None = None,
+        keys: Sequence[str] | None = None,
+        inputs: dict[str, Any] | None = None,
+        buffers: Literal["remake", "keep"] = "remake",
+        gradients: int = 0,
     ) -> None:
-        self.watch = watch
-        self.geometry, self.start, self.seeds = geometry, start, tuple(seeds)
-        self.kernel, self.context_frames = known_backend(backend), context_frames
-        self.tables = tables or {}
+        if buffers not in ("remake", "keep"):
+            raise ValueError(f"buffers={buffers!r} is unknown. Use remake or keep.")
+        self.geometry, self.policy, self.seeds = geometry, policy, tuple(seeds)
+        self.backend, self.context_frames = known_backend(backend), context_frames
+        self.watch, self.tables, self.inputs = watch, tables or {}, inputs or {}
+        self.keys = tuple(keys) if keys is not None else (None,) * len(self.seeds)
+        self.buffers, self.gradients, self.work = buffers, gradients, Workspace()
         self.costs = [Cost() for _ in self.seeds]
-        self.lanes: dict[tuple[str, int], Lane] = {}
+        self.samples = [SampleCache(self, index) for index in range(len(self.seeds))]
         self._trig: tuple[Any, Tensor, Tensor] | None = None
-        check_needs(start().needs, self.tables)
+        missing = sorted(policy.needs.keys() - self.tables.keys())
+        if missing:
+            raise ValueError(
+                f"The policy needs {missing}, which this rollout does not have. It has: "
+                f"{', '.join(sorted(self.tables)) or 'none'}. Pass them as `tables` to rollout()."
+            )
 
     # -- what the model calls --------------------------------------------------------------
 
@@ -106,63 +126,65 @@ class CacheSession:
 
         Returns:
             ``[B, T, H, D]``.
+
+        Raises:
+            ValueError: Gradients are asked of a pass that overwrites, or a part's decision is none.
         """
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        if step.mode == "run" and wanted:
+            raise ValueError(
+                f"Gradients were asked of a pass with mode='run' (layer {layer}, chunk "
+                f"{step.chunk}), which overwrites rows in place. Use mode='grad', or no_grad()."
+            )
+        with torch.autocast(
+            q.device.type, enabled=False
+        ):  # decisions and sums keep their precision
+            return self._attend(layer, q, k, v, step)
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Pass) -> Tensor:
         cos, sin = self._angles(step, q)
         raw_q, raw_k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
         turned_q, turned_k = rotate_by(raw_q, cos, sin), rotate_by(raw_k, cos, sin)
-        out = torch.empty_like(turned_q)
-        for row, sample in enumerate(self._samples(step)):
-            lane = self.lane(sample, step.namespace, k)
-            cell = lane.cells[layer]
-            view = self._view(lane, layer, step)
-            view.query, view.raw_query = turned_q[row], raw_q[row]
-            if step.opens and lane.decider.opens and not step.rebuild:
-                self._open(lane, view)
-            cell.write((turned_k if cell.rotated else raw_k)[row], v[row])
-            view.read_keys = [
-                self._keys(lane, view, group, cos, sin) for group in cell.memory.groups
-            ]
-            for collector in lane.collectors.values():
-                collector.observe(view)
-            selection = None if step.rebuild else lane.decider.select(view)
-            read, bias = resolve(selection, view, lane.decider.bias)
-            for i, group in enumerate(cell.memory.groups):
-                alike = len(group.heads) == self.geometry.heads
-                heads = slice(None) if alike else list(group.heads)
-                values = cell.readable(group, "v")
-                out[row, heads] = self.kernel(
-                    view.query[heads], view.read_keys[i], values, read[i], bias[i]
-                )
-            if self.watch is not None:
-                view.output = out[row]
-                self.watch(sample, view, selection)
-            self._count(sample, view, read)
-        return out.transpose(1, 2)
+        out = []
+        for row, sample in enumerate(self._chosen(step)):
+            own = {"read": turned_k[row], "raw": raw_k[row], "value": v[row]}
+            cache = self.samples[sample]
+            out.append(cache.attend(layer, turned_q[row], raw_q[row], own, step))
+        together = out[0].unsqueeze(0) if len(out) == 1 else torch.stack(out)
+        return together.transpose(1, 2)
 
     # -- what the rollout calls ------------------------------------------------------------
 
     def finish(self, step: Pass) -> list[tuple[int, Rebuild]]:
         """Close a pass after the last layer; commit and decide if it made frames final.
 
+        One transfer tells the host what it must know of the decisions of all layers and samples.
+
         Returns:
             Samples whose policy wants past frames encoded again.
         """
-        rebuilds = []
-        for sample in self._samples(step):
-            lane = self.lanes[step.namespace, sample]
+        if step.mode == "scratch":
+            return []
+        chosen = [self.samples[index] for index in self._chosen(step)]
+        for cache in chosen:
             if step.opens and not step.rebuild:
-                self._weigh(sample, step if step.phase == "denoise" else None)
-            if not step.final:
-                continue
-            self._commit(lane, step)
-            if not step.rebuild:
-                views = self._views(lane, step)
-                answer = self._carry_out(lane, lane.decider.commit(views))
-                self.costs[sample].rows_scored += self._scored(views, step)
-                rebuilds += [(sample, answer)] if answer else []
-                if not answer:
-                    self._recode(lane, step)
-            self._weigh(sample)
+                cache.weigh(step, step.phase == "denoise")
+        if not step.final:
+            return []
+        for cache in chosen:
+            cache.commit(step)
+        if step.rebuild:
+            for cache in chosen:
+                cache.weigh(step)
+            return []
+        answers = [cache.retained(step) for cache in chosen]
+        self._carry_out(
+            [(cache, answer[0]) for cache, answer in zip(chosen, answers, strict=True)], step
+        )
+        rebuilds = [(c.index, a[1]) for c, a in zip(chosen, answers, strict=True) if a[1]]
+        self._recode([c for c, a in zip(chosen, answers, strict=True) if a[1] is None], step)
+        for cache in chosen:
+            cache.weigh(step)
         return rebuilds
 
     def event(self, event: Event, step: Pass) -> list[tuple[str, int, Rebuild]]:
@@ -172,211 +194,131 @@ class CacheSession:
             Namespace and sample of those whose policy wants past frames encoded again.
         """
         rebuilds = []
-        for (namespace, sample), lane in self.lanes.items():
-            for collector in lane.collectors.values():
-                collector.event(event)
+        for namespace in list(self.samples[0].stores):
             here = replace(step, namespace=namespace)
-            views = self._views(lane, here, after=False)
-            answer = self._carry_out(lane, lane.decider.event(event, views))
-            rebuilds += [(namespace, sample, answer)] if answer else []
+            answers = [(cache, cache.told(event, here)) for cache in self.samples]
+            self._carry_out([(cache, answer[0]) for cache, answer in answers], here)
+            rebuilds += [(namespace, c.index, a[1]) for c, a in answers if a[1] is not None]
         return rebuilds
 
-    def lane(self, sample: int, namespace: str, like: Tensor) -> Lane:
-        """The cache of one sample, made when first asked for."""
-        found = self.lanes.get((namespace, sample))
-        if found is None:
-            leader = self.lanes.get((LEADER, sample))
-            decider = leader.decider.branch() if leader else self.start()
-            asked = {n: x for n, x in sorted(decider.needs.items()) if n in COLLECTORS}
-            collectors = {name: COLLECTORS[name](**how) for name, how in asked.items()}
-            columns = dict(decider.columns)
-            for collector in collectors.values():
-                columns |= collector.columns
-            cells = [
-                Cell(self.geometry, not decider.moves, columns, like)
-                for _ in range(self.geometry.layers)
-            ]
-            found = Lane(cells, decider, collectors, self.seeds[sample])
-            self.lanes[namespace, sample] = found
-            here = Pass("prefill", (0,), (0.0,), chunk=0, namespace=namespace)
-            if decider.event(Event("start"), self._views(found, here)) is not None:
-                raise ValueError(
-                    "A retain part answered the event 'start', when nothing is held yet. "
-                    "It may set up its state there; answer at commit or at a later event."
-                )
-        return found
+    def on_prediction(self, step: Pass, timestep: float, x0: Tensor) -> None:
+        """Show parts the clean estimate ``[B, F, C, h, w]`` of a denoising pass."""
+        self._shown("on_prediction", step, lambda row: (step, timestep, x0[row]))
 
-    def clear(self, sample: int, namespace: str, spare: Sequence[int] = ()) -> list[RowSet]:
+    def on_final(self, step: Pass, x0: Tensor) -> None:
+        """Show parts the latents ``[B, F, C, h, w]`` that have become final."""
+        self._shown("on_final", step, lambda row: (x0[row],))
+
+    def _shown(self, name: str, step: Pass, given: Callable[[int], tuple[Any, ...]]) -> None:
+        for row, sample in enumerate(self._chosen(step)):
+            cache = self.samples[sample]
+            asked = [] if cache.follows(step.namespace) else cache.asked(step.namespace)
+            for part, state in asked:
+                if (told := getattr(part, name, None)) is not None:
+                    told(*given(row), state)
+
+    def clear(self, sample: int, namespace: str, spare: Sequence[int] = ()) -> list[Aside]:
         """Forget the rows of one sample, before a rebuild.
 
         Returns:
             Per layer, the rows of the frames ``spare``, for :meth:`rebuilt`.
         """
+        stores = self.samples[sample].stores[namespace]
+        masks = [store.table.rows_from(spare) for store in stores]
+        asked = [Retention(keep=mask) for mask in masks]
+        measured = [store.measured(x) for store, x in zip(stores, asked, strict=True)]
+        known = iter(fetch([x for own in measured for x in own]))
         aside = []
-        for cell in self.lanes[namespace, sample].cells:
-            aside.append(cell.memory.select(_rows_of(cell, spare)))
-            cell.clear()
+        for store, decision in zip(stores, asked, strict=True):
+            store.apply(decision, known)
+            aside.append((store.memory, store.frames, store.whole, store.weighted))
+            store.clear()
         return aside
 
     def rebuilt(
-        self, sample: int, step: Pass, hold: Sequence[int] | None, aside: list[RowSet]
+        self, sample: int, step: Pass, hold: Sequence[int] | None, aside: list[Aside]
     ) -> None:
         """Close a rebuild: only ``hold`` stays of its frames, behind the rows put aside.
 
         Then rows get their codecs, and bytes are counted.
         """
-        lane = self.lanes[step.namespace, sample]
-        for cell, spared in zip(lane.cells, aside, strict=True):
-            if hold is not None:
-                cell.apply(Retention(keep=_rows_of(cell, hold)))
-            cell.memory = spared.extended(cell.memory)
-        self._recode(lane, step)
-        self._weigh(sample)
+        cache = self.samples[sample]
+        stores = cache.stores[step.namespace]
+        if hold is not None:
+            keep = [Retention(keep=store.table.rows_from(hold)) for store in stores]
+            self._carry_out([(cache, keep)], step)
+        for store, saved in zip(stores, aside, strict=True):
+            store.put_in_front(*saved)
+        self._recode([cache], step)
+        cache.weigh(step)
+
+    def held_frames(self) -> float:
+        """Committed and archived frames of all samples, mean of all layers and heads."""
+        stores = [s for cache in self.samples for own in cache.stores.values() for s in own]
+        rows = sum(sum(x.lengths) for store in stores for x in (store.memory, store.archive))
+        of = self.geometry
+        return rows / (of.layers * of.heads * of.tokens)
 
     def held_bytes(self, sample: int) -> int:
-        """Distinct storages reachable from the store, the statistics and the policy's state."""
-        lanes = [lane for (_, owner), lane in self.lanes.items() if owner == sample]
-        return reachable_bytes(
-            [(cell.memory, cell.archive) for lane in lanes for cell in lane.cells],
-            [(lane.collectors, lane.decider) for lane in lanes],
-        )
+        """Distinct storages reachable from the store and the parts' state."""
+        return self.samples[sample].held_bytes()
 
     # -- inside ----------------------------------------------------------------------------
 
-    def _samples(self, step: Pass) -> Sequence[int]:
+    def _chosen(self, step: Pass) -> Sequence[int]:
         return step.samples if step.samples is not None else range(len(self.seeds))
 
     def _angles(self, step: Pass, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the query's tokens, shared by all layers of a pass."""
-        key = (step.query_times, like.device)
+        key = (step.query_times, like.device, like.dtype)
         if self._trig is None or self._trig[0] != key:
-            rows, columns = self.geometry.grid
-            times = torch.tensor(step.query_times, dtype=torch.float64)
-            place = torch.arange(rows * columns).repeat(len(times))
-            time = times.repeat_interleave(rows * columns)
-            angles = self.geometry.rotary.angles(time, place // columns, place % columns)
+            count, tokens = len(step.frames), self.geometry.tokens
+            times = upload(step.query_times, like, torch.float64)
+            time = times.unsqueeze(1).expand(-1, tokens).flatten()
+            row, column = self.geometry.places(like.device).repeat(count, 1).unbind(-1)
+            angles = self.geometry.rotary.angles(time, row, column)
             work = torch.promote_types(like.dtype, self.geometry.rotary.work)
-            cos, sin = (x.to(like.device, work) for x in (angles.cos(), angles.sin()))
-            self._trig = key, cos, sin
+            self._trig = key, angles.cos().to(work), angles.sin().to(work)
         return self._trig[1:]
 
-    def _view(self, lane: Lane, layer: int, step: Pass) -> CacheView:
-        collected = {name: x.value(layer) for name, x in lane.collectors.items()}
-        return CacheView(
-            lane.cells[layer],
-            layer,
-            step,
-            collected=self.tables | collected,
-            statistics=collected,
-            seed=lane.seed,
-            log_weight=lane.decider.bias == "log_weight",
-        )
-
-    def _views(self, lane: Lane, step: Pass, after: bool = True) -> list[CacheView]:
-        """Every layer between two passes; each can say how the next chunk will meet its keys.
-
-        ``step`` is done, or is itself the next (``after=False``).
-        """
-        views = [self._view(lane, layer, step) for layer in range(len(lane.cells))]
-        coming = following(step) if after and step.final else step
-        for view in views:
-            view.look_ahead = partial(self._ahead, lane, view, coming)
-        return views
-
-    def _ahead(self, lane: Lane, view: CacheView, coming: Pass) -> CacheView:
-        """The view that the next chunk would have, before it has queries."""
-        found = replace(view, step=coming)
-        device = view.groups[0].meta["time"].device
-        still = torch.zeros(0, self.geometry.head_dim // 2, device=device)
-        found.read_keys = [self._keys(lane, found, group, still, still) for group in view.groups]
-        found.read_times = [
-            group.meta["time"] if view.cell.rotated else lane.decider.times(found, group)
-            for group in view.groups
-        ]
-        return found
-
-    def _open(self, lane: Lane, view: CacheView) -> None:
-        """An ``open`` retention decides with the chunk's first queries at hand."""
-        still = view.query.new_zeros(0, self.geometry.head_dim // 2)
-        view.read_keys = [self._keys(lane, view, group, still, still) for group in view.groups]
-        decision = lane.decider.open(view)
-        if decision is not None:
-            view.cell.apply(decision)
-            view.forget()
-
-    def _keys(self, lane: Lane, view: CacheView, group: Group, cos: Tensor, sin: Tensor) -> Tensor:
-        keys = view.cell.readable(group, "k")
-        if view.cell.rotated:
-            return keys
-        rows = len(group)
-        times = lane.decider.times(view, group)
-        angles = view.cell.angles(times, group.meta["place"])
-        past = rotate(keys[:, :rows], angles, self.geometry.rotary.work)
-        return torch.cat([past, rotate_by(keys[:, rows:], cos, sin)], dim=1)
-
-    def _commit(self, lane: Lane, step: Pass) -> None:
-        tokens, frames = self.geometry.tokens, step.frames
-        first, count = frames.index(step.final[0]), len(step.final)
-        final = slice(first * tokens, (first + count) * tokens)
-        times = step.query_times[first : first + count]
-        for layer, cell in enumerate(lane.cells):
-            device = cell.memory.groups[0].meta["time"].device
-            meta = {
-                "frame_id": torch.tensor(step.final, device=device).repeat_interleave(tokens),
-                "time": torch.tensor(times, device=device).repeat_interleave(tokens),
-                "place": torch.arange(tokens, device=device).repeat(count),
-            }
-            for collector in lane.collectors.values():
-                meta |= {n: x[:, final] for n, x in collector.initial(layer).items()}
-            cell.commit(final, meta)
-
     def _carry_out(
-        self, lane: Lane, answer: list[Retention | None] | Rebuild | None
-    ) -> Rebuild | None:
-        if isinstance(answer, Rebuild):
-            return answer
-        for cell, decision in zip(lane.cells, answer or [None] * len(lane.cells), strict=True):
-            if decision is not None:
-                cell.apply(decision)
-        return None
+        self, decisions: list[tuple[SampleCache, list[Retention | None]]], step: Pass
+    ) -> None:
+        """Decisions of all layers and samples, with one transfer."""
+        todo = [
+            (cache, layer, store, decision)
+            for cache, own in decisions
+            for layer, (store, decision) in enumerate(
+                zip(cache.stores[step.namespace], own, strict=True)
+            )
+            if decision is not None
+        ]
+        measured = [store.measured(decision) for _, _, store, decision in todo]
+        doubts = [doubt for cache, _ in decisions for doubt in cache.doubted()]
+        flat = [x for own in measured for x in own]
+        found = fetch([*flat, *(wrong for wrong, _ in doubts)])
+        raised([t for (_, t), yes in zip(doubts, found[len(flat) :], strict=True) if yes[0]])
+        known = iter(found)
+        # rows that get a codec next leave room only then: it is theirs until they do
+        room = 0 if self.policy.precision.codes else self._room(step)
+        for _, _, store, decision in todo:
+            with torch.set_grad_enabled(torch.is_grad_enabled() or store.live):
+                store.apply(decision, known, room)
 
-    def _recode(self, lane: Lane, step: Pass) -> None:
-        answers = lane.decider.recode(self._views(lane, step))
-        for cell, decisions in zip(lane.cells, answers, strict=True):
-            for decision in decisions:
-                cell.recode(decision)
+    def _recode(self, caches: list[SampleCache], step: Pass) -> None:
+        todo = [
+            (store, own)
+            for cache in caches
+            for store, own in zip(cache.stores[step.namespace], cache.recoded(step), strict=True)
+            if own
+        ]
+        measured = [x for store, own in todo for x in store.measured_codes(own)]
+        known = iter(fetch(measured))
+        for store, own in todo:
+            store.recode(own, known, self._room(step))
 
-    def _counts(self, step: Pass) -> bool:
-        return step.phase != "prefill" and not step.rebuild and step.start >= self.context_frames
-
-    def _count(self, sample: int, view: CacheView, read: list[Tensor | None]) -> None:
-        if not self._counts(view.step):
-            return
-        tokens, total = view.query.shape[1], 0
-        for group, chosen in zip(view.groups, read, strict=True):
-            if chosen is None:
-                total += len(group.heads) * len(group) * tokens
-            else:
-                total += int(chosen[..., : len(group)].sum()) * (tokens // chosen.shape[1])
-        history = view.step.start * self.geometry.tokens
-        self.costs[sample].rows_history += history * self.geometry.heads * tokens
-        self.costs[sample].rows_read += total
-        self.costs[sample].rows_scored += view.scored
-
-    def _scored(self, views: list[CacheView], step: Pass) -> int:
-        return sum(view.scored for view in views) if self._counts(step) else 0
-
-    def _weigh(self, sample: int, opening: Pass | None = None) -> None:
-        held, cost = self.held_bytes(sample), self.costs[sample]
-        cost.peak_bytes = max(cost.peak_bytes, held)
-        if opening and opening.namespace != LEADER:
-            cost.chunk_bytes.pop()  # what the leading branch held was not all
-        if opening:
-            cost.chunk_bytes.append(held)
-
-
-def _rows_of(cell: Cell, frames: Sequence[int]) -> list[Tensor]:
-    """Rows of some frames, per head."""
-    ids = cell.memory.column("frame_id")
-    wanted = torch.tensor(list(frames), dtype=ids[0].dtype, device=ids[0].device)
-    return [torch.isin(own, wanted).nonzero().flatten() for own in ids]
+    def _room(self, step: Pass) -> int:
+        """Rows that the next passes will put behind the committed ones."""
+        of, coming = self.geometry, step.next_chunk or len(step.frames) * (not step.final)
+        wide = of.flight if coming and of.flight > of.chunk else coming
+        return wide * of.tokens

@@ -1,24 +1,37 @@
-"""What is stored for one layer of one sample, and the only code that changes it."""
+"""What is stored for one layer of one sample, and the only code that changes it.
+
+A decision is carried out in two steps. What the host must know of it (how many rows stay in each
+head) is counted on the device first, for all layers; one transfer brings the numbers; then each
+layer is changed without waiting.
+
+Shapes: H heads, N rows of memory, A of the archive, R new rows, F frames, D head width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import fields, is_dataclass
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_kv.cache.decisions import Merge, PerHead, Recode, Retention
+from lightning_kv.cache.decisions import Match, Recode, Retention
+from lightning_kv.cache.host import upload
 from lightning_kv.cache.passes import Geometry
-from lightning_kv.cache.rotary import rotate
-from lightning_kv.cache.rows import FIELDS, Group, RowSet, Segment, per_group, per_head, shrink
+from lightning_kv.cache.recode import coded
+from lightning_kv.cache.rotary import rotate, wide
+from lightning_kv.cache.rows import Group, Rows, Segment
+from lightning_kv.cache.sums import Summing, matched, ranked
+from lightning_kv.cache.table import Table
 
 REDUCERS = ("sum", "mean", "max", "keep")
 
+Known = Iterator[list[int]]
+"""Numbers that :func:`lightning_kv.cache.host.fetch` brought, in the order they were asked for."""
 
-class Cell:
-    """Committed rows, provisional rows and archive of one layer of one sample.
+
+class LayerStore:
+    """Memory, frames in flight and archive of one layer of one sample in one namespace.
 
     Args:
         geometry: Sizes of the model.
@@ -31,323 +44,334 @@ class Cell:
         self, geometry: Geometry, rotated: bool, columns: dict[str, str], like: Tensor
     ) -> None:
         self.geometry, self.rotated, self.columns = geometry, rotated, columns
-        blank = like.new_zeros(geometry.heads, 0, geometry.head_dim)
-        self._blank = lambda: RowSet.empty(geometry.heads, blank, tuple(columns))
+        self._like, self.version = like.new_zeros(geometry.heads, 0, geometry.head_dim), 0
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
         self.memory, self.archive = self._blank(), self._blank()
-        self._close()
+        self.frames: tuple[int, ...] = ()  # that some head holds rows of, ascending
+        self.shelved: tuple[int, ...] = ()  # the same of the archive
+        self.whole = True  # every head holds all rows of its frames, frame after frame
+        self.weighted = False  # some row may stand for more than itself
+        self.flight, self.version = 0, self.version + 1
+        self.own: dict[str, Tensor] | None = None  # rows in flight that are kept apart
 
-    # -- provisional rows ------------------------------------------------------------------
+    def _blank(self) -> Rows:
+        return Rows.empty(self.geometry.heads, self._like, tuple(self.columns))
 
-    def write(self, k: Tensor, v: Tensor) -> None:
+    # -- frames in flight ------------------------------------------------------------------
+
+    @property
+    def live(self) -> bool:
+        """Whether gradients reach committed rows."""
+        return any(x.requires_grad for g in self.memory.groups for x in g.plain.rows.values())
+
+    @property
+    def writes(self) -> int:
+        """Grows when a tensor of the store is written to in place."""
+        total = 0
+        for group in (*self.memory.groups, *self.archive.groups):
+            for tensors in (*(segment.rows for segment in group.segments), group.meta):
+                total += sum(x._version for x in tensors.values() if not x.is_inference())
+        return total
+
+    def write(self, k: Tensor, v: Tensor, apart: bool = False) -> None:
         """Put the rows of the frames in flight, ``[H, P, D]``, behind the committed ones.
 
-        They replace the provisional rows that were there. Room is made once per chunk, later
-        passes of the same length overwrite in place.
-        """
-        if self.provisional != k.shape[1] or self._desks is None:
-            self._open(k.shape[1])
-        for group, desk in zip(self.memory.groups, self._desks, strict=True):
-            chosen = slice(None) if len(group.heads) == len(k) else list(group.heads)
-            for name, x in (("k", k), ("v", v)):
-                desk[name][:, desk[name].shape[1] - self.provisional :] = x[chosen]
-
-    def _open(self, rows: int) -> None:
-        self.provisional, self._desks = rows, []
-        for group in self.memory.groups:
-            last = group.segments[-1]
-            if last.codec is not None:
-                last = group.blank()
-                group.segments.append(last)
-            desk = {}
-            for name, x in last.rows.items():
-                room = x.new_empty(x.shape[0], x.shape[1] + rows, x.shape[2])
-                room[:, : x.shape[1]] = x
-                last.rows[name] = room[:, : x.shape[1]]
-                desk[name] = room
-            self._desks.append(desk)
-
-    def _close(self) -> None:
-        self.provisional, self._desks = 0, None
-
-    def readable(self, group: Group, name: str) -> Tensor:
-        """Committed and provisional rows of a group, ``[h, N + P, D]``; a view where possible."""
-        if self._desks is None:
-            return group.payload(name)
-        desk = self._desks[next(i for i, g in enumerate(self.memory.groups) if g is group)][name]
-        plain = [segment.decoded(name) for segment in group.segments[:-1]]
-        return torch.cat([*plain, desk], dim=1) if plain else desk
-
-    def commit(self, final: slice, meta: dict[str, Tensor]) -> None:
-        """Make provisional rows permanent.
+        They replace those that were there; the history is copied only where there is no room.
 
         Args:
-            final: Which of the P provisional rows.
-            meta: Their ``frame_id``, ``time``, ``place`` (each ``[P']``), and columns where they
-                start at other values than 0.
+            k: Keys, rotated.
+            v: Values.
+            apart: Overwrite nothing: keep these very tensors beside the committed rows, so that
+                gradients can pass. So it is too while gradients reach committed rows.
         """
-        count = len(range(*final.indices(self.provisional)))
-        for group, desk in zip(self.memory.groups, self._desks, strict=True):
-            last = group.segments[-1]
-            old = desk["k"].shape[1] - self.provisional
-            for name in ("k", "v"):
-                if count == self.provisional:
-                    last.rows[name] = desk[name]
-                else:
-                    fresh = desk[name][:, old:][:, final]
-                    last.rows[name] = torch.cat([desk[name][:, :old], fresh], dim=1)
+        self.flight, self.own = k.shape[1], None
+        if apart or self.live:
+            self.own = {"k": k, "v": v}
+            return
+        for group in self.memory.groups:
+            plain = group.plain
+            if plain.room < plain.length + self.flight:
+                group.plain = plain = plain.joined(Segment(plain.rows, 0), self.flight)
+            for name, x in (("k", k), ("v", v)):
+                own = group.of(x, self.geometry.heads)
+                plain.rows[name][:, plain.length : plain.length + self.flight] = own
+
+    def commit(
+        self, final: slice, frames: tuple[int, ...], times: tuple[float, ...], live: int = 0
+    ) -> None:
+        """Make some of the rows in flight permanent.
+
+        Args:
+            final: Which of the P rows; they become the first behind the committed ones.
+            frames: Their frames.
+            times: Rotary times of these.
+            live: Of so many chunks, this one included, rows let gradients through.
+        """
+        meta = self._fresh(frames, times)
+        count = final.stop - final.start
+        for group in self.memory.groups:
+            plain = group.plain
+            if self.own is not None:
+                self._append(
+                    group,
+                    final,
+                    frames[0] - (live - 1) * (self.geometry.chunk or len(frames)),
+                    live,
+                )
+            elif final.start:
+                low = plain.length + final.start
+                for name, x in plain.rows.items():
+                    moved = x[:, low : low + count]
+                    parts = (x[:, : plain.length], moved, x[:, plain.length + count :])
+                    plain.rows[name] = torch.cat(parts, dim=1)
+            plain.length += count
             for name, x in group.meta.items():
-                default = 1.0 if name == "weight" else 0.0
-                new = meta.get(name, x.new_full((count,), default)).to(x)
-                new = new if new.ndim == 1 else new[list(group.heads)]
-                new = new.expand(len(x), -1) if new.ndim == 1 else new
-                wide = max(len(x), len(new))
-                group.meta[name] = torch.cat([x.expand(wide, -1), new.expand(wide, -1)], dim=1)
-        self._close()
+                new = meta.get(name)
+                new = x.new_zeros(1, count) if new is None else new
+                new = new.expand(len(x), *new.shape[1:])
+                group.meta[name] = torch.cat([x, new], dim=1)
+        self.frames = (*self.frames, *frames)
+        self.flight, self.own, self.version = 0, None, self.version + 1
+
+    def _append(self, group: Group, final: slice, before: int, live: int) -> None:
+        """Rows that were kept apart; gradients reach frames from ``before`` on."""
+        plain = group.plain
+        with torch.enable_grad():
+            for name, x in plain.rows.items():
+                old, own = x[:, : plain.length], group.of(self.own[name], self.geometry.heads)
+                own = own[:, final]
+                if live < 1:
+                    own = own.detach()
+                if live > 1 and old.requires_grad:
+                    young = (group.meta["frame_id"] >= before).unsqueeze(-1)
+                    young = young[:, young.shape[1] - plain.length :]
+                    old = torch.where(young, old, old.detach())
+                else:
+                    old = old.detach()
+                plain.rows[name] = torch.cat([old, own], dim=1)
+
+    def settle(self, k: Tensor, final: slice) -> None:
+        """Put raw keys ``[H, P, D]`` in place of rotated ones, before rows become permanent."""
+        if self.own is not None:
+            self.own = self.own | {"k": k}
+            return
+        for group in self.memory.groups:
+            low = group.plain.length
+            own = group.of(k, self.geometry.heads)[:, final]
+            group.plain.rows["k"][:, low + final.start : low + final.stop] = own
+
+    def put_in_front(
+        self, rows: Rows, frames: tuple[int, ...], whole: bool, weighted: bool
+    ) -> None:
+        """Rows of this layer that were set aside, with what was known of them."""
+        self.memory = rows.joined(self.memory) if len(rows) else self.memory
+        self.frames = tuple(sorted({*frames, *self.frames}))
+        self.whole, self.weighted = self.whole and whole, self.weighted or weighted
+        self.version += 1
+
+    def _fresh(self, frames: tuple[int, ...], times: tuple[float, ...]) -> dict[str, Tensor]:
+        """Fields of new rows, each ``[1, n, ...]``, the same for all heads."""
+        tokens, like = self.geometry.tokens, self._like
+        place = self.geometry.places(like.device)
+        return {
+            "frame_id": _each(upload(frames, like, torch.int32), tokens),
+            "time": _each(upload(times, like, torch.float32), tokens),
+            "place": place.float().repeat(len(frames), 1).unsqueeze(0),
+            "weight": torch.ones(1, len(frames) * tokens, device=like.device),
+        }
+
+    # -- what the host must know of a decision ---------------------------------------------
+
+    def measured_codes(self, decisions: Sequence[Recode]) -> list[Tensor]:
+        """Numbers to fetch before :meth:`recode`."""
+        out: list[Tensor] = []
+        for masks in self._plain_masks(decisions):
+            out += [mask.sum(1) for mask in masks]
+            ordered = [mask.int().cummin(1).values.sum(1) == mask.sum(1) for mask in masks[:1]]
+            first = torch.stack([x.all() for x in ordered]).all()
+            out.append(first if len(masks) == 1 else torch.zeros_like(first))
+        return out
+
+    def measured(self, decision: Retention) -> list[Tensor]:
+        """Numbers to fetch before :meth:`apply`."""
+        out: list[Tensor] = []
+        if decision.keep is not None:
+            out += _flat(self.memory.counted(decision.keep))
+            held = self.table.rows_in(decision.keep)
+            parts = (held == 0) | (held == self.geometry.tokens)
+            out += [(held > 0).any(0), parts.all()]
+        if decision.sums is not None:
+            known = upload(self._known_frames, self._like, torch.int64)
+            ids = decision.sums.frame_id
+            out += [(ids >= 0).sum(1), ranked(decision.sums)[1]]
+            out += [(ids.unsqueeze(-1) == known).flatten(0, -2).any(0)]
+        if decision.archive is not None:
+            out += _flat(self.memory.counted(decision.archive))
+            out += [(self.table.rows_in(decision.archive) > 0).any(0)]
+        if decision.discard is not None:
+            out += _flat(self.archive.counted(~decision.discard))
+            out += [(self.shelf.rows_in(~decision.discard) > 0).any(0)]
+        return out
+
+    @property
+    def _known_frames(self) -> tuple[int, ...]:
+        return tuple(sorted({*self.frames, *self.shelved}))
+
+    @property
+    def table(self) -> Table:
+        """Memory as a table."""
+        return Table(self.memory, self.frames, self.geometry, self.rotated, self.whole)
+
+    @property
+    def shelf(self) -> Table:
+        """The archive as a table."""
+        return Table(self.archive, self.shelved, self.geometry, self.rotated, False)
 
     # -- decisions -------------------------------------------------------------------------
 
-    def apply(self, decision: Retention) -> None:
+    def apply(self, decision: Retention, known: Known, room: int = 0) -> None:
         """Carry out a retention.
 
-        Raises:
-            ValueError: It names rows, columns or archive rows that are not there.
+        Args:
+            decision: What to do.
+            known: :meth:`measured`, on the host.
+            room: Rows to leave room for behind those that stay.
         """
-        self._close()
+        self.version += 1
         for name, value in decision.write.items():
-            if name not in self.columns:
-                raise ValueError(
-                    f"A decision writes the column {name!r}, which no part declares. "
-                    f"Declared: {sorted(self.columns)}. Add it to the part's `columns`."
-                )
-            self.memory.write(name, value)
-        old = self.memory
-        for rows in (decision.keep, decision.archive):
-            _check(rows, old, "row")
-        merged = self._merged(old, decision.merge)
-        restored = self._restored(decision)
+            self._set(name, value)
+        for match in decision.match:
+            self._match(match)
+        self._move(decision)
+        kept, frames, whole = self.memory, self.frames, self.whole
+        if decision.keep is not None:
+            counts = _counts(self.memory, decision.keep, known)
+            frames = _still(self.frames, next(known))
+            whole = bool(next(known)[0]) and whole
+            old = self.memory
+        sums = None
+        if decision.sums is not None:
+            counted, degree, made = next(known), next(known)[0], next(known)
+            parts = [self.memory, self.archive] if len(self.archive) else [self.memory]
+            summing = Summing(parts, self.geometry.rotary, self.rotated, self.columns)
+            sums = summing.rows(decision.sums, counted, degree)
+            frames = tuple(sorted({*frames, *_still(self._known_frames, made)}))
+            self.weighted, whole = True, False
+        shelved, aside = self.shelved, None
         if decision.archive is not None:
-            self.archive = self.archive.extended(old.select(decision.archive))
-        kept = old if decision.keep is None else old.select(decision.keep)
-        if decision.time is not None:
-            kept = self._retimed(kept, decision.time)
-        self.memory = kept.extended(merged).extended(restored)
-
-    def recode(self, decision: Recode) -> None:
-        """Store rows with a codec; rows that have one already stay as they are."""
-        self._close()
-        _check(decision.rows, self.memory, "row")
-        out: list[Group] = []
-        for group in self.memory.groups:
-            for position, head in enumerate(group.heads):
-                out.append(_recoded(group, position, head, decision))
-        self.memory = RowSet(out).coalesced()
-
-    def _retimed(self, rows: RowSet, time: PerHead) -> RowSet:
-        for group in rows.groups:
-            new = per_group(time, group).to(group.meta["time"])
-            if self.rotated:
-                delta = self.geometry.rotary.time_angles(new - group.expanded("time"))
-                k, v = rotate(group.payload("k"), delta), group.payload("v")
-                group.segments = [Segment({"k": k, "v": v})]
-            group.meta |= shrink({"time": new})
-        return rows
-
-    def _restored(self, decision: Retention) -> RowSet:
-        for rows in (decision.restore, decision.discard):
-            _check(rows, self.archive, "archive row")
-        back = self._blank()
-        if decision.restore is not None:
-            back = self.archive.select(decision.restore)
-            if decision.restore_time is not None:
-                order = _each(decision.restore, lambda rows: rows.argsort(), self.geometry.heads)
-                times = [per_head(decision.restore_time, h)[o] for h, o in enumerate(order)]
-                back = self._retimed(back, times)
-        gone = [decision.discard, None if decision.restore_copy else decision.restore]
-        gone = [rows for rows in gone if rows is not None]
-        if gone:
-            lengths, left = self.archive.lengths, []
-            device = self.archive.groups[0].meta["time"].device
-            for head in range(self.geometry.heads):
-                stays = torch.ones(lengths[head], dtype=torch.bool, device=device)
-                for rows in gone:
-                    stays[per_head(rows, head)] = False
-                left.append(stays.nonzero().flatten())
-            self.archive = self.archive.select(left)
-        return back
-
-    # -- merges ----------------------------------------------------------------------------
-
-    def _merged(self, old: RowSet, merge: Merge | list[Merge | None] | None) -> RowSet:
-        if merge is None:
-            return self._blank()
-        out = []
-        for group in old.groups:
-            if isinstance(merge, Merge):
-                out.append(self._merge(group, merge))
-                continue
-            for position, head in enumerate(group.heads):
-                if merge[head] is not None:
-                    rows = torch.arange(len(group), device=group.meta["time"].device).unsqueeze(0)
-                    out.append(self._merge(group._take([position], rows), merge[head]))
-        blank = self._blank().groups[0]
-        missing = [h for h in range(self.geometry.heads) if all(h not in g.heads for g in out)]
-        if missing and out:
-            out.append(blank._take(missing, torch.zeros(1, 0, dtype=torch.int64)))
-        return RowSet(out).coalesced() if out else self._blank()
-
-    def _merge(self, group: Group, merge: Merge) -> Group:
-        source, target = merge.source, merge.target
-        count = len(merge.frame_id)
-        for index, size, what in ((source, len(group), "row"), (target, count, "target")):
-            if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
-                raise ValueError(
-                    f"A merge names {what}s {int(index.min())} to {int(index.max())} of {size}. "
-                    "Rows are counted from 0 in the old memory, targets in `frame_id`."
-                )
-        meta = {name: group.expanded(name)[:, source] for name in group.meta}
-        new = {"frame_id": merge.frame_id, "time": merge.time, "place": merge.place}
-        at_target = self.angles(new["time"], new["place"])
-        at_source = self.angles(meta["time"], meta["place"])
-        keys = group.payload("k")[:, source]
-        if self.rotated and merge.align == "raw":
-            keys = rotate(keys, -at_source)
-        elif not self.rotated and merge.align == "relative":
-            keys = rotate(keys, at_source - at_target[target])
-        dtype, work = keys.dtype, torch.promote_types(keys.dtype, torch.float32)
-        keys, share = keys.to(work), merge.coefficient.to(keys.device, work).unsqueeze(-1)
-        k = keys.new_zeros(len(keys), count, keys.shape[-1]).index_add(1, target, keys * share)
-        if self.rotated and merge.align == "raw":
-            k = rotate(k, at_target)
-        if merge.correction is not None:
-            extra = merge.correction.to(k)
-            k = k + (rotate(extra, at_target) if self.rotated else extra)
-        values = group.payload("v")[:, source].to(work)
-        v = values.new_zeros(*k.shape).index_add(1, target, values * share)
-        heads = len(group.heads)
-        fresh = {name: x.to(FIELDS[name]).unsqueeze(0).expand(heads, -1) for name, x in new.items()}
-        if merge.weight is not None:
-            fresh["weight"] = merge.weight.unsqueeze(0).expand(heads, -1).float()
-        for name, x in meta.items():
-            if name not in fresh:
-                how = self.columns.get(name, "sum")
-                fresh[name] = reduce_column(x, target, merge.coefficient, count, how)
-        return Group(group.heads, [Segment({"k": k.to(dtype), "v": v.to(dtype)})], fresh)
-
-    def angles(self, time: Tensor, place: Tensor) -> Tensor:
-        """Rotary angles ``[..., D/2]`` of rows at a time and place."""
-        columns = self.geometry.grid[1]
-        return self.geometry.rotary.angles(
-            time, place.div(columns, rounding_mode="floor"), place % columns
-        )
-
-
-def reduce_column(x: Tensor, target: Tensor, coefficient: Tensor, count: int, how: str) -> Tensor:
-    """Combine column values ``[h, E]`` of merged rows into ``[h, count]``.
-
-    Args:
-        x: Values of the sources, pair by pair.
-        target: ``[E]`` new row of each pair.
-        coefficient: ``[E]``.
-        count: Number of new rows.
-        how: ``sum``; ``mean`` (weighted by the coefficients); ``max``; or ``keep`` (the value of
-            the source with the largest coefficient, the first of equals).
-    """
-    share = coefficient.to(x)
-    blank = x.new_zeros(len(x), count)
-    index = target.expand(len(x), -1)
-    if how == "sum":
-        return blank.scatter_add(1, index, x)
-    if how == "mean":
-        total = blank[0].scatter_add(0, target, share)
-        return blank.scatter_add(1, index, x * share) / torch.where(total == 0, 1, total)
-    if how == "max":
-        return blank.scatter_reduce(1, index, x, "amax", include_self=False)
-    order = share.argsort(stable=True, descending=True)
-    rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
-    first = order.new_full((count,), len(order)).scatter_reduce(0, target, rank, "amin")
-    found = first < len(order)
-    return torch.where(found, x[:, order[first.clamp_max(len(order) - 1)]], blank)
-
-
-def _recoded(group: Group, position: int, head: int, decision: Recode) -> Group:
-    """One head with the named plain rows encoded; encoded rows come first, plain rows last."""
-    every = torch.arange(len(group), device=group.meta["time"].device)
-    alone = group._take([position], every.unsqueeze(0))
-    chosen = torch.isin(every, per_head(decision.rows, head).to(every))
-    coded: list[tuple[Segment, Tensor]] = []
-    plain: list[tuple[Segment, Tensor]] = []
-    for segment, index in zip(
-        alone.segments, every.split([*map(len, alone.segments)]), strict=True
-    ):
-        if segment.codec is not None:
-            coded.append((segment, index))
-            continue
-        hit, miss = chosen[index].nonzero().flatten(), (~chosen[index]).nonzero().flatten()
-        k, v = segment.rows["k"], segment.rows["v"]
-        if len(hit):
-            fresh = Segment.encoded(k[:, hit], v[:, hit], decision.codec)
-            if coded and coded[-1][0].joins(fresh):
-                before, where = coded.pop()
-                coded.append((before.joined(fresh), torch.cat([where, index[hit]])))
-            else:
-                coded.append((fresh, index[hit]))
-        plain.append((Segment({"k": k[:, miss], "v": v[:, miss]}), index[miss]))
-    rest = plain[0][0] if plain else alone.blank()
-    for segment, _ in plain[1:]:
-        rest = rest.joined(segment)
-    order = torch.cat([index for _, index in coded + plain])
-    meta = {name: x[:, order] for name, x in alone.meta.items()}
-    return Group(alone.heads, [segment for segment, _ in coded] + [rest], meta)
-
-
-def _each(rows: PerHead, change: Callable[[Tensor], Tensor], heads: int) -> list[Tensor]:
-    return [change(per_head(rows, head)) for head in range(heads)]
-
-
-def _check(rows: PerHead | None, there: RowSet, what: str) -> None:
-    if rows is None:
-        return
-    lengths = there.lengths
-    if isinstance(rows, Tensor):  # the same for all heads: the shortest says whether it can be
-        shortest = min(lengths, key=lengths.get)
-        lengths = {shortest: lengths[shortest]}
-    for head, length in lengths.items():
-        index = per_head(rows, head)
-        if len(index) and (int(index.max()) >= length or int(index.min()) < 0):
-            raise ValueError(
-                f"A decision names {what} {int(index.max() if index.min() >= 0 else index.min())} "
-                f"of head {head}, which has {length}. "
-                "Rows are counted from 0 in the view that the part was given."
+            aside = self.memory.taken(
+                decision.archive, _counts(self.memory, decision.archive, known)
             )
+            aside = aside, _still(self.frames, next(known))
+        if decision.discard is not None:
+            rest = ~decision.discard
+            self.archive = self.archive.taken(rest, _counts(self.archive, rest, known))
+            shelved = _still(self.shelved, next(known))
+        if aside is not None:
+            self.archive = self.archive.joined(aside[0])
+            shelved = tuple(sorted({*shelved, *aside[1]}))
+        if decision.keep is not None:
+            kept = old.taken(decision.keep, counts, 0 if sums else room)
+        self.memory = kept if sums is None else kept.joined(sums, room)
+        self.frames, self.shelved, self.whole = frames, shelved, whole
+
+    def recode(self, decisions: Sequence[Recode], known: Known, room: int = 0) -> None:
+        """Store rows with codecs; rows that have one already stay as they are.
+
+        A row that several decisions name gets the codec of the first.
+        """
+        out: list[Group] = []
+        codecs = [decision.codec for decision in decisions]
+        for group, masks in zip(self.memory.groups, self._plain_masks(decisions), strict=True):
+            counts = [next(known) for _ in masks]
+            counts = [own if len(own) > 1 else own * len(group.heads) for own in counts]
+            self.whole = bool(next(known)[0]) and self.whole
+            buckets: dict[tuple[int, ...], list[int]] = defaultdict(list)
+            for at, each in enumerate(zip(*counts, strict=True)):
+                buckets[each].append(at)
+            for each, at in buckets.items():
+                heads = [group.heads[i] for i in at]
+                where = upload(at, self._like, torch.int64)
+                own = [m if len(m) == 1 else m.index_select(0, where) for m in masks]
+                out.append(coded(group.only(heads), own, each, codecs, room))
+                self.version += any(each)  # nothing new: coded rows stay where they are
+        self.memory = Rows(out, self.geometry.heads).coalesced()
+
+    def _plain_masks(self, decisions: Sequence[Recode]) -> list[list[Tensor]]:
+        """Per group, the plain rows ``[1 or h, n]`` that each decision is the first to name."""
+        found = []
+        for i, group in enumerate(self.memory.groups):
+            masks, taken = [], None
+            for decision in decisions:
+                mask = self.memory.by_group(decision.rows)[i]
+                mask = mask[:, len(group) - group.plain.length :]
+                masks.append(mask if taken is None else mask & ~taken)
+                taken = mask if taken is None else taken | mask
+            found.append(masks)
+        return found
+
+    def _set(self, name: str, value: Tensor) -> None:
+        for group, own in zip(self.memory.groups, self.memory.by_group(value), strict=True):
+            old = group.meta[name]
+            group.meta[name] = own.to(old).clone()
+
+    def _move(self, decision: Retention) -> None:
+        """New times, places and weights."""
+        given = {"time": decision.time, "place": decision.place}
+        given = {name: x for name, x in given.items() if x is not None}
+        if given and self.rotated:
+            for i, group in enumerate(self.memory.groups):
+                new = dict(group.meta)
+                new |= {n: self.memory.by_group(x)[i].to(group.meta[n]) for n, x in given.items()}
+                turn = self._angles(new) - self._angles(group.meta)
+                self._replace(group, k=rotate(group.payload("k"), turn, self.geometry.rotary.work))
+        for name, value in given.items():
+            self._set(name, value)
+        if decision.weight is not None:
+            self._set("weight", decision.weight)
+            self.weighted = True
+
+    def _match(self, match: Match) -> None:
+        pairs = zip(*(self.memory.by_group(x) for x in (match.rows, match.like)), strict=True)
+        for group, (rows, like) in zip(self.memory.groups, pairs, strict=True):
+            angles, work = self._angles(group.meta), self.geometry.rotary.work
+            new = {}
+            for name in ("k", "v"):
+                if not (match.keys if name == "k" else match.values):
+                    continue
+                x = wide(group.payload(name))
+                turned = name == "k" and self.rotated
+                x = rotate(x, -angles, work) if turned else x
+                x = matched(x, rows, like, match.share)
+                x = rotate(x, angles, work) if turned else x
+                new[name] = x.to(group.plain.rows[name].dtype)
+            self._replace(group, **new)
+
+    def _replace(self, group: Group, **payload: Tensor) -> None:
+        """Store all rows of a group as computed."""
+        rows = {name: payload.get(name, group.payload(name)) for name in ("k", "v")}
+        group.coded, group.plain = [], Segment(rows, len(group))
+
+    def _angles(self, meta: dict[str, Tensor]) -> Tensor:
+        return self.geometry.rotary.angles(meta["time"], *meta["place"].unbind(-1))
 
 
-def reachable_bytes(*roots: Any) -> int:
-    """Bytes of all distinct storages reachable from objects, containers and dataclasses."""
-    seen: dict[int, int] = {}
-    visited: set[int] = set()
-    stack: list[Any] = list(roots)
-    while stack:
-        item = stack.pop()
-        if id(item) in visited:
-            continue
-        visited.add(id(item))
-        if isinstance(item, Tensor):
-            storage = item.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-        else:
-            stack.extend(_children(item))
-    return sum(seen.values())
+def _counts(rows: Rows, mask: Tensor, known: Known) -> list[list[list[int]]]:
+    """Numbers of :meth:`Rows.counted` out of what was fetched."""
+    return [[next(known) for _ in range(1 + (len(x) > 1))] for x in rows.by_group(mask)]
 
 
-def _children(item: Any) -> Iterable[Any]:
-    if isinstance(item, dict):
-        return item.values()
-    if isinstance(item, list | tuple | set | frozenset):
-        return item
-    if is_dataclass(item) and not isinstance(item, type):
-        return [getattr(item, f.name) for f in fields(item)]
-    return vars(item).values() if hasattr(item, "__dict__") and not callable(item) else ()
+def _flat(nested: list[list[Tensor]]) -> list[Tensor]:
+    return [x for own in nested for x in own]
+
+
+def _still(frames: tuple[int, ...], there: list[int]) -> tuple[int, ...]:
+    return tuple(frame for frame, yes in zip(frames, there, strict=True) if yes)
+
+
+def _each(x: Tensor, count: int) -> Tensor:
+    """Every entry of ``[n]`` so many times in a row, ``[1, n * count]``."""
+    return x.unsqueeze(-1).expand(-1, count).reshape(1, -1)

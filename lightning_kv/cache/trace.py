@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_kv.cache.decisions import Selection
-from lightning_kv.cache.view import CacheView
+from lightning_kv.cache.view import PassView
 
 
 @dataclass
@@ -33,34 +32,29 @@ class Trace:
         self._seen: dict[tuple[int, int, int], _Seen] = {}
         self._frames = 0
 
-    def __call__(self, sample: int, view: CacheView, selection: Selection | None) -> None:
+    def __call__(self, view: PassView) -> None:
         """Note one pass of one layer."""
         step = view.step
         if step.namespace != "cond" or step.rebuild:
             return
         self._frames = max(self._frames, step.frames[-1] + 1)
-        key = (sample, step.chunk, view.layer)
+        key = (view.sample, step.chunk, view.layer)
         if key not in self._seen:
-            rows = view.rows_per_frame.float() / view.geometry.tokens
-            weight = view.per_frame([g.expanded("weight").unsqueeze(1) for g in view.groups])
-            weight = weight[:, 0] / view.geometry.tokens
+            heads, tokens = view.heads, view.geometry.tokens
+            rows = view.rows_per_frame.float().expand(heads, -1) / tokens
+            weight = view.by_frame(view.weight.unsqueeze(1))[:, 0].expand(heads, -1) / tokens
             self._seen[key] = _Seen(view.frame_ids, rows, weight, rows.new_zeros(1, 1, 1))
         seen = self._seen[key]
         seen.passes += 1
-        seen.read = _together(seen.read, self._share(view, selection, seen.held))
+        seen.read = _together(seen.read, self._share(view, seen.held))
 
-    def _share(self, view: CacheView, selection: Selection | None, held: Tensor) -> Tensor:
+    def _share(self, view: PassView, held: Tensor) -> Tensor:
         """Rows read of each frame ÷ tokens of a frame, ``[H, Q or 1, F]``."""
-        if selection is not None and selection.frames is not None:
-            return selection.frames * held.unsqueeze(1)
-        if selection is None or selection.rows is None:
+        mask, _ = view.read
+        if mask is None:
             return held.unsqueeze(1)
-        rows = selection.rows
-        chosen = []
-        for group in view.groups:
-            own = [rows if isinstance(rows, Tensor) else rows[head] for head in group.heads]
-            chosen.append(torch.stack(own)[..., : len(group)].float())
-        return view.per_frame(chosen) / view.geometry.tokens
+        share = view.by_frame(mask.float()) / view.geometry.tokens
+        return share.expand(view.heads, -1, -1)
 
     def arrays(self, sample: int) -> dict[str, Any]:
         """Shares of one sample, as numpy arrays.

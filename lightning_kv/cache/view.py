@@ -1,257 +1,340 @@
-"""What a policy part may look at: one layer of one sample, read-only."""
+"""What a policy part may look at: a table of rows, and the pass that is asked about. Read-only.
+
+Shapes: H heads, N rows of the longest head, F frames, P rows of the frames in flight, Q frames of
+the query, T tokens of the query, D head width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_kv.cache.decisions import PerHead
-from lightning_kv.cache.passes import Geometry, Pass
-from lightning_kv.cache.rows import Group
-from lightning_kv.cache.store import Cell, reachable_bytes
-
-BLOCK = 2**25  # numbers held at once while attention is scored
-
-NO_QUERIES = (
-    "Attention was asked for between two passes, when there are no queries. "
-    "Ask in `select`, or in a `retain` part with when='open'."
-)
+from lightning_kv.cache.decisions import Selection
+from lightning_kv.cache.host import upload
+from lightning_kv.cache.passes import Pass
+from lightning_kv.cache.store import LayerStore
+from lightning_kv.cache.table import BLOCK, Table
 
 
-@dataclass
-class CacheView:
-    """The memory of one layer of one sample, and the pass that is asked about.
+class CacheView(Table):
+    """The memory of one layer of one sample between two passes.
 
     Args:
-        cell: The store's cell.
+        store: Of the layer.
         layer: Its layer.
-        step: The current pass.
-        read_keys: Per group, keys rotated as the queries will meet them, ``[h, N + P, D]``; the
-            last P rows are provisional. Only while a pass runs.
-        query: The pass's queries ``[H, T, D]`` after rotation; None between passes.
-        raw_query: The same before rotation.
-        collected: What was collected for the declared needs, by name (for this layer).
-        statistics: The same without the caller's tables: these take up cache bytes.
+        step: The pass that has just ended, or is about to begin.
+        sample: Index of the sample.
+        key: Its prompt key.
         seed: Base of every random draw of this sample.
+        tables: What the caller gave for declared needs, by name.
+        inputs: Side inputs by frame, by name.
         log_weight: Whether merged rows count for their weight in attention.
-        read_times: Per group, the times of these keys ``[1 or h, N]``; only when looking ahead.
-        look_ahead: Between passes: makes the view of the next chunk, see :meth:`ahead`.
-        output: What the queries read, ``[H, T, D]``; only for those who watch a pass.
-        scored: Counts keys touched to score them, times the queries that touched them.
+        fixed_bytes: Bytes of the sample's cache that are no rows of memory.
+        old_row_bytes: What a row and head costs in the codec it ends in, and after how many frames.
+        look_ahead: Makes the view of the next chunk, see :meth:`ahead`.
     """
 
-    cell: Cell
-    layer: int
-    step: Pass
-    read_keys: list[Tensor] | None = None
     query: Tensor | None = None
-    raw_query: Tensor | None = None
-    collected: dict[str, Any] = field(default_factory=dict)
-    statistics: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    log_weight: bool = False
-    read_times: list[Tensor] | None = None
-    look_ahead: Callable[[], CacheView] | None = None
-    output: Tensor | None = None
-    scored: int = field(default=0, init=False)
+
+    def __init__(
+        self,
+        store: LayerStore,
+        layer: int,
+        step: Pass,
+        sample: int = 0,
+        key: str | None = None,
+        seed: int = 0,
+        tables: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        log_weight: bool = False,
+        fixed_bytes: Callable[[], int] = lambda: 0,
+        old_row_bytes: tuple[float, int] | None = None,
+        look_ahead: Callable[[CacheView], CacheView] | None = None,
+    ) -> None:
+        super().__init__(store.memory, store.frames, store.geometry, store.rotated, store.whole)
+        self._store, self.layer, self.step = store, layer, step
+        self.sample, self.key, self.seed = sample, key, seed
+        self.tables, self.inputs = tables or {}, inputs or {}
+        self.log_weight = log_weight and store.weighted
+        self._fixed_bytes, self._look_ahead = fixed_bytes, look_ahead
+        self.old_row_bytes = old_row_bytes
+        self.lag: Tensor | None = None
+        self.scored = 0  # keys touched to score them, times the queries that touched them
+        self.doubts: list[tuple[Tensor, str]] = []
 
     @property
-    def geometry(self) -> Geometry:
-        """Sizes of the model."""
-        return self.cell.geometry
-
-    @property
-    def groups(self) -> list[Group]:
-        """Heads with equal layout, together."""
-        return self.cell.memory.groups
-
-    @property
-    def heads(self) -> int:
-        """Number H of heads."""
-        return self.geometry.heads
+    def clean(self) -> bool:
+        """Whether the newest rows were made from clean latents."""
+        return self.step.clean
 
     @property
     def query_frames(self) -> int:
-        """Number Q of frames in the query."""
+        """Number Q of frames of the pass."""
         return len(self.step.frames)
 
     @property
-    def statistics_bytes(self) -> int:
-        """Bytes of what was collected for the policy in this layer."""
-        return reachable_bytes(self.statistics)
-
-    @cached_property
-    def frame_ids(self) -> Tensor:
-        """Ids of all frames that have committed rows in some head, ascending, int64 ``[F]``."""
-        ids = [group.meta["frame_id"].flatten() for group in self.groups]
-        return torch.cat(ids).unique().long()
-
-    @cached_property
-    def rows_per_frame(self) -> Tensor:
-        """Committed rows of each head in each frame, int64 ``[H, F]``."""
-        ones = [torch.ones_like(g.expanded("time")).unsqueeze(1) for g in self.groups]
-        return self.per_frame(ones)[:, 0].long()
+    def fixed_bytes(self) -> int:
+        """Bytes of state, modules and archive in this namespace; they are no rows of memory."""
+        return self._fixed_bytes()
 
     @property
-    def present(self) -> Tensor:
-        """Frames of which a head holds at least one row, bool ``[H, F]``."""
-        return self.rows_per_frame > 0
+    def version(self) -> int:
+        """Changes whenever committed rows do: what was made of them before is stale."""
+        return self._store.version
+
+    @property
+    def stamp(self) -> tuple[Any, ...]:
+        """Changes whenever rows do, or the times at which they are read: for what is remembered."""
+        still = self.lag is None
+        return (self.version, *(() if still else (self.step.query_times, self.query_frames)))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns that parts have declared."""
+        return tuple(self._store.columns)
+
+    @cached_property
+    def archive(self) -> Table:
+        """Rows held aside, unread; keys ``read`` are those at their recorded times."""
+        return self._store.shelf
+
+    def shown(self) -> list[Tensor]:
+        """Tensors of the pass itself that a part is shown; it must not write to them."""
+        return []
+
+    def doubt(self, wrong: Tensor, what: str) -> None:
+        """Report a fault that only the device knows; it is raised when the host next reads.
+
+        Args:
+            wrong: One truth value.
+            what: What is wrong, what was given and what would work.
+        """
+        self.doubts.append((wrong, what))
 
     def ahead(self) -> CacheView:
         """The same memory as the next chunk will meet it, for a decision between two passes.
 
-        Its ``read_keys`` are rotated as that chunk's queries will find them, and its ``step`` says
+        Its keys ``read`` are those that the next chunk's queries will find, and its ``step`` says
         where that chunk stands; there are no queries yet.
+
+        Raises:
+            ValueError: Asked in the middle of a pass.
         """
-        if self.look_ahead is None:
+        if self._look_ahead is None:
             raise ValueError(
                 "A look at the next chunk was asked for in the middle of a pass. "
                 "Ask when a chunk is committed, or at an event."
             )
-        return self.look_ahead()
+        return self._look_ahead(self)
 
-    def forget(self) -> None:
-        """Drop what was derived from rows that have changed since."""
-        for name in ("frame_ids", "rows_per_frame"):
-            self.__dict__.pop(name, None)
+    @property
+    def read_time(self) -> Tensor:
+        """The rotary time at which each row is read, ``[1 or H, N]`` or ``[1 or H, Q, N]``."""
+        if self.lag is None:
+            return self.time
+        if self.lag.shape[1] == 1:
+            return self.step.query_times[0] - self.lag[:, 0]
+        own = upload(self.step.query_times, self._like, torch.float32)
+        return own.unsqueeze(-1) - self.lag
 
-    def column(self, name: str) -> list[Tensor]:
-        """A row field or column of every head, each ``[N_h]``."""
-        return self.cell.memory.column(name)
+    def keys_at(self, query: int) -> Tensor:
+        """Keys ``[H, N, D]`` as one frame of the query meets them."""
+        if self.lag is None or self.lag.shape[1] == 1:
+            return self.keys("read")
+        return self._turned(self._payload("k"), self.read_time[:, query], 1)
 
-    def frame_index(self, group: Group) -> Tensor:
-        """Index into ``frame_ids`` of every row of a group, ``[1 or h, N]``."""
-        return torch.searchsorted(self.frame_ids, group.meta["frame_id"].long())
+    def _read_times(self) -> Tensor | None:
+        if self.lag is None:
+            return None
+        times = self.read_time
+        return times if times.ndim == 2 else times[:, 0]  # as the first query frame meets them
 
-    def per_frame(self, values: list[Tensor]) -> Tensor:
-        """Sum row values over frames.
+
+class PassView(CacheView):
+    """The memory of one layer of one sample while a pass runs.
+
+    Args:
+        query: ``[H, T, D]`` after rotation.
+        raw_query: The same before rotation.
+        own: Keys ``read`` and ``raw``, and ``value`` of the frames in flight, each ``[H, P, D]``.
+        settings: See :class:`CacheView`.
+    """
+
+    def __init__(
+        self, query: Tensor, raw_query: Tensor, own: dict[str, Tensor], **settings: Any
+    ) -> None:
+        super().__init__(**settings)
+        self.query, self.raw_query, self._own = query, raw_query, own
+        self.selection: Selection | None = None
+        self.output: Tensor | None = None
+        self.read: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def shown(self) -> list[Tensor]:
+        """See :class:`CacheView`."""
+        every = (self.query, self.raw_query, *self._own.values())
+        return [x for x in every if not x.is_inference()]
+
+    @property
+    def flight(self) -> int:
+        """Number P of rows of the frames in flight."""
+        return self.query.shape[1]
+
+    def own_keys(self, name: Literal["raw", "read"] = "read") -> Tensor:
+        """Keys of the frames in flight ``[H, P, D]``."""
+        return self._own[name]
+
+    def own_values(self) -> Tensor:
+        """Values of the frames in flight ``[H, P, D]``."""
+        return self._own["value"]
+
+    @property
+    def final(self) -> slice:
+        """Which of the P rows become permanent after this pass; empty while denoising."""
+        return self.step.final_rows(self.geometry.tokens)
+
+    def joint(self, held: Tensor, own: Tensor) -> Tensor:
+        """Values of held rows and of those behind them, where they lie once these are committed.
 
         Args:
-            values: Per group ``[h, Q, N]`` (committed rows).
+            held: ``[1 or H, N, ...]``.
+            own: ``[1 or H, n, ...]``.
 
         Returns:
-            ``[H, Q, F]``, 0 where a head has no row.
+            ``[1 or H, N + n, ...]``.
         """
-        work = torch.promote_types(values[0].dtype, torch.float32)
-        shape = (self.heads, values[0].shape[1], len(self.frame_ids))
-        out = values[0].new_zeros(shape, dtype=work)
-        for group, value in zip(self.groups, [x.to(work) for x in values], strict=True):
-            index = self.frame_index(group).unsqueeze(1).expand_as(value)
-            part = value.new_zeros(*value.shape[:2], out.shape[2]).scatter_add(2, index, value)
-            out[list(group.heads)] = part
-        return out
+        lines = max(len(held), len(own), self.heads if self.ragged else 1)
+        held, own = (x.expand(lines, *x.shape[1:]) for x in (held, own))
+        every = torch.cat([held, own], dim=1)
+        if not self.ragged:
+            return every
+        lengths = upload(self.lengths, self._like, torch.int64).unsqueeze(1)
+        place = torch.arange(every.shape[1], device=every.device).expand(lines, -1)
+        behind = place - lengths
+        inside = (behind >= 0) & (behind < own.shape[1])
+        index = torch.where(inside, behind + held.shape[1], place.clamp_max(every.shape[1] - 1))
+        index = index.view(*index.shape, *(1,) * (every.ndim - 2)).expand_as(every)
+        return every.gather(1, index)
 
-    def rows_of(self, frames: Tensor) -> PerHead:
-        """Row indices that belong to chosen frames, per head; ``frames`` is bool ``[H or 1, F]``.
+    @cached_property
+    def joint_keys(self) -> Tensor:
+        """Keys as read of held rows and of those in flight, ``[H, N + P, D]``."""
+        groups, store = self._rows.groups, self._store
+        written = store.flight == self.flight and store.own is None
+        if written and self.lag is None and self._rotated and len(groups) == 1:
+            return groups[0].payload("k", self.flight)
+        return torch.cat([self.keys("read"), self._own["read"]], dim=1)
 
-        One tensor comes back, in place of a list, where all heads agree.
+    @property
+    def apart(self) -> bool:
+        """Whether frames of the query meet the same row at different times."""
+        return self.lag is not None and self.lag.shape[1] > 1
+
+    # -- attention -------------------------------------------------------------------------
+
+    def logits(self, query: Tensor, frame: int = 0) -> Tensor:
+        """What the softmax is taken of, ``[H, t, N + P]``, for rotated queries ``[H, t, D]``.
+
+        -inf where a shorter head has no row; merged rows count for their weight if the policy's
+        bias says so. In float32 or wider.
+
+        Args:
+            query: Some of the queries.
+            frame: The query frame they belong to, where frames meet rows at other times.
         """
-        frames = frames.expand(self.heads, -1)
-        found: dict[int, Tensor] = {}
-        for group in self.groups:
-            index = self.frame_index(group)
-            chosen = frames[list(group.heads)]
-            if len(index) == 1 and bool((chosen == chosen[:1]).all()):
-                rows = chosen[0][index[0]].nonzero().flatten()
-                found |= dict.fromkeys(group.heads, rows)
-                continue
-            hit = chosen.gather(1, index.expand(len(group.heads), -1))
-            found |= {h: row.nonzero().flatten() for h, row in zip(group.heads, hit, strict=True)}
-        one = found[0]
-        alike = all(rows is one for rows in found.values())
-        return one if alike else [found[head] for head in range(self.heads)]
+        keys = self.joint_keys
+        if frame and self.apart:
+            keys = torch.cat([self.keys_at(frame), self._own["read"]], dim=1)
+        logits = (query @ keys.transpose(1, 2)).to(torch.promote_types(query.dtype, torch.float32))
+        logits = logits / keys.shape[-1] ** 0.5
+        if self.log_weight:
+            logits[..., : len(self)] += self.weight.clamp_min(1e-30).log().unsqueeze(1)
+        if self.ragged:
+            logits[..., : len(self)].masked_fill_(~self.valid.unsqueeze(1), -torch.inf)
+        return logits
 
-    def frame_mean_keys(self) -> Tensor:
-        """Mean stored key of each head and frame, ``[H, F, D]``; counts the keys it touches."""
-        out = []
-        for group in self.groups:
-            keys = group.payload("k")
-            keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-            self.scored += keys.shape[0] * keys.shape[1]
-            index = self.frame_index(group).expand(len(group.heads), -1).unsqueeze(-1)
-            total = keys.new_zeros(len(keys), len(self.frame_ids), keys.shape[-1])
-            out.append((group.heads, total.scatter_add(1, index.expand_as(keys), keys)))
-        joined = out[0][1].new_zeros(self.heads, *out[0][1].shape[1:])
-        for heads, total in out:
-            joined[list(heads)] = total
-        return joined / self.rows_per_frame.clamp_min(1).unsqueeze(-1).to(joined)
+    def attention(
+        self, per_query_frame: bool = False, queries: Tensor | None = None, over: str = "held"
+    ) -> tuple[Tensor, Tensor]:
+        """Softmax mass on every row, summed over the queries.
 
-    def attention(self, per_query_frame: bool = False) -> list[Tensor]:
-        """Softmax mass on every committed row, summed over the queries, per group ``[h, Q, N]``.
-
-        The softmax runs over committed and provisional rows, in float32, a block of queries at a
-        time; merged rows count for their weight if the policy's bias says so. Every query meets
-        every key once more to get it: the keys are counted in ``kv_scored_fraction``.
+        A block of queries at a time. Over all that is held every key is met once more, which
+        ``kv_scored_fraction`` shows; over what is read it is what attention does anyway.
 
         Args:
             per_query_frame: Sums for each query frame (Q frames) instead of all together (Q = 1).
+            queries: int64: only these of the T queries.
+            over: ``held``; or ``read``, once the pass has attended (in ``observe``).
+
+        Returns:
+            On held rows ``[H, Q, N]``, and on those in flight ``[H, Q, P]``.
         """
-        if self.query is None or self.read_keys is None:
-            raise ValueError(NO_QUERIES)
-        out = []
-        for group, keys in zip(self.groups, self.read_keys, strict=True):
-            query = self.query[list(group.heads)]
-            self.scored += len(group.heads) * query.shape[1] * len(group)
-            block = max(1, BLOCK // (keys.shape[0] * keys.shape[1]))
-            split = self.query_frames if per_query_frame else 1
-            parts = [
-                sum(
-                    self.softmax(group, q, keys)[..., : len(group)].sum(1)
-                    for q in frame.split(block, 1)
+        query = self.query if queries is None else self.query.index_select(1, queries)
+        if self.apart and queries is not None:
+            raise ValueError(
+                "Mass of some queries was asked for, but query frames meet rows at different times "
+                "here. Ask for all queries."
+            )
+        split = self.query_frames if per_query_frame or self.apart else 1
+        masks = self.read if over == "read" else (None, None)
+        if over == "held":
+            self._touched(query.shape[1])
+        keys = len(self) + self.flight
+        block, parts = max(1, BLOCK // (self.heads * keys)), []
+        for index, frame in enumerate(query.chunk(split, 1)):
+            total = None
+            for q in frame.split(block, 1):
+                logits = self.logits(q, index)
+                bias = self.selection.bias if over == "read" and self.selection else None
+                if bias is not None and bias.shape[1] > 1 and split == 1:
+                    raise ValueError(
+                        "Mass over what was read was asked for all queries together, but query "
+                        "frames have biases of their own here. Ask with per_query_frame=True."
+                    )
+                if bias is not None:
+                    logits = logits + bias[:, min(index, bias.shape[1] - 1)].unsqueeze(1)
+                self._hide(logits, masks, index if split > 1 else None)
+                mass = logits.softmax(-1).sum(1)
+                total = mass if total is None else total + mass
+            parts.append(total)
+        mass = torch.stack(parts, 1)
+        mass = mass if per_query_frame else mass.sum(1, keepdim=True)
+        return mass[..., : len(self)], mass[..., len(self) :]
+
+    def _hide(
+        self, logits: Tensor, masks: tuple[Tensor | None, Tensor | None], index: int | None
+    ) -> None:
+        for mask, rows in zip(masks, (slice(0, len(self)), slice(len(self), None)), strict=True):
+            if mask is None:
+                continue
+            if mask.shape[1] > 1 and index is None:
+                raise ValueError(
+                    "Mass over what was read was asked for all queries together, but query frames "
+                    "read differently here. Ask with per_query_frame=True."
                 )
-                for frame in query.chunk(split, 1)
-            ]
-            out.append(torch.stack(parts, 1))
-        return out
+            own = mask[:, min(index or 0, mask.shape[1] - 1)]
+            logits[..., rows].masked_fill_(~own.unsqueeze(1), -torch.inf)
 
     def frame_logits(self, per_query_frame: bool = False) -> Tensor:
-        """Log-sum-exp of each frame's logits, averaged over the queries, ``[H, Q, F]``.
+        """Log-sum-exp of each held frame's logits, averaged over the queries, ``[H, Q, F]``.
 
         Counts every held key once for every query, as :meth:`attention` does. -inf where a head
         holds nothing of a frame.
         """
-        if self.query is None or self.read_keys is None:
-            raise ValueError(NO_QUERIES)
-        split = self.query_frames if per_query_frame else 1
-        out = self.query.new_full(
-            (self.heads, split, len(self.frame_ids)),
-            -torch.inf,
-            dtype=torch.promote_types(self.query.dtype, torch.float32),
-        )
-        for group, keys in zip(self.groups, self.read_keys, strict=True):
-            heads = list(group.heads)
-            query, past = self.query[heads], keys[:, : len(group)]
-            self.scored += len(heads) * query.shape[1] * len(group)
-            index = self.frame_index(group).expand(len(heads), -1).unsqueeze(1)
-            block = max(1, BLOCK // max(1, past.shape[0] * past.shape[1]))
-            parts = [
-                torch.cat([self._by_frame(group, q, past, index) for q in f.split(block, 1)], 1)
-                for f in query.chunk(split, 1)
+        self._touched(self.query.shape[1])
+        split = self.query_frames if per_query_frame or self.apart else 1
+        block, parts = max(1, BLOCK // (self.heads * (len(self) + self.flight))), []
+        for index, frame in enumerate(self.query.chunk(split, 1)):
+            every = [
+                self.by_frame(self.logits(q, index)[..., : len(self)], "logsumexp")
+                for q in frame.split(block, 1)
             ]
-            out[heads] = torch.stack([part.mean(1) for part in parts], 1)
-        return out
+            parts.append(torch.cat(every, 1).mean(1))
+        found = torch.stack(parts, 1)
+        return found if per_query_frame else found.mean(1, keepdim=True)
 
-    def _by_frame(self, group: Group, query: Tensor, keys: Tensor, index: Tensor) -> Tensor:
-        logits = self.logits(group, query, keys)
-        index = index.expand_as(logits)
-        shape = (*logits.shape[:2], len(self.frame_ids))
-        top = logits.new_full(shape, -torch.inf).scatter_reduce(2, index, logits, "amax")
-        total = logits.new_zeros(shape).scatter_add(2, index, (logits - top.gather(2, index)).exp())
-        return top + total.log()
-
-    def softmax(self, group: Group, query: Tensor, keys: Tensor) -> Tensor:
-        """Attention weights ``[h, T, N + P]`` of queries ``[h, T, D]``, in float32 or wider."""
-        return self.logits(group, query, keys).softmax(-1)
-
-    def logits(self, group: Group, query: Tensor, keys: Tensor) -> Tensor:
-        """What the softmax is taken of, ``[h, T, rows]``; the group's rows come first."""
-        logits = (query @ keys.transpose(1, 2)).to(torch.promote_types(query.dtype, torch.float32))
-        logits = logits / keys.shape[-1] ** 0.5
-        if self.log_weight:
-            logits[..., : len(group)] += group.expanded("weight").log().unsqueeze(1)
-        return logits
+    def _touched(self, queries: int) -> None:
+        self.scored += sum(self.lengths) * queries
