@@ -1,4 +1,7 @@
-"""A cache policy is five answers: retain, select, budget, positions, precision."""
+"""A cache policy is five answers: retain, select, budget, positions, precision.
+
+Shapes: H heads (or 1 where all agree), Q query frames (or 1), U units (F frames, or N rows).
+"""
 
 from __future__ import annotations
 
@@ -6,160 +9,102 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from lightning_kv.cache.decisions import Event, Rebuild, Recode, Retention, Selection
+from lightning_kv.cache.codecs import CODECS
+from lightning_kv.cache.decisions import Rebuild, Recode, Retention, Selection
 from lightning_kv.cache.passes import Geometry
-from lightning_kv.cache.rows import FIELDS, Group
+from lightning_kv.cache.rows import FIELDS, ROW_BYTES
 from lightning_kv.cache.store import REDUCERS
-from lightning_kv.cache.view import CacheView
-from lightning_kv.policies.amount import Amount
-from lightning_kv.policies.run import PolicyRun
-from lightning_kv.policies.scores import top_frames
+from lightning_kv.cache.view import CacheView, PassView
+from lightning_kv.policies.budgets import Amount
+from lightning_kv.policies.checks import choice
+from lightning_kv.policies.part import Part, State
+from lightning_kv.policies.scored import ScoredPart
 
 ENDLESS = 10**9  # frames
-KINDS = ("retain", "select", "budget", "positions", "precision")
-
-
-class Part:
-    """One answer. Parts are frozen dataclasses: their ``repr`` is their configuration.
-
-    A part keeps nothing between calls; what it must remember is the object that :meth:`fresh`
-    makes, for each rollout and sample.
-    """
-
-    kind: ClassVar[str] = ""
-    name: ClassVar[str] = ""
-    columns: ClassVar[dict[str, str]] = {}
-    registry: ClassVar[dict[str, dict[str, type[Part]]]] = {kind: {} for kind in KINDS}
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if "name" in cls.__dict__:
-            Part.registry[cls.kind][cls.name] = cls
-
-    @property
-    def needs(self) -> dict[str, dict[str, Any]]:
-        """Statistics to collect for this part, by name, each with its settings."""
-        return {}
-
-    @classmethod
-    def prepared(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """Settings as people write them, made into those of the dataclass (files are read)."""
-        return settings
-
-    def fresh(self) -> Any:
-        """State of one sample in one rollout: any object; its tensors count as cache bytes."""
-        return {}
-
-
-@dataclass(frozen=True)
-class BudgetPart(Part, ABC):
-    """How many frames each head may keep or read.
-
-    Args:
-        amount: History frames, the protected ones included: ``9f``, ``9360t`` (tokens), ``0.25``
-            (of the history the reference holds), ``2GiB`` (whole cache of one clip).
-    """
-
-    kind: ClassVar[str] = "budget"
-    amount: str = "9f"
-
-    def __post_init__(self) -> None:
-        Amount.parse(self.amount)
-
-    def frames(self, view: CacheView) -> float:
-        """The amount in frames per head, in this pass."""
-        return Amount.parse(self.amount).frames(view)
-
-    def fewest(self, view: CacheView) -> float:
-        """Frames that every head may hold whatever the scores; below that nothing is scored."""
-        return 0.0
-
-    def check(self, geometry: Geometry, least: int) -> None:
-        """Refuse a budget of another model, or below ``least`` frames for some head."""
-        return
-
-    @abstractmethod
-    def lengths(self, score: Tensor, view: CacheView) -> Tensor:
-        """Frames for each stream, int64 ``[H, Q]`` or ``[H, 1]``, given scores ``[H, Q, F]``."""
-        ...
-
-
-@dataclass(frozen=True)
-class ScoredPart(Part):
-    """The flow that scoring parts share: scores, budget, lengths, top-k around a protected mask.
-
-    Args:
-        budget: How much; everything where None.
-    """
-
-    budget: BudgetPart | None = None
-
-    def scores(self, view: CacheView, state: Any) -> Tensor:
-        """Higher stays longer: ``[H, Q, F]`` over the view's frames (Q may be 1).
-
-        By default the newest frames score highest.
-        """
-        return view.frame_ids.double().expand(view.heads, 1, -1)
-
-    def protected(self, view: CacheView, scores: Tensor) -> Tensor:
-        """Frames that stay whatever the others score, bool broadcast to ``[H, Q, F]``."""
-        return torch.zeros_like(view.frame_ids, dtype=torch.bool).view(1, 1, -1)
-
-    def smallest(self, chunk: int) -> int:
-        """Fewest frames a budget must hold for this part to work, given frames per chunk."""
-        return 1
-
-    def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
-        """Refuse settings that make no sense for a model and a rollout of so many frames."""
-        return
-
-    def choose(self, view: CacheView, state: Any) -> Tensor | None:
-        """Frames to keep or read, bool ``[H, Q, F]``; None where everything fits."""
-        if self.budget is None or not len(view.frame_ids):
-            return None
-        size = view.rows_per_frame.unsqueeze(1) / view.geometry.tokens
-        total = size.sum(-1)
-        if float(total.max()) <= self.budget.fewest(view):
-            return None  # nothing to decide, so nothing is scored
-        scores = self.scores(view, state)
-        lengths = self.budget.lengths(scores, view)
-        if bool((lengths >= total).all()):
-            return None
-        protected = self.protected(view, scores).expand_as(scores) & (size > 0)
-        return top_frames(scores, lengths, protected, size.expand_as(scores))
 
 
 @dataclass(frozen=True)
 class RetainPart(ScoredPart):
-    """What stays in memory. By default: the frames with the highest score.
-
-    ``when`` is ``commit`` (after the commit pass, all layers together) or ``open`` (in the first
-    pass of a chunk, layer by layer, with the queries at hand).
-    """
+    """What stays in memory. By default: the units with the highest score."""
 
     kind: ClassVar[str] = "retain"
-    when: ClassVar[str] = "commit"
+    moments: ClassVar[tuple[str, ...]] = ("commit",)
+    """When it is asked: ``commit`` (after the commit pass, all layers together), ``open`` (in the
+    first pass of a chunk) or ``closing`` (in the commit pass, whose attention reads the result),
+    the latter two layer by layer, before attention, with the queries at hand."""
 
     def suits(self, bias: str | None) -> None:
         """Refuse the policy's bias where it contradicts what this part does."""
         return
 
-    def decide(self, views: list[CacheView], state: Any) -> list[Retention | None] | Rebuild | None:
-        """One decision per layer (``when="open"`` asks with one view at a time)."""
-        return [self._keep(view, state) for view in views]
+    def commit(
+        self, views: list[CacheView], state: State
+    ) -> list[Retention | None] | Rebuild | tuple[list[Retention | None], Rebuild] | None:
+        """One decision per layer, or a rebuild, or both; nothing where None."""
+        pairs = zip(views, self.choose(views, state), strict=True)
+        return [self.kept(view, units, state) for view, units in pairs]
 
-    def event(
-        self, event: Event, views: list[CacheView], state: Any
-    ) -> list[Retention | None] | Rebuild | None:
-        """The answer to an event; nothing by default."""
-        return None
+    def open(self, view: PassView, state: State) -> Retention | None:
+        """The decision for one layer in the first pass of a chunk."""
+        return self.keep(view, state)
 
-    def _keep(self, view: CacheView, state: Any) -> Retention | None:
-        frames = self.choose(view, state)
-        return None if frames is None else Retention(keep=view.rows_of(frames[:, 0]))
+    def closing(self, view: PassView, state: State) -> Retention | None:
+        """The decision for one layer in the commit pass."""
+        return self.keep(view, state)
+
+    def keep(self, view: CacheView, state: State) -> Retention | None:
+        """The decision for one layer."""
+        return self.kept(view, self.choose([view], state)[0], state)
+
+    def kept(self, view: CacheView, units: Tensor | None, state: State) -> Retention | None:
+        """The retention that keeps units ``[1 or H, 1, U]``."""
+        if units is None:
+            return None
+        return Retention(keep=view.rows_of(units[:, 0]) if self.unit == "frame" else units[:, 0])
+
+
+@dataclass(frozen=True)
+class UnitPart(RetainPart):
+    """Keep some frames, or some single rows, and always the newest chunk.
+
+    Args:
+        granularity: Keep or drop whole ``frame``s, or single ``token``s of any frame.
+        sink: First frames of the video that are never dropped; they count in the budget.
+    """
+
+    granularity: str = "frame"
+    sink: int = 0
+
+    def __post_init__(self) -> None:
+        choice(self, granularity=("frame", "token"))
+        if self.sink < 0:
+            raise ValueError(
+                f"sink={self.sink} of the retain part {self.name!r} is out of range. It must be 0 "
+                "or more."
+            )
+
+    @property
+    def unit(self) -> str:
+        """As set."""
+        return self.granularity
+
+    def smallest(self, chunk: int) -> int:
+        """The sink and the newest chunk."""
+        return self.sink + chunk
+
+    def protected(self, view: CacheView, scores: Tensor) -> Tensor:
+        """The sink and the newest chunk."""
+        frames = self.unit == "frame"
+        ids = view.frame_ids.view(1, 1, -1) if frames else view.frame_id.unsqueeze(1)
+        return (ids < self.sink) | (ids >= newest(view))
+
+
+def newest(view: CacheView) -> int:
+    """First frame of the newest chunk that has become final."""
+    step = view.step
+    return step.final[0] if step.final else step.start - (view.geometry.chunk or view.query_frames)
 
 
 @dataclass(frozen=True)
@@ -168,51 +113,73 @@ class SelectPart(ScoredPart):
 
     Args:
         refresh: Choose in every ``pass``, or once per ``chunk`` (in its first pass, and again where
-            a pass has other frames in flight).
+            a pass has other frames in flight or memory has changed).
     """
 
     kind: ClassVar[str] = "select"
-    refresh: str = "pass"
+    refresh: str = "chunk"
 
     def __post_init__(self) -> None:
         if self.refresh not in ("pass", "chunk"):
             raise ValueError(f"refresh={self.refresh!r} is neither 'pass' nor 'chunk'.")
 
-    def pick(self, view: CacheView, state: Any) -> Selection | None:
-        """The selection of one pass and layer; everything where None."""
-        flight, found = state.get(view.layer, ((), None))
-        if self.refresh == "chunk" and not view.step.opens and flight == view.step.frames:
-            return found
-        frames = self.choose(view, state)
-        found = None if frames is None else Selection(frames=frames)
-        if self.refresh == "chunk":
-            state[view.layer] = (view.step.frames, found)
-        return found
+    def pick(self, view: PassView, state: State) -> Selection | None:
+        """The selection of one layer; everything where None."""
+        units = self.choose([view], state)[0]
+        if units is None:
+            return None
+        if self.unit == "token":
+            return Selection(rows=units)
+        return Selection(frames=units, count=self.count(view))
 
 
 @dataclass(frozen=True)
 class PositionsPart(Part, ABC):
-    """At which rotary time a held row appears."""
+    """At which rotary time a held row appears; queries stay where they are."""
 
     kind: ClassVar[str] = "positions"
     moves: ClassVar[bool] = True
+    depends: ClassVar[bool] = False
+    """Asked once more when it is known what is read."""
 
     @abstractmethod
-    def times(self, view: CacheView, group: Group, state: Any) -> Tensor:
-        """Rotary times ``[1 or h, N]`` of a group's rows; the queries stay where they are."""
+    def lags(self, view: CacheView, state: State, selection: Selection | None = None) -> Tensor:
+        """Frames between each row and the start of the oldest chunk in flight, or the query itself.
+
+        Args:
+            view: Of one layer.
+            state: This part's.
+            selection: What is read, for parts that ``depend`` on it.
+
+        Returns:
+            ``[1 or H, 1, N]`` against the start, or ``[1 or H, Q, N]`` against each query frame;
+            may be fractional.
+        """
         ...
 
 
 @dataclass(frozen=True)
-class PrecisionPart(Part, ABC):
+class PrecisionPart(Part):
     """Which rows get which codec."""
 
     kind: ClassVar[str] = "precision"
+    codes: ClassVar[bool] = True
 
-    @abstractmethod
-    def assign(self, view: CacheView, state: Any) -> list[Recode]:
+    def assign(self, view: CacheView, state: State) -> list[Recode]:
         """Rows of one layer to store with a codec, asked after each retention."""
-        ...
+        return []
+
+    def ends_in(self) -> tuple[str | None, int]:
+        """The codec in which rows end, and after how many frames."""
+        return None, 0
+
+    def row_bytes(self, geometry: Geometry) -> tuple[float, int]:
+        """Bytes of a row and head in the codec it ends in, fields included, and the age for it."""
+        codec, age = self.ends_in()
+        plain = 2.0 * geometry.head_dim * geometry.element_size
+        if codec is not None:
+            plain = 2.0 * CODECS[codec].row_bytes(geometry.head_dim, geometry.element_size)
+        return plain + ROW_BYTES, age
 
 
 @dataclass(frozen=True)
@@ -276,7 +243,7 @@ class CachePolicy:
 
     @property
     def needs(self) -> dict[str, dict[str, Any]]:
-        """Statistics the parts ask for, by name, with their settings.
+        """Tables the parts ask for, by name, with their settings.
 
         Raises:
             ValueError: Two parts want one statistic with different settings.
@@ -340,8 +307,5 @@ class CachePolicy:
                         "less frees none. Give frames, tokens or a share, or put it on `retain`."
                     )
                 least = part.smallest(chunk)
-                amount.check(self.name, least, history, chunk, geometry)
-
-    def start(self) -> PolicyRun:
-        """This policy at work on one sample."""
-        return PolicyRun(self)
+                row = self.precision.row_bytes(geometry)
+                amount.check(self.name, least, history, chunk, geometry, row)

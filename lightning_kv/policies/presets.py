@@ -11,7 +11,8 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from lightning_kv import policies
-from lightning_kv.policies.base import BudgetPart, CachePolicy, Part
+from lightning_kv.policies.base import CachePolicy
+from lightning_kv.policies.part import BudgetPart, Part
 
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},

@@ -7,13 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
-from lightning_kv.policies.amount import Amount
-from lightning_kv.policies.base import BudgetPart
+from lightning_kv.policies.budgets import Amount
+from lightning_kv.policies.part import BudgetPart
 from lightning_kv.policies.tables import HeadTable, check_heads, check_numbers, read_table
 
 
@@ -63,10 +60,6 @@ class Importance(BudgetPart):
         """The most and the least."""
         return Amount.parse(self.amount), Amount.parse(self.least)
 
-    def fewest(self, view: CacheView) -> float:
-        """The least."""
-        return float(round(self.bounds[1].frames(view)))
-
     def check(self, geometry: Geometry, least: int) -> None:
         """The table has the model's shape, and no head gets less than what is protected."""
         check_heads(self.importance, geometry, "importance table")
@@ -78,22 +71,24 @@ class Importance(BudgetPart):
                 f"protected in every head. Give least: {least}f or more."
             )
 
-    def budgets(self, most: float, least: float) -> Tensor:
-        """Frames of every head, int64 ``[L, H]``; half a frame goes to the even neighbour."""
-        return budgets(self.importance, self.gamma, most, least)
-
-    def lengths(self, score: Tensor, view: CacheView) -> Tensor:
-        """The layer's row of :meth:`budgets`."""
+    def allowed(self, view: CacheView) -> tuple[float, ...]:
+        """The layer's row of :func:`budgets`."""
         most, least = (bound.frames(view) for bound in self.bounds)
-        return self.budgets(most, least)[view.layer].unsqueeze(1).to(score.device)
+        return budgets(self.importance, self.gamma, most, least)[view.layer]
 
 
 @lru_cache
-def budgets(importance: HeadTable, gamma: float, most: float, least: float) -> Tensor:
-    """See :meth:`Importance.budgets`; found once, asked in every pass."""
-    values = torch.tensor(importance, dtype=torch.float64)
-    span = values.max() - values.min()
-    if span <= 1e-12:
-        return torch.full(values.shape, round((most + least) / 2))
-    share = (values - values.min()) / span
-    return (least + share**gamma * (most - least)).round().long()
+def budgets(
+    importance: HeadTable, gamma: float, most: float, least: float
+) -> tuple[tuple[float, ...], ...]:
+    """Frames of every head, ``[L][H]``; half a frame goes to the even neighbour."""
+    low, high = (f(map(f, importance)) for f in (min, max))
+    if high - low <= 1e-12:
+        return tuple(tuple(float(round((most + least) / 2)) for _ in row) for row in importance)
+    return tuple(
+        tuple(
+            float(round(least + ((value - low) / (high - low)) ** gamma * (most - least)))
+            for value in row
+        )
+        for row in importance
+    )

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
-from lightning_kv.policies.base import BudgetPart
+from lightning_kv.policies.budgets import Amount
+from lightning_kv.policies.part import BudgetPart
 from lightning_kv.policies.tables import check_heads, check_numbers, read_table
 
 
@@ -39,15 +37,26 @@ class Table(BudgetPart):
             settings = settings | {"shares": read_table(settings["shares"], "shares")}
         return settings
 
-    def fewest(self, view: CacheView) -> float:
-        """The smallest share of the amount."""
-        return float(round(min(map(min, self.shares)) * self.frames(view)))
-
     def check(self, geometry: Geometry, least: int) -> None:
-        """The table has the model's shape."""
-        check_heads(self.shares, geometry, "budget table")
+        """The table has the model's shape, and no head gets less than what is protected.
 
-    def lengths(self, score: Tensor, view: CacheView) -> Tensor:
+        Raises:
+            ValueError: It does not, or one does.
+        """
+        check_heads(self.shares, geometry, "budget table")
+        amount = Amount.parse(self.amount)
+        if amount.unit not in "ft":
+            return
+        frames = amount.value / (geometry.tokens if amount.unit == "t" else 1)
+        share = min(map(min, self.shares))
+        if round(share * frames) < least:
+            raise ValueError(
+                f"The smallest share of a budget table is {share:g} of {self.amount}: "
+                f"{round(share * frames)} frames, but {least} are protected in every head. Give "
+                f"shares of {least / frames:.3g} or more, or a larger amount."
+            )
+
+    def allowed(self, view: CacheView) -> tuple[float, ...]:
         """The layer's row of the table, in frames."""
-        shares = torch.tensor(self.shares[view.layer], device=score.device)
-        return (shares * self.frames(view)).round().long().unsqueeze(1)
+        frames = self.frames(view)
+        return tuple(float(round(share * frames)) for share in self.shares[view.layer])

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from lightning_kv.cache.view import CacheView
-from lightning_kv.policies.base import BudgetPart
+from lightning_kv.policies.part import BudgetPart
 
 
 @dataclass(frozen=True)
@@ -19,11 +15,6 @@ class Uniform(BudgetPart):
 
     name: ClassVar[str] = "uniform"
 
-    def fewest(self, view: CacheView) -> float:
+    def allowed(self, view: CacheView) -> tuple[float, ...]:
         """The amount."""
-        return self.frames(view)
-
-    def lengths(self, score: Tensor, view: CacheView) -> Tensor:
-        """The amount, rounded down to whole frames."""
-        frames = math.floor(self.frames(view))
-        return torch.full((len(score), 1), frames, dtype=torch.int64, device=score.device)
+        return (self.frames(view),)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_kv.cache.rows import Group
+from lightning_kv.cache.decisions import Selection
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import PositionsPart
 
@@ -19,6 +19,6 @@ class Absolute(PositionsPart):
     name: ClassVar[str] = "absolute"
     moves: ClassVar[bool] = False
 
-    def times(self, view: CacheView, group: Group, state: Any) -> Tensor:
-        """The recorded times."""
-        return group.meta["time"]
+    def lags(self, view: CacheView, state: Any, selection: Selection | None = None) -> Tensor:
+        """Those of the recorded times."""
+        return view.step.query_times[0] - view.time.unsqueeze(1)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_kv.cache.rows import Group
+from lightning_kv.cache.decisions import Selection
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import PositionsPart
 from lightning_kv.policies.checks import between, choice
@@ -23,11 +23,10 @@ class Contiguous(PositionsPart):
 
     name: ClassVar[str] = "contiguous"
 
-    def times(self, view: CacheView, group: Group, state: Any) -> Tensor:
-        """Start of the chunk minus the frame's rank, counted from the newest."""
-        rank = view.present.flip(1).cumsum(1).flip(1)[list(group.heads)]  # [h, F], newest is 1
-        index = view.frame_index(group).expand(len(group.heads), -1)
-        return view.step.query_times[0] - rank.gather(1, index).float()
+    def lags(self, view: CacheView, state: Any, selection: Selection | None = None) -> Tensor:
+        """The frame's rank, counted from the newest of its head."""
+        rank = view.present.flip(1).cumsum(1).flip(1)  # [1 or H, F], newest is 1
+        return view.at_rows(rank.unsqueeze(1)).float()
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,13 @@ class SinkLag(PositionsPart):
         between(self, 0, None, "sink", "lag")
         choice(self, to=("start", "end"))
 
-    def times(self, view: CacheView, group: Group, state: Any) -> Tensor:
-        """Recorded times, those of the sink moved up."""
-        time, frame = group.meta["time"], group.meta["frame_id"]
-        mark = view.step.query_times[0] + (view.query_frames if self.to == "end" else 0)
-        moved = torch.maximum(time, mark - self.lag + frame.float())
-        return torch.where(frame < self.sink, moved, time)
+    def lags(self, view: CacheView, state: Any, selection: Selection | None = None) -> Tensor:
+        """Those of the recorded times, the sink's no larger than allowed."""
+        frame, start = view.frame_id, view.step.query_times[0]
+        lag = start - view.time
+        ahead = view.query_frames if self.to == "end" else 0
+        moved = torch.minimum(lag, self.lag - ahead - frame.float())
+        return torch.where(frame < self.sink, moved, lag).unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ class Clamp(PositionsPart):
         if self.lag is not None:
             between(self, 0, None, "lag")
 
-    def times(self, view: CacheView, group: Group, state: Any) -> Tensor:
-        """Recorded times, none before ``start - lag``."""
-        lag = self.lag
-        if lag is None:
-            lag = view.geometry.train_horizon - view.query_frames
-        return group.meta["time"].clamp_min(view.step.query_times[0] - lag)
+    def lags(self, view: CacheView, state: Any, selection: Selection | None = None) -> Tensor:
+        """Those of the recorded times, none larger than allowed."""
+        most = self.lag
+        if most is None:
+            most = view.geometry.train_horizon - view.query_frames
+        return (view.step.query_times[0] - view.time).clamp_max(most).unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ class TemporalCorrection(PositionsPart):
                 "room. Give a window larger than the sink, and a sink of 0 or more."
             )
 
-    def times(self, view: CacheView, group: Group, state: Any) -> Tensor:
-        """Start of the chunk minus the rank, or minus the place in the window for the sink."""
+    def lags(self, view: CacheView, state: Any, selection: Selection | None = None) -> Tensor:
+        """The rank, or the place in the window for the sink."""
         ids = view.frame_ids
         rank = torch.arange(len(ids), 0, -1, device=ids.device).clamp_max(self.window - self.sink)
         lag = torch.where(ids < self.sink, self.window - ids, rank)
         lag = torch.minimum(lag, view.step.start - ids)
-        return view.step.query_times[0] - lag[view.frame_index(group)].float()
+        return view.at_rows(lag.view(1, 1, -1)).float()

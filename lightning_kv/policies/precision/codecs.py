@@ -16,10 +16,7 @@ class AsComputed(PrecisionPart):
     """Rows are stored as the model computed them."""
 
     name: ClassVar[str] = "as-computed"
-
-    def assign(self, view: CacheView, state: Any) -> list[Recode]:
-        """Nothing."""
-        return []
+    codes: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,11 @@ class Aged(PrecisionPart):
 
     def assign(self, view: CacheView, state: Any) -> list[Recode]:
         """All rows older than ``age`` frames."""
-        if not len(view.frame_ids):
+        if not view.frames or view.frames[0] > view.frames[-1] - self.age:
             return []
-        old = view.frame_ids <= int(view.frame_ids[-1]) - self.age
-        return [Recode(self.codec, view.rows_of(old.unsqueeze(0)))] if bool(old.any()) else []
+        old = view.frame_ids <= view.frames[-1] - self.age
+        return [Recode(self.codec, view.rows_of(old.unsqueeze(0)))]
+
+    def ends_in(self) -> tuple[str, int]:
+        """The codec, from the age on."""
+        return self.codec, self.age

@@ -7,14 +7,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_kv.cache.view import CacheView
+from lightning_kv.cache.decisions import Retention
+from lightning_kv.cache.view import CacheView, PassView
+from lightning_kv.policies.base import UnitPart
 from lightning_kv.policies.checks import between
-from lightning_kv.policies.layout import Layout
-from lightning_kv.policies.rowwise import RowScoredPart
+from lightning_kv.policies.statistics import collected_mass, observe_mass
 
 
 @dataclass(frozen=True)
-class HeavyHitters(RowScoredPart):
+class HeavyHitters(UnitPart):
     """Keep what was looked at most so far, and the newest chunk.
 
     H2O, Heavy-Hitter Oracle (arXiv 2306.14048): the softmax mass that a row received from the
@@ -25,17 +26,34 @@ class HeavyHitters(RowScoredPart):
     """
 
     name: ClassVar[str] = "heavy-hitters"
+    columns: ClassVar[dict[str, str]] = {"mass": "sum"}
+    observes: ClassVar[tuple[str, ...]] = ("prefill", "commit")
     queries: int = 520
 
     def __post_init__(self) -> None:
         super().__post_init__()
         between(self, 1, None, "queries")
 
-    @property
-    def needs(self) -> dict[str, dict[str, Any]]:
-        """The mass."""
-        return {"attention_mass": {"sampled": self.queries}}
+    def observe(self, view: PassView, state: Any) -> None:
+        """What this pass looks at."""
+        observe_mass(view, state, self.queries)
 
-    def row_scores(self, view: CacheView, layout: Layout) -> Tensor:
-        """The accumulated mass."""
-        return layout.spread(view, [group.expanded("mass") for group in view.groups])
+    def commit(self, views: list[CacheView], state: Any) -> list[Retention | None]:
+        """The accumulated mass decides; it is written down for the next time."""
+        state["total"] = {v.layer: collected_mass(v, state, "mass") for v in views}
+        return super().commit(views, state)
+
+    def keep(self, view: CacheView, state: Any) -> Retention:
+        """The same for one layer, in the middle of a pass or at an event."""
+        state.setdefault("total", {})[view.layer] = collected_mass(view, state, "mass")
+        return super().keep(view, state)
+
+    def kept(self, view: CacheView, units: Tensor | None, state: Any) -> Retention:
+        """The rows that stay, and the mass of all of them."""
+        own, total = super().kept(view, units, state), state["total"].pop(view.layer)
+        return Retention(write={"mass": total}, keep=own.keep if own else None)
+
+    def scores(self, view: CacheView, state: Any) -> Tensor:
+        """The accumulated mass, of a frame that of all its rows."""
+        mass = state["total"][view.layer].unsqueeze(1)
+        return view.by_frame(mass) if self.unit == "frame" else mass

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from lightning_kv.cache.decisions import Event, PerHead, Rebuild, Retention
+from lightning_kv.cache.decisions import Event, Rebuild, Retention
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import RetainPart
 from lightning_kv.policies.checks import choice
@@ -66,7 +67,8 @@ class Window(RetainPart):
         hold = range(max(self.sink, made - history + len(sink)), made)
         return Rebuild(tuple(reach), hold=tuple(hold), spare=tuple(sink)) if hold else None
 
-    def _newest(self, view: CacheView) -> PerHead:
-        ids = view.frame_ids
-        frames = (ids < self.sink) | (ids == ids.max()) if len(ids) else ids.bool()
-        return view.rows_of(frames.expand(view.heads, -1))
+    def _newest(self, view: CacheView) -> Tensor:
+        """Rows of the sink and of the newest frame of each head, bool ``[1 or H, N]``."""
+        ids, present = view.frame_ids, view.present
+        last = torch.where(present, ids, -1).amax(-1, keepdim=True) if len(ids) else ids
+        return view.rows_of(((ids < self.sink) | (ids == last)) & present)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from lightning_kv.cache.decisions import Selection
 from lightning_kv.cache.passes import Geometry
-from lightning_kv.cache.view import CacheView
+from lightning_kv.cache.view import CacheView, PassView
 from lightning_kv.policies.base import SelectPart
 from lightning_kv.policies.checks import between, choice
-from lightning_kv.policies.scores import (
+from lightning_kv.policies.statistics import (
     diversity,
     earliest,
     pooled_keys,
@@ -55,6 +55,7 @@ class Focused(SelectPart):
     per_query_frame: bool = True
     anchors: int = 3
     start: str | int = "budget"
+    refresh: str = "pass"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,45 +77,52 @@ class Focused(SelectPart):
         if self.groups is not None:
             between(self, 1, geometry.tokens, "groups")
 
-    def pick(self, view: CacheView, state: Any) -> Selection | None:
+    def pick(self, view: PassView, state: Any) -> Selection | None:
         """Everything before the start; the shared flow from there on."""
-        first = {"budget": 0, "paper": WINDOW // view.query_frames - 1}.get(self.start, self.start)
+        chunk = view.geometry.chunk or view.query_frames
+        first = {"budget": 0, "paper": WINDOW // chunk - 1}.get(self.start, self.start)
         return None if view.step.chunk < first else super().pick(view, state)
 
-    def scores(self, view: CacheView, state: Any) -> Tensor:
-        """``[H, Q, F]``; what depends on the history alone is found once per chunk."""
-        self.renew(view, state)
+    def scores(self, view: PassView, state: Any) -> Tensor:
+        """``[H, Q, F]``; what depends on the history alone is found once for it."""
         present, weight = view.present.unsqueeze(1), self.attention_weight
-        total = torch.zeros((), device=view.frame_ids.device)
+        total = torch.zeros(1, 1, 1, device=view.device)
         if weight > 0:
-            total = total + weight * standardised(self._attention(view, state), present)
+            total = total + weight * standardised(self.attention(view, state), present)
         if weight < 1:
-            key = ("diversity", view.layer)
-            if key not in state:
-                state[key] = standardised(diversity(view).unsqueeze(1), present)
-            total = total + (1 - weight) * state[key]
+            total = total + (1 - weight) * self.remembered(
+                "diversity",
+                view,
+                state,
+                lambda own: standardised(diversity(own).unsqueeze(1), present),
+            )
         return total
 
-    def renew(self, view: CacheView, state: Any) -> None:
-        """Forget what was found for another chunk."""
-        if state.get("chunk") != view.step.chunk:
-            state.clear()
-            state["chunk"] = view.step.chunk
-
-    def _attention(self, view: CacheView, state: Any) -> Tensor:
+    def attention(self, view: PassView, state: Any) -> Tensor:
+        """How much the queries look at each frame, ``[H, 1 or Q, F]``."""
         if self.score == "lse":
             return view.frame_logits(self.per_query_frame)
         if self.score == "mass":
-            return view.per_frame(view.attention(self.per_query_frame))
-        key = ("pooled", view.layer)
-        if key not in state:
-            state[key] = pooled_keys(view, self.groups, self.mean_share)
-        keys, each = state[key], self.per_query_frame
+            return view.by_frame(view.attention(self.per_query_frame)[0])
+        keys = self.remembered(
+            "pooled", view, state, lambda own: pooled_keys(own, self.groups, self.mean_share)
+        )
+        each = self.per_query_frame
         view.scored += keys.shape[0] * keys.shape[1] * (view.query_frames if each else 1)
         return pooled_logits(view, keys, self.groups, self.mean_share, each)
+
+    def remembered(
+        self, name: str, view: PassView, state: Any, make: Callable[[PassView], Tensor]
+    ) -> Tensor:
+        """What was made for this memory, and is made anew when it has changed."""
+        stamp, found = state.get((name, view.layer), (None, None))
+        if stamp != view.stamp:
+            found = make(view)
+            state[name, view.layer] = view.stamp, found
+        return found
 
     def protected(self, view: CacheView, scores: Tensor) -> Tensor:
         """The anchor."""
         first = earliest(view.present.unsqueeze(1), self.anchors)
-        best = scores.masked_fill(~first, -torch.inf).argmax(-1)
-        return one_hot(best, scores.shape[-1]).bool() & first
+        best = scores.masked_fill(~first, -torch.inf).argmax(-1, keepdim=True)
+        return (torch.arange(scores.shape[-1], device=best.device) == best) & first

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_kv.cache.decisions import Selection
-from lightning_kv.cache.view import CacheView
+from lightning_kv.cache.host import upload
+from lightning_kv.cache.view import PassView
 from lightning_kv.policies.checks import between
-from lightning_kv.policies.scores import earliest, pooled_flight, pooled_logits, top_frames
+from lightning_kv.policies.scored import top_units
 from lightning_kv.policies.select.focused import Focused
+from lightning_kv.policies.statistics import earliest, pooled_flight, pooled_logits
 
 
 @dataclass(frozen=True)
@@ -45,53 +47,57 @@ class FocusedRolling(Focused):
                     f"selection, which ranks frames in flight too. Use {name}: {only}."
                 )
 
-    def pick(self, view: CacheView, state: Any) -> Selection | None:
+    def pick(self, view: PassView, state: Any) -> Selection | None:
         """One rule for denoising, another for the commit pass."""
-        if self.budget is None or not len(view.frame_ids):
+        denoise = view.step.phase == "denoise"
+        first = self.denoise_start if denoise else self.commit_start
+        if view.step.chunk < first or self.fits(view):
             return None
-        if view.step.phase == "denoise":
-            held = float(view.rows_per_frame.sum(-1).max()) / view.geometry.tokens
-            fits = held <= self.budget.fewest(view)
-            return (
-                None if fits or view.step.chunk < self.denoise_start else self._denoise(view, state)
-            )
-        if view.step.chunk < self.commit_start:
-            return None
-        frames = self.choose(view, state)
+        if denoise:
+            return self._denoise(view, state)
+        frames = self.choose([view], state)[0]
         if frames is None:
             return None
-        flight = view.cell.provisional // view.geometry.tokens
+        flight = view.query_frames
         last = torch.arange(flight, device=frames.device) >= flight - own_frames(view)
-        return Selection(frames=frames, current=last.expand(*frames.shape[:2], flight))
+        return Selection(frames=frames, current=last.view(1, 1, -1))
 
-    def _denoise(self, view: CacheView, state: Any) -> Selection:
-        self.renew(view, state)
-        scores = torch.cat([self._attention(view, state), self._in_flight(view)], -1)
+    def _denoise(self, view: PassView, state: Any) -> Selection:
+        scores = torch.cat([self.attention(view, state), self._in_flight(view)], -1)
         held, flight = view.present.unsqueeze(1), view.query_frames
+        held = held.expand(len(scores), -1, -1)
         past = held.shape[-1]
         anchor = self.protected(view, scores[..., :past])
         middle = held & ~earliest(held, self.anchors)  # the first frames have had their turn
         now = torch.ones_like(scores[..., past:], dtype=torch.bool)
         itself = torch.eye(flight, dtype=torch.bool, device=scores.device).expand_as(now)
-        lengths, first = self.budget.lengths(scores, view), anchor.sum(-1, keepdim=True)
-        need = (lengths.unsqueeze(-1) + own_frames(view) - first - 1).clamp_min(0)
+        lengths, first = self._frames(view), anchor.sum(-1, keepdim=True)
+        need = (lengths + own_frames(view) - first - 1).clamp_min(0)
         from_middle, from_tail = shared(need, middle.sum(-1, keepdim=True), flight - 1)
-        size = (middle | anchor).expand(-1, flight, -1)
-        frames = top_frames(scores[..., :past], (from_middle + first)[..., 0], anchor, size)
-        current = top_frames(scores[..., past:], (from_tail + 1)[..., 0], itself, now)
-        fits = lengths.unsqueeze(-1) >= held.sum(-1, keepdim=True)  # a head that may read all
+        size = (middle | anchor).expand(-1, flight, -1).long()
+        frames = top_units(scores[..., :past], (from_middle + first)[..., 0], anchor, size)
+        current = top_units(scores[..., past:], (from_tail + 1)[..., 0], itself, now.long())
+        fits = lengths >= held.sum(-1, keepdim=True)  # a head that may read all
         return Selection(frames=frames | (fits & held), current=current | fits)
 
-    def _in_flight(self, view: CacheView) -> Tensor:
+    def _frames(self, view: PassView) -> Tensor:
+        """The budget in frames, int64 ``[1 or H, 1, 1]``."""
+        rows = self.rows(view)
+        if rows is None:
+            raise ValueError(
+                f"The budget part {self.budget.name!r} depends on scores, which a focused-rolling "
+                "selection splits between two regions. Use uniform, table or importance."
+            )
+        frames = [own // view.geometry.tokens for own in rows]
+        return upload(frames, view.query, torch.int64).view(-1, 1, 1)
+
+    def _in_flight(self, view: PassView) -> Tensor:
         """Pooled logits of the query frames against the frames in flight, ``[H, Q, Q]``."""
-        fresh = torch.empty_like(view.query)
-        for group, keys in zip(view.groups, view.read_keys, strict=True):
-            fresh[list(group.heads)] = keys[:, len(group) :]
-        key = pooled_flight(view, fresh, self.groups, self.mean_share)
+        key = pooled_flight(view, view.own_keys(), self.groups, self.mean_share)
         return pooled_logits(view, key, self.groups, self.mean_share, True)
 
 
-def own_frames(view: CacheView) -> int:
+def own_frames(view: PassView) -> int:
     """Frames of the chunk that becomes final next; the paper counts them in its budgets."""
     step = view.step
     return len(step.final) or step.next_chunk or view.query_frames

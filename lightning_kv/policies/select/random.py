@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_kv.cache.host import upload
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import SelectPart
 
@@ -26,13 +27,13 @@ class Random(SelectPart):
     def scores(self, view: CacheView, state: Any) -> Tensor:
         """One uniform number per frame."""
         rng = random.Random(f"{view.seed} {view.step.chunk}")  # all of a text counts as its seed
-        draw = torch.tensor([rng.random() for _ in range(int(view.frame_ids.max()) + 1)])
-        ids = view.frame_ids
-        return draw.to(ids.device)[ids].expand(view.heads, 1, -1)
+        draw = [rng.random() for _ in range(max(view.frames) + 1)]
+        own = upload([draw[frame] for frame in view.frames], view.frame_ids, torch.float32)
+        return own.view(1, 1, -1)
 
     def protected(self, view: CacheView, scores: Tensor) -> Tensor:
         """The chunk before this one."""
-        first = view.step.start - len(view.step.frames)
+        first = view.step.start - (view.geometry.chunk or view.query_frames)
         return (view.frame_ids >= first).view(1, 1, -1)
 
     def smallest(self, chunk: int) -> int:

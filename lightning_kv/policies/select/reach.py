@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lightning_kv.cache.decisions import Selection
-from lightning_kv.cache.view import CacheView
+from lightning_kv.cache.view import PassView
 from lightning_kv.policies.base import SelectPart
 from lightning_kv.policies.checks import between
 
@@ -27,6 +27,7 @@ class Reach(SelectPart):
     name: ClassVar[str] = "reach"
     reach: int = 21
     sink: int = 3
+    refresh: str = "pass"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,12 +39,9 @@ class Reach(SelectPart):
                 "Its reach is its budget, and it chooses in every pass: leave both out."
             )
 
-    def pick(self, view: CacheView, state: Any) -> Selection | None:
+    def pick(self, view: PassView, state: Any) -> Selection | None:
         """Frames by their age; everything where the history is short."""
-        ids = view.frame_ids
         sink = self.sink if view.step.phase == "denoise" else 0
         room = max(0, self.reach - view.query_frames - sink)
-        read = (ids >= view.step.start - room) | (ids < sink)
-        if bool(read.all()):
-            return None
-        return Selection(frames=read.expand(view.heads, 1, -1))
+        read = tuple(f for f in view.frames if f >= view.step.start - room or f < sink)
+        return None if len(read) == len(view.frames) else Selection(frames=read)

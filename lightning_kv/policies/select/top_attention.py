@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_kv.cache.view import CacheView
+from lightning_kv.cache.view import PassView
 from lightning_kv.policies.base import SelectPart
 
 
@@ -25,7 +25,8 @@ class TopAttention(SelectPart):
 
     name: ClassVar[str] = "top-attention"
     per_query_frame: bool = False
+    refresh: str = "pass"
 
-    def scores(self, view: CacheView, state: Any) -> Tensor:
+    def scores(self, view: PassView, state: Any) -> Tensor:
         """Softmax mass of each frame."""
-        return view.per_frame(view.attention(self.per_query_frame))
+        return view.by_frame(view.attention(self.per_query_frame)[0])

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_kv.cache.rotary import rotate
+from lightning_kv.cache.rotary import wide
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.layout import Layout
-from lightning_kv.policies.proxies import FutureQueries
-from lightning_kv.policies.scores import wide
+from lightning_kv.policies.retain.future.proxies import FutureQueries
 
 METRICS = ("content", "future", "cosine")
 
@@ -30,36 +29,31 @@ def features(
         layout: Of the view.
     """
     if metric == "future":
-        keys = layout.spread(view, [wide(k) for k in ahead.read_keys])
+        keys = layout.spread(wide(ahead.keys("read")))
         return unit_power(torch.einsum("hftd,hde->hfte", keys, root(asked)), layout)
-    keys = layout.spread(view, raw_keys(view))
+    keys = layout.spread(raw_keys(view))
     if metric == "cosine":
         return torch.nn.functional.normalize(keys, dim=-1)
-    values = layout.spread(view, [wide(group.payload("v")) for group in view.groups])
+    values = layout.spread(wide(view.values()))
     both = [unit_power(x, layout) for x in (keys, values)]
     return torch.cat(both, dim=-1) / 2**0.5
 
 
-def raw_keys(view: CacheView) -> list[Tensor]:
-    """Held keys before rotation, per group ``[h, N, D]``."""
-    found = []
-    for group in view.groups:
-        keys = wide(group.payload("k"))
-        if view.cell.rotated:
-            keys = rotate(keys, -view.cell.angles(group.meta["time"], group.meta["place"]))
-        found.append(keys)
-    return found
+def raw_keys(view: CacheView) -> Tensor:
+    """Held keys before rotation, ``[H, N, D]``, in float32 or wider."""
+    return wide(view.keys("raw"))
 
 
 def root(asked: FutureQueries) -> Tensor:
-    """Symmetric root ``[H, D, D]`` of the second moment of the queries to come."""
+    """A root ``[H, D, D]`` of the second moment of the queries to come."""
     query = asked.query.double()
     moment = query.transpose(1, 2) @ query / query.shape[1]
     if asked.variance is not None:
         moment = moment + torch.diag_embed(asked.variance.double().repeat_interleave(2, -1) / 2)
-    value, vector = torch.linalg.eigh(moment)
-    turned = vector * value.clamp_min(0).sqrt().unsqueeze(1)
-    return (turned @ vector.transpose(1, 2)).to(asked.query.dtype)
+    size = moment.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30).view(-1, 1, 1)
+    moment = moment + 1e-10 * size * torch.eye(moment.shape[1], device=moment.device)
+    found, _ = torch.linalg.cholesky_ex(moment, check_errors=False)  # any root gives the distances
+    return found.to(asked.query.dtype)
 
 
 def unit_power(x: Tensor, layout: Layout) -> Tensor:
@@ -85,11 +79,11 @@ def nearest_newer(
         match in the flattened frames and places, int64 ``[H, F, T]``.
     """
     heads, frames, tokens, _ = x.shape
-    there, power = layout.there, x.square().sum(-1)
+    there, power = layout.there.expand(heads, -1, -1), x.square().sum(-1)
     younger = torch.ones(frames, frames, device=x.device).triu(1).bool().view(1, frames, frames, 1)
     place = torch.arange(tokens, device=x.device)
     best = x.new_full((heads, frames, tokens), torch.inf)
-    match = torch.zeros_like(layout.row)
+    match = torch.zeros_like(best, dtype=torch.int64)
     for dy in range(-radius, radius + 1):
         for dx in range(-radius, radius + 1):
             row, column = place // grid[1] + dy, place % grid[1] + dx
@@ -111,7 +105,7 @@ def frame_distances(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     Returns:
         ``[H, F]`` (infinite where there is none) and its index, int64 ``[H, F]``.
     """
-    frames, shared = x.shape[1], layout.there.to(x)
+    frames, shared = x.shape[1], layout.there.to(x).expand(len(x), -1, -1)
     flat, power = x.flatten(2), x.square().sum(-1)
     count = shared @ shared.transpose(1, 2)
     one = power @ shared.transpose(1, 2)

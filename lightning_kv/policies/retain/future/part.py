@@ -9,17 +9,23 @@ import torch
 from torch import Tensor
 
 from lightning_kv.cache.decisions import Retention
+from lightning_kv.cache.host import upload
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.checks import between, choice
-from lightning_kv.policies.foreseen import ForeseenPart
-from lightning_kv.policies.foresight import Foresight
-from lightning_kv.policies.merging import ALIGNS, MERGES, merged, row_pairs
-from lightning_kv.policies.redundancy import METRICS
+from lightning_kv.policies.layout import Layout
+from lightning_kv.policies.retain.future.expected import Expected, ExpectedPart
+from lightning_kv.policies.retain.future.merging import ALIGNS, MERGES, merged, row_pairs
+from lightning_kv.policies.retain.future.redundancy import (
+    METRICS,
+    features,
+    frame_distances,
+    nearest_newer,
+)
 
 
 @dataclass(frozen=True)
-class Future(ForeseenPart):
+class Future(ExpectedPart):
     """Keep what the queries to come will ask for, once.
 
     Future Forcing (arXiv 2605.30083). Its equations are not public; this is a reconstruction whose
@@ -40,6 +46,9 @@ class Future(ForeseenPart):
         align: Merge keys ``raw`` (before rotation, at the time of the younger) or ``relative``
             (after rotation, each at its own time).
         most: Rows that may go into one at a time.
+        limit: Largest move of a key onto the hyperplane, as a share of its length; None for none.
+            A tenth cuts about half of all moves short, so that the merged row then draws less than
+            the mass of both; how many is counted in the state, under ``clipped``.
     """
 
     name: ClassVar[str] = "future"
@@ -49,12 +58,13 @@ class Future(ForeseenPart):
     merge: str = "drop"
     align: str = "raw"
     most: int = 4
+    limit: float | None = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choice(self, merge=MERGES, align=ALIGNS, redundancy=(*METRICS, None))
         between(self, 1, None, "most")
-        between(self, 0, None, "similar", "neighbourhood")
+        between(self, 0, None, "similar", "neighbourhood", *(["limit"] if self.limit else []))
         if self.neighbourhood and self.granularity == "frame":
             raise ValueError(
                 f"neighbourhood={self.neighbourhood} is about tokens, but whole frames are kept. "
@@ -64,6 +74,11 @@ class Future(ForeseenPart):
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
         """The bank lies within the history, the neighbourhood within the frame."""
         super().check(geometry, chunk, frames)
+        if getattr(self.budget, "over", "layer") == "model":
+            raise ValueError(
+                f"The budget part {self.budget.name!r} shares over: model, but the retain part "
+                f"{self.name!r} decides layer by layer. Use over: layer."
+            )
         if self.neighbourhood >= max(geometry.grid):
             raise ValueError(
                 f"neighbourhood={self.neighbourhood} is larger than the frame of "
@@ -81,27 +96,61 @@ class Future(ForeseenPart):
                 f"Use bias: {wanted or 'none'}, or merge: drop."
             )
 
-    def _keep(self, view: CacheView, state: Any) -> Retention | None:
+    def commit(self, views: list[CacheView], state: Any) -> list[Retention | None]:
+        """Layer by layer: what the queries to come say of one takes a buffer of its size."""
+        return [self.keep(view, state) for view in views]
+
+    def keep(self, view: CacheView, state: Any) -> Retention | None:
+        """The retention of one layer."""
         if self.fits(view):
             return None
-        seen = self.foresee(view)
-        layout, there = seen.layout, self.units(seen.layout.there)
+        seen, layout = self.expected(view, state), Layout.of(view)
+        there = self.sizes(view)[:, 0] > 0
         before = scores = self.unit_scores(seen, there)
+        there = there.expand_as(scores)
         gone, match = torch.zeros_like(there), None
         if self.redundancy is not None:
-            gone, match = self._alike(seen, there, self.lengths(scores, view))
+            gone, match = self._alike(seen, layout, there, state, scores)
             scores = self.unit_scores(seen, there & ~gone)
-        kept = self.best(scores, there & ~gone, view, layout)
-        rows = layout.rows(self.rows(kept, layout))
+        scores = self.scored(view, scores.masked_fill(gone, -torch.inf).unsqueeze(1))
+        kept = self.best([view], [scores], state)[0][:, 0] & ~gone
+        rows = view.rows_of(kept) if self.unit == "frame" else kept
         if self.merge == "drop" or match is None:
             return Retention(keep=rows)
         pairs = row_pairs(layout, gone, match, kept, before, self.most)
-        return merged(view, seen.ahead, seen.asked, rows, pairs, self.merge, self.align)
+        seen = (view, seen.ahead, seen.asked)
+        return merged(*seen, rows, pairs, self.merge, self.align, self.limit, state)
 
-    def _alike(self, seen: Foresight, there: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def _alike(
+        self, seen: Expected, layout: Layout, there: Tensor, state: Any, scores: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Units that are too many and have a younger one alike, ``[H, U]``, and which that is."""
-        frames = self.granularity == "frame"
-        distance, match = seen.alike(self.redundancy, frames, self.neighbourhood)
-        spare = there & ~self.guarded(seen.view, seen.layout) & (distance < self.similar)
+        view, frames = seen.view, self.unit == "frame"
+        points = features(self.redundancy, view, seen.ahead, seen.asked, layout)
+        places = (2 * self.neighbourhood + 1) ** 2
+        view.scored += sum(view.lengths) * len(view.frames) * places
+        if frames:
+            distance, match = frame_distances(points, layout)
+        else:
+            grid = view.geometry.grid
+            distance, match = nearest_newer(points, layout, grid, self.neighbourhood)
+            row = layout.row.expand(len(match), -1, -1).flatten(1)
+            match = row.gather(1, match.flatten(1)).clamp_min(0).unflatten(1, distance.shape[1:])
+            distance = layout.at_rows(view, distance).masked_fill(layout.extra, torch.inf)
+            match = layout.at_rows(view, match)
+        guard = self.protected(view, scores.unsqueeze(1))[:, 0]
+        spare = there & ~guard & (distance < self.similar)
         rank = distance.masked_fill(~spare, torch.inf).argsort(dim=-1, stable=True).argsort(dim=-1)
-        return spare & (rank < there.sum(-1, keepdim=True) - lengths), match
+        rows = self.rows(view)
+        if rows is None:
+            lengths = self.budget.lengths(
+                [view],
+                [scores.unsqueeze(1)],
+                [self.sizes(view)],
+                [guard.unsqueeze(1)],
+                state.get("budget", {}),
+            )[0]
+        else:
+            lengths = upload(rows, view.frame_ids, torch.int64).unsqueeze(1)
+        most = lengths.div(view.geometry.tokens if frames else 1, rounding_mode="floor")
+        return spare & (rank < there.sum(-1, keepdim=True) - most), match

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_kv.cache.needs import Bank, Moments
-from lightning_kv.cache.rotary import rotate
+from lightning_kv.cache.host import upload
+from lightning_kv.cache.rotary import rotate, wide
 from lightning_kv.cache.view import CacheView
-from lightning_kv.policies.scores import wide
+from lightning_kv.policies.statistics import Bank, Moments
 
 PROXIES = ("mean", "cells", "bank")
 
@@ -51,28 +51,27 @@ def future_queries(
         column = (collected.place % columns).double()
     else:
         base, variance = collected.mean, collected.variance
-        row, column = cell_centres(collected.cell, (rows, columns))
-    times = start + torch.arange(steps, dtype=torch.float64) * horizon / steps
-    angles = ahead.geometry.rotary.angles(
-        times.to(row.device).unsqueeze(1), row.to(base.device), column.to(base.device)
-    )
-    turned = rotate(base.unsqueeze(1), angles)  # [H, times, R, D]
+        row, column = cell_centres(collected.cell, (rows, columns), base.shape[1])
+    times = [start + i * horizon / steps for i in range(steps)]
+    times = upload(times, base, torch.float64).unsqueeze(1)
+    angles = ahead.geometry.rotary.angles(times, row, column)
+    turned = rotate(base.unsqueeze(1), angles, ahead.geometry.rotary.work)  # [H, times, R, D]
     return FutureQueries(turned.flatten(1, 2), variance)
 
 
-def cell_centres(cell: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def cell_centres(cell: Tensor, grid: tuple[int, int], cells: int) -> tuple[Tensor, Tensor]:
     """Mean row and column of each cell, float64 ``[G]``, given the cell of every place."""
     place = torch.arange(len(cell), device=cell.device)
-    count = cell.bincount().double()
+    member = (cell.unsqueeze(1) == torch.arange(cells, device=cell.device)).double()
     row = place.div(grid[1], rounding_mode="floor").double()
     column = (place % grid[1]).double()
-    return tuple(x.new_zeros(len(count)).index_add(0, cell, x) / count for x in (row, column))
+    return tuple(x @ member / member.sum(0) for x in (row, column))
 
 
 def expected_mass(
     view: CacheView, ahead: CacheView, asked: FutureQueries, variance: bool
-) -> list[Tensor]:
-    """Softmax mass of every row under every query to come, per group ``[h, J, N]``.
+) -> Tensor:
+    """Softmax mass of every row under every query to come, ``[H, J, N]``.
 
     Counts every held key once for every query.
 
@@ -83,15 +82,16 @@ def expected_mass(
         variance: Add half the variance of the logit, so that a mean query counts for the Gaussian
             around it: ``sum_f variance_f |k_f|^2 / (4 D)`` over complex pairs f.
     """
-    found = []
-    for group, keys in zip(ahead.groups, ahead.read_keys, strict=True):
-        heads = list(group.heads)
-        logits = view.logits(group, asked.query[heads], wide(keys))
-        if variance:
-            logits = logits + log_mean_exp(asked.variance[heads], keys).unsqueeze(1)
-        view.scored += len(heads) * logits.shape[1] * len(group)
-        found.append(logits.softmax(-1))
-    return found
+    keys = wide(ahead.keys("read"))
+    logits = asked.query @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5
+    if view.log_weight:
+        logits = logits + view.weight.clamp_min(1e-30).log().unsqueeze(1)
+    if variance:
+        logits = logits + log_mean_exp(asked.variance, keys).unsqueeze(1)
+    if view.ragged:
+        logits = logits.masked_fill(~view.valid.unsqueeze(1), -torch.inf)
+    view.scored += sum(view.lengths) * logits.shape[1]
+    return logits.softmax(-1)
 
 
 def log_mean_exp(variance: Tensor, keys: Tensor) -> Tensor:

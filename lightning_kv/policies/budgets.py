@@ -86,20 +86,45 @@ class Amount:
             step = view.step
             history = step.start + (len(step.final) if view.query is None else 0)
             return float(max(1, math.floor(self.value * history)))
-        own = view.statistics_bytes * view.geometry.layers
         flight = max(view.geometry.flight, len(view.step.frames))
-        return self._of_bytes(view.geometry, flight, own, len(view.cell.columns))
+        numbers = 4 * len(view.columns)
+        row, age = view.old_row_bytes or (None, 0)
+        return self._of_bytes(view.geometry, flight, view.fixed_bytes, numbers, row, age)
 
     def _of_bytes(
-        self, geometry: Geometry, flight: int, statistics: int = 0, columns: int = 0
+        self,
+        geometry: Geometry,
+        flight: int,
+        fixed: int = 0,
+        numbers: int = 0,
+        row: float | None = None,
+        age: int = 0,
     ) -> float:
-        """History frames that fit beside what is in flight and the policy's statistics."""
-        numbers = 4 * columns * geometry.tokens * geometry.heads * geometry.layers
-        frame = geometry.frame_bytes + numbers
-        return float(math.floor((self.value / geometry.branches - statistics) / frame) - flight)
+        """History frames that fit beside what is in flight.
+
+        Args:
+            geometry: Sizes of the model.
+            flight: Frames in flight; they are stored as computed.
+            fixed: Bytes of state, modules and archive.
+            numbers: Bytes of the columns of one row.
+            row: Bytes of a row and head in the codec it ends in; as computed where None.
+            age: Frames of history that are still stored as computed.
+        """
+        streams = geometry.tokens * geometry.heads * geometry.layers
+        plain = geometry.frame_bytes + numbers * streams
+        old = plain if row is None else (row + numbers) * streams
+        left = self.value / geometry.branches - fixed - flight * plain
+        young = min(max(left / plain, 0), age)
+        return float(math.floor(young + max(0.0, left - young * plain) / old)) if left > 0 else 0.0
 
     def check(
-        self, policy: str, smallest: int, history: int, chunk: int, geometry: Geometry
+        self,
+        policy: str,
+        smallest: int,
+        history: int,
+        chunk: int,
+        geometry: Geometry,
+        row: tuple[float, int] = (0.0, 0),
     ) -> None:
         """Refuse an amount that no rollout of this length could use.
 
@@ -109,6 +134,7 @@ class Amount:
             history: Longest history of the rollout, in frames.
             chunk: Frames per chunk.
             geometry: Sizes of the model.
+            row: Bytes of a row in the codec it ends in (0: as computed), and the age for it.
 
         Raises:
             ValueError: Below ``smallest``; or frames or tokens above ``history``.
@@ -117,7 +143,9 @@ class Amount:
             "f": self.value,
             "t": self.value / geometry.tokens,
             "share": math.floor(self.value * history),
-            "B": self._of_bytes(geometry, max(geometry.flight, chunk)),
+            "B": self._of_bytes(
+                geometry, max(geometry.flight, chunk), row=row[0] or None, age=row[1]
+            ),
         }[self.unit]
         if frames < smallest or (self.unit in "ft" and frames > history):
             least = (smallest + chunk) * geometry.frame_bytes

@@ -1,0 +1,85 @@
+"""More for the heads whose scores are spread over more frames."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_kv.cache.view import CacheView
+from lightning_kv.policies.checks import between, choice
+from lightning_kv.policies.part import BudgetPart
+
+
+@dataclass(frozen=True)
+class Adaptive(BudgetPart):
+    """Heads share one amount: what scores best over all of them is kept.
+
+    Ada-KV (arXiv 2407.11550): the scores of the heads of a layer are ranked together, after each
+    head has been given a safe share of its own best. Scores must be comparable between heads, as
+    softmax mass is.
+
+    Args:
+        amount: Mean over the heads.
+        safe: Share of the amount that every head gets, at least what is protected.
+        over: Heads of one ``layer``, or of the whole ``model`` (at a commit).
+    """
+
+    name: ClassVar[str] = "adaptive"
+    safe: float = 0.2
+    over: str = "layer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between(self, 0, 1, "safe")
+        choice(self, over=("layer", "model"))
+
+    def lengths(
+        self,
+        views: Sequence[CacheView],
+        scores: Sequence[Tensor],
+        sizes: Sequence[Tensor],
+        protected: Sequence[Tensor],
+        state: dict[Any, Any],
+    ) -> list[Tensor]:
+        """Rows of each head: its own among the best of all."""
+        parts = list(zip(views, scores, sizes, protected, strict=True))
+        if self.over == "layer":
+            return [self._shared([v], [s], [z], [p])[0] for v, s, z, p in parts]
+        most, padded = max(x.shape[2] for x in scores), []
+        for view, *own in parts:  # layers may hold other numbers of units; a blank has no rows
+            wide = [x.expand(view.heads, own[0].shape[1], own[0].shape[2]) for x in own]
+            padded.append([torch.nn.functional.pad(x, (0, most - x.shape[2])) for x in wide])
+        return self._shared(views, *map(list, zip(*padded, strict=True)))
+
+    def _shared(
+        self,
+        views: Sequence[CacheView],
+        scores: Sequence[Tensor],
+        sizes: Sequence[Tensor],
+        protected: Sequence[Tensor],
+    ) -> list[Tensor]:
+        view, heads = views[0], views[0].heads
+        amount = math.floor(self.frames(view) * view.geometry.tokens)
+        queries = scores[0].shape[1]
+        shape = (heads, queries, scores[0].shape[2])
+        score, size, guard = (
+            torch.cat([x.expand(shape) for x in each]) for each in (scores, sizes, protected)
+        )
+        key = score.double().masked_fill(guard, torch.inf).masked_fill(size == 0, -torch.inf)
+        order = key.argsort(dim=-1, descending=True, stable=True)
+        before = size.gather(-1, order).cumsum(-1)
+        own = torch.zeros_like(size).scatter(-1, order, before) <= round(self.safe * amount)
+        first = (own | guard) & (size > 0)
+        key = key.masked_fill(first, torch.inf).transpose(0, 1).flatten(1)  # [Q, heads x U]
+        flat = size.transpose(0, 1).flatten(1)
+        order = key.argsort(dim=-1, descending=True, stable=True)
+        taken = flat.gather(-1, order).cumsum(-1) <= amount * len(score)
+        chosen = torch.zeros_like(taken).scatter(-1, order, taken)
+        chosen = chosen.unflatten(1, (len(score), -1)).transpose(0, 1) | first
+        rows = (chosen * size).sum(-1)
+        return list(rows.split(heads))

@@ -1,0 +1,116 @@
+"""What all parts of a policy have in common, and what a budget says."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lightning_kv.cache.decisions import Event
+from lightning_kv.cache.passes import Geometry
+from lightning_kv.cache.view import CacheView, PassView
+from lightning_kv.policies.budgets import Amount
+
+KINDS = ("retain", "select", "budget", "positions", "precision")
+State = dict[Any, Any]
+
+
+class Part:
+    """One answer. Parts are frozen dataclasses: their ``repr`` is their configuration.
+
+    A part keeps nothing between calls; what it must remember lies in the dictionary that
+    :meth:`fresh` makes, for each rollout, sample and deciding branch, shared by all layers. Its
+    tensors and modules count as cache bytes.
+
+    A part may also have ``on_prediction(step, timestep, x0, state)`` and ``on_final(x0, state)``,
+    which are shown the clean estimates ``[F, C, h, w]`` of a pass and the latents that stay.
+    """
+
+    kind: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    columns: ClassVar[dict[str, str]] = {}
+    """Numbers kept for every row, with what becomes of them in a sum: sum, mean, max or keep."""
+    observes: ClassVar[tuple[str, ...]] = ()
+    """Passes shown to :meth:`observe`: prefill, denoise, commit, rebuild."""
+    registry: ClassVar[dict[str, dict[str, type[Part]]]] = {kind: {} for kind in KINDS}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "name" in cls.__dict__:
+            Part.registry[cls.kind][cls.name] = cls
+
+    @property
+    def needs(self) -> dict[str, dict[str, Any]]:
+        """Tables that the caller must bring for this part (``view.tables``), with settings."""
+        return {}
+
+    @classmethod
+    def prepared(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings as people write them, made into those of the dataclass (files are read)."""
+        return settings
+
+    def fresh(self) -> State:
+        """State of one sample in one rollout."""
+        return {}
+
+    def observe(self, view: PassView, state: State) -> None:
+        """Look at a pass of one layer, once it has attended."""
+        return
+
+    def event(self, event: Event, views: list[CacheView], state: State) -> Any:
+        """Something happens between two chunks; only the retain part's answer counts."""
+        return None
+
+
+@dataclass(frozen=True)
+class BudgetPart(Part, ABC):
+    """How many frames each head may keep or read.
+
+    Args:
+        amount: History frames, the protected ones included: ``9f``, ``9360t`` (tokens), ``0.25``
+            (of the history the reference holds), ``2GiB`` (whole cache of one clip).
+    """
+
+    kind: ClassVar[str] = "budget"
+    amount: str = "9f"
+
+    def __post_init__(self) -> None:
+        Amount.parse(self.amount)
+
+    def frames(self, view: CacheView) -> float:
+        """The amount in frames per head, in this pass."""
+        return Amount.parse(self.amount).frames(view)
+
+    def check(self, geometry: Geometry, least: int) -> None:
+        """Refuse a budget of another model, or below ``least`` frames for some head.
+
+        Raises:
+            ValueError: Says which head gets too few.
+        """
+        return
+
+    def allowed(self, view: CacheView) -> tuple[float, ...] | None:
+        """Frames of each head (one number: of all), where they do not depend on scores."""
+        return None
+
+    def lengths(
+        self,
+        views: Sequence[CacheView],
+        scores: Sequence[Tensor],
+        sizes: Sequence[Tensor],
+        protected: Sequence[Tensor],
+        state: State,
+    ) -> list[Tensor]:
+        """Rows of each stream, where they depend on scores, int64 ``[1 or H, 1 or Q]`` per view.
+
+        Args:
+            views: Of all layers at a commit, of one layer in a pass.
+            scores: ``[1 or H, 1 or Q, U]`` of each.
+            sizes: Rows of each unit, int64, alike; 0 where a head has none.
+            protected: bool, alike: units that stay whatever their score.
+            state: This part's.
+        """
+        raise NotImplementedError(f"{self.name} says neither `allowed` nor `lengths`")
