@@ -33,7 +33,7 @@ def parts() -> list[dict[str, Any]]:
     """Every part, by kind: what free combinations are made of."""
     import dataclasses
 
-    from lightning_kv.policies.base import Part
+    from lightning_kv.policies.part import Part
     from lightning_kv.policies.presets import discover
 
     discover()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_kv.cache.decisions import Event, Rebuild
-from lightning_kv.cache.passes import LEADER, Pass
-from lightning_kv.cache.rows import RowSet
+from lightning_kv.cache.host import send, upload
+from lightning_kv.cache.passes import CONDITIONAL, Pass
 from lightning_kv.cache.session import CacheSession, Cost, Watch
 from lightning_kv.models.samplers import (
     ChunkPlan,
@@ -50,7 +50,8 @@ class Rollout:
     session: Any = field(repr=False)
 
 
-@torch.inference_mode()
+@torch.inference_mode(False)
+@torch.no_grad()
 def rollout(
     model: VideoModel,
     policy: CachePolicy,
@@ -71,6 +72,8 @@ def rollout(
     decode: bool = True,
     watch: Watch | None = None,
     progress: Callable[[int, CacheSession], None] | None = None,
+    inputs: dict[str, Any] | None = None,
+    buffers: Literal["remake", "keep"] = "remake",
 ) -> Rollout:
     """Generate a clip per prompt under a cache policy.
 
@@ -91,10 +94,13 @@ def rollout(
         noise: Another source of noise than (seed, key, chunk, step).
         sampler: Another sampler than the one the checkpoint was made for.
         session: Another session than a fresh one for ``policy`` (calibration, tests).
-        tables: Values for needs that the session does not collect.
+        tables: Values for the needs that parts declare, by name.
         decode: Also give pixels.
         watch: Told of every pass of every layer, such as a :class:`lightning_kv.cache.trace.Trace`.
         progress: Called after every chunk with its index and the session.
+        inputs: Side inputs by frame, by name (such as a camera's pose); parts find them in
+            ``view.inputs``.
+        buffers: See :class:`~lightning_kv.cache.session.CacheSession`.
 
     Raises:
         ValueError: Frames, latent size, context, events, budget or prompts that do not fit
@@ -121,14 +127,25 @@ def rollout(
     _check_events(events, plan)
     if session is None:
         seeds = [stable_seed(seed, key) for key in keys]
-        session = CacheSession(geometry, policy.start, seeds, backend, plan.context, tables, watch)
+        session = CacheSession(
+            geometry,
+            policy,
+            seeds,
+            backend,
+            plan.context,
+            tables,
+            watch,
+            keys=keys,
+            inputs=inputs,
+            buffers=buffers,
+        )
     like = next(model.network.parameters())
     latents = like.new_empty(len(prompts), frames, *shape)
     run = _Run(model, session, prompts, negative, latents)
     source = noise or keyed_noise(seed, keys, plan, shape)
     given = None if context is None else context.to(like)
     sample = sampler or sampler_of(config)
-    steps = sample(plan, config.timesteps, lambda c, s: source(c, s).to(like), given)
+    steps = sample(plan, config.timesteps, lambda c, s: send(source(c, s), like), given)
     seconds = run.all(steps, events, progress)
     pixels = model.codec.decode(run.latents.float()) if decode else None
     return Rollout(run.latents, pixels, session.costs, seconds, run.rebuilds, session)
@@ -147,7 +164,7 @@ class _Run:
     ):
         self.model, self.session, self.latents = model, session, latents
         self.batch, self.negative, self.rebuilds = len(prompts), negative, 0
-        self.texts = {LEADER: self._prepare(prompts)}
+        self.texts = {CONDITIONAL: self._prepare(prompts)}
 
     def all(
         self,
@@ -173,18 +190,27 @@ class _Run:
             except StopIteration:
                 close(last)
                 return seconds
-            if step.opens and step.namespace == LEADER:
+            if step.opens and step.namespace == CONDITIONAL:
                 if last is not None:
                     close(last)
                 began = time.perf_counter()
             while coming and coming[0].frame <= step.frames[-1]:
                 self._event(coming.pop(0), step)
             estimate = self._forward(step, x)
+            if step.phase == "denoise":
+                self.session.on_prediction(step, step.timesteps[0], estimate)
             if step.final:
-                self.latents[:, list(step.final)] = x[:, [step.frames.index(f) for f in step.final]]
+                self._keep(step, x if step.clean else estimate.to(x.dtype))
             for sample, answer in self.session.finish(step):
                 self._rebuild(sample, answer, step, self.texts[step.namespace])
             last = step
+
+    def _keep(self, step: Pass, x: Tensor) -> None:
+        """Latents of the frames that have become final."""
+        low, count = step.frames.index(step.final[0]), len(step.final)
+        x = x[:, low : low + count]
+        self.latents[:, step.final[0] : step.final[0] + count] = x
+        self.session.on_final(step, x)
 
     def _prepare(self, prompts: list[str]) -> Context:
         return self.model.network.prepare(self.model.encoder(prompts))
@@ -197,14 +223,14 @@ class _Run:
         if step.namespace not in self.texts:
             self.texts[step.namespace] = self._prepare([self.negative] * self.batch)
         network = self.model.network
-        level = torch.tensor(step.timesteps, device=x.device).expand(len(x), -1)
+        level = upload(step.timesteps, x, torch.float32).expand(len(x), -1)
         text = text or self.texts[step.namespace]
         return network.x0(network(x, level, text, self.session, step), x, level)
 
     def _event(self, event: Event, step: Pass) -> None:
         old = dict(self.texts)
         if event.kind == "prompt_switch":
-            self.texts[LEADER] = self._prepare([event.prompt] * self.batch)
+            self.texts[CONDITIONAL] = self._prepare([event.prompt] * self.batch)
         for namespace, sample, answer in self.session.event(event, step):
             texts = self.texts if answer.prompt == "new" else old
             self._rebuild(sample, answer, replace(step, namespace=namespace), texts[namespace])
@@ -213,7 +239,7 @@ class _Run:
         """Forget one sample's rows and encode past latents again, chunk by chunk, at t = 0."""
         times = _rebuild_times(answer, step)
         own = [(k[sample : sample + 1], v[sample : sample + 1]) for k, v in text]
-        aside: list[RowSet] = self.session.clear(sample, step.namespace, answer.spare)
+        aside = self.session.clear(sample, step.namespace, answer.spare)
         chunk = self.model.network.config.chunk
         for low in range(0, len(answer.frames), chunk):
             ids = answer.frames[low : low + chunk]
@@ -229,7 +255,10 @@ class _Run:
                 samples=(sample,),
                 rebuild=True,
             )
-            self._forward(again, self.latents[sample : sample + 1, list(ids)], own)
+            past = self.latents[sample : sample + 1, ids[0] : ids[-1] + 1]
+            if len(ids) != past.shape[1]:
+                past = torch.stack([self.latents[sample, i] for i in ids]).unsqueeze(0)
+            self._forward(again, past, own)
             self.session.finish(again)
             self.rebuilds += 1
             self.session.costs[sample].rebuilt_frames += len(ids)

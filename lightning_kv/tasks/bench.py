@@ -112,7 +112,6 @@ class PlainCache:
 
     def __init__(self, geometry: Geometry, frames: int) -> None:
         self.geometry, self.rows, self.costs = geometry, frames * geometry.tokens, [Cost()]
-        self.lanes: dict[Any, Any] = {}  # nothing that could be asked what it holds
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
         self._turns: dict[tuple[float, ...], tuple[Tensor, Tensor]] = {}
 
@@ -131,6 +130,16 @@ class PlainCache:
     def finish(self, step: Pass) -> list[Any]:
         """Nothing to decide: the rows of a commit pass lie where they stay."""
         return []
+
+    def on_prediction(self, step: Pass, timestep: float, x0: Tensor) -> None:
+        """Nobody looks."""
+
+    def on_final(self, step: Pass, x0: Tensor) -> None:
+        """Nobody looks."""
+
+    def held_frames(self) -> float:
+        """Nobody counts."""
+        return 0.0
 
     def _angles(self, step: Pass, like: Tensor) -> tuple[Tensor, Tensor]:
         if step.query_times not in self._turns:
@@ -156,7 +165,7 @@ class Bench:
         self.geometry = replace(self.config.geometry(self.size), element_size=size)
         for policy in self.policies.values():
             policy.check(self.geometry, self.config.chunk, self.frames)
-            CacheSession(self.geometry, policy.start)  # refuses needs that nothing here can meet
+            CacheSession(self.geometry, policy)  # refuses needs that nothing here can meet
         self.model = random_model(options)
 
     def run(self) -> dict[str, Any]:
@@ -191,7 +200,7 @@ class Bench:
         release(self.device)
         geometry = self.model.network.geometry(self.size)
         policy = self.policies.get(name) or preset(REFERENCE)
-        session: Any = CacheSession(geometry, policy.start, (self.options.seed,))
+        session: Any = CacheSession(geometry, policy, (self.options.seed,))
         run = Run(self.device, PlainCache(geometry, self.frames) if name == PLAIN else session)
         sampler = run.timed(sampler_of(self.config))
         try:

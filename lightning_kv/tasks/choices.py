@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_kv.policies.amount import Amount
-from lightning_kv.policies.base import CachePolicy, ScoredPart
+from lightning_kv.policies.base import CachePolicy
+from lightning_kv.policies.budgets import Amount
 from lightning_kv.policies.presets import load_policy
+from lightning_kv.policies.scored import ScoredPart
 from lightning_kv.tasks.options import EvaluateOptions
 
 Spec = str | dict[str, Any]

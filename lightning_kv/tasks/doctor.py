@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_kv.cache.attend import KERNELS
+from lightning_kv.cache import kernels
+from lightning_kv.cache.kernels import BACKENDS
 from lightning_kv.models.catalogue import CATALOGUE, PARTS, Download, free_disk, models_folder
 from lightning_kv.models.embedded import WEIGHTS, read_weights
 
@@ -244,7 +245,7 @@ def check_kernels(device: str) -> list[Check]:
     """Run every attention kernel once on a device, in bfloat16 on a GPU and float32 on a CPU."""
     checks = [
         try_kernel(f"{name} on {device}", partial(_ours, name), device, name in REQUIRED_KERNELS)
-        for name in KERNELS
+        for name in BACKENDS
     ]
     theirs = {
         "torch flash": partial(_fused, "FLASH_ATTENTION"),
@@ -296,11 +297,8 @@ def _reason(error: Exception, said: list[warnings.WarningMessage]) -> str:
 
 
 def _ours(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One of this package's kernels: head 0 as it is, head 1 by a choice of rows, namely all."""
-    every = torch.ones(1, 2, k.shape[2], dtype=torch.bool, device=q.device)
-    heads = [x[0].split(1) for x in (q, k, v)]
-    first, second = zip(*heads, strict=True)
-    return torch.cat((KERNELS[name](*first, None, None), KERNELS[name](*second, every, None)))[None]
+    """One of this package's kernels: two heads that read every row."""
+    return getattr(kernels, name)(q[0], k[0], v[0], None)[None]
 
 
 def _fused(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

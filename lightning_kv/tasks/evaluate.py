@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_kv.cache.decisions import Selection
 from lightning_kv.cache.probe import AttentionProbe
 from lightning_kv.cache.session import Watch
 from lightning_kv.cache.trace import Trace
-from lightning_kv.cache.view import CacheView
+from lightning_kv.cache.view import PassView
 from lightning_kv.data.datamodule import PromptData, PromptSample
 from lightning_kv.metrics import Suite
 from lightning_kv.models.loading import check_memory, load_model
@@ -196,9 +195,9 @@ class Evaluate(L.LightningModule):
 def together(watching: list[Watch]) -> Watch:
     """Several that watch, as one."""
 
-    def watch(sample: int, view: CacheView, selection: Selection | None) -> None:
+    def watch(view: PassView) -> None:
         for each in watching:
-            each(sample, view, selection)
+            each(view)
 
     return watch
 

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from lightning_kv.metrics.statistics import confidence_below, paired_interval
-from lightning_kv.policies.amount import Amount
+from lightning_kv.policies.budgets import Amount
 
 MARGINS = {"recall": 0.02, "revisit_error": 0.002, "ssim": 0.02}
 """The margin where none is given: of the first of these that the run has values for."""

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_kv.cache.attend import known_backend
+from lightning_kv.cache.kernels import known_backend
 from lightning_kv.metrics import Suite
 from lightning_kv.models.embeddings import INDEX
 from lightning_kv.models.sources import Source

@@ -95,7 +95,7 @@ class Run:
                 laps.append((step.phase, began, self._mark()))
                 sizes.append(len(step.frames) * self.session.geometry.tokens)
                 if step.opens:
-                    self.frames.append(held_frames(self.session))
+                    self.frames.append(self.session.held_frames())
                 if step.phase == "commit":
                     self._close(laps)
                     self.work.append(self._work(sizes))
@@ -148,11 +148,3 @@ def looked_at(
             after(step)
 
     return passes
-
-
-def held_frames(session: Any) -> float:
-    """Committed and archived frames of a session, mean of all layers and heads."""
-    cells = [cell for lane in session.lanes.values() for cell in lane.cells]
-    groups = [g for cell in cells for rows in (cell.memory, cell.archive) for g in rows.groups]
-    of = session.geometry
-    return sum(len(g) * len(g.heads) for g in groups) / (of.layers * of.heads * of.tokens)
