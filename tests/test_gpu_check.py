@@ -45,14 +45,11 @@ def test_every_step_runs_without_a_gpu(tmp_path):
         waits = row["waits"]
         assert waits["total"] == sum(waits["by_pass"].values()) == waits["per_chunk"][6] > 0
         assert waits["passes"]["first"] == waits["passes"]["commit"] == 1
+        assert waits["by_pass"]["denoise"] == 0, "the host knows how many rows are read"
         assert waits["lines"][0]["line"].startswith("lightning_kv/")
     assert rows["full"]["speedup"] == rows["full"]["flop_limit"] == 1
     limits = [rows[name]["flop_limit"] for name in ("sliding-window@18f", "sink-window@9f")]
     assert 1 < limits[0] < limits[1]
-    first, once = (
-        rows[name]["waits"]["by_pass"] for name in ("focused-forcing@6f", "focused-once")
-    )
-    assert once["denoise"] < first["denoise"]
     assert steps["bench"]["overhead"]["ratio"] > 0
     profile = steps["profile"]
     assert len(profile["operations"]) == 10 and profile["host_ms"] > 0

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lightning_kv import preset, rollout
-from lightning_kv.cache.attend import KERNELS
 from lightning_kv.cache.decisions import Event, Rebuild
+from lightning_kv.cache.kernels import BACKENDS, reference
+from lightning_kv.cache.plan import bias_of
 from lightning_kv.data.shards import PromptSample
 from lightning_kv.metrics import Clip
 from lightning_kv.metrics.panorama import Recall
@@ -51,12 +52,17 @@ def exact(panorama):
     return VideoModel(network.eval(), panorama.codec, panorama.encoder)
 
 
+@pytest.fixture(scope="module")
+def exact_full(exact):
+    return rollout(exact, preset("full"), PROMPTS[0], FRAMES)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_equals_one_by_one(exact, name):
-    """Norms work in float32: at this seed no value lies where two roundings make two float32s."""
-    together = rollout(exact, preset(name), PROMPTS, FRAMES, seed=1)
+    """At the default seed: norms of float64 input work in float64, so nothing rounds to float32."""
+    together = rollout(exact, preset(name), PROMPTS, FRAMES)
     for index, prompt in enumerate(PROMPTS):
-        one = rollout(exact, preset(name), prompt, FRAMES, seed=1)
+        one = rollout(exact, preset(name), prompt, FRAMES)
         assert (together.latents[index] - one.latents[0]).abs().max() <= 1e-9
         assert together.costs[index].rows_read == one.costs[0].rows_read
         assert together.costs[index].chunk_bytes == one.costs[0].chunk_bytes
@@ -64,21 +70,25 @@ def test_a_batch_equals_one_by_one(exact, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_backends_agree_over_a_rollout(exact, name):
-    runs = [rollout(exact, preset(name), PROMPTS[1], FRAMES, backend=b) for b in KERNELS]
+    runs = [rollout(exact, preset(name), PROMPTS[1], FRAMES, backend=b) for b in BACKENDS]
     assert (runs[0].latents - runs[1].latents).abs().max() <= 1e-9
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_backends_agree_in_float32_in_every_pass(panorama, monkeypatch, name):
+def test_backends_agree_in_float32_in_every_pass(panorama, name):
     worst = []
 
-    def both(q, k, v, read, bias):
-        out = [KERNELS[name](q, k, v, read, bias) for name in ("sdpa", "reference")]
-        worst.append(float((out[0] - out[1]).abs().max() / v.abs().max()))
-        return out[0]
+    def both(view):
+        read = [view.valid.unsqueeze(1), view.valid.new_ones(1, 1, view.flight)]
+        read = [own if mask is None else mask for own, mask in zip(read, view.read, strict=True)]
+        lines = [max(sizes) for sizes in zip(*(mask.shape[:2] for mask in read), strict=True)]
+        read = torch.cat([mask.expand(*lines, -1) for mask in read], 2)
+        k = torch.cat([view.keys(), view.own_keys()], 1)
+        v = torch.cat([view.values(), view.own_values()], 1)
+        wanted = reference(view.query, k, v, read, bias_of(view.selection, view))
+        worst.append(float((view.output - wanted).abs().max() / v.abs().max()))
 
-    monkeypatch.setitem(KERNELS, "both", both)
-    out = rollout(panorama, preset(name), PROMPTS[1], FRAMES, backend="both")
+    out = rollout(panorama, preset(name), PROMPTS[1], FRAMES, watch=both)
     assert torch.equal(out.latents, rollout(panorama, preset(name), PROMPTS[1], FRAMES).latents)
     assert len(worst) == 8 * 5 * 6
     assert max(worst) <= 1e-5
@@ -86,23 +96,24 @@ def test_backends_agree_in_float32_in_every_pass(panorama, monkeypatch, name):
 
 # rolling-forcing reads what is in reach of 21 frames, whatever its memory: see the test below
 @pytest.mark.parametrize("name", [n for n in PRESETS if n not in ("full", "rolling-forcing")])
-def test_a_budget_for_everything_is_the_full_cache_to_the_last_bit(panorama, alone, name):
+def test_a_budget_for_everything_is_the_full_cache(exact, exact_full, name):
     budgets = sum(part.budget is not None for part in (preset(name).retain, preset(name).select))
     all_of_it = "/".join([f"{FRAMES - 3}f"] * budgets)
-    whole = rollout(panorama, preset(f"{name}@{all_of_it}"), PROMPTS[0], FRAMES)
-    assert torch.equal(whole.latents, alone["full", PROMPTS[0]].latents)
+    whole = rollout(exact, preset(f"{name}@{all_of_it}"), PROMPTS[0], FRAMES)
+    assert (whole.latents - exact_full.latents).abs().max() <= 1e-9
 
 
-def test_a_reach_for_everything_is_the_full_cache_to_the_last_bit(panorama):
-    whole = rollout(panorama, preset("rolling-forcing@18f"), PROMPTS[0], 21)
-    assert torch.equal(whole.latents, rollout(panorama, preset("full"), PROMPTS[0], 21).latents)
+def test_a_reach_for_everything_is_the_full_cache(exact):
+    whole = rollout(exact, preset("rolling-forcing@18f"), PROMPTS[0], 21)
+    full = rollout(exact, preset("full"), PROMPTS[0], 21)
+    assert (whole.latents - full.latents).abs().max() <= 1e-9
 
 
 def test_policies_differ_and_read_less(alone):
     full = alone["full", PROMPTS[0]]
     for name in NAMES[1:]:
         out = alone[name, PROMPTS[0]]
-        assert not torch.equal(out.latents, full.latents), name
+        assert (out.latents - full.latents).abs().max() > 1e-3, name
         assert out.costs[0].rows_read < full.costs[0].rows_read, name
 
 
@@ -198,15 +209,16 @@ def test_rebuild_after_a_switch_equals_a_fresh_rollout_from_those_frames(panoram
 class Recompute(RetainPart):
     """Krea's cache: before every chunk the last frames are encoded again."""
 
-    def decide(self, views, state):
+    def commit(self, views, state):
         made = views[0].step.final[-1] + 1
         return Rebuild(tuple(range(max(0, made - 6), made)), prompt="old")
 
 
 def test_recompute_at_every_chunk_holds_only_those_frames(panorama):
     out = rollout(panorama, with_retain(Recompute()), PROMPTS[0], 15)
-    cells = out.session.lanes["cond", 0].cells
-    assert {int(f) for f in cells[0].memory.column("frame_id")[0].unique()} == set(range(9, 15))
+    store = out.session.samples[0].stores["cond"][0]
+    (group,) = store.memory.groups
+    assert set(group.meta["frame_id"].unique().tolist()) == {*store.frames} == set(range(9, 15))
     again = rollout(
         panorama,
         preset("full"),
@@ -226,7 +238,7 @@ def test_rows_of_a_rebuild_get_their_codecs(panorama):
     assert runs[1].costs[0].peak_bytes < runs[0].costs[0].peak_bytes
     codecs = {
         segment.codec
-        for group in runs[1].session.lanes["cond", 0].cells[0].memory.groups
+        for group in runs[1].session.samples[0].stores["cond"][0].memory.groups
         for segment in group.segments
         if len(segment)
     }
@@ -263,7 +275,7 @@ def test_a_share_follows_the_history(panorama):
         ({"frames": 25}, "no multiple of the model's chunk of 3 frames. Use 24 or 27"),
         ({"frames": 0}, "leave nothing to generate"),
         ({"policy": "sliding-window@30f"}, "between 1f and 21f"),
-        ({"backend": "fast"}, "No attention backend 'fast'. Backends here: reference, sdpa"),
+        ({"backend": "fast"}, "No attention backend 'fast'. Backends here: sdpa, reference"),
         ({"prompts": "dusk quick n10 left"}, r"does not know \['quick'\]"),
         ({"prompts": ["dusk fast n10 left", "dusk"]}, "different length"),
         (
@@ -356,6 +368,6 @@ def test_every_combination_agrees_on_both_backends(exact, budget, positions, pre
             "precision": precision,
         }
     )
-    runs = [rollout(exact, made, PROMPTS[:2], 30, backend=backend) for backend in KERNELS]
+    runs = [rollout(exact, made, PROMPTS[:2], 30, backend=backend) for backend in BACKENDS]
     assert (runs[0].latents - runs[1].latents).abs().max() <= 1e-8
     assert runs[0].costs == runs[1].costs

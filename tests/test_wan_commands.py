@@ -352,7 +352,7 @@ def test_frames_that_are_no_multiple_of_the_chunk_end_with_a_shorter_one(tiny_wa
     short, long = (rollout(model, preset("full"), PROMPTS[0], n, seed=3) for n in (10, 12))
     assert torch.equal(short.latents[:, :9], long.latents[:, :9])
     assert short.frames.shape[1] == 37 and short.latents.isfinite().all()
-    assert short.session.lanes["cond", 0].cells[0].memory.groups[0].meta["frame_id"].max() == 9
+    assert short.session.samples[0].stores["cond"][0].memory.groups[0].meta["frame_id"].max() == 9
 
 
 def test_the_list_of_models_says_what_to_type(capsys, monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ from twin import passes, turn
 
 from lightning_kv import preset, rollout
 from lightning_kv.cache import probe as module
-from lightning_kv.cache.decisions import Merge, Retention, Selection
+from lightning_kv.cache.decisions import Retention, Selection, Sums
 from lightning_kv.cache.probe import AttentionProbe
 from lightning_kv.metrics.attention import AttentionFidelity
 
@@ -155,13 +155,13 @@ def test_reads_by_head_and_query_frame_and_in_flight():
 
     def question(view):
         flight = [(f, p) for f in view.step.frames for p in range(TOKENS)]
-        rows = []
-        for h in range(HEADS):
-            names = (view.column(name)[h].tolist() for name in ("frame_id", "place"))
-            there = [*zip(*names, strict=True), *flight]
-            hits = [[reads(h, 0, f, *row, 0) for row in there] for f in view.step.frames]
-            rows.append(torch.tensor(hits))
-        return Selection(rows=rows)
+        there = [*zip(view.frame_id[0].tolist(), view.raster[0].tolist(), strict=True), *flight]
+        hits = [
+            [[reads(h, 0, f, *row, 0) for row in there] for f in view.step.frames]
+            for h in range(HEADS)
+        ]
+        rows, current = torch.tensor(hits).split([len(view), view.flight], dim=2)
+        return Selection(rows=rows, current=current)
 
     recorded = tape(passes(4))
     probe, _ = probed(policy(select=Ask(question=question)), recorded, steps=(0, 1))
@@ -197,12 +197,12 @@ def test_rows_of_more_weight_count_for_it():
     def question(views):
         if views[0].step.chunk != 1:
             return [None] * len(views)
-        names = ("frame_id", "time", "place")
-        own = [views[0].column(name)[0][CHUNK * TOKENS :] for name in names]
-        rows = torch.arange(CHUNK * TOKENS)
-        ones = torch.ones(len(rows))
-        merge = Merge(rows + len(rows), rows, ones, *own, weight=2 * ones)
-        return [Retention(keep=rows, merge=merge)] * len(views)
+        view, rows = views[0], torch.arange(CHUNK * TOKENS).unsqueeze(0)
+        own = [view.field(name)[:, CHUNK * TOKENS :] for name in ("frame_id", "time", "place")]
+        ones = torch.ones(rows.shape)
+        sums = Sums(rows + rows.shape[1], rows, ones, *own, weight=2 * ones)
+        keep = torch.arange(len(view)).unsqueeze(0) < CHUNK * TOKENS
+        return [Retention(keep=keep, sums=sums)] * len(views)
 
     recorded = tape(passes(4))
     made = policy(retain=AskAtCommit(question=question), bias="log_weight")

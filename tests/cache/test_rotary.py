@@ -24,7 +24,7 @@ def test_shift_inverse_and_relative_property(width, time, delta, row, column):
     moved = rotary.angles(spot[0] + delta, *spot[1:])
     turned = rotate(x, angles)
     torch.testing.assert_close(rotate(turned, -angles), x)
-    shift = rotary.time_angles(torch.tensor(float(delta)))
+    shift = rotary.angles(spot[0] * 0 + delta, spot[1] * 0, spot[2] * 0)
     torch.testing.assert_close(rotate(turned, shift), rotate(x, moved))
     same = rotate(x, moved) @ rotate(y, rotary.angles(spot[0] * 0 + delta, *spot[1:]))
     torch.testing.assert_close(same, turned @ rotate(y, rotary.angles(spot[0] * 0, *spot[1:])))

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "policies"))
 from slow import AskAtCommit, Scattered, play, policy, rolling, session, tape, twin
 from twin import passes
 
-from lightning_kv.cache.decisions import Merge, Retention, Selection
+from lightning_kv.cache.decisions import Retention, Selection, Sums
 from lightning_kv.cache.trace import Trace
 from lightning_kv.policies.base import SelectPart
 
@@ -53,6 +53,8 @@ def test_a_window_is_held_and_read_whole():
 class Picky(SelectPart):
     """Query frame f of head h reads the frames of its parity; all frames in the first pass."""
 
+    refresh: str = "pass"
+
     def pick(self, view, state):
         if view.step.opens:
             return None
@@ -84,13 +86,10 @@ class ByPlace(SelectPart):
     ragged: bool = True
 
     def pick(self, view, state):
-        rows = [
-            torch.stack([self.hit(f, p, h, j) for j in range(view.query_frames)])
-            for h, (f, p) in enumerate(
-                zip(view.column("frame_id"), view.column("place"), strict=True)
-            )
-        ]
-        return Selection(rows=rows if self.ragged else rows[0])
+        head, query = torch.arange(view.heads).view(-1, 1, 1), torch.arange(view.query_frames)
+        own = view.frame_id.unsqueeze(1), view.raster.unsqueeze(1)
+        rows = self.hit(*own, head, query.view(1, -1, 1))
+        return Selection(rows=rows if self.ragged else rows[:1])
 
     def hit(self, frame, place, head, query):
         head = head if self.ragged else 0
@@ -124,16 +123,15 @@ def fold(views):
     """The older chunk goes into the newest, place by place, in every head but the first."""
     if views[0].step.chunk != 1:
         return [None] * len(views)
-    rows = torch.arange(2 * twin.CHUNK * TOKENS)
-    half = len(rows) // 2
-    merge = Merge(
-        rows,
-        rows % half,
-        torch.full((len(rows),), 0.5),
-        *(views[0].column(name)[0][half:] for name in ("frame_id", "time", "place")),
-    )
-    keep = [rows, *[rows[:0]] * (HEADS - 1)]
-    return [Retention(keep=keep, merge=[None, *[merge] * (HEADS - 1)])] * len(views)
+    rows = torch.arange(2 * twin.CHUNK * TOKENS).unsqueeze(0)
+    half = rows.shape[1] // 2
+    head = torch.arange(HEADS).unsqueeze(1)
+    own = [views[0].field(name)[:, half:] for name in ("frame_id", "time", "place")]
+    frames = torch.where(head == 0, -1, own[0])
+    source = torch.where(head == 0, -1, rows)
+    pairs = source, rows % half, torch.full(rows.shape, 0.5)
+    keep = (head == 0).expand(-1, rows.shape[1])
+    return [Retention(keep=keep, sums=Sums(*pairs, frames, *own[1:]))] * len(views)
 
 
 def test_merged_rows_weigh_the_tokens_they_stand_for():

@@ -18,9 +18,14 @@ GEOMETRY = Geometry(layers=2, heads=3, head_dim=12, grid=(2, 2), rotary=Rotary(1
 CHUNK = 2
 
 
+def spot(place):
+    """Row and column of a place: a token's number in raster order, or the pair itself."""
+    return place if isinstance(place, tuple) else divmod(int(place), GEOMETRY.grid[1])
+
+
 def turn(vector, time, place, sign=1.0):
-    """Rotary embedding of one vector, pair by pair."""
-    row, column = divmod(int(place), GEOMETRY.grid[1])
+    """Rotary embedding of one vector, pair by pair; places may lie between tokens."""
+    row, column = spot(place)
     out = []
     pairs = torch.view_as_complex(vector.double().reshape(-1, 2).contiguous())
     for position in (time, row, column):
@@ -34,7 +39,7 @@ def turn(vector, time, place, sign=1.0):
 class Row:
     frame: int
     time: float
-    place: int
+    place: int | tuple  # number in raster order, or row and column
     k: torch.Tensor  # before rotation
     v: torch.Tensor
     weight: float = 1.0
@@ -59,6 +64,9 @@ class Script:
     def open(self, stream, step, q):
         pass
 
+    def closing(self, stream, step, q):
+        pass
+
     def commit(self, stream, step):
         pass
 
@@ -67,6 +75,10 @@ class Script:
 
     def time(self, stream, step, row):
         return row.time
+
+    def time_for(self, stream, step, row, frame):
+        """The time at which one query frame meets a row, where query frames differ."""
+        return self.time(stream, step, row)
 
     def bias(self, stream, step, frame, index, row):
         return 0.0
@@ -90,11 +102,13 @@ class Twin:
 
     def attend(self, layer, q, k, v, step):
         out = torch.empty(q.shape, dtype=torch.float64)
-        for b in range(len(q)):
+        for b, sample in enumerate(range(len(q)) if step.samples is None else step.samples):
             for h in range(GEOMETRY.heads):
-                stream = self.streams[b, layer, h]
-                if step.opens:
+                stream = self.streams[sample, layer, h]
+                if step.opens and step.mode != "scratch":
                     self.script.open(stream, step, q[b, :, h])
+                if step.final and step.mode != "scratch":
+                    self.script.closing(stream, step, q[b, :, h])
                 out[b, :, h] = self._one(stream, q[b, :, h], k[b, :, h], v[b, :, h], step)
         return out
 
@@ -104,15 +118,23 @@ class Twin:
             Row(step.frames[i // tokens], step.query_times[i // tokens], i % tokens, k[i], v[i])
             for i in range(len(k))
         ]
-        self.flight[stream.sample, stream.layer, stream.head] = flight
-        past = [turn(r.k, self.script.time(stream, step, r), r.place) for r in stream.rows]
+        if step.mode != "scratch":
+            self.flight[stream.sample, stream.layer, stream.head] = flight
+        past = {
+            frame: [
+                turn(r.k, self.script.time_for(stream, step, r, frame), r.place)
+                for r in stream.rows
+            ]
+            for frame in step.frames
+        }
         now = [turn(r.k, r.time, r.place) for r in flight]
         out = []
         for i in range(len(q)):
             frame = step.frames[i // tokens]
             query = turn(q[i], step.query_times[i // tokens], i % tokens)
             logits, values = [], []
-            for index, (row, key) in enumerate(zip(stream.rows + flight, past + now, strict=True)):
+            keys = past[frame] + now
+            for index, (row, key) in enumerate(zip(stream.rows + flight, keys, strict=True)):
                 current = index >= len(stream.rows)
                 if self.script.reads(stream, step, frame, index, row, current):
                     extra = self.script.bias(stream, step, frame, index, row)
@@ -124,6 +146,8 @@ class Twin:
         return torch.stack(out)
 
     def finish(self, step):
+        if step.mode == "scratch":
+            return
         for key, stream in self.streams.items():
             if step.final:
                 kept = [r for r in self.flight[key] if r.frame in step.final]
@@ -141,14 +165,14 @@ def passes(chunks=5, noisy=2):
         yield Pass("commit", frames, (0.0,) * CHUNK, chunk, 0, frames, False, after)
 
 
-def drive(session, steps, batch=2, seed=0, check=None):
+def drive(session, steps, batch=2, seed=0, check=None, dtype=torch.float32):
     """Run random queries, keys and values through a session; all its outputs, in order."""
     rng = torch.Generator().manual_seed(seed)
     out = []
     for step in steps:
         shape = (batch, len(step.frames) * GEOMETRY.tokens, GEOMETRY.heads, GEOMETRY.head_dim)
         for layer in range(GEOMETRY.layers):
-            q, k, v = (torch.randn(shape, generator=rng) for _ in range(3))
+            q, k, v = (torch.randn(shape, generator=rng).to(dtype) for _ in range(3))
             out.append(session.attend(layer, q, k, v, step).double())
         if check:
             check(step)

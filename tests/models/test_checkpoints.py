@@ -390,7 +390,7 @@ def through(network, timesteps=None):
     text = torch.randn(2, TINY.text_len, TINY.text_dim, generator=rng)
     if timesteps is None:
         timesteps = torch.tensor([[900.0, 500.0, 0.0]]).expand(2, 3)
-    session = CacheSession(TINY.geometry(), preset("full").start, range(2))
+    session = CacheSession(TINY.geometry(), preset("full"), range(2))
     step = Pass("commit", (0, 1, 2), (0.0,) * 3, 0, final=(0, 1, 2), opens=True)
     with torch.no_grad():
         return network(x, timesteps, network.prepare(text), session, step), x, text

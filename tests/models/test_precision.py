@@ -154,7 +154,7 @@ class Written:
 def three_passes(network, backend="sdpa"):
     """A chunk at mixed levels, its commit, and the next chunk that reads it: velocities and x0."""
     x, states = inputs(network.patch_embedding.weight.dtype)
-    session = CacheSession(network.geometry(), preset("full").start, (0,), backend)
+    session = CacheSession(network.geometry(), preset("full"), (0,), backend)
     text = network.prepare(states)
     out = []
     for frames, levels, final in passes():
@@ -269,11 +269,11 @@ def test_keys_turn_in_the_precision_of_the_profile():
     step = Pass("commit", frames, (0.0,) * 3, 0, final=frames)
     found = {}
     for name in ("reference", "fast"):
-        session = CacheSession(made(name).geometry((64, 64)), preset("full").start)
+        session = CacheSession(made(name).geometry((64, 64)), preset("full"))
         for layer in range(TINY.layers):
             session.attend(layer, q, k, v, step)
         session.finish(step)
-        found[name] = session.lanes["cond", 0].cells[0].memory.groups[0].payload("k")
+        found[name] = session.samples[0].stores["cond"][0].memory.groups[0].payload("k")
     token = torch.arange(3 * 1024)
     series = 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
     axes = (first + token // 1024, token % 1024 // 32, token % 32)
@@ -316,10 +316,10 @@ def test_a_session_holds_the_bytes_of_its_profile(name, size):
     tokens = math.prod(GRID)
     rows = 9 * tokens
     numbers = 2 * TINY.layers * TINY.dim * rows * size
-    fields = 16 * TINY.layers * rows  # four fields of four bytes, held once for both heads
+    fields = 20 * TINY.layers * rows  # five numbers of four bytes, held once for both heads
     assert out.session.held_bytes(0) == numbers + fields
-    for cell in out.session.lanes["cond", 0].cells:
-        for group in cell.memory.groups:
+    for store in out.session.samples[0].stores["cond"]:
+        for group in store.memory.groups:
             assert {x.dtype for s in group.segments for x in s.rows.values()} == {
                 PROFILES[name].dtype
             }

@@ -115,13 +115,14 @@ class BlockCausal:
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 @pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
 def test_chunks_with_a_cache_equal_one_masked_pass(tiny, chunk, batch):
     frames = 6
     x, text, t = inputs(frames, batch)
     context = tiny.prepare(text)
     ids = tuple(range(frames))
     whole = tiny(x, t, context, BlockCausal(chunk), Pass("commit", ids, (0.0,) * frames, 0))
-    session = CacheSession(TINY.geometry(), preset("full").start, range(batch))
+    session = CacheSession(TINY.geometry(), preset("full"), range(batch))
     parts = []
     for low in range(0, frames, chunk):
         own = ids[low : low + chunk]
@@ -132,6 +133,7 @@ def test_chunks_with_a_cache_equal_one_masked_pass(tiny, chunk, batch):
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-9, rtol=0)
 
 
+@torch.no_grad()
 def test_the_training_session_reads_what_the_cache_would(tiny):
     """Teacher forcing equals a rollout whose history is the clean sequence."""
     frames, chunk = 6, 2
@@ -144,7 +146,7 @@ def test_the_training_session_reads_what_the_cache_would(tiny):
     zero = torch.zeros_like(t)
     tiny(clean, zero, context, forcing, Pass("commit", ids, (0.0,) * frames, 0))
     trained = tiny(noisy, t, context, forcing, Pass("denoise", ids, (0.0,) * frames, 0))
-    session = CacheSession(TINY.geometry(), preset("full").start, (0, 1))
+    session = CacheSession(TINY.geometry(), preset("full"), (0, 1))
     for low in range(0, frames, chunk):
         own, span = ids[low : low + chunk], slice(low, low + chunk)
         step = Pass("denoise", own, (1.0,) * chunk, low // chunk, opens=True)

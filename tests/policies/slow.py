@@ -11,7 +11,7 @@ import statistics
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -44,15 +44,44 @@ def policy(bias=None, **parts) -> CachePolicy:
     return CachePolicy("test", **built, bias=bias)
 
 
-def world(monkeypatch, grid=(2, 2), chunk=2):
-    """Let the twin and all that is here work on another grid and chunk."""
-    monkeypatch.setattr(twin, "GEOMETRY", replace(twin.GEOMETRY, grid=grid))
+def world(monkeypatch, grid=(2, 2), chunk=2, known=False):
+    """Let the twin and all that is here work on another grid and chunk.
+
+    Where ``known``, the geometry says how long a chunk is.
+    """
+    own = {"grid": grid, "chunk": chunk if known else 0}
+    monkeypatch.setattr(twin, "GEOMETRY", replace(twin.GEOMETRY, **own))
     monkeypatch.setattr(twin, "CHUNK", chunk)
 
 
 def session(made: CachePolicy, batch=1, **settings) -> CacheSession:
     """A session of the twin's geometry."""
-    return CacheSession(twin.GEOMETRY, made.start, tuple(range(batch)), **settings)
+    return CacheSession(twin.GEOMETRY, made, tuple(range(batch)), **settings)
+
+
+def stores(on, sample=0, namespace="cond"):
+    """What a session holds of one sample, layer by layer."""
+    return on.samples[sample].stores[namespace]
+
+
+def field(store, name, head):
+    """A field or column of one head's rows, in their order."""
+    (group,) = (g for g in store.memory.groups if head in g.heads)
+    own = group.meta[name]
+    return own[group.heads.index(head) if len(own) > 1 else 0]
+
+
+def payload(store, name, head):
+    """Keys (``k``) or values (``v``) of one head's rows as they are stored."""
+    (group,) = (g for g in store.memory.groups if head in g.heads)
+    return group.payload(name)[group.heads.index(head)]
+
+
+def raster(places):
+    """Numbers of the tokens at places ``[n, 2]``; every one must be a whole one."""
+    rows = [(float(row), float(column)) for row, column in places]
+    assert all(x.is_integer() for pair in rows for x in pair)
+    return [int(row) * twin.GEOMETRY.grid[1] + int(column) for row, column in rows]
 
 
 def tape(steps, batch=1, seed=0, gain=1.0, loud=0.0):
@@ -99,17 +128,29 @@ def rolling(chunks=4, flight=2, apart=True):
             yield Pass("commit", oldest, (0.0,) * c, chunk, 0, oldest, False, c)
 
 
+def uneven(sizes, noisy=1):
+    """Chunks of other lengths than the twin's, one after the other."""
+    start = 0
+    for chunk, size in enumerate(sizes):
+        frames, after = tuple(range(start, start + size)), (*sizes, 0)[chunk + 1]
+        for step in range(noisy):
+            yield Pass("denoise", frames, (500.0,) * size, chunk, step, (), step == 0, after)
+        yield Pass("commit", frames, (0.0,) * size, chunk, 0, frames, not noisy, after)
+        start += size
+
+
 # -- looking at the package ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Ask(SelectPart):
-    """Reads everything, and shows every pass's view to a function."""
+    """Reads what a function of every pass's view says: everything, unless it gives a selection."""
 
+    refresh: str = "pass"
     question: Any = None
 
     def pick(self, view, state):
-        """Nothing is left out."""
+        """What the question answers."""
         return self.question(view)
 
 
@@ -118,14 +159,8 @@ class AskAtCommit(RetainPart):
     """Shows the views at every commit to a function, whose answer it gives."""
 
     question: Any = None
-    wanted: Any = None
 
-    @property
-    def needs(self):
-        """What the question wants to be collected."""
-        return self.wanted or {}
-
-    def decide(self, views, state):
+    def commit(self, views, state):
         """The answer of the question, or nothing."""
         return self.question(views)
 
@@ -134,26 +169,16 @@ class AskAtCommit(RetainPart):
 class Scattered(RetainPart):
     """Keeps rows that look random, other ones and another number of them in every head."""
 
-    when: ClassVar[str] = "commit"
     share: float = 0.6
 
-    def decide(self, views, state):
+    def commit(self, views, state):
         """Rows by a hash of frame, place, head and layer."""
         out = []
         for view in views:
-            keep = []
+            keep = torch.zeros(view.heads, len(view), dtype=torch.bool)
             for h in range(view.heads):
-                frame, place = (view.column(name)[h].tolist() for name in ("frame_id", "place"))
-                keep.append(
-                    torch.tensor(
-                        [
-                            i
-                            for i, (f, p) in enumerate(zip(frame, place, strict=True))
-                            if self.stays(f, p, h, view.layer)
-                        ],
-                        dtype=torch.int64,
-                    )
-                )
+                for i, row in enumerate(held(view, h)):
+                    keep[h, i] = self.stays(row["frame_id"], row["place"], h, view.layer)
             out.append(Retention(keep=keep))
         return out
 
@@ -178,20 +203,25 @@ class Watching(Script):
             own |= {r.frame for r in stream.rows}
 
 
+def line(values, head):
+    """One head's line of values ``[1 or H, ...]``."""
+    return values[head if len(values) > 1 else 0]
+
+
 def held(view, head):
-    """Rows of one head as the package holds them: dictionaries, with keys as they are read."""
-    group, position = view.cell.memory.stream(head)
-    index = view.groups.index(group)
-    keys = None if view.read_keys is None else view.read_keys[index][position].double()
-    found = []
-    for i in range(len(group)):
-        row = {
-            name: group.expanded(name)[position, i].item()
-            for name in ("frame_id", "time", "place", "weight")
-        }
-        row["v"] = group.payload("v")[position, i].double()
-        row["stored"] = group.payload("k")[position, i].double()
-        row["key"] = None if keys is None else keys[i]
+    """Rows of one head as a view shows them: dictionaries, with keys as they are read.
+
+    ``raw`` are the stored keys, turned back here where they are held rotated.
+    """
+    store, found = view._store, []
+    keys, values = view.keys("read")[head].double(), view.values()[head].double()
+    own = {name: line(view.field(name), head).tolist() for name in ("frame_id", "time", "weight")}
+    places = raster(line(view.place, head)[: view.lengths[head]])
+    stored = payload(store, "k", head).double()
+    for i, place in enumerate(places):
+        row = {name: column[i] for name, column in own.items()}
+        row |= {"place": place, "key": keys[i], "v": values[i], "stored": stored[i]}
+        row["raw"] = turn(stored[i], row["time"], place, sign=-1) if store.rotated else stored[i]
         found.append(row)
     return found
 
@@ -199,25 +229,34 @@ def held(view, head):
 def same_rows(on, slow_twin, tolerance=1e-4):
     """Assert that memory holds the rows of the twin, in the same order."""
     for (b, layer, h), stream in slow_twin.streams.items():
-        cell = on.lanes["cond", b].cells[layer]
-        group, position = cell.memory.stream(h)
+        store = stores(on, b)[layer]
         where = (b, layer, h)
-        assert len(group) == len(stream.rows), where
-        for name, own in (("frame_id", "frame"), ("time", "time"), ("place", "place")):
+        assert store.memory.lengths[h] == len(stream.rows), where
+        for name, own in (("frame_id", "frame"), ("time", "time")):
             theirs = [getattr(r, own) for r in stream.rows]
-            assert group.expanded(name)[position].tolist() == theirs, (name, *where)
+            assert field(store, name, h).tolist() == theirs, (name, *where)
+        assert raster(field(store, "place", h)) == [r.place for r in stream.rows], where
         weights = torch.tensor([r.weight for r in stream.rows])
-        torch.testing.assert_close(group.expanded("weight")[position], weights)
+        torch.testing.assert_close(field(store, "weight", h), weights)
         if not stream.rows:
             continue
         keys = torch.stack(
-            [turn(r.k, r.time, r.place) if cell.rotated else r.k.double() for r in stream.rows]
+            [turn(r.k, r.time, r.place) if store.rotated else r.k.double() for r in stream.rows]
         )
         values = torch.stack([r.v.double() for r in stream.rows])
         for name, mine in (("k", keys), ("v", values)):
-            torch.testing.assert_close(
-                group.payload(name)[position].double(), mine, atol=tolerance, rtol=0
-            )
+            theirs = payload(store, name, h).double()
+            torch.testing.assert_close(theirs, mine, atol=tolerance, rtol=0)
+    for (b, layer), frames in frames_of(slow_twin).items():
+        assert stores(on, b)[layer].frames == tuple(sorted(frames)), (b, layer)
+
+
+def frames_of(slow_twin):
+    """The frames that each layer of the twin holds in any head."""
+    found = {}
+    for (b, layer, _), stream in slow_twin.streams.items():
+        found.setdefault((b, layer), set()).update(r.frame for r in stream.rows)
+    return found
 
 
 class Watched(Twin):

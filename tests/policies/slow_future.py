@@ -10,7 +10,10 @@ import torch
 from slow import Watching, softmax, spin, twin
 from twin import Row, turn
 
-STEP = 0.1  # largest correction of a key, as a share of its length
+
+def named(rows):
+    """The last row at each frame and place, by its index."""
+    return {(r.frame, r.place): i for i, r in enumerate(rows)}
 
 
 @dataclass
@@ -36,6 +39,7 @@ class FutureRule:
     merge: str = "drop"
     align: str = "raw"
     most: int = 8
+    limit: float | None = 0.1
     log_weight: bool = False
     shares: tuple | None = None
 
@@ -144,6 +148,10 @@ class FutureScript(Watching):
         """Merged rows count for their tokens if the policy says so."""
         return math.log(row.weight) if self.rule.log_weight else 0.0
 
+    def unit(self, row):
+        """What is kept or given up as one: a frame, or a row."""
+        return row.frame if self.rule.granularity == "frame" else (row.frame, row.place)
+
     # -- the decision --------------------------------------------------------------------------
 
     def commit(self, stream, step):
@@ -159,7 +167,7 @@ class FutureScript(Watching):
         seen = [self.time(stream, coming, r) for r in rows]
         keys = [turn(r.k, t, r.place) for r, t in zip(rows, seen, strict=True)]
         logits = self.logits(rows, keys, asked)
-        unit = [r.frame if rule.granularity == "frame" else (r.frame, r.place) for r in rows]
+        unit = [self.unit(r) for r in rows]
         units = sorted(set(unit))
         safe = {
             u
@@ -222,8 +230,12 @@ class FutureScript(Watching):
         return {u: pick(x) for u, x in each.items()}
 
     def gaps(self, rows, keys, asked):
-        """Squared distance of two rows by their index; mean squared length is 1."""
+        """Squared distance of two rows by their index; mean squared length is 1.
+
+        Of rows that share a frame and place the last is compared, and counts in the mean.
+        """
         raw, values = [r.k.double() for r in rows], [r.v.double() for r in rows]
+        known = named(rows).values()
 
         def spread(x, y=None):
             """Expected squared logit of a key, or of the difference of two."""
@@ -241,21 +253,22 @@ class FutureScript(Watching):
             unit = [x / math.sqrt(length(x)) for x in raw]
             return lambda i, j: length(unit[i], unit[j])
         if self.rule.redundancy == "future":
-            power = statistics.fmean(map(spread, keys))
+            power = statistics.fmean(spread(keys[i]) for i in known)
             return lambda i, j: spread(keys[i], keys[j]) / power
-        scale = [statistics.fmean(map(length, x)) for x in (raw, values)]
+        scale = [statistics.fmean(length(x[i]) for i in known) for x in (raw, values)]
         return lambda i, j: (
             (length(raw[i], raw[j]) / scale[0] + length(values[i], values[j]) / scale[1]) / 2
         )
 
     def nearest(self, rows, unit, units, gap):
         """Distance to the most alike younger unit, and which it is, of every unit."""
-        where = {(r.frame, r.place): i for i, r in enumerate(rows)}
-        found = {}
+        where, found = named(rows), {}
+        known = {unit[i] for i in where.values()}
         for u in units:
             best = (math.inf, None)
             for other in units:
-                d = self.distance(u, other, where, gap)
+                both = {u, other} <= known
+                d = self.distance(u, other, where, gap) if both else None
                 if d is not None and d < best[0]:
                     best = (d, other)
             found[u] = best
@@ -272,7 +285,7 @@ class FutureScript(Watching):
                     strict=True,
                 )
             )
-            return gap(where[u], where[other]) if near and other[0] > u[0] else None
+            return gap(where[u[:2]], where[other[:2]]) if near and other[0] > u[0] else None
         both = [p for p in range(twin.GEOMETRY.tokens) if {(u, p), (other, p)} <= where.keys()]
         if other <= u or not both:
             return None
@@ -295,12 +308,11 @@ class FutureScript(Watching):
 
     def merged(self, rows, keys, seen, unit, kept, into, mean):
         """Kept rows that stay as they are, then the merged ones in the order of their targets."""
-        where = {(r.frame, r.place): i for i, r in enumerate(rows)}
-        parts = {}
+        where, parts = named(rows), {}
         for target, sources in into.items():
             for u in sources:
                 if self.rule.granularity == "token":
-                    parts.setdefault(where[target], []).append(where[u])
+                    parts.setdefault(where[target[:2]], []).append(where[u[:2]])
                     continue
                 for p in range(twin.GEOMETRY.tokens):
                     if {(target, p), (u, p)} <= where.keys():
@@ -329,8 +341,9 @@ class FutureScript(Watching):
         if rule.merge == "hyperplane":
             wanted = width * math.log(sum(math.exp(x) for x in logit))
             step = (wanted - float(turn(k, seen[at], target.place) @ mean)) * mean / (mean @ mean)
-            longest = STEP * float(k.norm())
-            share_of_it = min(1.0, longest / float(step.norm()))
+            share_of_it = 1.0
+            if rule.limit is not None:
+                share_of_it = min(1.0, rule.limit * float(k.norm()) / float(step.norm()))
             k = k + turn(share_of_it * step, seen[at], target.place, sign=-1)
             reached = float(turn(k, seen[at], target.place) @ mean) / width
             self.masses.append((wanted / width, reached, share_of_it < 1))

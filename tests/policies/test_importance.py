@@ -7,15 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from slow import play, policy, session, tape, twin
+from slow import play, policy, session, stores, tape, twin
 from twin import passes
 
-from lightning_kv.policies.budget.importance import Importance
+from lightning_kv.policies.budget.importance import Importance, budgets
 from lightning_kv.policies.presets import build_budget, policy_from_dict, policy_to_dict
 from lightning_kv.policies.tables import read_table
 
@@ -29,6 +28,11 @@ def importance(**settings):
     return build_budget({"part": "importance", "amount": "6f", "importance": TABLE, **settings})
 
 
+def found_by(part, most, least):
+    """Frames of every head by the rule, a list per layer."""
+    return [list(own) for own in budgets(part.importance, part.gamma, most, least)]
+
+
 @pytest.mark.parametrize(
     ("most", "counts"),
     [
@@ -39,9 +43,9 @@ def importance(**settings):
 )
 def test_the_published_table_gives_the_published_counts(most, counts):
     part = importance(amount=f"{most - 3}f", least="1f", importance=str(PUBLISHED))
-    frames = part.budgets(most - 3, 1)
-    assert frames.shape == (30, 12)
-    assert Counter((frames + 3).flatten().tolist()) == counts
+    frames = budgets(part.importance, part.gamma, most - 3, 1)
+    assert [len(own) for own in frames] == [12] * 30
+    assert Counter(n + 3 for own in frames for n in own) == counts
     policy(select={"part": "focused", "budget": part}).check(WAN, 3, 21)
 
 
@@ -58,7 +62,7 @@ def test_the_rule(data):
     part = Importance(f"{most}f", f"{least}f", gamma, tuple(tuple(map(float, x)) for x in table))
     flat = [x for own in table for x in own]
     low, high = min(flat), max(flat)
-    for own, found in zip(table, part.budgets(most, least).tolist(), strict=True):
+    for own, found in zip(table, found_by(part, most, least), strict=True):
         for x, frames in zip(own, found, strict=True):
             if low == high:
                 assert frames == round((most + least) / 2)
@@ -73,7 +77,7 @@ def test_the_rule(data):
 def test_heads_that_matter_equally_get_the_middle(least, most, both):
     """Python rounds half a frame to the even neighbour."""
     part = importance(least=f"{least}f", amount=f"{most}f", importance=((0.3,) * 3,) * 2)
-    assert part.budgets(most, least).tolist() == [[both] * 3] * 2
+    assert found_by(part, most, least) == [[both] * 3] * 2
 
 
 def test_every_head_keeps_its_frames():
@@ -81,8 +85,8 @@ def test_every_head_keeps_its_frames():
     on = session(made)
     play(on, tape(passes(5, noisy=1)))
     for layer, expected in enumerate(([1, 3, 5], [2, 4, 5])):
-        lengths = on.lanes["cond", 0].cells[layer].memory.lengths
-        assert lengths == {h: n * TOKENS for h, n in enumerate(expected)}
+        lengths = stores(on)[layer].memory.lengths
+        assert lengths == tuple(n * TOKENS for n in expected)
 
 
 def test_every_head_reads_its_frames():
@@ -128,7 +132,7 @@ def test_a_table_of_another_model_is_refused_when_the_policy_meets_it(kind, tabl
         made = policy_from_dict({"name": "x", **part})
         with pytest.raises(ValueError, match=r"another model.*2 layers of 3 heads"):
             made.check(twin.GEOMETRY, 2, 12)
-    fits = budget | {key: ((0.1, 0.2, 0.3),) * 2}
+    fits = budget | {key: ((0.5, 1.0, 0.75),) * 2}
     policy_from_dict({"name": "x", "select": {"part": "focused", "budget": fits}}).check(
         twin.GEOMETRY, 2, 12
     )
@@ -229,11 +233,34 @@ def test_less_than_what_is_protected_is_refused():
     policy(retain=retain).check(twin.GEOMETRY, 2, 12)
 
 
-def test_the_lengths_are_those_of_the_layer():
+@pytest.mark.parametrize("amount", ["6f", "24t"])
+def test_a_table_that_gives_less_than_the_sink_is_refused(amount):
+    """In any head of any layer; sink and newest chunk, where both are protected."""
+    for part, fits, small in (("window", 0.5, 0.25), ("heavy-hitters", 0.8, 0.7)):
+        for share in (fits, small):
+            shares = ((1.5, 2.0, 1.25), (1.25, share, 1.5))
+            budget = {"part": "table", "amount": amount, "shares": shares}
+            made = policy(retain={"part": part, "sink": 3, "budget": budget})
+            if share == fits:
+                made.check(twin.GEOMETRY, 2, 12)
+                continue
+            with pytest.raises(ValueError, match=r"smallest share .* are protected in every head"):
+                made.check(twin.GEOMETRY, 2, 12)
+
+
+@pytest.mark.parametrize("least", ["2f", "8t"])
+def test_an_importance_whose_least_is_below_the_sink_is_refused(least):
+    budget = importance(least=least, amount="6f" if least == "2f" else "24t")
+    made = policy(retain={"part": "window", "sink": 3, "budget": budget})
+    with pytest.raises(ValueError, match=r"3 frames are protected .* least: 3f or more"):
+        made.check(twin.GEOMETRY, 2, 12)
+    policy(retain={"part": "window", "sink": 2, "budget": budget}).check(twin.GEOMETRY, 2, 12)
+
+
+def test_the_frames_are_those_of_the_layer():
     part = importance(gamma=1.0, amount="5f")
 
     class Look:
         layer, geometry = 1, twin.GEOMETRY
 
-    found = part.lengths(torch.zeros(3, 1, 4), Look())
-    assert found.tolist() == [[2], [4], [5]]
+    assert part.allowed(Look()) == (2, 4, 5)

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +15,15 @@ from slow import (
     Scattered,
     Watching,
     agree,
+    field,
     held,
+    line,
     play,
     policy,
     rolling,
     session,
     softmax,
+    stores,
     tape,
     turn,
     twin,
@@ -28,15 +31,23 @@ from slow import (
 )
 from twin import passes
 
-from lightning_kv.cache.decisions import Merge, Retention
+from lightning_kv.cache.decisions import Retention, Sums
+from lightning_kv.policies.base import UnitPart
 from lightning_kv.policies.layout import Layout
 from lightning_kv.policies.presets import build_part
-from lightning_kv.policies.rowwise import RowScoredPart
+from lightning_kv.policies.retain.heavy_hitters import HeavyHitters
 
 TOKENS, HEADS = twin.GEOMETRY.tokens, twin.GEOMETRY.heads
 
 
 # -- layout ----------------------------------------------------------------------------------
+
+
+def twice(view, rows, later=0.0):
+    """Copies of some rows at the same frame and place, behind all others."""
+    rows = rows.view(1, -1)
+    at = [x[:, rows[0]] for x in (view.frame_id.long(), view.time + later, view.place)]
+    return Retention(sums=Sums(rows, torch.arange(rows.numel())[None], torch.ones(rows.shape), *at))
 
 
 def ragged_views(question):
@@ -49,13 +60,14 @@ def ragged_views(question):
         if views[0].step.chunk > 1:
             for view in views:
                 question(view)
-        return scattered.decide(views, {})
+        return scattered.commit(views, {})
 
     def backwards(view):
         """Every row is replaced by itself, from the last to the first."""
-        rows = torch.arange(2 * TOKENS)
-        meta = (view.column(name)[0].flip(0) for name in ("frame_id", "time", "place"))
-        return Retention(keep=rows[:0], merge=Merge(rows, rows.flip(0), torch.ones(8), *meta))
+        rows = torch.arange(2 * TOKENS)[None]
+        meta = (x.flip(1) for x in (view.frame_id.long(), view.time, view.place))
+        sums = Sums(rows, rows.flip(1), torch.ones(1, 2 * TOKENS), *meta)
+        return Retention(keep=torch.zeros(1, 2 * TOKENS, dtype=torch.bool), sums=sums)
 
     play(session(policy(retain=AskAtCommit(question=ask))), tape(passes(5, noisy=1)))
 
@@ -65,8 +77,8 @@ def test_a_layout_names_the_row_at_a_frame_and_place():
 
     def question(view):
         layout = Layout.of(view)
-        assert layout.frame_ids.tolist() == view.frame_ids.tolist()
         assert layout.row.shape == (HEADS, len(view.frame_ids), TOKENS)
+        assert not layout.extra.any()
         for h in range(view.heads):
             where = {(r["frame_id"], r["place"]): i for i, r in enumerate(held(view, h))}
             for i, f in enumerate(view.frame_ids.tolist()):
@@ -86,55 +98,59 @@ def test_values_go_out_and_come_back(width):
 
     def question(view):
         layout, rng = Layout.of(view), torch.Generator().manual_seed(view.step.chunk)
-        values = [1 + torch.rand(len(g.heads), len(g), *width, generator=rng) for g in view.groups]
-        spread = layout.spread(view, values)
+        heads = view.heads if view.layer else 1  # values on which all heads agree, too
+        values = 1 + torch.rand(heads, len(view), *width, generator=rng)
+        spread = layout.spread(values)
         assert spread.shape == (*layout.row.shape, *width)
         assert not spread[~layout.there].any() and spread[layout.there].all()
-        for group, own in zip(view.groups, values, strict=True):
-            flat = spread if not width else spread[..., 1]
-            back = layout.gather(view, group, flat)
-            assert torch.equal(back, own if not width else own[..., 1])
-            for position, h in enumerate(group.heads):
-                for row, x in enumerate(own[position]):
-                    frame = group.expanded("frame_id")[position, row]
-                    i = int((view.frame_ids == frame).nonzero())
-                    place = int(group.expanded("place")[position, row])
-                    assert torch.equal(spread[h, i, place], x)
-                    seen.append(h)
+        back = layout.at_rows(view, spread if not width else spread[..., 1])
+        for h in range(view.heads):
+            own = line(values, h)
+            for row, r in enumerate(held(view, h)):
+                i = view.frames.index(r["frame_id"])
+                assert torch.equal(spread[h, i, r["place"]], own[row])
+                assert back[h, row] == (own[row] if not width else own[row, 1])
+                seen.append(h)
 
     ragged_views(question)
     assert set(seen) == set(range(HEADS))
 
 
-def test_kept_places_become_row_indices():
-    def question(view):
-        layout = Layout.of(view)
-        rng = torch.Generator().manual_seed(view.step.chunk + view.layer)
-        kept = torch.rand(layout.row.shape, generator=rng) < 0.5
-        for h, rows in enumerate(layout.rows(kept)):
-            ids = view.frame_ids.tolist()
-            own = [
-                i
-                for i, r in enumerate(held(view, h))
-                if kept[h, ids.index(r["frame_id"]), r["place"]]
-            ]
-            assert rows.tolist() == own
+def test_of_two_rows_at_one_frame_and_place_the_later_is_named():
+    """The others are told apart as extra, so that none is taken for a row that is not there."""
+    seen = []
 
-    ragged_views(question)
+    def ask(views):
+        if views[0].step.chunk == 0:
+            return [twice(view, torch.arange(3)) for view in views]
+        for view in views:
+            layout = Layout.of(view)
+            for h in range(view.heads):
+                where = {}
+                for i, r in enumerate(held(view, h)):
+                    where.setdefault((view.frames.index(r["frame_id"]), r["place"]), []).append(i)
+                for (i, t), rows in where.items():
+                    assert int(line(layout.row, h)[i, t]) == max(rows)
+                extra = {i for rows in where.values() for i in rows[:-1]}
+                assert set(line(layout.extra, h).nonzero().flatten().tolist()) == extra
+                seen.append(len(extra))
+        return Scattered(share=0.8).commit(views, {})
+
+    play(session(policy(retain=AskAtCommit(question=ask))), tape(passes(3, noisy=1)))
+    assert max(seen) == 3
 
 
 # -- rows by score ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ByHash(RowScoredPart):
-    """Scores that look random, other ones for each head."""
+class ByHash(UnitPart):
+    """Scores that look random, other ones for each head; of a frame the sum over its rows."""
 
-    def row_scores(self, view, layout):
-        frame = layout.frame_ids.view(1, -1, 1)
-        place = torch.arange(layout.row.shape[2]).view(1, 1, -1)
-        head = torch.arange(view.heads).view(-1, 1, 1)
-        return hashed(frame, place, head).float() * layout.there
+    def scores(self, view, state):
+        head = torch.arange(view.heads).view(-1, 1)
+        rows = hashed(view.frame_id, view.raster, head).float().unsqueeze(1)
+        return view.by_frame(rows) if self.unit == "frame" else rows
 
 
 def hashed(frame, place, head):
@@ -171,7 +187,7 @@ class ByHashScript(Watching):
         ("frame", "18t", 18, 1),  # half a frame is no frame
         ("token", "4f", 16, 2),
         ("token", "15t", 15, 0),
-        ("token", "9t", 9, 1),  # less than what is protected: that stays
+        ("token", "12t", 12, 1),  # just what is protected
     ],
 )
 def test_the_best_units_stay_with_sink_and_newest_chunk(granularity, amount, rows, sink, storage):
@@ -180,8 +196,14 @@ def test_the_best_units_stay_with_sink_and_newest_chunk(granularity, amount, row
     on, _ = agree(policy(retain=part, positions=STORAGE[storage]), script, tape(passes(6, noisy=1)))
     least = (sink + 2) * TOKENS  # protected
     room = rows // TOKENS * TOKENS if granularity == "frame" else rows
-    for cell in on.lanes["cond", 0].cells:
-        assert set(cell.memory.lengths.values()) == {max(least, room)}
+    for store in stores(on):
+        assert set(store.memory.lengths) == {max(least, room)}
+
+
+def test_a_budget_below_what_is_protected_is_refused():
+    part = ByHash(build_part("budget", {"amount": "9t"}), "token", 1)
+    with pytest.raises(ValueError, match=r"ByHash.*layer 0, chunk 1.*9t.*larger budget"):
+        play(session(policy(retain=part)), tape(passes(3, noisy=1)))
 
 
 def test_a_budget_per_head_counts_frames_or_their_tokens():
@@ -190,8 +212,8 @@ def test_a_budget_per_head_counts_frames_or_their_tokens():
         budget = build_part("budget", {"part": "table", "amount": "4f", "shares": shares})
         on = session(policy(retain=ByHash(budget, granularity)))
         play(on, tape(passes(6, noisy=1)))
-        for cell, own in zip(on.lanes["cond", 0].cells, shares, strict=True):
-            assert cell.memory.lengths == {h: round(4 * x) * TOKENS for h, x in enumerate(own)}
+        for store, own in zip(stores(on), shares, strict=True):
+            assert store.memory.lengths == tuple(round(4 * x) * TOKENS for x in own)
 
 
 def test_settings_of_rows_that_cannot_work_are_refused():
@@ -275,11 +297,53 @@ def test_heavy_hitters_keep_what_was_looked_at(
     )
     held_frames = set()
     for (b, layer, h), stream in slow_twin.streams.items():
-        mine = on.lanes["cond", b].cells[layer].memory.column("mass")[h]
+        mine = field(stores(on, b)[layer], "mass", h)
         theirs = [r.columns["mass"] for r in stream.rows]
         torch.testing.assert_close(mine, torch.tensor(theirs), atol=1e-4, rtol=0)
         held_frames.add(tuple(sorted({r.frame for r in stream.rows})))
     assert len(held_frames) > 1, "streams should keep different frames"
+
+
+@dataclass(frozen=True)
+class Doubled(HeavyHitters):
+    """Some rows are there twice after the second chunk, the copies a little later in time."""
+
+    def commit(self, views, state):
+        found = super().commit(views, state)
+        if views[0].step.chunk != 1:
+            return found
+        rows = torch.tensor([0, 2, 5, TOKENS * 2 + 1])
+        sums = [twice(view, rows, 0.25).sums for view in views]
+        return [replace(own, sums=more) for own, more in zip(found, sums, strict=True)]
+
+
+class DoubledScript(HeavyScript):
+    """Every row counts for itself, whichever frame and place it shares."""
+
+    def unit(self, row):
+        return (row.frame, row.place, row.columns.get("copy", 0))
+
+    def commit(self, stream, step):
+        super().commit(stream, step)
+        if step.chunk == 1:
+            for i in (0, 2, 5, TOKENS * 2 + 1):
+                row = stream.rows[i].clone(time=stream.rows[i].time + 0.25)
+                row.columns["copy"] = 1
+                stream.rows.append(row)
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_two_rows_at_one_frame_and_place_are_weighed_apart(storage):
+    """Neither is lost unscored, and together they fill two places of the budget."""
+    part = Doubled(build_part("budget", {"amount": "23t"}), "token", 1)
+    script = DoubledScript(23, "token", 1)
+    made = policy(retain=part, positions=STORAGE[storage])
+    on, slow_twin = agree(made, script, tape(passes(5, noisy=1), gain=4.0))
+    assert all(set(store.memory.lengths) == {23} for store in stores(on))
+    rows = [r for stream in slow_twin.streams.values() for r in stream.rows]
+    copies = [r for r in rows if r.columns.get("copy")]
+    streams = len(slow_twin.streams)
+    assert 2 * streams < len(copies) < 4 * streams, "some copies should stay, some go"
 
 
 def test_heavy_hitters_with_several_chunks_in_flight():
@@ -292,8 +356,9 @@ def test_mass_from_some_queries_is_scaled_to_all():
     for queries in (520, 4, 1):
         on = session(policy(retain={"part": "heavy-hitters", "budget": "100f", "queries": queries}))
         play(on, tape(passes(3, noisy=1)))
-        for cell in on.lanes["cond", 0].cells:
-            for mass in cell.memory.column("mass"):
+        for store in stores(on):
+            for head in range(HEADS):
+                mass = field(store, "mass", head)
                 assert float(mass.sum()) == pytest.approx(3 * 2 * TOKENS, rel=1e-5)
         # Every sampled query of a commit pass meets the history once more.
         asked = min(queries, 2 * TOKENS)
@@ -329,5 +394,5 @@ def test_tables_of_the_caller_are_no_bytes_of_the_cache():
     for tables in ({}, {"reference_mass": torch.zeros(2000)}):
         on = session(policy(retain={"part": "heavy-hitters", "budget": "45KiB"}), tables=tables)
         play(on, tape(passes(9, noisy=1)))
-        lengths.append(on.lanes["cond", 0].cells[0].memory.lengths)
+        lengths.append(stores(on)[0].memory.lengths)
     assert lengths[0] == lengths[1]

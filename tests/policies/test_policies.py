@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.rotary import Rotary
-from lightning_kv.policies.amount import Amount
-from lightning_kv.policies.base import Part
+from lightning_kv.policies.budgets import Amount
+from lightning_kv.policies.part import Part
 from lightning_kv.policies.presets import (
     PRESETS,
     discover,
@@ -17,14 +17,14 @@ from lightning_kv.policies.presets import (
     policy_to_dict,
     preset,
 )
-from lightning_kv.policies.scores import top_frames
+from lightning_kv.policies.scored import top_units
 
 GEOMETRY = Geometry(2, 3, 12, (2, 2), Rotary(12), 21)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_top_frames_equals_a_slow_pick(data):
+def test_the_best_units_equal_a_slow_pick(data):
     heads, blocks, frames = (data.draw(st.integers(1, 4)) for _ in range(3))
     frames += 3
     values = st.lists(st.integers(-2, 2), min_size=frames, max_size=frames)
@@ -37,11 +37,11 @@ def test_top_frames_equals_a_slow_pick(data):
         protected.append([g and t for g, t in zip(guarded, there, strict=True)])
         lengths.append(data.draw(st.integers(0, frames)))
     shape = (heads, blocks, frames)
-    picked = top_frames(
+    picked = top_units(
         torch.tensor(score).double().view(shape),
         torch.tensor(lengths).view(heads, blocks),
         torch.tensor(protected).view(shape),
-        torch.tensor(present).view(shape),
+        torch.tensor(present).long().view(shape),
     ).view(-1, frames)
     for row in range(heads * blocks):
         chosen = [f for f in range(frames) if protected[row][f]]
