@@ -113,4 +113,7 @@ class BudgetPart(Part, ABC):
             protected: bool, alike: units that stay whatever their score.
             state: This part's.
         """
-        raise NotImplementedError(f"{self.name} says neither `allowed` nor `lengths`")
+        raise ValueError(
+            f"The budget part {self.name or type(self).__name__!r} says neither how much is "
+            "`allowed` nor what `lengths` scores give. Define one of the two methods."
+        )

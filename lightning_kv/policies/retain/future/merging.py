@@ -139,20 +139,9 @@ def merged(
     coefficient = part / total.gather(1, into).clamp_min(1e-30)
     correction = None
     if how == "hyperplane":
-        raw = raw_keys(view)
-        turned = raw.gather(1, there.unsqueeze(-1).expand(-1, -1, raw.shape[2]))
-        if align == "relative":
-            angles = view.angles(view.time, view.place).expand(heads, -1, -1)
-            index = [x.unsqueeze(-1).expand(-1, -1, angles.shape[2]) for x in (there, into)]
-            apart = angles.gather(1, index[0]) - angles.gather(1, index[1])
-            turned = rotate(turned, apart, view.geometry.rotary.work)
-        key = summed(turned * coefficient.unsqueeze(-1), bucket, size)
-        at = view.angles(ahead.read_time, view.place)
+        rows = source, into, bucket, coefficient
         wanted = width * (top + total.clamp_min(1e-30).log())
-        correction, cut = to_hyperplane(key, at, mean, wanted, limit, view.geometry.rotary.work)
-        correction = torch.where(target.unsqueeze(-1), correction, 0.0)
-        counts = torch.stack([(cut & target).sum(), target.sum()])
-        state["clipped"] = state.get("clipped", 0) + counts
+        correction = _correction(view, ahead, rows, target, mean, wanted, align, limit, state)
     sums = Sums(
         source,
         into,
@@ -164,6 +153,45 @@ def merged(
         correction=correction,
     )
     return Retention(sums=sums, keep=kept & ~target)
+
+
+def _correction(
+    view: CacheView,
+    ahead: CacheView,
+    rows: tuple[Tensor, Tensor, Tensor, Tensor],
+    target: Tensor,
+    mean: Tensor,
+    wanted: Tensor,
+    align: str,
+    limit: float | None,
+    state: Any,
+) -> Tensor:
+    """What to add to the key of each target ``[H, N, D]``; counts moves that were cut short.
+
+    Args:
+        view: At commit.
+        ahead: The view of the next chunk.
+        rows: Source, target, bucket (-1: none) and coefficient of each pair ``[H, E]``.
+        target: bool ``[H, N]``: which rows others go into.
+        mean: The mean future query ``[H, D]``.
+        wanted: Its product with each new key ``[H, N]``.
+        align: See :func:`merged`.
+        limit: Alike.
+        state: Alike.
+    """
+    source, into, bucket, coefficient = rows
+    raw, there, work = raw_keys(view), source.clamp_min(0), view.geometry.rotary.work
+    turned = raw.gather(1, there.unsqueeze(-1).expand(-1, -1, raw.shape[2]))
+    if align == "relative":
+        angles = view.angles(view.time, view.place).expand(len(raw), -1, -1)
+        index = [x.unsqueeze(-1).expand(-1, -1, angles.shape[2]) for x in (there, into)]
+        turned = rotate(turned, angles.gather(1, index[0]) - angles.gather(1, index[1]), work)
+    key = summed(turned * coefficient.unsqueeze(-1), bucket, raw.shape[1])
+    at = view.angles(ahead.read_time, view.place)
+    step, cut = to_hyperplane(key, at, mean, wanted, limit, work)
+    counts = torch.stack([(cut & target).sum(), target.sum()])
+    state["clipped"] = state.get("clipped", 0) + counts
+    return torch.where(target.unsqueeze(-1), step, 0.0)
 
 
 def to_hyperplane(
