@@ -21,7 +21,7 @@ from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.recode import coded
 from lightning_kv.cache.rotary import rotate, wide
 from lightning_kv.cache.rows import Group, Rows, Segment
-from lightning_kv.cache.sums import Summing, matched, ranked
+from lightning_kv.cache.sums import Summing, matched
 from lightning_kv.cache.table import Table
 
 REDUCERS = ("sum", "mean", "max", "keep")
@@ -206,7 +206,7 @@ class LayerStore:
         if decision.sums is not None:
             known = upload(self._known_frames, self._like, torch.int64)
             ids = decision.sums.frame_id
-            out += [(ids >= 0).sum(1), ranked(decision.sums)[1]]
+            out += [(ids >= 0).sum(1)]
             out += [(ids.unsqueeze(-1) == known).flatten(0, -2).any(0)]
         if decision.archive is not None:
             out += _flat(self.memory.counted(decision.archive))
@@ -254,10 +254,10 @@ class LayerStore:
             old = self.memory
         sums = None
         if decision.sums is not None:
-            counted, degree, made = next(known), next(known)[0], next(known)
+            counted, made = next(known), next(known)
             parts = [self.memory, self.archive] if len(self.archive) else [self.memory]
             summing = Summing(parts, self.geometry.rotary, self.rotated, self.columns)
-            sums = summing.rows(decision.sums, counted, degree)
+            sums = summing.rows(decision.sums, counted)
             frames = tuple(sorted({*frames, *_still(self._known_frames, made)}))
             self.weighted, whole = True, False
         shelved, aside = self.shelved, None

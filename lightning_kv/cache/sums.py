@@ -1,7 +1,6 @@
-"""New rows as weighted sums of old ones, one source at a time.
+"""New rows as weighted sums of old ones, a block of pairs at a time.
 
-Every target takes its first source, then its second, and so on: no sum has an order that a device
-could choose, and never more than one row for each target is gathered.
+Sums are formed by segments, in the same order on every device and every time.
 
 Shapes: H heads, N rows of memory, then A of the archive, E pairs, R new rows, D head width.
 """
@@ -14,6 +13,7 @@ from torch import Tensor
 from lightning_kv.cache.decisions import Sums
 from lightning_kv.cache.rotary import Rotary, rotate, wide
 from lightning_kv.cache.rows import Group, Rows, Segment
+from lightning_kv.cache.table import BLOCK, summed
 
 
 class Summing:
@@ -33,20 +33,18 @@ class Summing:
         self.columns, self.heads = columns, parts[0].heads
         self.like = parts[0].groups[0].plain.rows["k"]
 
-    def rows(self, sums: Sums, counted: list[int], degree: int) -> Rows:
+    def rows(self, sums: Sums, counted: list[int]) -> Rows:
         """The new rows.
 
         Args:
             sums: Sources, targets and coefficients.
             counted: New rows of each head; one number where all agree.
-            degree: The most sources that one target has.
         """
         heads, count, work = self.heads, sums.frame_id.shape[1], self.rotary.work
         payload = {
             name: [(r, [g.payload(name) for g in r.groups]) for r in self.parts] for name in "kv"
         }
         old = {name: self._field(name) for name in self.parts[0].groups[0].meta}
-        rank = ranked(sums)[0]
         meta = {
             "frame_id": sums.frame_id.to(torch.int32),
             "time": sums.time.float(),
@@ -54,28 +52,32 @@ class Summing:
         }
         meta = {name: x.expand(heads, *x.shape[1:]) for name, x in meta.items()}
         at_target = self._angles(meta)
+        source, into, share = (
+            x.expand(heads, -1) for x in (sums.source, sums.target, sums.coefficient)
+        )
+        there, into = source.clamp_min(0), torch.where(source < 0, -1, into)
+        own = {name: _at(x, there) for name, x in old.items()}
         k = wide(self.like.new_zeros(heads, count, self.like.shape[2]))
-        v, columns = torch.zeros_like(k), _Columns(self.columns | {"weight": "sum"}, k[..., 0])
-        for turn in range(degree):
-            source, share = _round(sums, rank, turn, heads)
-            there = source.clamp_min(0)
-            own = {name: _at(x, there) for name, x in old.items()}
-            keys = _gathered(payload["k"], there).to(k)
+        v, size = torch.zeros_like(k), max(1, BLOCK // (heads * k.shape[2]))
+        for low in range(0, source.shape[1], size):  # no more pairs at once than a buffer holds
+            pairs = slice(low, low + size)
+            weight, bucket = share[:, pairs].to(k).unsqueeze(-1), into[:, pairs]
+            keys = _gathered(payload["k"], there[:, pairs]).to(k)
+            at_source = self._angles({name: own[name][:, pairs] for name in ("time", "place")})
             if self.rotated and sums.align == "raw":
-                keys = rotate(keys, -self._angles(own), work)
+                keys = rotate(keys, -at_source, work)
             elif not self.rotated and sums.align == "relative":
-                keys = rotate(keys, self._angles(own) - at_target, work)
-            weight = share.to(k).unsqueeze(-1)
-            k = k + torch.where(weight == 0, 0.0, keys * weight)
-            values = _gathered(payload["v"], there).to(v)
-            v = v + torch.where(weight == 0, 0.0, values * weight)
-            columns.add(own, share, source >= 0)
+                to = bucket.clamp_min(0).unsqueeze(-1).expand(-1, -1, at_target.shape[2])
+                keys = rotate(keys, at_source - at_target.gather(1, to), work)
+            k = k + summed(keys * weight, bucket, count)
+            v = v + summed(_gathered(payload["v"], there[:, pairs]).to(v) * weight, bucket, count)
         if self.rotated and sums.align == "raw":
             k = rotate(k, at_target, work)
         if sums.correction is not None:
             extra = sums.correction.to(k).expand_as(k)
             k = k + (rotate(extra, at_target, work) if self.rotated else extra)
-        meta |= columns.values()
+        for name, how in (self.columns | {"weight": "sum"}).items():
+            meta[name] = reduced(own[name], into, share.float(), count, how)
         if sums.weight is not None:
             meta["weight"] = sums.weight.float().expand(heads, -1)
         rows = {"k": k.to(self.like.dtype), "v": v.to(self.like.dtype)}
@@ -95,38 +97,40 @@ class Summing:
         return torch.cat([x.expand(self.heads, *x.shape[1:]) for x in found], dim=1)
 
 
-class _Columns:
-    """Column values of new rows, one source after the other."""
+def reduced(x: Tensor, into: Tensor, share: Tensor, count: int, how: str) -> Tensor:
+    """Column values ``[H, E]`` of sources as those of new rows, ``[H, count]``.
 
-    def __init__(self, how: dict[str, str], like: Tensor) -> None:
-        self.how, self.total = how, torch.zeros_like(like)
-        self.best = torch.full_like(like, -torch.inf)
-        self.found = {name: torch.zeros_like(like) for name in how}
-        self.any = torch.zeros_like(like, dtype=torch.bool)
+    Args:
+        x: Of the sources, pair by pair.
+        into: ``[H, E]`` new row of each pair; -1 for none.
+        share: ``[H, E]`` coefficients.
+        count: Number of new rows.
+        how: ``sum``; ``mean`` (weighted by the coefficients); ``max``; or ``keep`` (the value of
+            the source with the largest coefficient, the first of equals).
+    """
 
-    def add(self, own: dict[str, Tensor], share: Tensor, there: Tensor) -> None:
-        better = there & (share > self.best)
-        for name, how in self.how.items():
-            x, old = own[name].to(share), self.found[name]
-            if how == "sum":
-                new = old + x
-            elif how == "mean":
-                new = old + x * share
-            elif how == "max":
-                new = torch.where(self.any, torch.maximum(old, x), x)
-            else:
-                new = torch.where(better, x, old)
-            self.found[name] = torch.where(there, new, old)
-        self.total = self.total + torch.where(there, share, 0.0)
-        self.best, self.any = torch.where(better, share, self.best), self.any | there
+    def total(values: Tensor) -> Tensor:
+        return summed(values.unsqueeze(-1), into, count)[..., 0]
 
-    def values(self) -> dict[str, Tensor]:
-        """Each ``[H, R]``."""
-        mean = torch.where(self.total == 0, 1, self.total)
-        return {
-            name: (x / mean if self.how[name] == "mean" else x).float()
-            for name, x in self.found.items()
-        }
+    def extreme(values: Tensor, which: str, blank: float) -> Tensor:
+        index = torch.where(into < 0, count, into)
+        start = values.new_full((len(values), count + 1), blank)
+        return start.scatter_reduce(1, index, values, which)[:, :count]
+
+    x = x.float()
+    if how == "sum":
+        return total(x)
+    if how == "mean":
+        weight = total(share)
+        return total(x * share) / torch.where(weight == 0, 1, weight)
+    if how == "max":
+        best = extreme(x, "amax", -torch.inf)
+        return torch.where(best == -torch.inf, 0.0, best)
+    best = extreme(share, "amax", -torch.inf).gather(1, into.clamp_min(0))
+    place = torch.arange(x.shape[1], device=x.device).expand_as(into)
+    first = extreme(torch.where(share == best, place, x.shape[1]), "amin", x.shape[1])
+    found = x.gather(1, first.clamp_max(x.shape[1] - 1))
+    return torch.where(first < x.shape[1], found, 0.0)
 
 
 def matched(x: Tensor, rows: Tensor, like: Tensor, share: float) -> Tensor:
@@ -142,32 +146,6 @@ def matched(x: Tensor, rows: Tensor, like: Tensor, share: float) -> Tensor:
     moved = (1 - share) * x + share * ((x - mean) / spread * wanted + other)
     changed = rows & like.any(1, keepdim=True)  # without a model there is nothing to be like
     return torch.where(changed.unsqueeze(-1), moved, x)
-
-
-def ranked(sums: Sums) -> tuple[Tensor, Tensor]:
-    """Place of each pair among those of its target ``[1 or H, E]``, and the most that one has."""
-    size = sums.frame_id.shape[1]
-    lines = max(len(sums.source), len(sums.target))
-    target = sums.target.expand(lines, -1)
-    key = torch.where(sums.source >= 0, target, size)
-    ordered, order = key.sort(dim=1, stable=True)
-    first = torch.searchsorted(ordered, ordered.contiguous())
-    place = torch.arange(key.shape[1], device=key.device) - first
-    rank = torch.empty_like(key).scatter(1, order, place)
-    most = torch.where(sums.source >= 0, rank + 1, 0)
-    return rank, most.amax() if most.numel() else most.sum()
-
-
-def _round(sums: Sums, rank: Tensor, turn: int, heads: int) -> tuple[Tensor, Tensor]:
-    """The source (-1 for none) and coefficient of each target in one round, ``[H, R]``."""
-    size = sums.frame_id.shape[1]
-    now = (rank == turn) & (sums.source >= 0)
-    target = torch.where(now, sums.target, size).expand(heads, -1)
-    blank = target.new_full((heads, size + 1), -1)
-    source = blank.scatter(1, target, sums.source.expand(heads, -1))[:, :size]
-    share = sums.coefficient.expand(heads, -1)
-    share = share.new_zeros(heads, size + 1).scatter(1, target, share)[:, :size]
-    return source, share
 
 
 def _gathered(payload: list[tuple[Rows, list[Tensor]]], index: Tensor) -> Tensor:
