@@ -67,6 +67,17 @@ def check_selection(selection: Selection | None, view: PassView, part: Any) -> N
             "to read all that is held."
         )
     heads, queries = (1, view.heads), (1, view.query_frames)
+    if selection.frames is not None and selection.rows is not None:
+        raise ValueError(
+            f"{named(part, view)} gave frames and rows, and only one of them can count. Give "
+            "`frames` where whole frames are read, else `rows`."
+        )
+    count = selection.count
+    if isinstance(count, tuple) and len(count) != view.heads:
+        raise ValueError(
+            f"{named(part, view)} gave a count of {len(count)} numbers. Give one number, or one "
+            f"for each of {view.heads} heads."
+        )
     if isinstance(selection.frames, Tensor):
         check_mask(selection.frames, (heads, queries, (len(view.frames),)), "frames", part, view)
     if selection.rows is not None:

@@ -563,3 +563,26 @@ def test_positions_are_asked_again_where_they_depend_on_what_is_read():
     assert plan.lag[0, 0, :TOKENS].tolist() == [1.0] * TOKENS
     assert plan.blocks[0].time.unique().tolist() == [CHUNK - 1.0]
     assert found.state("positions")["asked"][-2:] == [False, True]
+
+
+@dataclass(frozen=True)
+class Contradiction(SelectPart):
+    answer: Any = None
+
+    def pick(self, view, state):
+        return self.answer(view) if view.frames else None
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (
+            lambda view: Selection(frames=view.frames, rows=torch.ones(1, 1, len(view)).bool()),
+            "gave frames and rows",
+        ),
+        (lambda view: Selection(frames=view.frames, count=(1, 1)), "a count of 2 numbers"),
+    ],
+)
+def test_a_selection_that_contradicts_itself_is_refused(answer, text):
+    with pytest.raises(ValueError, match=f"Contradiction.*layer 0, chunk 1.*{text}"):
+        Recorded(select=Contradiction(answer=answer)).run(passes(2))
