@@ -1,7 +1,7 @@
 """Which KV-cache policy, at what budget, and what does it cost in quality?"""
 
 from lightning_kv.models import build_model, load_model
-from lightning_kv.policies.presets import load_policy, preset
+from lightning_kv.policies.registry import load_policy, preset
 from lightning_kv.rollout import Rollout, rollout
 
 __version__ = "0.1.0"

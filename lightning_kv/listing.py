@@ -14,39 +14,67 @@ def listing(what: str) -> list[dict[str, Any]]:
 
 def policies() -> list[dict[str, Any]]:
     """The named presets and the parts they are made of."""
-    from lightning_kv.policies.presets import ABOUT, DEFAULTS, PRESETS, policy_to_dict, preset
+    from lightning_kv.policies.registry import presets
 
     rows = []
-    for name in PRESETS:
-        config = policy_to_dict(preset(name))
-        differ = {
-            kind: config[kind]["part"]
-            for kind in DEFAULTS
-            if kind in config and config[kind]["part"] != DEFAULTS[kind]
-        }
-        made = ", ".join(f"{kind}: {part}" for kind, part in differ.items()) or "-"
-        rows.append({"policy": name, "about": ABOUT[name], "parts": made})
+    for name, own in presets().items():
+        parts = {k: v["part"] if isinstance(v, dict) else v for k, v in own.parts.items()}
+        rows.append(
+            {
+                "policy": name,
+                "about": own.about,
+                "paper": own.paper or "-",
+                "saves": " and ".join(own.saves) or "-",
+                "parts": ", ".join(f"{kind}: {part}" for kind, part in parts.items()) or "-",
+            }
+        )
     return rows
 
 
 def parts() -> list[dict[str, Any]]:
-    """Every part, by kind: what free combinations are made of."""
-    import dataclasses
-
-    from lightning_kv.policies.part import Part
-    from lightning_kv.policies.presets import discover
+    """Every part, by kind: what free combinations are made of, and what each setting means."""
+    from lightning_kv.policies.part import PARTS
+    from lightning_kv.policies.registry import discover
 
     discover()
     return [
         {
-            "kind": kind,
             "part": name,
-            "settings": ", ".join(field.name for field in dataclasses.fields(cls)) or "-",
             "about": (cls.__doc__ or "").strip().splitlines()[0],
+            "kind": kind,
+            **({"settings": found} if (found := part_settings(cls)) else {}),
         }
-        for kind, known in Part.registry.items()
+        for kind, known in PARTS.items()
         for name, cls in sorted(known.items())
     ]
+
+
+def part_settings(cls: type) -> dict[str, str]:
+    """What each setting of a part means, as its docstrings say, and its default."""
+    import dataclasses
+
+    from docstring_parser import parse
+
+    told: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        text = parse(base.__dict__.get("__doc__") or "")
+        told |= {own.arg_name: " ".join((own.description or "").split()) for own in text.params}
+    return {
+        field.name: f"{told.get(field.name, '-')} [{shown(field)}]"
+        for field in dataclasses.fields(cls)
+        if field.name != "budget" or cls.limited
+    }
+
+
+def shown(field: Any) -> str:
+    """The default of a setting as one writes it in YAML."""
+    import dataclasses
+
+    value = field.default
+    if value is dataclasses.MISSING or dataclasses.is_dataclass(value):  # an empty table
+        return "needed"
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def models() -> list[dict[str, Any]]:

@@ -17,18 +17,35 @@ def list_command(words: list[str]) -> None:
 
     parser = Words("list", "What is there to choose from.")
     parser.add_argument("what", metavar="WHAT", help=f"one of: {', '.join(KINDS)}")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="only these")
     parser.add_argument("--json", action="store_true", help="for programs")
     chosen = parser.parse_args(words)
     if chosen.what not in KINDS:
         near = hint(chosen.what, KINDS)
         raise ValueError(f"Cannot list {chosen.what!r}.{near} Lists: {', '.join(KINDS)}.")
-    rows = listing(chosen.what)
+    rows = only(chosen.names, listing(chosen.what))
     if chosen.json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
-    elif chosen.what == "models":
+    elif chosen.what in ("models", "parts", "policies"):
         show_blocks(rows)
     else:
         show_table(rows)
+
+
+def only(names: list[str], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that are named; all where none is.
+
+    Raises:
+        ValueError: Nothing is called so.
+    """
+    known = {next(iter(row.values())) for row in rows}
+    for name in names:
+        if name not in known:
+            near = hint(name, known)
+            raise ValueError(
+                f"Nothing is called {name!r}.{near} Names: {', '.join(sorted(known))}."
+            )
+    return [row for row in rows if not names or next(iter(row.values())) in names]
 
 
 def show_table(rows: list[dict[str, Any]]) -> None:
@@ -51,8 +68,12 @@ def show_blocks(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         (_, name), (_, about), *rest = row.items()
         out.print(Text.assemble((name, "bold"), "  ", about), soft_wrap=True)
-        for label, value in rest:
-            out.print(Text(f"    {label:9} {value}"), soft_wrap=True)
+        lines = {k: v for k, v in rest if not isinstance(v, dict)}
+        for _, value in rest:
+            lines |= value if isinstance(value, dict) else {}
+        width = max(9, *map(len, lines))
+        for label, value in lines.items():
+            out.print(Text(f"    {label:{width}} {value}"), soft_wrap=True)
 
 
 def fetch_command(words: list[str]) -> None:

@@ -12,7 +12,7 @@ from lightning_kv.models.samplers import ChunkPlan, few_step, keyed_noise, space
 from lightning_kv.models.unipc import UniPC
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
-from lightning_kv.policies.presets import policy_from_dict, policy_to_dict, preset
+from lightning_kv.policies.registry import policy_from_dict, policy_to_dict, preset
 from lightning_kv.rollout import rollout
 
 CHUNK, FRAMES, STEPS = 2, 10, 2

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from lightning_kv.policies.presets import policy_from_dict
+from lightning_kv.policies.registry import policy_from_dict
 from lightning_kv.rollout import rollout
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "self_forcing_reference.safetensors"

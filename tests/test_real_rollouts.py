@@ -13,7 +13,7 @@ from lightning_kv.cache.rotary import Rotary
 from lightning_kv.models.samplers import warp
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
-from lightning_kv.policies.presets import policy_from_dict, preset
+from lightning_kv.policies.registry import policy_from_dict, preset
 from lightning_kv.rollout import rollout
 
 TINY = WanConfig(

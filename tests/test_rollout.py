@@ -17,12 +17,12 @@ from lightning_kv.models.samplers import ChunkPlan, keyed_noise
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan
 from lightning_kv.policies.base import CachePolicy, RetainPart
-from lightning_kv.policies.presets import PRESETS, build_part, policy_from_dict
+from lightning_kv.policies.registry import build_part, policy_from_dict, presets
 from lightning_kv.tasks.scenes import panorama_start
 
 PROMPTS = ["dusk fast n10 left", "noon fast n13 left", "night slow n7 any", "mist fast n5 left"]
 FRAMES = 24
-NAMES = [name if name == "full" else f"{name}@6f" for name in PRESETS]
+NAMES = [name if name == "full" else f"{name}@6f" for name in presets()]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_backends_agree_in_float32_in_every_pass(panorama, name):
 
 
 # rolling-forcing reads what is in reach of 21 frames, whatever its memory: see the test below
-@pytest.mark.parametrize("name", [n for n in PRESETS if n not in ("full", "rolling-forcing")])
+@pytest.mark.parametrize("name", [n for n in presets() if n not in ("full", "rolling-forcing")])
 def test_a_budget_for_everything_is_the_full_cache(exact, exact_full, name):
     budgets = sum(part.budget is not None for part in (preset(name).retain, preset(name).select))
     all_of_it = "/".join([f"{FRAMES - 3}f"] * budgets)

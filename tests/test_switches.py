@@ -14,7 +14,7 @@ from lightning_kv.models.samplers import spaced
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
 from lightning_kv.policies.base import RetainPart
-from lightning_kv.policies.presets import policy_from_dict, preset
+from lightning_kv.policies.registry import policy_from_dict, preset
 from lightning_kv.policies.retain.window import Window
 from lightning_kv.rollout import rollout
 

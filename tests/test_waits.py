@@ -21,10 +21,10 @@ def found():
 
 
 def test_every_policy_is_counted(found):
-    from lightning_kv.policies.presets import PRESETS
+    from lightning_kv.policies.registry import presets
 
     named = {name.partition("@")[0].partition(",")[0] for name in found}
-    assert set(PRESETS) <= named
+    assert set(presets()) <= named
 
 
 @pytest.mark.parametrize("case", count_waits.cases(LAYERS), ids=lambda case: case.name)

@@ -40,7 +40,7 @@ from lightning_kv.models.embedded import read_weights
 from lightning_kv.models.precision import PROFILES
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
-from lightning_kv.policies.presets import policy_from_dict
+from lightning_kv.policies.registry import policy_from_dict
 
 NEEDED = ("noise", "renoise", "context", "warped_timesteps")
 FIXED = {"qk_norm": True, "cross_attn_norm": True, "model_type": "t2v"}

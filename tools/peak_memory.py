@@ -29,7 +29,7 @@ from lightning_kv.cache.passes import Geometry, Pass
 from lightning_kv.cache.rotary import Rotary
 from lightning_kv.cache.session import CacheSession
 from lightning_kv.cache.view import PassView
-from lightning_kv.policies.presets import load_policy
+from lightning_kv.policies.registry import load_policy
 
 WINDOW = {"part": "window", "budget": "9f"}
 POLICIES: dict[str, Any] = {

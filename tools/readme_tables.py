@@ -32,8 +32,11 @@ RUNS = {
 
 def policy_table() -> str:
     """The presets, one row each."""
-    rows = ["| policy | what it does | parts that differ from `full` |", "|---|---|---|"]
-    rows += [f"| `{row['policy']}` | {row['about']} | {row['parts']} |" for row in policies()]
+    rows = ["| policy | what it does | saves | parts that differ from `full` |", "|---" * 4 + "|"]
+    for row in policies():
+        paper = "" if row["paper"] == "-" else f" ({row['paper']})"
+        about = row["about"].removesuffix(".") + paper + "."
+        rows.append(f"| `{row['policy']}` | {about} | {row['saves']} | {row['parts']} |")
     return "\n".join(rows)
 
 

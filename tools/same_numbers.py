@@ -28,7 +28,7 @@ from lightning_kv.cache.decisions import Event
 from lightning_kv.models.samplers import spaced
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
-from lightning_kv.policies.presets import PRESETS
+from lightning_kv.policies.registry import presets
 from lightning_kv.rollout import Rollout
 
 FRAMES = 36
@@ -102,7 +102,7 @@ def rollouts() -> Iterator[tuple[str, Rollout]]:
     """All of them, by name."""
     model, prompts = load_model("panorama"), ["dusk fast n10 left", "mist fast n7 left"]
     switch = [Event("prompt_switch", 18, "noon slow n4 left")]
-    for name in [*PRESETS, *MIXED]:
+    for name in [*presets(), *MIXED]:
         if name == "rolling-forcing":
             continue  # wants several chunks in flight
         policy = load_policy(spec_of(name))
@@ -111,7 +111,7 @@ def rollouts() -> Iterator[tuple[str, Rollout]]:
         policy = load_policy(spec_of(name))
         made = rollout(model, policy, prompts, FRAMES, events=switch, decode=False)
         yield f"switch/{name}", made
-    names = [*PRESETS, "ragged-rows"]
+    names = [*presets(), "ragged-rows"]
     levels = (1000.0, 750.0, 500.0, 250.0)
     models = {
         "rolling": small(sampler="rolling", timesteps=levels),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -17,9 +17,36 @@ from lightning_kv.policies.budgets import Amount
 KINDS = ("retain", "select", "budget", "positions", "precision")
 State = dict[Any, Any]
 
+PARTS: dict[str, dict[str, type[Part]]] = {kind: {} for kind in KINDS}
+"""Parts that have been imported, by kind and name; :func:`registry.discover` imports all."""
+
+PRESETS: dict[str, tuple[Preset, type[Part]]] = {}
+"""Published methods that have been imported, each with the part that declares it."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published method: a name for one choice of parts, declared by its main part.
+
+    Args:
+        name: What people type.
+        about: What it does, in a sentence.
+        paper: Where it was published: title or model, and arXiv id.
+        saves: ``memory``, ``reads`` or both; what :mod:`lightning_kv.testing` holds it to.
+        parts: What differs from the full cache, as in a policy file.
+    """
+
+    name: str
+    about: str
+    paper: str = ""
+    saves: tuple[str, ...] = ()
+    parts: dict[str, Any] = field(default_factory=dict)
+
 
 class Part:
     """One answer. Parts are frozen dataclasses: their ``repr`` is their configuration.
+
+    A class with a ``name`` is known by it once it has been imported; so are its ``presets``.
 
     A part keeps nothing between calls; what it must remember lies in the dictionary that
     :meth:`fresh` makes, for each rollout, sample and deciding branch, shared by all layers. Its
@@ -35,22 +62,22 @@ class Part:
     """Numbers kept for every row, with what becomes of them in a sum: sum, mean, max or keep."""
     observes: ClassVar[tuple[str, ...]] = ()
     """Passes shown to :meth:`observe`: prefill, denoise, commit, rebuild."""
-    registry: ClassVar[dict[str, dict[str, type[Part]]]] = {kind: {} for kind in KINDS}
+    presets: ClassVar[tuple[Preset, ...]] = ()
+    """Published methods of which this is the main part."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "name" in cls.__dict__:
-            Part.registry[cls.kind][cls.name] = cls
+            _claim(cls, f"{cls.kind} part", cls.name, PARTS[cls.kind].get(cls.name))
+            PARTS[cls.kind][cls.name] = cls
+        for own in cls.__dict__.get("presets", ()):
+            _claim(cls, "policy", own.name, PRESETS.get(own.name, (None, None))[1])
+            PRESETS[own.name] = own, cls
 
     @property
     def needs(self) -> dict[str, dict[str, Any]]:
         """Tables that the caller must bring for this part (``view.tables``), with settings."""
         return {}
-
-    @classmethod
-    def prepared(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """Settings as people write them, made into those of the dataclass (files are read)."""
-        return settings
 
     def fresh(self) -> State:
         """State of one sample in one rollout."""
@@ -63,6 +90,16 @@ class Part:
     def event(self, event: Event, views: list[CacheView], state: State) -> Any:
         """Something happens between two chunks; only the retain part's answer counts."""
         return None
+
+
+def _claim(cls: type[Part], what: str, name: str, owner: type[Part] | None) -> None:
+    """Refuse a name that is taken; the same class may be defined again, as in a notebook."""
+    mine, theirs = (f"{c.__module__}:{c.__qualname__}" if c else "" for c in (cls, owner))
+    if owner is not None and mine != theirs:
+        raise ValueError(
+            f"The name {name!r} of a {what} is taken. {mine} wants it, and {theirs} has it. "
+            "Give yours another name."
+        )
 
 
 @dataclass(frozen=True)

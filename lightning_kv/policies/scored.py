@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class ScoredPart(Part):
         budget: How much; everything where None.
     """
 
+    limited: ClassVar[bool] = True
+    """Whether it takes a budget."""
     budget: BudgetPart | None = None
 
     @property

@@ -26,7 +26,7 @@ from lightning_kv.models.samplers import Sampler, sampler_of
 from lightning_kv.models.sizes import PRESETS, parameters
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
-from lightning_kv.policies.presets import load_policy, preset, unknown
+from lightning_kv.policies.registry import load_policy, preset, unknown
 from lightning_kv.report.table import format_bytes
 from lightning_kv.rollout import rollout
 from lightning_kv.tasks.clock import read_size

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.budgets import Amount
-from lightning_kv.policies.presets import load_policy
+from lightning_kv.policies.registry import load_policy
 from lightning_kv.policies.scored import ScoredPart
 from lightning_kv.tasks.options import EvaluateOptions
 

@@ -22,7 +22,7 @@ from lightning_kv.models.samplers import ChunkPlan
 from lightning_kv.models.sources import Source, find_model
 from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.base import CachePolicy
-from lightning_kv.policies.presets import load_policy
+from lightning_kv.policies.registry import load_policy
 from lightning_kv.report.records import RunDirectory, fingerprint, write_atomic
 from lightning_kv.report.traces import write_traces
 from lightning_kv.report.video import Frames

@@ -19,7 +19,7 @@ from lightning_kv.models.sources import find_model
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import WanConfig
 from lightning_kv.policies.base import CachePolicy
-from lightning_kv.policies.presets import load_policy
+from lightning_kv.policies.registry import load_policy
 from lightning_kv.report.table import format_bytes
 from lightning_kv.report.video import Frames, write_mp4
 from lightning_kv.rollout import Rollout, rollout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from lightning_kv.metrics.base import noting
 from lightning_kv.models.samplers import NOISE_REVISION
 from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.base import CachePolicy
-from lightning_kv.policies.presets import policy_to_dict
+from lightning_kv.policies.plugins import sources
+from lightning_kv.policies.registry import policy_to_dict
 from lightning_kv.rollout import Rollout
 from lightning_kv.tasks.film import GAIN
 from lightning_kv.tasks.options import EvaluateOptions
@@ -105,6 +106,7 @@ def describe(
         "config": model.network.config.to_dict(),
         "policies": {name: policy_to_dict(policy) for name, policy in policies.items()},
         "reference": policy_to_dict(reference),
+        **plugged([reference, *policies.values()]),
         "data": {
             "shards": [shard.sha256 for shard in data.index.shards],
             "seed": options.data.seed,
@@ -126,6 +128,12 @@ def describe(
         "accelerator": accelerator,
         "versions": versions(),
     }
+
+
+def plugged(policies: Iterable[CachePolicy]) -> dict[str, Any]:
+    """Checksums of the modules of other packages that bring parts; they decide as much as ours."""
+    found = sources(part for policy in policies for part in policy.parts)
+    return {"modules": found} if found else {}
 
 
 def about(

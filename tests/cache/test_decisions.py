@@ -24,7 +24,7 @@ from twin import CHUNK, GEOMETRY, Row, Script, drive, passes, spot, turn
 
 from lightning_kv.cache.decisions import Event, Match, Recode, Retention, Selection, Sums
 from lightning_kv.policies.base import PositionsPart, PrecisionPart, RetainPart, SelectPart
-from lightning_kv.policies.presets import build_part
+from lightning_kv.policies.registry import build_part
 
 HEADS = torch.arange(GEOMETRY.heads)
 

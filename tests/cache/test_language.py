@@ -19,7 +19,7 @@ from lightning_kv.cache.decisions import Event, Match, Retention, Selection, Sum
 from lightning_kv.cache.passes import Pass
 from lightning_kv.cache.session import CacheSession
 from lightning_kv.policies.base import CachePolicy, PositionsPart, RetainPart, SelectPart
-from lightning_kv.policies.presets import build_part
+from lightning_kv.policies.registry import build_part
 from lightning_kv.policies.statistics import update_last_queries, update_moments
 
 TOKENS, HEADS, WIDTH = GEOMETRY.tokens, GEOMETRY.heads, GEOMETRY.head_dim

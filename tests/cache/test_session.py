@@ -27,7 +27,7 @@ from lightning_kv.cache.codecs import CODECS, Integer
 from lightning_kv.cache.decisions import Recode, Retention, Selection, Sums
 from lightning_kv.cache.passes import Pass
 from lightning_kv.policies.base import PrecisionPart, RetainPart, SelectPart
-from lightning_kv.policies.presets import policy_from_dict
+from lightning_kv.policies.registry import policy_from_dict
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])

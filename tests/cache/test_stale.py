@@ -24,7 +24,7 @@ from lightning_kv.models.samplers import spaced
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
 from lightning_kv.policies.base import PositionsPart, RetainPart, SelectPart
-from lightning_kv.policies.presets import build_budget
+from lightning_kv.policies.registry import build_budget
 from lightning_kv.policies.retain.window import Window
 
 LAYERS, HEADS, WIDTH = GEOMETRY.layers, GEOMETRY.heads, GEOMETRY.head_dim

@@ -126,7 +126,7 @@ def test_sizes_follow_from_the_number_of_parameters():
 
 
 def test_policies_are_presets():
-    from lightning_kv.policies.presets import preset
+    from lightning_kv.policies.registry import preset
 
     for one in CATALOGUE.values():
         if one.policy != "rolling-forcing":  # a preset of its own sampler

@@ -24,7 +24,7 @@ from lightning_kv.models.checkpoints import (
 )
 from lightning_kv.models.lora import merge_lora
 from lightning_kv.models.names import to_diffusers, to_original, unwrap
-from lightning_kv.policies.presets import preset
+from lightning_kv.policies.registry import preset
 
 TINY = WanConfig(
     dim=64, ffn_dim=128, layers=2, heads=2, text_dim=32, text_len=12, latent_size=(4, 6)

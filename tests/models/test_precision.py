@@ -11,7 +11,7 @@ from lightning_kv.cache.session import CacheSession
 from lightning_kv.models.precision import PROFILES
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
-from lightning_kv.policies.presets import preset
+from lightning_kv.policies.registry import preset
 from lightning_kv.rollout import rollout
 
 TINY = WanConfig(

@@ -8,7 +8,7 @@ from lightning_kv.cache.session import CacheSession
 from lightning_kv.models import CausalWan, WanConfig, build_model
 from lightning_kv.models.codec import PatchCodec, PhraseEncoder
 from lightning_kv.models.samplers import ChunkPlan, few_step, renoise, warp
-from lightning_kv.policies.presets import preset
+from lightning_kv.policies.registry import preset
 from lightning_kv.tasks.forcing import ForcingSession
 
 TINY = WanConfig(

@@ -23,7 +23,7 @@ from lightning_kv.cache.decisions import Retention
 from lightning_kv.cache.passes import Pass
 from lightning_kv.cache.session import CacheSession
 from lightning_kv.policies.base import CachePolicy, RetainPart, SelectPart
-from lightning_kv.policies.presets import build_part
+from lightning_kv.policies.registry import build_part
 
 # Absolute positions hold rotated keys, a clamp that never bites holds raw ones: same numbers.
 STORAGE = {"rotated": "absolute", "raw": {"part": "clamp", "lag": 10_000}}

@@ -27,7 +27,7 @@ from twin import passes
 
 from lightning_kv.policies.base import UnitPart
 from lightning_kv.policies.budgets import Amount
-from lightning_kv.policies.presets import build_budget, build_part
+from lightning_kv.policies.registry import build_budget, build_part
 from lightning_kv.policies.retain.window import Window
 
 TOKENS, HEADS, LAYERS = twin.GEOMETRY.tokens, twin.GEOMETRY.heads, twin.GEOMETRY.layers

@@ -38,7 +38,7 @@ from twin import passes
 from lightning_kv import rollout
 from lightning_kv.cache.decisions import Event
 from lightning_kv.cache.plan import masks
-from lightning_kv.policies.presets import build_budget, build_part
+from lightning_kv.policies.registry import build_budget, build_part
 from lightning_kv.policies.scored import top_units
 from lightning_kv.policies.select.focused import Focused
 from lightning_kv.policies.statistics import (

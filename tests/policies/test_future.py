@@ -44,7 +44,7 @@ from twin import passes
 from lightning_kv.cache.decisions import Event, Retention, Sums
 from lightning_kv.cache.passes import Pass
 from lightning_kv.policies.layout import Layout
-from lightning_kv.policies.presets import build_part, policy_from_dict
+from lightning_kv.policies.registry import build_part, policy_from_dict
 from lightning_kv.policies.retain.future import Future
 from lightning_kv.policies.retain.future.merging import limited, row_pairs
 from lightning_kv.policies.retain.future.proxies import (

@@ -15,8 +15,8 @@ from slow import play, policy, session, stores, tape, twin
 from twin import passes
 
 from lightning_kv.policies.budget.importance import Importance, budgets
-from lightning_kv.policies.presets import build_budget, policy_from_dict, policy_to_dict
-from lightning_kv.policies.tables import read_table
+from lightning_kv.policies.registry import build_budget, policy_from_dict, policy_to_dict
+from lightning_kv.policies.tables import HeadTable
 
 PUBLISHED = Path(__file__).parents[2] / "configs" / "heads" / "focused_forcing_wan_1.3b.json"
 TOKENS = twin.GEOMETRY.tokens
@@ -30,7 +30,7 @@ def importance(**settings):
 
 def found_by(part, most, least):
     """Frames of every head by the rule, a list per layer."""
-    return [list(own) for own in budgets(part.importance, part.gamma, most, least)]
+    return [list(own) for own in budgets(part.importance.rows, part.gamma, most, least)]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def found_by(part, most, least):
 )
 def test_the_published_table_gives_the_published_counts(most, counts):
     part = importance(amount=f"{most - 3}f", least="1f", importance=str(PUBLISHED))
-    frames = budgets(part.importance, part.gamma, most - 3, 1)
+    frames = budgets(part.importance.rows, part.gamma, most - 3, 1)
     assert [len(own) for own in frames] == [12] * 30
     assert Counter(n + 3 for own in frames for n in own) == counts
     policy(select={"part": "focused", "budget": part}).check(WAN, 3, 21)
@@ -155,7 +155,7 @@ def test_files_that_are_no_tables(tmp_path, text, said):
     if text is not None:
         path.write_text(text)
     with pytest.raises(ValueError, match=said) as error:
-        read_table(path, "importance")
+        HeadTable.read(path, "importance")
     assert str(path) in str(error.value)
     assert "Give a JSON file such as" in str(error.value)
     with pytest.raises(ValueError, match=said):
@@ -166,12 +166,12 @@ def test_bytes_that_are_no_text(tmp_path):
     path = tmp_path / "heads.json"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="no head table: UnicodeDecodeError"):
-        read_table(path, "importance")
+        HeadTable.read(path, "importance")
 
 
 def test_a_folder_is_no_table(tmp_path):
     with pytest.raises(ValueError, match="Give a JSON file such as"):
-        read_table(tmp_path, "importance")
+        HeadTable.read(tmp_path, "importance")
 
 
 def test_a_policy_with_a_path_survives_plain_data(tmp_path):
@@ -183,7 +183,7 @@ def test_a_policy_with_a_path_survives_plain_data(tmp_path):
         ({"part": "table", "amount": "6f", "shares": str(path)}, "shares"),
     ):
         made = policy_from_dict({"name": "x", "select": {"part": "focused", "budget": budget}})
-        assert getattr(made.select.budget, key) == TABLE
+        assert getattr(made.select.budget, key).rows == TABLE
         path.rename(tmp_path / "gone.json")
         plain = json.loads(json.dumps(policy_to_dict(made)))
         assert policy_from_dict(plain) == made

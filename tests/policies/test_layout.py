@@ -34,7 +34,7 @@ from twin import passes
 from lightning_kv.cache.decisions import Retention, Sums
 from lightning_kv.policies.base import UnitPart
 from lightning_kv.policies.layout import Layout
-from lightning_kv.policies.presets import build_part
+from lightning_kv.policies.registry import build_part
 from lightning_kv.policies.retain.heavy_hitters import HeavyHitters
 
 TOKENS, HEADS = twin.GEOMETRY.tokens, twin.GEOMETRY.heads

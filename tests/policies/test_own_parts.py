@@ -28,7 +28,7 @@ from twin import passes
 
 from lightning_kv.cache.decisions import Event
 from lightning_kv.policies.base import SelectPart, UnitPart
-from lightning_kv.policies.presets import build_budget
+from lightning_kv.policies.registry import build_budget
 from lightning_kv.policies.retain.heavy_hitters import HeavyHitters
 
 TOKENS, HEADS = twin.GEOMETRY.tokens, twin.GEOMETRY.heads

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.rotary import Rotary
 from lightning_kv.policies.budgets import Amount
-from lightning_kv.policies.part import Part
-from lightning_kv.policies.presets import (
-    PRESETS,
+from lightning_kv.policies.part import PARTS
+from lightning_kv.policies.registry import (
     discover,
     load_policy,
     policy_from_dict,
     policy_to_dict,
     preset,
+    presets,
 )
 from lightning_kv.policies.scored import top_units
 
@@ -74,7 +74,7 @@ def test_amounts_that_are_none(text):
         Amount.parse(text)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", presets())
 def test_a_policy_survives_plain_data(name):
     made = preset(name)
     assert policy_from_dict(policy_to_dict(made)) == made
@@ -163,7 +163,7 @@ def test_yaml_file(tmp_path):
 
 def test_every_part_says_what_it_is():
     discover()
-    for kind, parts in Part.registry.items():
+    for kind, parts in PARTS.items():
         assert parts, kind
         for name, cls in parts.items():
             if cls.__module__.startswith("lightning_kv"):

@@ -8,7 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from slow import Ask, play, policy, rolling, session, tape, uneven, world
 
-from lightning_kv.policies.presets import build_part
+from lightning_kv.policies.registry import build_part
 
 
 def reads(monkeypatch, steps, budget):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.budgets import Amount
 from lightning_kv.policies.part import BudgetPart
-from lightning_kv.policies.tables import HeadTable, check_heads, check_numbers, read_table
+from lightning_kv.policies.tables import NO_TABLE, HeadTable
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,7 @@ class Importance(BudgetPart):
     name: ClassVar[str] = "importance"
     least: str = "1f"
     gamma: float = 2.0
-    importance: tuple[tuple[float, ...], ...] = ()
-
-    @classmethod
-    def prepared(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """Reads the table if it is a path."""
-        if isinstance(settings.get("importance"), str | Path):
-            settings = settings | {"importance": read_table(settings["importance"], "importance")}
-        return settings
+    importance: HeadTable = NO_TABLE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +45,8 @@ class Importance(BudgetPart):
             )
         if self.gamma <= 0:
             raise ValueError(f"gamma={self.gamma} of an importance budget must be above 0, like 2.")
-        check_numbers(self.importance, self.name, "importance")
+        object.__setattr__(self, "importance", HeadTable.of(self.importance))
+        self.importance.check(self.name, "importance")
 
     @property
     def bounds(self) -> tuple[Amount, Amount]:
@@ -62,7 +55,7 @@ class Importance(BudgetPart):
 
     def check(self, geometry: Geometry, least: int) -> None:
         """The table has the model's shape, and no head gets less than what is protected."""
-        check_heads(self.importance, geometry, "importance table")
+        self.importance.check_heads(geometry, "importance table")
         low = self.bounds[1]
         frames = low.value / (geometry.tokens if low.unit == "t" else 1)
         if low.unit != "share" and frames < least:
@@ -74,12 +67,12 @@ class Importance(BudgetPart):
     def allowed(self, view: CacheView) -> tuple[float, ...]:
         """The layer's row of :func:`budgets`."""
         most, least = (bound.frames(view) for bound in self.bounds)
-        return budgets(self.importance, self.gamma, most, least)[view.layer]
+        return budgets(self.importance.rows, self.gamma, most, least)[view.layer]
 
 
 @lru_cache
 def budgets(
-    importance: HeadTable, gamma: float, most: float, least: float
+    importance: tuple[tuple[float, ...], ...], gamma: float, most: float, least: float
 ) -> tuple[tuple[float, ...], ...]:
     """Frames of every head, ``[L][H]``; half a frame goes to the even neighbour."""
     low, high = (f(map(f, importance)) for f in (min, max))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.budgets import Amount
 from lightning_kv.policies.part import BudgetPart
-from lightning_kv.policies.tables import check_heads, check_numbers, read_table
+from lightning_kv.policies.tables import NO_TABLE, HeadTable
 
 
 @dataclass(frozen=True)
@@ -24,18 +23,12 @@ class Table(BudgetPart):
     """
 
     name: ClassVar[str] = "table"
-    shares: tuple[tuple[float, ...], ...] = ()
+    shares: HeadTable = NO_TABLE
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_numbers(self.shares, self.name, "shares", low=0)
-
-    @classmethod
-    def prepared(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """Reads the table if it is a path."""
-        if isinstance(settings.get("shares"), str | Path):
-            settings = settings | {"shares": read_table(settings["shares"], "shares")}
-        return settings
+        object.__setattr__(self, "shares", HeadTable.of(self.shares))
+        self.shares.check(self.name, "shares", low=0)
 
     def check(self, geometry: Geometry, least: int) -> None:
         """The table has the model's shape, and no head gets less than what is protected.
@@ -43,12 +36,12 @@ class Table(BudgetPart):
         Raises:
             ValueError: It does not, or one does.
         """
-        check_heads(self.shares, geometry, "budget table")
+        self.shares.check_heads(geometry, "budget table")
         amount = Amount.parse(self.amount)
         if amount.unit not in "ft":
             return
         frames = amount.value / (geometry.tokens if amount.unit == "t" else 1)
-        share = min(map(min, self.shares))
+        share = min(map(min, self.shares.rows))
         if round(share * frames) < least:
             raise ValueError(
                 f"The smallest share of a budget table is {share:g} of {self.amount}: "
@@ -59,4 +52,4 @@ class Table(BudgetPart):
     def allowed(self, view: CacheView) -> tuple[float, ...]:
         """The layer's row of the table, in frames."""
         frames = self.frames(view)
-        return tuple(float(round(share * frames)) for share in self.shares[view.layer])
+        return tuple(float(round(share * frames)) for share in self.shares.rows[view.layer])

@@ -11,6 +11,7 @@ from lightning_kv.cache.decisions import Retention
 from lightning_kv.cache.view import CacheView, PassView
 from lightning_kv.policies.base import UnitPart
 from lightning_kv.policies.checks import between
+from lightning_kv.policies.part import Preset
 from lightning_kv.policies.statistics import collected_mass, observe_mass
 
 
@@ -26,6 +27,15 @@ class HeavyHitters(UnitPart):
     """
 
     name: ClassVar[str] = "heavy-hitters"
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset(
+            "h2o",
+            "Keep the frames with the largest accumulated softmax mass.",
+            "H2O, arXiv 2306.14048",
+            ("memory", "reads"),
+            {"retain": {"part": "heavy-hitters", "budget": "9f"}},
+        ),
+    )
     columns: ClassVar[dict[str, str]] = {"mass": "sum"}
     observes: ClassVar[tuple[str, ...]] = ("prefill", "commit")
     queries: int = 520

@@ -12,6 +12,7 @@ from lightning_kv.cache.decisions import Event, Rebuild, Retention
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import RetainPart
 from lightning_kv.policies.checks import choice
+from lightning_kv.policies.part import Preset
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,10 @@ class Everything(RetainPart):
     """Keep every row (the full cache, and the reference)."""
 
     name: ClassVar[str] = "everything"
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset("full", "Keep and read everything: the reference."),
+    )
+    limited: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,40 @@ class Window(RetainPart):
     """
 
     name: ClassVar[str] = "window"
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset(
+            "sliding-window",
+            "Keep the newest frames: a rolling cache.",
+            "Self Forcing, arXiv 2506.08009",
+            ("memory", "reads"),
+            {"retain": {"part": "window", "budget": "9f"}},
+        ),
+        Preset(
+            "sink-window",
+            "Keep the first 3 frames and the newest.",
+            "StreamingLLM, arXiv 2309.17453",
+            ("memory", "reads"),
+            {"retain": {"part": "window", "sink": 3, "budget": "9f"}},
+        ),
+        Preset(
+            "longlive",
+            "The same, encoded again under the new prompt at a prompt switch.",
+            "LongLive, arXiv 2509.22622",
+            ("memory", "reads"),
+            {"retain": {"part": "window", "sink": 3, "budget": "9f", "switch": "recache"}},
+        ),
+        Preset(
+            "infinity-rope",
+            "Keep the first frame and the newest, at rotary times side by side; flush at a prompt "
+            "switch.",
+            "Infinity-RoPE, arXiv 2511.20649",
+            ("memory", "reads"),
+            {
+                "retain": {"part": "window", "sink": 1, "budget": "3f", "switch": "flush"},
+                "positions": "contiguous",
+            },
+        ),
+    )
     sink: int = 0
     switch: str = "keep"
 

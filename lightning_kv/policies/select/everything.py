@@ -13,3 +13,4 @@ class Everything(SelectPart):
     """Read every row that is in memory."""
 
     name: ClassVar[str] = "everything"
+    limited: ClassVar[bool] = False

@@ -14,6 +14,7 @@ from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView, PassView
 from lightning_kv.policies.base import SelectPart
 from lightning_kv.policies.checks import between, choice
+from lightning_kv.policies.part import Preset
 from lightning_kv.policies.statistics import (
     diversity,
     earliest,
@@ -48,6 +49,15 @@ class Focused(SelectPart):
     """
 
     name: ClassVar[str] = "focused"
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset(
+            "focused-forcing",
+            "Keep everything, read what is looked at and diverse, per head and query frame.",
+            "Focused Forcing, arXiv 2605.18346",
+            ("reads",),
+            {"select": {"part": "focused", "budget": "9f"}},
+        ),
+    )
     score: str = "logit"
     attention_weight: float = 0.5
     groups: int | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_kv.cache.host import upload
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import SelectPart
+from lightning_kv.policies.part import Preset
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,14 @@ class Random(SelectPart):
     """
 
     name: ClassVar[str] = "random"
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset(
+            "random",
+            "Keep everything, read random frames and the last chunk: the control.",
+            saves=("reads",),
+            parts={"select": {"part": "random", "budget": "9f"}},
+        ),
+    )
 
     def scores(self, view: CacheView, state: Any) -> Tensor:
         """One uniform number per frame."""

@@ -9,6 +9,7 @@ from lightning_kv.cache.decisions import Selection
 from lightning_kv.cache.view import PassView
 from lightning_kv.policies.base import SelectPart
 from lightning_kv.policies.checks import between
+from lightning_kv.policies.part import Preset
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,21 @@ class Reach(SelectPart):
     """
 
     name: ClassVar[str] = "reach"
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset(
+            "rolling-forcing",
+            "Keep the first chunk and the newest, read what shares a reach of 21 frames with the "
+            "chunks in flight, the first moved up.",
+            "Rolling Forcing, arXiv 2509.25161",
+            ("memory", "reads"),
+            {
+                "retain": {"part": "window", "sink": 3, "budget": "21f"},
+                "select": {"part": "reach", "reach": 21, "sink": 3},
+                "positions": {"part": "sink-lag", "sink": 3, "lag": 21, "to": "end"},
+            },
+        ),
+    )
+    limited: ClassVar[bool] = False
     reach: int = 21
     sink: int = 3
     refresh: str = "pass"
@@ -33,10 +49,10 @@ class Reach(SelectPart):
         super().__post_init__()
         between(self, 1, None, "reach")
         between(self, 0, self.reach - 1, "sink")
-        if self.budget is not None or self.refresh != "pass":
+        if self.refresh != "pass":
             raise ValueError(
-                f"The select part 'reach' has budget={self.budget} and refresh={self.refresh!r}. "
-                "Its reach is its budget, and it chooses in every pass: leave both out."
+                f"The select part 'reach' has refresh={self.refresh!r}. It chooses in every pass: "
+                "leave it out."
             )
 
     def pick(self, view: PassView, state: Any) -> Selection | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_kv.cache.view import PassView
 from lightning_kv.policies.base import SelectPart
+from lightning_kv.policies.part import Preset
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,14 @@ class TopAttention(SelectPart):
     """
 
     name: ClassVar[str] = "top-attention"
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset(
+            "top-attention",
+            "Keep everything, read the frames with the largest softmax mass, per head.",
+            saves=("reads",),
+            parts={"select": {"part": "top-attention", "budget": "9f"}},
+        ),
+    )
     per_query_frame: bool = False
     refresh: str = "pass"
 

@@ -14,6 +14,7 @@ from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.checks import between, choice
 from lightning_kv.policies.layout import Layout
+from lightning_kv.policies.part import Preset
 from lightning_kv.policies.retain.future.expected import Expected, ExpectedPart
 from lightning_kv.policies.retain.future.merging import ALIGNS, MERGES, merged, row_pairs
 from lightning_kv.policies.retain.future.redundancy import (
@@ -52,6 +53,25 @@ class Future(ExpectedPart):
     """
 
     name: ClassVar[str] = "future"
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset(
+            "future-forcing",
+            "Keep what queries to come will ask for, once; rebuilt from the paper's description.",
+            "Future Forcing, arXiv 2605.30083",
+            ("memory", "reads"),
+            {"retain": {"part": "future", "budget": "9f"}},
+        ),
+        Preset(
+            "future-focused",
+            "Future Forcing's memory, Focused Forcing's reads.",
+            "arXiv 2605.30083 and 2605.18346",
+            ("memory", "reads"),
+            {
+                "retain": {"part": "future", "budget": "15f"},
+                "select": {"part": "focused", "budget": "9f"},
+            },
+        ),
+    )
     redundancy: str | None = "content"
     similar: float = 0.25
     neighbourhood: int = 0

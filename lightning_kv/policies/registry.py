@@ -1,0 +1,258 @@
+"""Policies from names, files and plain data; parts and published methods by name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from dataclasses import asdict, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from lightning_kv import policies
+from lightning_kv.policies.base import CachePolicy
+from lightning_kv.policies.part import KINDS, PARTS, PRESETS, BudgetPart, Part, Preset
+from lightning_kv.policies.plugins import address, imported, installed_parts
+from lightning_kv.policies.scored import ScoredPart
+
+SLOTS = tuple(kind for kind in KINDS if kind != "budget")
+"""Parts that a policy has one each of; budgets belong to those that score."""
+
+DEFAULTS = {
+    "retain": "everything",
+    "select": "everything",
+    "budget": "uniform",
+    "positions": "absolute",
+    "precision": "as-computed",
+}
+
+
+@cache
+def discover() -> None:
+    """Import every part file and what installed packages offer: none needs an entry anywhere.
+
+    Raises:
+        ValueError: Two parts or two published methods want one name.
+    """
+    for kind in KINDS:
+        package = importlib.import_module(f"{policies.__name__}.{kind}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+    installed_parts()
+
+
+def presets() -> dict[str, Preset]:
+    """The published methods: the full cache first, then by the kind of their main part."""
+    discover()
+    order = sorted(PRESETS.values(), key=lambda own: KINDS.index(own[1].kind))
+    names = [own.name for own, _ in order]
+    return {name: PRESETS[name][0] for name in ("full", *(n for n in names if n != "full"))}
+
+
+def preset(name: str) -> CachePolicy:
+    """A policy by name: of a published method, of a part, or ``package.module:Class``.
+
+    ``NAME@BUDGET`` (``top-attention@9f``) sets its budget. A part alone is a policy that is the
+    full cache otherwise.
+
+    Raises:
+        ValueError: Unknown name, or a budget that is not one.
+    """
+    base, at, amount = name.rpartition("@") if "@" in name else (name, "", "")
+    if ":" not in base and base in presets():
+        policy = policy_from_dict({"name": base, **presets()[base].parts})
+    else:
+        policy = _alone(base)
+    return policy.budgeted(amount, name) if at else replace(policy, asked=False)
+
+
+def _alone(name: str) -> CachePolicy:
+    """A policy of one part that is named."""
+    found = (
+        [imported(name)] if ":" in name else [own[name] for own in PARTS.values() if name in own]
+    )
+    if not found:
+        every = {part for own in PARTS.values() for part in own} | presets().keys()
+        raise ValueError(unknown("policy", name, every))
+    kinds = [cls.kind for cls in found]
+    if len(found) > 1 or kinds == ["budget"]:
+        way = "name: mine, retain: {part: window, budget: {part: table, ...}}"
+        raise ValueError(
+            f"{name!r} alone is no policy: it is a {' and a '.join(kinds)} part. Say in a policy "
+            f"file what it belongs to, such as {{{way}}}."
+        )
+    cls = found[0]
+    own: dict[str, Any] = {"part": name}
+    if issubclass(cls, ScoredPart) and cls.limited:
+        own["budget"] = BudgetPart.amount
+    return policy_from_dict({"name": name, cls.kind: own})
+
+
+def load_policy(spec: str | dict[str, Any]) -> CachePolicy:
+    """A policy from a name, a YAML file with its own ``name:``, or plain data.
+
+    ``FILE.yaml@BUDGET`` sets the budget of a file's policy; it is then called ``NAME@BUDGET``.
+    Paths in a file are relative to its folder.
+
+    Raises:
+        ValueError: Nothing of that name or path, or an unknown part or key.
+    """
+    if isinstance(spec, dict):
+        return policy_from_dict(spec)
+    file, at, amount = spec.rpartition("@")
+    if not at or spec.endswith((".yaml", ".yml")):
+        file, amount = spec, ""
+    if not file.endswith((".yaml", ".yml")):
+        return preset(spec)
+    path = Path(file)
+    policy = policy_from_dict(_content(path), path.parent)
+    return policy.budgeted(amount, f"{policy.name}@{amount}") if file != spec else policy
+
+
+def _content(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(
+            f"No policy file {str(path)!r}. Give a path to a YAML file, or a name of "
+            "`lightning-kv list policies`."
+        )
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is no YAML: {error}. A policy file has `name:` and its parts."
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{str(path)!r} holds no mapping. A policy file has `name:` and its parts."
+        )
+    return values
+
+
+def policy_from_dict(values: dict[str, Any], folder: Path = Path()) -> CachePolicy:
+    """Build a policy from ``name`` and the parts that differ from the full cache.
+
+    >>> policy_from_dict({"name": "mine", "retain": {"part": "window", "budget": "6f"}}).retain
+    Window(budget=Uniform(amount='6f'), sink=0, switch='keep')
+
+    Args:
+        values: As in a policy file.
+        folder: Where paths start.
+
+    Raises:
+        ValueError: No name, an unknown key, an unknown part, or a wrong setting of a part.
+    """
+    known = [field.name for field in fields(CachePolicy) if field.name != "asked"]
+    for key in values:
+        if key not in known:
+            raise ValueError(unknown("key of a policy", key, known))
+    if not values.get("name"):
+        raise ValueError(f"A policy without `name:`: {values}. The name is its key in results.")
+    parts = {kind: build_part(kind, values.get(kind) or DEFAULTS[kind], folder) for kind in SLOTS}
+    others = {key: values[key] for key in ("bias", "branches") if key in values}
+    return CachePolicy(str(values["name"]), **parts, **others)
+
+
+def part_class(kind: str, name: Any) -> type[Part]:
+    """The part of a kind that is called so, or lies at ``package.module:Class``.
+
+    Raises:
+        ValueError: There is none, or it is of another kind.
+    """
+    discover()
+    if isinstance(name, str) and ":" in name:
+        found = imported(name)
+        if found.kind != kind:
+            raise ValueError(
+                f"{name!r} is given as the {kind} part, and it is a {found.kind} part. "
+                f"Write it under `{found.kind}:`."
+            )
+        return found
+    if not isinstance(name, str) or name not in PARTS[kind]:
+        raise ValueError(unknown(f"{kind} part", name, PARTS[kind]))
+    return PARTS[kind][name]
+
+
+def build_part(kind: str, spec: str | dict[str, Any], folder: Path = Path()) -> Part:
+    """A part from its name, or from ``{"part": name, setting: value, ...}``.
+
+    Raises:
+        ValueError: No such part or setting, or a value that does not fit.
+    """
+    settings = dict(spec) if isinstance(spec, dict) else {"part": spec}
+    name = settings.pop("part", DEFAULTS[kind])
+    cls = part_class(kind, name)
+    hints = get_type_hints(cls)
+    allowed = [field.name for field in fields(cls)]
+    for key, value in settings.items():
+        if key not in allowed:
+            raise ValueError(unknown(f"setting of the {kind} part {name!r}", key, allowed))
+        if isinstance(value, str | Path) and hasattr(hints[key], "read"):
+            value = hints[key].read(folder / value, key)  # a file that the part reads
+        elif key == "budget" and value is not None and not isinstance(value, BudgetPart):
+            value = build_budget(value, folder)
+        settings[key] = frozen(value)
+        check_type(kind, name, key, settings[key], hints[key])
+    if settings.get("budget") is not None and not cls.limited:
+        raise ValueError(
+            f"The {kind} part {name!r} takes no budget, and {settings['budget'].amount} was "
+            "given. Leave it out, or use a part that chooses what to keep or read."
+        )
+    return cls(**settings)
+
+
+def frozen(value: Any) -> Any:
+    """Lists as tuples, at every depth: parts are hashable."""
+    if isinstance(value, dict):
+        return {key: frozen(own) for key, own in value.items()}
+    return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def check_type(kind: str, part: str, key: str, value: Any, hint: Any) -> None:
+    """Refuse a setting that is no number, word or switch where one is expected.
+
+    Raises:
+        ValueError: Says what would be.
+    """
+    choices = (hint,) if get_origin(hint) is tuple else get_args(hint) or (hint,)
+    allowed = [t for t in choices if t in (int, float, str, bool, NoneType)]
+    kinds = (*allowed, int) if float in allowed else tuple(allowed)
+    plain = bool in allowed if isinstance(value, bool) else isinstance(value, kinds)
+    if allowed and not plain and not isinstance(value, Part):
+        names = " or ".join("none" if t is NoneType else t.__name__ for t in allowed)
+        raise ValueError(
+            f"The setting {key!r} of the {kind} part {part!r} is {value!r}. It takes {names}."
+        )
+
+
+def build_budget(spec: str | float | dict[str, Any], folder: Path = Path()) -> Part:
+    """A budget: an amount alone means the same for every head."""
+    return build_part("budget", spec if isinstance(spec, dict) else {"amount": str(spec)}, folder)
+
+
+def policy_to_dict(policy: CachePolicy) -> dict[str, Any]:
+    """Plain data from which :func:`policy_from_dict` makes the same policy.
+
+    Of a file that a part has read it holds the name, the SHA-256 and what was read.
+    """
+    out: dict[str, Any] = {"name": policy.name}
+    out |= {kind: _plain(getattr(policy, kind)) for kind in SLOTS}
+    return out | {"bias": policy.bias, "branches": policy.branches}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Part):
+        own = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {"part": address(type(value))} | own
+    return asdict(value) if is_dataclass(value) else value
+
+
+def unknown(what: str, given: Any, known: Any) -> str:
+    """Text of an error about an unknown name, with the nearest known one."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"No {what} {given!r}.{hint} Known: {', '.join(names)}."

@@ -1,0 +1,268 @@
+"""Parts of somebody else's package: by address, by entry point, in files; and what is refused."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from lightning_kv.policies.base import SelectPart
+from lightning_kv.policies.part import PARTS, PRESETS, Preset
+from lightning_kv.policies.plugins import GROUP, sources
+from lightning_kv.policies.registry import (
+    load_policy,
+    policy_from_dict,
+    policy_to_dict,
+    preset,
+    presets,
+)
+
+ROOT = Path(__file__).parents[2]
+OWN = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lightning_kv.policies.base import UnitPart
+from lightning_kv.policies.part import Preset
+
+
+@dataclass(frozen=True)
+class Thinned(UnitPart):
+    """Keep every n-th frame.
+
+    Args:
+        every: Frames between two that are kept.
+    """
+
+    name: ClassVar[str] = "{name}"
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset(
+            "{name}-by-3",
+            "Every third.",
+            parts={{"retain": {{"part": "{name}", "every": 3, "budget": "5f"}}}},
+        ),
+    )
+    every: int = 2
+
+    def scores(self, view, state):
+        return -(view.frame_ids % self.every).double().view(1, 1, -1)
+
+
+class Plain:
+    """No part."""
+
+
+@dataclass(frozen=True)
+class Bare(UnitPart):
+    """Without a name."""
+
+
+class Undecorated(UnitPart):
+    """Its settings would be lost."""
+
+    every: int = 2
+
+
+def function():
+    """No class."""
+'''
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch, request):
+    """A package ``PKG.mine`` in the current folder, of another name for every test."""
+    name = f"pkg_{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:10]}"
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "mine.py").write_text(OWN.format(name=f"thin-{name}"))
+    (folder / "broken.py").write_text("import torch\n\n1 / 0\n")
+    (folder / "taken.py").write_text(OWN.format(name="window"))
+    monkeypatch.chdir(tmp_path)
+    yield name
+    for known in (*PARTS.values(), PRESETS):
+        for key in [k for k in known if name in k]:
+            del known[key]
+    for module in [m for m in sys.modules if m.startswith(name)]:
+        del sys.modules[module]
+
+
+def test_a_part_is_found_by_its_address(package):
+    before = list(sys.path)
+    policy = load_policy(f"{package}.mine:Thinned@6f")
+    assert sys.path == before
+    assert policy.name == f"{package}.mine:Thinned@6f"
+    assert (type(policy.retain).__name__, policy.retain.budget.amount) == ("Thinned", "6f")
+    config = policy_to_dict(policy)
+    assert config["retain"]["part"] == f"{package}.mine:Thinned", "any process can find it again"
+    assert policy_from_dict(json.loads(json.dumps(config))) == policy
+
+
+def test_its_names_are_known_once_it_is_imported(package):
+    load_policy(f"{package}.mine:Thinned")
+    assert preset(f"thin-{package}@7f").retain.every == 2
+    assert preset(f"thin-{package}-by-3").retain.every == 3
+    assert f"thin-{package}-by-3" in presets()
+
+
+def test_in_a_policy_file_with_a_budget_behind_it(package, tmp_path):
+    path = tmp_path / "deep" / "x.yaml"
+    path.parent.mkdir()
+    path.write_text(f"name: x\nretain: {{part: '{package}.mine:Thinned', every: 4, budget: 5f}}\n")
+    made = load_policy("deep/x.yaml@12f")
+    assert (made.name, made.retain.every, made.retain.budget.amount) == ("x@12f", 4, "12f")
+    assert load_policy("deep/x.yaml").retain.budget.amount == "5f"
+
+
+def test_without_a_budget_it_takes_the_usual_one_and_it_may_exceed_a_short_rollout(package):
+    policy = load_policy(f"{package}.mine:Bare")
+    assert policy.retain.budget.amount == "9f"
+    assert not policy.asked
+
+
+def test_the_files_of_other_packages_have_checksums(package, tmp_path):
+    policy = load_policy(f"{package}.mine:Thinned@6f")
+    digest = hashlib.sha256((tmp_path / package / "mine.py").read_bytes()).hexdigest()
+    assert sources(policy.parts) == {f"{package}.mine": digest}
+    assert sources(preset("h2o").parts) == {}
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("{p}.none:Part", r"module '{p}\.none' .* cannot be imported\. ModuleNotFoundError.* Give"),
+        ("{p}.broken:Part", r"ZeroDivisionError: .*broken\.py:3\)\. Give"),
+        ("{p}.mine:Plain", r"is no part of a policy\. It is the class Plain; .*: Thinned, Bare"),
+        ("{p}.mine:function", r"is no part of a policy\. It is 'function'"),
+        ("{p}.mine:Thined", r"is no part of a policy\. It is nothing; .* Thinned"),
+        ("{p}.mine:", r"is no part of a policy\."),
+        ("{p}.mine:Undecorated", r"no dataclass of its own.*Write @dataclass\(frozen=True\)"),
+        ("{p}.taken:Thinned", r"name 'window' of a retain part is taken\. .* Give yours another"),
+        ("window:Window", r"module 'window' .* cannot be imported"),
+    ],
+)
+def test_what_is_no_plug_in_is_said_in_three_parts(package, spec, said):
+    with pytest.raises(ValueError, match=said.replace("{p}", package)):
+        load_policy(spec.format(p=package))
+    assert PARTS["retain"]["window"].__module__ == "lightning_kv.policies.retain.window"
+
+
+def test_of_the_wrong_kind(package):
+    part = {"part": f"{package}.mine:Thinned"}
+    with pytest.raises(ValueError, match=r"given as the select part, .* Write it under `retain:`"):
+        policy_from_dict({"name": "x", "select": part})
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("everything", "alone is no policy: it is a retain and a select part"),
+        ("uniform@9f", "alone is no policy: it is a budget part"),
+        ("heavy-hiters@9f", "No policy 'heavy-hiters'. Did you mean 'heavy-hitters'"),
+        ({"name": "x", "select": {"part": "reach", "budget": "9f"}}, "'reach' takes no budget"),
+        ({"name": "x", "retain": {"part": "everything", "budget": "9f"}}, "takes no budget"),
+        ("reach@9f", "has no budget"),
+    ],
+)
+def test_what_is_no_policy_alone(spec, said):
+    with pytest.raises(ValueError, match=said):
+        load_policy(spec)
+
+
+@pytest.mark.parametrize("kind", [k for k in PARTS if k != "budget"])
+def test_every_part_is_a_policy_by_its_own_name(kind):
+    presets()  # imports all
+    for name, cls in PARTS[kind].items():
+        if not cls.__module__.startswith("lightning_kv.") or name == "everything":
+            continue
+        made = preset(name)
+        assert made.name == name
+        assert name in presets() or type(getattr(made, kind)) is cls
+        if getattr(cls, "limited", False):
+            assert preset(f"{name}@5f").budgeted("6f").name == f"{name}@5f"
+
+
+def test_a_preset_name_that_is_taken_is_refused():
+    with pytest.raises(ValueError, match=r"'h2o' of a policy is taken\. .*HeavyHitters has it"):
+
+        @dataclass(frozen=True)
+        class Mine(SelectPart):
+            presets: ClassVar[tuple[Preset, ...]] = (Preset("h2o", "Mine."),)
+
+    assert PRESETS["h2o"][1].__name__ == "HeavyHitters"
+
+
+def installed(site, package, entry):
+    """What pip leaves of a package that offers an entry point."""
+    info = site / f"{package}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\n{entry}\n")
+
+
+def list_policies(site):
+    code = "from lightning_kv.cli import main; main(['list', 'policies', '--json'])"
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": f"{site}:{ROOT}", "PATH": ""},
+        cwd=site.parent,
+    )
+
+
+@pytest.mark.parametrize("entry", ["thin = {p}.mine:Thinned", "all = {p}.mine"])
+def test_an_installed_package_is_found_by_its_entry_point(package, tmp_path, entry):
+    installed(tmp_path, package, entry.format(p=package))
+    found = list_policies(tmp_path)
+    names = [row["policy"] for row in json.loads(found.stdout)]
+    assert names[0] == "full"
+    assert f"thin-{package}-by-3" in names
+    assert not found.stderr
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("x = {p}.broken", "ZeroDivisionError"),
+        ("x = {p}.mine:Plain", "is no part with a `name`"),
+        ("x = {p}.taken", "name 'window' of a retain part is taken"),
+        ("x = nowhere.mine", "No module named 'nowhere'"),
+    ],
+)
+def test_an_entry_point_that_brings_nothing_is_said_and_the_others_go_on(
+    package, tmp_path, entry, said
+):
+    installed(tmp_path, package, entry.format(p=package))
+    found = list_policies(tmp_path)
+    assert len(json.loads(found.stdout)) >= 12
+    text = textwrap.dedent(found.stderr)
+    assert said in text
+    assert "Mend or uninstall it" in text
+
+
+def test_shipped_policy_files_work_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = sorted((ROOT / "configs" / "policies").glob("*.yaml"))
+    assert files
+    for path in files:
+        load_policy(str(path))
+    table = load_policy(str(ROOT / "configs/policies/focused_forcing_paper.yaml"))
+    budget = policy_to_dict(table)["select"]["budget"]["importance"]
+    heads = ROOT / "configs/heads/focused_forcing_wan_1.3b.json"
+    assert budget["file"] == heads.name
+    assert budget["sha256"] == hashlib.sha256(heads.read_bytes()).hexdigest()
+
+
+def test_the_meaning_of_every_setting_is_listed():
+    from lightning_kv.listing import parts
+
+    rows = {(row["kind"], row["part"]): row for row in parts()}
+    for row in rows.values():
+        for name, text in row.get("settings", {}).items():
+            assert not text.startswith("-"), f"{row['part']}: {name} is not explained"
+    assert rows["retain", "window"]["settings"]["sink"].endswith("they count in the budget. [0]")
