@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -13,7 +13,10 @@ from torch import Tensor
 from lightning_kv.cache.decisions import Event, Rebuild
 from lightning_kv.cache.host import send, upload
 from lightning_kv.cache.passes import CONDITIONAL, Pass
+from lightning_kv.cache.record import recorders
+from lightning_kv.cache.recorder import Clip
 from lightning_kv.cache.session import CacheSession, Cost, Watch
+from lightning_kv.cache.view import PassView
 from lightning_kv.models.samplers import (
     ChunkPlan,
     Noise,
@@ -39,6 +42,7 @@ class Rollout:
         seconds_per_chunk: Wall-clock of each generated chunk, all samples of the batch together;
             with several chunks in flight, between one final chunk and the next.
         rebuilds: Number of chunks that were encoded again on a policy's word.
+        tables: Reference tables that were recorded, by name, one per sample.
         session: The session, for those who want to look into the cache.
     """
 
@@ -47,6 +51,7 @@ class Rollout:
     costs: list[Cost]
     seconds_per_chunk: list[float]
     rebuilds: int
+    tables: dict[str, list[Any]] = field(repr=False)
     session: Any = field(repr=False)
 
 
@@ -68,7 +73,8 @@ def rollout(
     noise: Noise | None = None,
     sampler: Sampler | None = None,
     session: CacheSession | None = None,
-    tables: dict[str, Any] | None = None,
+    tables: Mapping[str, Sequence[Any]] | None = None,
+    record: Mapping[str, Mapping[str, Any]] | Sequence[str] = (),
     decode: bool = True,
     watch: Watch | None = None,
     progress: Callable[[int, CacheSession], None] | None = None,
@@ -94,7 +100,11 @@ def rollout(
         noise: Another source of noise than (seed, key, chunk, step).
         sampler: Another sampler than the one the checkpoint was made for.
         session: Another session than a fresh one for ``policy`` (calibration, tests).
-        tables: Values for the needs that parts declare, by name.
+        tables: Values for the needs that parts declare, by name, one per sample: ``tables`` of a
+            rollout of the same prompts and noise that has recorded them.
+        record: Reference tables to make, by name, or with settings as ``policy.needs`` has them:
+            softmax mass by frame (``mass``), by row of some chunks, on disk (``rows``), outputs by
+            frame (``outputs``); see :mod:`lightning_kv.cache.record`. Recording takes time.
         decode: Also give pixels.
         watch: Told of every pass of every layer, such as a :class:`lightning_kv.cache.trace.Trace`.
         progress: Called after every chunk with its index and the session.
@@ -125,8 +135,18 @@ def rollout(
     geometry = model.network.geometry(latent_size)
     policy.check(geometry, plan.chunk, frames)
     _check_events(events, plan)
+    seeds = [stable_seed(seed, key) for key in keys]
+    passes = len(config.timesteps) + 1
+    clips = [
+        Clip(key, own, frames, plan.count, geometry, passes)
+        for key, own in zip(keys, seeds, strict=True)
+    ]
+    _check_tables(tables or {}, clips)
+    recording = recorders(record)
+    for recorder in recording:
+        recorder.begin(clips)
+    watch = together([*recording, *([watch] if watch else [])])
     if session is None:
-        seeds = [stable_seed(seed, key) for key in keys]
         session = CacheSession(
             geometry,
             policy,
@@ -148,7 +168,8 @@ def rollout(
     steps = sample(plan, config.timesteps, lambda c, s: send(source(c, s), like), given)
     seconds = run.all(steps, events, progress)
     pixels = model.codec.decode(run.latents.float()) if decode else None
-    return Rollout(run.latents, pixels, session.costs, seconds, run.rebuilds, session)
+    made = {own.name: [own.table(i) for i in range(len(keys))] for own in recording}
+    return Rollout(run.latents, pixels, session.costs, seconds, run.rebuilds, made, session)
 
 
 class _Run:
@@ -281,6 +302,28 @@ def _rebuild_times(answer: Rebuild, step: Pass) -> tuple[float, ...]:
             "times or none."
         )
     return times
+
+
+def together(watching: Sequence[Watch]) -> Watch | None:
+    """Several that watch, as one; None where there is none."""
+
+    def watch(view: PassView) -> None:
+        for each in watching:
+            each(view)
+
+    return watch if watching else None
+
+
+def _check_tables(tables: Mapping[str, Sequence[Any]], clips: list[Clip]) -> None:
+    for name, own in tables.items():
+        if len(own) != len(clips):
+            raise ValueError(
+                f"{len(own)} tables {name!r} were given for {len(clips)} samples. Give one for "
+                "each, as `tables` of a recorded rollout holds them."
+            )
+        for table, clip in zip(own, clips, strict=True):
+            if isinstance(getattr(table, "clip", None), Clip):
+                clip.check(table.clip, name)
 
 
 def _check_batch(prompts: list[str], keys: list[str], context: Tensor | None) -> None:

@@ -16,7 +16,7 @@ COMBINATION = {
     "positions": "contiguous",
     "precision": {"part": "aged", "codec": "int8", "age": 3},
 }
-POLICIES = [preset(n if n == "full" else f"{n}@6f") for n in presets()] + [
+POLICIES = [preset(n if n == "full" else f"{n}@6f") for n in presets(without_tables=True)] + [
     policy_from_dict(COMBINATION)
 ]
 

@@ -141,7 +141,7 @@ def seeds(chosen: argparse.Namespace, save: Save) -> dict[str, Any]:
     model, frames = load_model(), 24 if chosen.device == "cuda" else 12
     moved = (x.to(chosen.device) for x in (model.network, model.codec, model.encoder))
     model, rows = VideoModel(*moved), {}
-    for name in presets():
+    for name in presets(without_tables=True):
         spec = name if name == REFERENCE else f"{name}@6f"
         try:
             one, two = (

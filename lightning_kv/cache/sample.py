@@ -344,7 +344,7 @@ class SampleCache:
             "sample": self.index,
             "key": session.keys[self.index],
             "seed": session.seeds[self.index],
-            "tables": session.tables,
+            "tables": {name: own[self.index] for name, own in session.tables.items()},
             "inputs": session.inputs,
             "log_weight": self.policy.bias == "log_weight",
             "fixed_bytes": partial(self._fixed_bytes, step.namespace),

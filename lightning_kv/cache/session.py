@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -67,7 +67,7 @@ class CacheSession:
         seeds: Base of the random draws of each sample; their number is the batch size.
         backend: Kernel name (see :data:`lightning_kv.cache.kernels.BACKENDS`).
         context_frames: Given frames; passes over them are left out of the read counts.
-        tables: Values for declared needs, by name.
+        tables: Values for declared needs, by name, one per sample.
         watch: Told of every pass of every layer, once it has attended.
         keys: Prompt key of each sample.
         inputs: Side inputs by frame, by name; parts find them in ``view.inputs``.
@@ -88,7 +88,7 @@ class CacheSession:
         seeds: Sequence[int] = (0,),
         backend: str = "sdpa",
         context_frames: int = 0,
-        tables: dict[str, Any] | None = None,
+        tables: Mapping[str, Sequence[Any]] | None = None,
         watch: Watch | None = None,
         keys: Sequence[str] | None = None,
         inputs: dict[str, Any] | None = None,
@@ -108,8 +108,9 @@ class CacheSession:
         missing = sorted(policy.needs.keys() - self.tables.keys())
         if missing:
             raise ValueError(
-                f"The policy needs {missing}, which this rollout does not have. It has: "
-                f"{', '.join(sorted(self.tables)) or 'none'}. Pass them as `tables` to rollout()."
+                f"The policy needs {', '.join(missing)} of the reference rollout of the same clip. "
+                f"There: {', '.join(sorted(self.tables)) or 'none'}. `evaluate` records them; in "
+                "Python: rollout(..., record=policy.needs), then tables=made.tables."
             )
 
     # -- what the model calls --------------------------------------------------------------

@@ -43,12 +43,16 @@ def discover() -> None:
     installed_parts()
 
 
-def presets() -> dict[str, Preset]:
-    """The published methods: the full cache first, then by the kind of their main part."""
+def presets(without_tables: bool = False) -> dict[str, Preset]:
+    """The published methods: the full cache first, then by the kind of their main part.
+
+    Args:
+        without_tables: Leave out those that need a table of a reference rollout.
+    """
     discover()
     order = sorted(PRESETS.values(), key=lambda own: KINDS.index(own[1].kind))
-    names = [own.name for own, _ in order]
-    return {name: PRESETS[name][0] for name in ("full", *(n for n in names if n != "full"))}
+    names = ["full", *(own.name for own, _ in order if own.name != "full")]
+    return {n: PRESETS[n][0] for n in names if not (without_tables and preset(n).needs)}
 
 
 def preset(name: str) -> CachePolicy:

@@ -81,6 +81,13 @@ class ScoredPart(Part):
             return tuple(math.floor(frames + ROUNDING) * tokens for frames in allowed)
         return tuple(math.floor(frames * tokens + ROUNDING) for frames in allowed)
 
+    def most(self, view: CacheView) -> int:
+        """Units that any head may have; all where that depends on scores."""
+        rows, units = self.rows(view), len(view.frames) if self.unit == "frame" else len(view)
+        if rows is None:
+            return units
+        return min(units, max(rows) // (view.geometry.tokens if self.unit == "frame" else 1))
+
     def fits(self, view: CacheView) -> bool:
         """Whether there is nothing to decide, so that nothing need be scored."""
         if self.budget is None or not len(view):

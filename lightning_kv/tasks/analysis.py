@@ -177,8 +177,10 @@ def drift_of(curve: tuple[float | None, ...], rate: float) -> Drift:
 def pareto(summary: dict[str, Any], clips: dict[str, Clips]) -> dict[str, Any]:
     """Who stands on the front of quality and cost, and how probably, per metric and cost.
 
-    Over the prompts that all policies with values share; without such there is no front.
+    Over the prompts that all policies with values share; without such there is no front. Policies
+    that know what is to come are no choice, and stand on none.
     """
+    clips = {name: own for name, own in clips.items() if name not in hindsight(summary)}
     found: dict[str, Any] = {}
     for metric, better in _directions(summary).items():
         quality = {
@@ -202,6 +204,11 @@ def pareto(summary: dict[str, Any], clips: dict[str, Clips]) -> dict[str, Any]:
                 name: {"front": name in on, "p": sure[name]} for name in shown
             }
     return found
+
+
+def hindsight(summary: dict[str, Any]) -> Sequence[str]:
+    """Policies that were told what the reference attended to."""
+    return summary["run"].get("hindsight", ())
 
 
 def _directions(summary: dict[str, Any]) -> dict[str, bool]:

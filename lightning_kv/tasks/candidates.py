@@ -76,7 +76,8 @@ class Recommendation:
         fewest_reads: The one of them that reads least, where that is another.
         fastest: The one of them that was fastest here, where that is another.
         beyond: Where nothing qualifies for want of memory: the cheapest that keeps the quality.
-        candidates: Every policy but the reference.
+        candidates: Every policy but the reference and the bounds.
+        bounds: Policies that were told what the reference attended to; nobody can run them.
         reference_bytes: Most bytes that the cache of a clip held under the reference.
         reference_seconds: Its median seconds per chunk.
         measured: Prompts that are measured under every policy.
@@ -94,6 +95,7 @@ class Recommendation:
     fastest: str | None
     beyond: str | None
     candidates: tuple[Candidate, ...]
+    bounds: tuple[str, ...]
     reference_bytes: int
     reference_seconds: float | None
     measured: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from lightning_kv.policies.base import CachePolicy
@@ -33,7 +34,32 @@ def chosen_policies(options: EvaluateOptions) -> tuple[dict[str, CachePolicy], C
             f"A policy is called {reference.name!r} like the reference, but is another one: "
             f"{found[reference.name]}. Give it its own name."
         )
+    if reference.needs:
+        raise ValueError(
+            f"The reference {reference.name!r} needs {', '.join(reference.needs)} of a reference "
+            "rollout, which it would have to be itself. Give --reference full."
+        )
+    needs_of(policies)
     return found, reference
+
+
+def needs_of(policies: Iterable[CachePolicy]) -> dict[str, dict[str, Any]]:
+    """Reference tables that policies ask for, by name, with their settings.
+
+    Raises:
+        ValueError: Two want one table with different settings.
+    """
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for policy in policies:
+        for name, how in policy.needs.items():
+            owner, known = found.setdefault(name, (policy.name, how))
+            if known != how:
+                raise ValueError(
+                    f"One reference rollout records {name!r} once: {owner!r} wants it with {known} "
+                    f"and {policy.name!r} with {how}. Give both the same settings, or evaluate "
+                    "them in two runs."
+                )
+    return {name: how for name, (_, how) in found.items()}
 
 
 def by_name(policies: list[CachePolicy]) -> dict[str, CachePolicy]:

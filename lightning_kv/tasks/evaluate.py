@@ -14,7 +14,6 @@ from torch import nn
 from lightning_kv.cache.probe import AttentionProbe
 from lightning_kv.cache.session import Watch
 from lightning_kv.cache.trace import Trace
-from lightning_kv.cache.view import PassView
 from lightning_kv.data.datamodule import PromptData, PromptSample
 from lightning_kv.metrics import Suite
 from lightning_kv.models.loading import check_memory, load_model
@@ -26,8 +25,8 @@ from lightning_kv.policies.registry import load_policy
 from lightning_kv.report.records import RunDirectory, fingerprint, write_atomic
 from lightning_kv.report.traces import write_traces
 from lightning_kv.report.video import Frames
-from lightning_kv.rollout import Rollout, rollout
-from lightning_kv.tasks.choices import chosen_policies
+from lightning_kv.rollout import Rollout, rollout, together
+from lightning_kv.tasks.choices import chosen_policies, needs_of
 from lightning_kv.tasks.clock import read_size
 from lightning_kv.tasks.featured import read_real, real_videos
 from lightning_kv.tasks.launch import is_first, launched
@@ -63,6 +62,7 @@ class Evaluate(L.LightningModule):
     ) -> None:
         super().__init__()
         self.options, self.policies, self.reference, self.run = options, policies, reference, run
+        self.needs = needs_of(policies.values())
         self.network, self.codec, self.encoder = model.network, model.codec, model.encoder
         self.metrics = nn.ModuleList(nn.ModuleDict(suite.clip_metrics()) for _ in self.names)
         self.encoders = nn.ModuleDict(suite.encoders())
@@ -79,9 +79,13 @@ class Evaluate(L.LightningModule):
         return list(dict.fromkeys([self.reference.name, *self.policies]))
 
     @property
-    def _twice(self) -> bool:
-        """Asked for as a policy, the reference is rolled out again: does a rollout repeat?"""
-        return self.reference.name in self.policies
+    def _first(self) -> bool:
+        """Whether the reference is rolled out once more, before all others.
+
+        Asked for as a policy, it shows whether a rollout repeats; and recording takes time, which
+        must not count as the reference's.
+        """
+        return self.reference.name in self.policies or bool(self.needs)
 
     @property
     def model(self) -> VideoModel:
@@ -96,7 +100,7 @@ class Evaluate(L.LightningModule):
         mine = len(range(self.global_rank, left, self.trainer.world_size))
         plan = self._plan()
         self.progress = RolloutProgress(
-            mine, (len(self.names) + self._twice) * plan.count, plan.chunk, self.global_rank == 0
+            mine, (len(self.names) + self._first) * plan.count, plan.chunk, self.global_rank == 0
         )
         self.progress.__enter__()
         if mine:
@@ -123,13 +127,15 @@ class Evaluate(L.LightningModule):
         clips: list[dict[str, Frames]] = [{} for _ in starts]
         traces: list[dict[str, dict[str, np.ndarray]]] = [{} for _ in starts]
         reference = None
-        if self._twice:
-            reference = self._rollout(self.reference, starts, [])
+        if self._first:
+            reference = self._rollout(self.reference, starts, [], record=self.needs)
         for name, metrics in zip(self.names, self.metrics, strict=True):
             trace = Trace() if shown else None
             probe = self._probe()
             watching = [watch for watch in (trace, probe) if watch is not None]
-            out = self._rollout(self.policies.get(name, self.reference), starts, watching)
+            policy = self.policies.get(name, self.reference)
+            tables = {need: reference.tables[need] for need in policy.needs}
+            out = self._rollout(policy, starts, watching, tables)
             reference = reference or out  # the first name
             compared = reference if name in self.policies else None  # asked for, or only compared
             self.recorder.clips(name, metrics, out, compared, reference, starts, probe)
@@ -168,7 +174,14 @@ class Evaluate(L.LightningModule):
             return None
         return AttentionProbe([len(self.network.config.timesteps) - 1])
 
-    def _rollout(self, policy: CachePolicy, starts: list[Start], watching: list[Watch]) -> Rollout:
+    def _rollout(
+        self,
+        policy: CachePolicy,
+        starts: list[Start],
+        watching: list[Watch],
+        tables: dict[str, list[Any]] | None = None,
+        record: dict[str, dict[str, Any]] | None = None,
+    ) -> Rollout:
         samples = [start.sample for start in starts]
         self.progress.begin(policy.name, len(samples))
         made = rollout(
@@ -183,23 +196,15 @@ class Evaluate(L.LightningModule):
             negative=self.options.negative,
             backend=self.options.backend,
             decode=False,
-            watch=together(watching) if watching else None,
+            watch=together(watching),
+            tables=tables,
+            record=record or {},
             progress=self.progress.chunk,
         )
         made.session = None  # frees the cache before pixels are made, and before the next rollout
         if self.options.decode:
             made.frames = self.codec.decode(made.latents.float())
         return made
-
-
-def together(watching: list[Watch]) -> Watch:
-    """Several that watch, as one."""
-
-    def watch(view: PassView) -> None:
-        for each in watching:
-            each(view)
-
-    return watch
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:

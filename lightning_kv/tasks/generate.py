@@ -98,6 +98,11 @@ def generate(options: GenerateOptions) -> Generated:
     torch.set_num_threads(options.threads)
     source = find_model(options.model)
     policy = read_policy(options.policy or source.policy)
+    if policy.needs:
+        raise ValueError(
+            f"The policy {policy.name!r} needs {', '.join(policy.needs)} of a reference rollout of "
+            "the same clip, and `generate` rolls out one clip only. Use `lightning-kv evaluate`."
+        )
     # The embedded model's own file says its sizes, and is read in no time.
     model = model_for(options, []) if source.config is None else None
     config = source.config or model.network.config

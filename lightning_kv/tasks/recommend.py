@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_kv.metrics.inference import holm
+from lightning_kv.tasks.analysis import hindsight
 from lightning_kv.tasks.candidates import Candidate, Recommendation, candidate
 from lightning_kv.tasks.margins import (
     Clips,
@@ -49,7 +50,13 @@ def recommend(
     reference = summary["reference"]
     clips = compared_clips(summary, records)
     margins = judged(summary, clips, margins)
-    rivals = [name for name in summary["policies"] if name != reference]
+    bounds = hindsight(summary)
+    rivals = [name for name in summary["policies"] if name != reference and name not in bounds]
+    if not rivals:
+        raise ValueError(
+            f"There is nothing to recommend: beside the reference {reference!r} the run has only "
+            f"{', '.join(bounds)}, which know what is to come. Evaluate other policies too."
+        )
     losses = corrected_losses(summary, clips, rivals, margins)
     found = [candidate(summary, clips, name, memory, losses[name], len(margins)) for name in rivals]
     best = sorted((one for one in found if one.out is None), key=lambda one: one.price)
@@ -67,6 +74,7 @@ def recommend(
         closest=None if best else closest(found),
         beyond=None if best else first(keeping, lambda one: one.price),
         candidates=tuple(found),
+        bounds=tuple(name for name in bounds if name in summary["policies"]),
         reference_bytes=cost["kv_bytes_peak"],
         reference_seconds=cost["seconds_per_chunk_p50"],
         measured=len(shared),

@@ -156,6 +156,7 @@ def about(
         "metrics": suite.facts(),
         "run": {
             "prompts": prompts,
+            "hindsight": [name for name, policy in policies.items() if policy.needs],
             "frames": options.frames,
             "pixel_frames": shown,
             "context_frames": options.context_frames,

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 from lightning_kv.cache.kernels import known_backend
+from lightning_kv.cache.record import recorders
+from lightning_kv.cache.recorder import Clip
 from lightning_kv.metrics import Suite
 from lightning_kv.models.embeddings import INDEX
 from lightning_kv.models.sources import Source
 from lightning_kv.models.wan import WanConfig
 from lightning_kv.policies.base import CachePolicy
+from lightning_kv.report.table import format_bytes
+from lightning_kv.tasks.choices import needs_of
 from lightning_kv.tasks.clock import read_size
 from lightning_kv.tasks.launch import is_first
 from lightning_kv.tasks.options import EvaluateOptions
+
+log = logging.getLogger(__name__)
 
 FAST_PANS = Path("data/panorama-fast13")
 
@@ -81,6 +88,21 @@ def check_negative(negative: str, model: str, config: WanConfig) -> None:
         )
 
 
+def check_tables(options: EvaluateOptions, config: WanConfig, policies: list[CachePolicy]) -> None:
+    """Say what the reference tables take, and refuse those that take too much.
+
+    Raises:
+        ValueError: One is larger than its limit, or nobody records it.
+    """
+    geometry = config.geometry(read_size(options.size, config))
+    count = config.plan(options.frames, options.context_frames).count
+    clip = Clip(None, 0, options.frames, count, geometry, len(config.timesteps) + 1)
+    for recorder in recorders(needs_of(policies)):
+        recorder.begin([clip])
+        size = format_bytes(recorder.size(clip))
+        log.info("The reference rollout records %s: %s per clip.", recorder.name, size)
+
+
 def check_options(
     options: EvaluateOptions, config: WanConfig, world: bool, policies: list[CachePolicy]
 ) -> None:
@@ -105,6 +127,7 @@ def check_options(
     geometry = config.geometry(read_size(options.size, config))
     for policy in policies:
         policy.check(geometry, config.chunk, options.frames)
+    check_tables(options, config, policies)
     if options.frames > config.train_horizon and is_first():
         warnings.warn(
             f"{options.frames} frames exceed the {config.train_horizon} that {options.model} was "

@@ -31,6 +31,8 @@ def in_words(found: Recommendation) -> list[str]:
         out.sort(key=lambda one: max((x.mean / (x.margin or 1) for x in one.losses), default=0.0))
         more = f"; and {len(out) - NAMED} more" if len(out) > NAMED else ""
         said.append(f"Not chosen: {'; '.join(why_out(one) for one in out[:NAMED])}{more}.")
+    if found.bounds:
+        said.append(f"Bounds that know what is to come, nothing to run: {', '.join(found.bounds)}.")
     return said
 
 

@@ -507,9 +507,9 @@ def test_a_need_that_nothing_meets_is_said_at_once():
     class Greedy(RetainPart):
         needs: ClassVar[dict] = {"reference_mass": {}}
 
-    with pytest.raises(ValueError, match=r"needs \['reference_mass'\].*It has: none"):
+    with pytest.raises(ValueError, match=r"needs reference_mass of the reference.*There: none"):
         session_of(policy(Greedy()))
-    session = session_of(policy(Greedy()), tables={"reference_mass": 1})
+    session = session_of(policy(Greedy()), tables={"reference_mass": [1]})
     drive(session, passes(1), 1)
 
 

@@ -391,7 +391,7 @@ def test_a_budget_in_bytes_holds_statistics_and_columns_too(retain, kib):
 def test_tables_of_the_caller_are_no_bytes_of_the_cache():
     """The session does not count them as held, so a budget must not make room for them."""
     lengths = []
-    for tables in ({}, {"reference_mass": torch.zeros(2000)}):
+    for tables in ({}, {"reference_mass": [torch.zeros(2000)]}):
         on = session(policy(retain={"part": "heavy-hitters", "budget": "45KiB"}), tables=tables)
         play(on, tape(passes(9, noisy=1)))
         lengths.append(stores(on)[0].memory.lengths)
