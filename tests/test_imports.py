@@ -11,6 +11,7 @@ RULES = {
     "policies": {"cache", "policies"},
     "models": {"cache", "models"},
     "rollout": {"cache", "policies", "models", "rollout"},
+    "testing": {"cache", "policies", "models", "rollout", "testing"},
     "data": {"data"},
     "metrics": {"metrics"},
     "report": {"report"},
@@ -22,6 +23,7 @@ FROM_OUTSIDE = {
     "policies": {"torch", "yaml"},
     "models": {"torch", "yaml", "safetensors", "numpy"},  # numpy draws the noise
     "rollout": {"torch"},
+    "testing": {"torch", "pytest"},
 }
 
 

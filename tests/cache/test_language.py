@@ -13,7 +13,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from twin import CHUNK, GEOMETRY, passes, turn
+from sessions import CHUNK, GEOMETRY, passes, turn
 
 from lightning_kv.cache.decisions import Event, Match, Retention, Selection, Sums
 from lightning_kv.cache.passes import Pass

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from slow import Ask, play, policy, rolling, session, tape, uneven, world
+from slow import Ask, play, policy, rolling, session, tape, world
 
 from lightning_kv.policies.registry import build_part
+from lightning_kv.testing import chunked
 
 
 def reads(monkeypatch, steps, budget):
@@ -45,6 +46,6 @@ def test_with_many_chunks_in_flight_three_frames_are_always_read(budget, monkeyp
 
 @pytest.mark.parametrize("last", [1, 2, 3])
 def test_a_short_last_chunk_reads_the_whole_chunk_before_it(last, monkeypatch):
-    seen = reads(monkeypatch, uneven([3, 3, 3, 3, last]), 4)
+    seen = reads(monkeypatch, chunked([3, 3, 3, 3, last], 1), 4)
     ends = [read for step, _, read in seen if step.chunk == 4]
     assert ends and all(read[-3:] == [9, 10, 11] and len(read) == 4 for read in ends)
