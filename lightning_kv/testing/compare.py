@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_kv.cache.passes import CONDITIONAL, Pass
+from lightning_kv.cache.passes import Pass
 from lightning_kv.cache.session import CacheSession
 from lightning_kv.cache.table import Table
 from lightning_kv.cache.view import PassView
@@ -183,13 +183,16 @@ class Decisions:
     """What every stream keeps and reads; watches a session, and is told of its commits.
 
     ``read`` and ``kept`` are sets of rows by namespace, sample, layer, head and chunk; what is read
-    also by pass and query frame.
+    also by pass and query frame. ``current`` says how many rows a query frame reads of its own
+    frame, and of all in flight; ``count`` how many of
+    memory, and how many memory has.
     """
 
     def __init__(self) -> None:
         self.read: dict[tuple[Any, ...], Spots] = {}
         self.kept: dict[tuple[Any, ...], Spots] = {}
-        self.current: dict[tuple[Any, ...], int] = {}
+        self.count: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self.current: dict[tuple[Any, ...], tuple[int, int]] = {}
 
     def __call__(self, view: PassView) -> None:
         """Note what one layer reads in one pass."""
@@ -207,9 +210,10 @@ class Decisions:
                 key = (step.namespace, view.sample, view.layer, head)
                 key = (*key, step.chunk, step.phase, step.step, step.start, frame)
                 line = held[head][query][: len(mine)]
+                self.count[key] = sum(line), len(mine)
                 self.read[key] = {row for row, yes in zip(mine, line, strict=True) if yes}
                 itself = own[head][query][query * tokens : (query + 1) * tokens]
-                self.current[key] = sum(itself)
+                self.current[key] = sum(itself), sum(own[head][query])
 
     def commit(self, session: CacheSession, step: Pass) -> None:
         """Note what memory holds after a pass that has made frames final."""
@@ -225,19 +229,3 @@ def spots(table: Table) -> list[list[tuple[float, ...]]]:
     every = torch.cat([table.frame_id.double().unsqueeze(-1), table.place.double()], -1)
     lines = every.expand(table.heads, -1, -1).tolist()
     return [[tuple(x) for x in own[:n]] for own, n in zip(lines, table.lengths, strict=True)]
-
-
-def held_tensors(session: CacheSession, namespaces: Sequence[str] = ()) -> dict[tuple, Tensor]:
-    """Clones of every field, key and value that a session holds, by name."""
-    found = {}
-    for cache in session.samples:
-        for namespace in namespaces or cache.stores or (CONDITIONAL,):
-            for layer, store in enumerate(cache.stores.get(namespace, ())):
-                for kind, table in (("memory", store.table), ("archive", store.shelf)):
-                    for g, group in enumerate(table._rows.groups):
-                        where = (cache.index, namespace, layer, kind, g, group.heads)
-                        for name in ("k", "v"):
-                            found[(*where, name)] = group.payload(name).clone()
-                        for name, x in group.meta.items():
-                            found[(*where, name)] = x.clone()
-    return found
