@@ -107,7 +107,7 @@ class Candidate:
     def __init__(self, policy: CachePolicy) -> None:
         self.policy = policy
         self.before = [footprint(part) for part in policy.parts]
-        self._played: dict[tuple[Any, ...], Played] = {}
+        self._played: dict[tuple[Any, ...], Played | Exception] = {}
 
     def fitted(self, name: str) -> CachePolicy:
         """The policy with budgets that leave something out on this tape, if they do not yet.
@@ -122,8 +122,14 @@ class Candidate:
         """Play a tape to its end, once for all checks."""
         key = (name, None if policy is None else repr(policy), tuple(sorted(settings.items())))
         if key not in self._played:
-            self._played[key] = play(policy or self.fitted(name), tape(name), **settings)
-        return self._played[key]
+            try:
+                self._played[key] = play(policy or self.fitted(name), tape(name), **settings)
+            except (Refused, ValueError) as error:
+                self._played[key] = error
+        found = self._played[key]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
 
 def play(policy: CachePolicy, own: Tape, **settings: Any) -> Played:

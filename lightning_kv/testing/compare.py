@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -158,7 +159,7 @@ def compare_decisions(
     if kinds is None:
         own = {"kept": policy.retain, "read": policy.select}
         kinds = [kind for kind, part in own.items() if part.name != "everything"]
-    ours, reads = Decisions(), Decisions()
+    ours = Decisions()
     session = tape.session(policy, watch=ours, **settings)
     twin = Twin(tape.geometry, tape.batch, script)
     twin.seen = {}
@@ -170,29 +171,32 @@ def compare_decisions(
                 kept[(step.namespace, *key, step.chunk)] = {
                     (r.frame, *map(float, spot(tape.geometry, r.place))) for r in stream.rows
                 }
-    reads.read, reads.kept = twin.seen, kept
-    equal = total = 0
+    theirs, equal, total = {"kept": kept, "read": twin.seen}, 0, 0
     for kind in kinds:
-        mine, theirs = getattr(ours, kind), getattr(reads, kind)
+        mine = getattr(ours, kind)
         total += len(mine)
-        equal += sum(found == theirs.get(key, set()) for key, found in mine.items())
+        equal += sum(found == theirs[kind].get(key, set()) for key, found in mine.items())
     return Agreement(equal, total)
 
 
 class Decisions:
     """What every stream keeps and reads; watches a session, and is told of its commits.
 
-    ``read`` and ``kept`` are sets of rows by namespace, sample, layer, head and chunk; what is read
-    also by pass and query frame. ``current`` says how many rows a query frame reads of its own
-    frame, and of all in flight; ``count`` how many of
-    memory, and how many memory has.
+    Keys are namespace, sample, layer, head and chunk; of what is read also pass and query frame.
+    ``kept`` are sets of rows. ``count`` says how many rows of memory a query frame reads, and how
+    many there are; ``current`` how many of its own frame, and of all that are in flight.
     """
 
     def __init__(self) -> None:
-        self.read: dict[tuple[Any, ...], Spots] = {}
         self.kept: dict[tuple[Any, ...], Spots] = {}
         self.count: dict[tuple[Any, ...], tuple[int, int]] = {}
         self.current: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self._lines: dict[tuple[Any, ...], tuple[list[tuple[float, ...]], list[bool]]] = {}
+
+    @property
+    def read(self) -> dict[tuple[Any, ...], Spots]:
+        """The rows of memory that each query frame reads."""
+        return {key: set(compress(*line)) for key, line in self._lines.items()}
 
     def __call__(self, view: PassView) -> None:
         """Note what one layer reads in one pass."""
@@ -210,8 +214,8 @@ class Decisions:
                 key = (step.namespace, view.sample, view.layer, head)
                 key = (*key, step.chunk, step.phase, step.step, step.start, frame)
                 line = held[head][query][: len(mine)]
+                self._lines[key] = mine, line
                 self.count[key] = sum(line), len(mine)
-                self.read[key] = {row for row, yes in zip(mine, line, strict=True) if yes}
                 itself = own[head][query][query * tokens : (query + 1) * tokens]
                 self.current[key] = sum(itself), sum(own[head][query])
 
@@ -227,5 +231,6 @@ class Decisions:
 def spots(table: Table) -> list[list[tuple[float, ...]]]:
     """Frame, row and column of every row, head by head."""
     every = torch.cat([table.frame_id.double().unsqueeze(-1), table.place.double()], -1)
-    lines = every.expand(table.heads, -1, -1).tolist()
-    return [[tuple(x) for x in own[:n]] for own, n in zip(lines, table.lengths, strict=True)]
+    lines = [[tuple(x) for x in own] for own in every.tolist()]
+    lines = lines if len(lines) > 1 else lines * table.heads
+    return [own[:n] for own, n in zip(lines, table.lengths, strict=True)]

@@ -10,67 +10,62 @@ from typing import ClassVar
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-import broken
+import parts
+from parts import budgeted, policy
 
 import lightning_kv
-from lightning_kv.policies.base import CachePolicy, UnitPart
-from lightning_kv.policies.presets import build_budget, build_part
+from lightning_kv.policies.base import UnitPart
+from lightning_kv.policies.presets import build_part
 from lightning_kv.testing.conformance import RULES, obey
-
-
-def policy(part=None, **more):
-    parts = {"retain": "everything", "select": "everything", "positions": "absolute"}
-    parts |= {"precision": "as-computed"} | ({part.kind: part} if part else {}) | more
-    built = {k: build_part(k, x) if isinstance(x, str) else x for k, x in parts.items()}
-    return CachePolicy("test", **built)
-
-
-def budgeted(cls, amount="8f", **settings):
-    return cls(build_budget(amount), **settings)
 
 
 @pytest.mark.parametrize("granularity", ["frame", "token"])
 def test_a_correct_part_obeys_every_rule(granularity):
-    assert obey(policy(budgeted(broken.Longest, granularity=granularity, sink=1))) == {}
+    assert obey(policy(budgeted(parts.Longest, granularity=granularity, sink=1))) == {}
+
+
+def test_what_is_remembered_in_a_queue_is_counted():
+    part = budgeted(parts.RemembersTheLast)
+    assert obey(policy(part), "bytes_are_real", "memory_is_bounded") == {}
 
 
 FAULTS = {
     "views_are_not_written": {
-        "written to a tensor": budgeted(broken.WritesAnEntry),  # the cache's own refusal
-        "the question to WritesUnseen.*has changed": budgeted(broken.WritesUnseen),
-        "queries, keys or values of a pass were overwritten": broken.WritesQueries(),
+        "written to a tensor": budgeted(parts.WritesAnEntry),  # the cache's own refusal
+        "the question to WritesUnseen.*has changed": budgeted(parts.WritesUnseen),
+        "queries, keys or values of a pass were overwritten": parts.WritesQueries(),
     },
     "parts_hold_no_state": {
-        "RemembersInItself.* has changed": budgeted(broken.RemembersInItself),
-        "RemembersInItsClass.* has changed": budgeted(broken.RemembersInItsClass),
+        "RemembersInItself.* has changed": budgeted(parts.RemembersInItself),
+        "RemembersInItsClass.* has changed": budgeted(parts.RemembersInItsClass),
     },
     "samples_are_strangers": {
-        "sample 1 of a batch has other rows kept": budgeted(broken.LooksAtTheFirst),
+        "sample 1 of a batch has other rows kept": budgeted(parts.LooksAtTheFirst),
     },
     "noisy_passes_leave_memory_alone": {
-        "written to a tensor": broken.DropsInNoise(),  # the cache's own refusal
-        "a noisy pass of frames .* has changed": broken.MovesInNoise(),
+        "written to a tensor": parts.DropsInNoise(),  # the cache's own refusal
+        "a noisy pass of frames .* has changed": parts.MovesInNoise(),
     },
     "budgets_are_kept": {
-        "54 rows held, 48.0 allowed": budgeted(broken.IgnoresItsBudget),
-        "42 rows read, 36.0 allowed": budgeted(broken.ReadsTooMuch),
+        "54 rows held, 48.0 allowed": budgeted(parts.IgnoresItsBudget),
+        "42 rows read, 36.0 allowed": budgeted(parts.ReadsTooMuch),
     },
     "protected_rows_stay": {
-        "0 of 6 rows of frame 0": budgeted(broken.ForgetsItsSink),
-        "0 of 6 rows of frame 8": budgeted(broken.ChunksOfThree),
+        "0 of 6 rows of frame 0": budgeted(parts.ForgetsItsSink),
+        "0 of 6 rows of frame 8": budgeted(parts.ChunksOfThree),
     },
     "a_budget_of_everything_loses_nothing": {
-        "against full": budgeted(broken.LosesAtAnyBudget),
+        "against full": budgeted(parts.LosesAtAnyBudget),
     },
-    "runs_everywhere": {"gave scores": budgeted(broken.SixTokens)},  # the cache's own refusal
-    "the_same_seed_gives_the_same": {"the second time": budgeted(broken.DrawsAtRandom)},
-    "the_chunk_in_flight_is_read": {"nothing of its own frame": broken.SkipsItsChunk()},
-    "bytes_are_real": {"some tensors are not counted": broken.HidesBytes()},
-    "memory_is_bounded": {"bytes of states go on growing": budgeted(broken.NeverForgets)},
-    "plans_wait_for_nothing": {"denoise pass 1": broken.AsksTheHost()},
-    "no_stale_rows_after_events": {"rows of frames from 12": budgeted(broken.RenamesItsRows)},
-    "scratch_passes_change_nothing": {"with scratch passes between": broken.CountsItsQuestions()},
-    "policies_are_plain_data": {"not JSON serializable": budgeted(broken.NotPlain)},
+    "runs_everywhere": {"gave scores": budgeted(parts.SixTokens)},  # the cache's own refusal
+    "the_same_seed_gives_the_same": {"the second time": budgeted(parts.DrawsAtRandom)},
+    "the_chunk_in_flight_is_read": {"nothing of its own frame": parts.SkipsItsChunk()},
+    "bytes_are_real": {"some tensors are not counted": parts.HidesBytes()},
+    "memory_is_bounded": {"bytes of states go on growing": budgeted(parts.NeverForgets)},
+    "plans_wait_for_nothing": {"denoise pass 1": parts.AsksTheHost()},
+    "no_stale_rows_after_events": {"rows of frames from 12": budgeted(parts.RenamesItsRows)},
+    "scratch_passes_change_nothing": {"with scratch passes between": parts.CountsItsQuestions()},
+    "policies_are_plain_data": {"not JSON serializable": budgeted(parts.NotPlain)},
 }
 CASES = [(rule, text, part) for rule, own in FAULTS.items() for text, part in own.items()]
 
@@ -83,12 +78,12 @@ def test_a_fault_breaks_the_rule_about_it(rule, text, part):
 
 def test_faults_spoil_nothing_for_others():
     """The tapes that were written into are those of the part alone."""
-    obey(policy(broken.WritesQueries()), "runs_everywhere")
-    assert obey(policy(budgeted(broken.Longest)), "a_budget_of_everything_loses_nothing") == {}
+    obey(policy(parts.WritesQueries()), "runs_everywhere")
+    assert obey(policy(budgeted(parts.Longest)), "a_budget_of_everything_loses_nothing") == {}
 
 
 def test_state_is_found_after_other_rules_have_left_it_behind():
-    part = budgeted(broken.RemembersInItsClass, granularity="token")
+    part = budgeted(parts.RemembersInItsClass, granularity="token")
     with pytest.raises(AssertionError, match="has changed"):
         obey(policy(part), "runs_everywhere", "parts_hold_no_state")
 

@@ -3,16 +3,19 @@
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+from parts import policy
+
 from lightning_kv import preset
 from lightning_kv.cache.decisions import Event, Rebuild
 from lightning_kv.models.samplers import ChunkPlan, few_step
-from lightning_kv.policies.base import CachePolicy, RetainPart, SelectPart
-from lightning_kv.policies.presets import build_part
+from lightning_kv.policies.base import RetainPart, SelectPart
 from lightning_kv.testing import (
     chunked,
     guided,
@@ -112,12 +115,6 @@ class Again(RetainPart):
 
     def commit(self, views, state):
         return Rebuild((0, 1)) if views[0].step.chunk else None
-
-
-def policy(**parts):
-    plain = {"retain": "everything", "select": "everything", "positions": "absolute"}
-    plain |= {"precision": "as-computed"}
-    return CachePolicy("t", **{k: build_part(k, x) for k, x in plain.items()} | parts)
 
 
 def test_parts_are_told_what_a_rollout_tells_them():

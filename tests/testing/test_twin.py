@@ -1,15 +1,19 @@
 """Parts against scripts of a few lines: at any geometry, over streams, layers and namespaces."""
 
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+from parts import Longest, budgeted, policy
+
 from lightning_kv.cache.decisions import Event, Rebuild, Retention, Selection
-from lightning_kv.policies.base import CachePolicy, RetainPart, SelectPart, UnitPart
-from lightning_kv.policies.presets import build_budget, build_part
+from lightning_kv.policies.base import RetainPart, SelectPart, UnitPart
 from lightning_kv.testing import (
     Script,
     assert_same_as_twin,
@@ -23,11 +27,24 @@ from lightning_kv.testing import (
 )
 
 
-def policy(**parts):
-    plain = {"retain": "everything", "select": "everything", "positions": "absolute"}
-    plain |= {"precision": "as-computed"} | parts
-    built = {k: build_part(k, x) if isinstance(x, str | dict) else x for k, x in plain.items()}
-    return CachePolicy("test", **built)
+class LongestScript(Script):
+    """What the part says in tensors, in plain Python, stream by stream."""
+
+    def commit(self, stream, step):
+        length = {}
+        for row in stream.rows:
+            length[row.frame] = length.get(row.frame, 0.0) + float(row.k.norm())
+        newest = [frame for frame in length if frame >= step.final[0]]
+        rest = sorted((f for f in length if f not in newest), key=length.get, reverse=True)
+        kept = newest + rest[: 4 - len(newest)]
+        stream.rows = [row for row in stream.rows if row.frame in kept]
+
+
+def test_a_part_of_a_few_lines():
+    made = policy(budgeted(Longest, "4f"))
+    tape = random_tape(chunked((2,) * 6, noisy=1))
+    assert_same_as_twin(made, LongestScript(), tape)
+    assert compare_decisions(made, LongestScript(), tape) == (36, 36)  # commits x layers x heads
 
 
 @dataclass(frozen=True)
@@ -78,7 +95,7 @@ def test_what_the_last_queries_looked_at(name):
     """Queries of the commit pass, keys of all that is held: at every geometry."""
     tape = TAPES[name]
     rows = 3 * tape.geometry.chunk * tape.geometry.tokens // 2
-    made = policy(retain=Snap(build_budget(f"{rows}t")))
+    made = policy(retain=budgeted(Snap, f"{rows}t"))
     assert_same_as_twin(made, SnapScript(rows), tape)
     streams = len({s.namespace for s in tape.steps}) * tape.batch
     streams *= tape.geometry.layers * tape.geometry.heads
@@ -89,7 +106,7 @@ def test_what_the_last_queries_looked_at(name):
 def test_another_rule_is_found_decision_by_decision():
     """The first commit has nothing to drop; later ones differ where the rule does."""
     tape, rows = TAPES["pairs"], 12
-    made = policy(retain=Snap(build_budget(f"{rows}t")))
+    made = policy(retain=budgeted(Snap, f"{rows}t"))
 
     class Newest(SnapScript):
         def commit(self, stream, step):

@@ -1,8 +1,8 @@
-"""A correct part, and parts with one fault each that the conformance suite must find."""
+"""A correct part, parts with one fault each that the conformance suite must find, and policies."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,8 +10,28 @@ import torch
 
 from lightning_kv.cache.decisions import Retention, Selection
 from lightning_kv.cache.view import CacheView, PassView
-from lightning_kv.policies.base import PositionsPart, RetainPart, SelectPart, UnitPart
+from lightning_kv.policies.base import (
+    CachePolicy,
+    PositionsPart,
+    RetainPart,
+    SelectPart,
+    UnitPart,
+)
+from lightning_kv.policies.presets import build_budget, build_part
 from lightning_kv.policies.retain.window import Window
+
+
+def policy(part=None, **more):
+    """A policy of the full cache's parts, but for some that are given as words or objects."""
+    parts = {"retain": "everything", "select": "everything", "positions": "absolute"}
+    parts |= {"precision": "as-computed"} | ({part.kind: part} if part else {}) | more
+    built = {k: build_part(k, x) if isinstance(x, str | dict) else x for k, x in parts.items()}
+    return CachePolicy("test", **built)
+
+
+def budgeted(cls, amount="8f", **settings):
+    """A part with so much to keep or read."""
+    return cls(build_budget(amount), **settings)
 
 
 @dataclass(frozen=True)
@@ -218,6 +238,17 @@ class HidesBytes(SelectPart):
     def pick(self, view, state):
         own = view.own_keys().clone()
         state[view.layer] = lambda: own
+
+
+@dataclass(frozen=True)
+class RemembersTheLast(UnitPart):
+    """Correct: remembers the queries of two passes."""
+
+    name: ClassVar[str] = "remembers-the-last"
+    observes: ClassVar[tuple[str, ...]] = ("commit",)
+
+    def observe(self, view, state):
+        state.setdefault(view.layer, deque(maxlen=2)).append(view.raw_query.clone())
 
 
 @dataclass(frozen=True)
