@@ -15,7 +15,8 @@ RULES = {
     "data": {"data"},
     "metrics": {"metrics"},
     "report": {"report"},
-    "tasks": {"cache", "policies", "models", "rollout", "data", "metrics", "report", "tasks"},
+    "tasks": {"cache", "policies", "models", "rollout", "testing", "data", "metrics", "report"}
+    | {"tasks"},
 }
 COMMAND_LINE = {"arguments", "listing", "terminal", "workshop", "yardstick"}
 FROM_OUTSIDE = {

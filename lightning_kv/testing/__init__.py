@@ -14,6 +14,7 @@ _HOMES = {
     "twin": ("Query", "Row", "Script", "Stream", "Twin", "turn"),
     "compare": ("Agreement", "assert_same_as_twin", "assert_same_rows", "compare_decisions",
                 "held_rows"),
+    "conformance": ("obey",),
 }  # fmt: skip
 
 __all__ = [name for names in _HOMES.values() for name in names]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_kv.cache.passes import CONDITIONAL, Pass
+from lightning_kv.cache.passes import Pass
 from lightning_kv.cache.session import CacheSession
 from lightning_kv.cache.table import Table
 from lightning_kv.cache.view import PassView
@@ -158,7 +159,7 @@ def compare_decisions(
     if kinds is None:
         own = {"kept": policy.retain, "read": policy.select}
         kinds = [kind for kind, part in own.items() if part.name != "everything"]
-    ours, reads = Decisions(), Decisions()
+    ours = Decisions()
     session = tape.session(policy, watch=ours, **settings)
     twin = Twin(tape.geometry, tape.batch, script)
     twin.seen = {}
@@ -170,26 +171,32 @@ def compare_decisions(
                 kept[(step.namespace, *key, step.chunk)] = {
                     (r.frame, *map(float, spot(tape.geometry, r.place))) for r in stream.rows
                 }
-    reads.read, reads.kept = twin.seen, kept
-    equal = total = 0
+    theirs, equal, total = {"kept": kept, "read": twin.seen}, 0, 0
     for kind in kinds:
-        mine, theirs = getattr(ours, kind), getattr(reads, kind)
+        mine = getattr(ours, kind)
         total += len(mine)
-        equal += sum(found == theirs.get(key, set()) for key, found in mine.items())
+        equal += sum(found == theirs[kind].get(key, set()) for key, found in mine.items())
     return Agreement(equal, total)
 
 
 class Decisions:
     """What every stream keeps and reads; watches a session, and is told of its commits.
 
-    ``read`` and ``kept`` are sets of rows by namespace, sample, layer, head and chunk; what is read
-    also by pass and query frame.
+    Keys are namespace, sample, layer, head and chunk; of what is read also pass and query frame.
+    ``kept`` are sets of rows. ``count`` says how many rows of memory a query frame reads, and how
+    many there are; ``current`` how many of its own frame, and of all that are in flight.
     """
 
     def __init__(self) -> None:
-        self.read: dict[tuple[Any, ...], Spots] = {}
         self.kept: dict[tuple[Any, ...], Spots] = {}
-        self.current: dict[tuple[Any, ...], int] = {}
+        self.count: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self.current: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self._lines: dict[tuple[Any, ...], tuple[list[tuple[float, ...]], list[bool]]] = {}
+
+    @property
+    def read(self) -> dict[tuple[Any, ...], Spots]:
+        """The rows of memory that each query frame reads."""
+        return {key: set(compress(*line)) for key, line in self._lines.items()}
 
     def __call__(self, view: PassView) -> None:
         """Note what one layer reads in one pass."""
@@ -207,9 +214,10 @@ class Decisions:
                 key = (step.namespace, view.sample, view.layer, head)
                 key = (*key, step.chunk, step.phase, step.step, step.start, frame)
                 line = held[head][query][: len(mine)]
-                self.read[key] = {row for row, yes in zip(mine, line, strict=True) if yes}
+                self._lines[key] = mine, line
+                self.count[key] = sum(line), len(mine)
                 itself = own[head][query][query * tokens : (query + 1) * tokens]
-                self.current[key] = sum(itself)
+                self.current[key] = sum(itself), sum(own[head][query])
 
     def commit(self, session: CacheSession, step: Pass) -> None:
         """Note what memory holds after a pass that has made frames final."""
@@ -223,21 +231,6 @@ class Decisions:
 def spots(table: Table) -> list[list[tuple[float, ...]]]:
     """Frame, row and column of every row, head by head."""
     every = torch.cat([table.frame_id.double().unsqueeze(-1), table.place.double()], -1)
-    lines = every.expand(table.heads, -1, -1).tolist()
-    return [[tuple(x) for x in own[:n]] for own, n in zip(lines, table.lengths, strict=True)]
-
-
-def held_tensors(session: CacheSession, namespaces: Sequence[str] = ()) -> dict[tuple, Tensor]:
-    """Clones of every field, key and value that a session holds, by name."""
-    found = {}
-    for cache in session.samples:
-        for namespace in namespaces or cache.stores or (CONDITIONAL,):
-            for layer, store in enumerate(cache.stores.get(namespace, ())):
-                for kind, table in (("memory", store.table), ("archive", store.shelf)):
-                    for g, group in enumerate(table._rows.groups):
-                        where = (cache.index, namespace, layer, kind, g, group.heads)
-                        for name in ("k", "v"):
-                            found[(*where, name)] = group.payload(name).clone()
-                        for name, x in group.meta.items():
-                            found[(*where, name)] = x.clone()
-    return found
+    lines = [[tuple(x) for x in own] for own in every.tolist()]
+    lines = lines if len(lines) > 1 else lines * table.heads
+    return [own[:n] for own, n in zip(lines, table.lengths, strict=True)]

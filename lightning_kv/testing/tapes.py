@@ -85,15 +85,19 @@ class Tape:
     def alone(self, sample: int) -> Tape:
         """The same for one of its samples, with the seed and the key that it has in the batch."""
         own = slice(sample, sample + 1)
+        return replace(self.copy(own), seeds=self.seeds[own], keys=self.keys[own])
+
+    def copy(self, samples: slice = slice(None)) -> Tape:
+        """The same (of some samples) in tensors of its own."""
         entries = tuple(
             replace(
                 entry,
-                layers=tuple(tuple(x[own] for x in qkv) for qkv in entry.layers),
-                x0=entry.x0[own],
+                layers=tuple(tuple(x[samples].clone() for x in qkv) for qkv in entry.layers),
+                x0=entry.x0[samples].clone(),
             )
             for entry in self.entries
         )
-        return replace(self, entries=entries, seeds=self.seeds[own], keys=self.keys[own])
+        return replace(self, entries=entries)
 
     def cut(self, passes: int) -> Tape:
         """Its first passes."""
