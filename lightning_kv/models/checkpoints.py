@@ -15,10 +15,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_kv.models.containers import TORCH_SUFFIXES, WEIGHTS_NAME, Container, open_source
+from lightning_kv.models.containers import (
+    TORCH_SUFFIXES,
+    WEIGHTS_NAME,
+    Container,
+    check_dtype,
+    open_source,
+)
 from lightning_kv.models.lora import merge_lora
 from lightning_kv.models.names import (
+    bare,
     describe,
+    one_prefix,
     original_keys,
     some,
     split_block,
@@ -37,9 +45,6 @@ KEYS = ("generator_ema", "generator", "model", "state_dict")
 LORA_KEYS = ("generator_lora",)
 
 CONFIG_NAME = "config.json"
-
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Of weights that can be used as they are; 8-bit ones need scales that differ by publisher."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,8 @@ def read_checkpoint(
     Args:
         path: A torch file, a safetensors file, or a folder of safetensors (also a diffusers
             pipeline, whose transformer is taken).
-        key: Top-level entry of a torch file; default: the first of ``generator_ema``,
-            ``generator``, ``model``, ``state_dict`` that is there.
+        key: Top-level entry of a torch file, or what the names to take begin with; default: the
+            first of ``generator_ema``, ``generator``, ``model``, ``state_dict`` that is there.
         prefer: An entry to try before those.
         lora: A LoRA file to merge (:func:`lightning_kv.models.lora.merge_lora`).
 
@@ -92,14 +97,10 @@ def read_checkpoint(
     source = open_source(Path(path))
     adapter = None if lora is None else open_source(Path(lora))
     chosen, found = source.choose(key, KEYS if prefer is None else (prefer, *KEYS))
-    found = _unwrapped(source.path, found)
-    naming = _naming(source.path, found)
-    translate = to_original if naming == "diffusers" else _original
-    tensors = {translate(name): tensor for name, tensor in found.items()}
-    _check_complete(str(source.path), tensors)
+    naming, tensors = _network(source.path, found)
     if adapter is not None:
         _, matrices = adapter.choose(None, LORA_KEYS)
-        tensors = merge_lora(tensors, _unwrapped(adapter.path, matrices))
+        tensors = merge_lora(tensors, _unwrapped(adapter.path, matrices, ""))
     return Checkpoint(
         tensors=tensors,
         format=naming,
@@ -111,23 +112,38 @@ def read_checkpoint(
     )
 
 
-def _unwrapped(path: Path, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names that were there before training wrapped the network."""
+def _network(path: Path, found: Mapping[str, Tensor]) -> tuple[Naming, dict[str, Tensor]]:
+    """All weights of a network under original names, and whose names they had."""
+    choice = "Choose one with --key PREFIX, or `key: PREFIX` in a model file."
+    prefix = one_prefix(found, f"{path} holds Wan weights", choice)
+    named = _unwrapped(path, found, prefix)
+    naming = _naming(path, named)
+    if others := [name for name in found if not unwrap(name).startswith(prefix)]:
+        own = prefix.rstrip(".")
+        raise ValueError(
+            f"{path} holds {len(found) - len(others)} tensors under {own} and {len(others)} "
+            f"others: {some(others, 3)}. Choose the former with --key {own}, or `key: {own}` in a "
+            "model file."
+        )
+    translate = to_original if naming == "diffusers" else _original
+    tensors = {translate(name): tensor for name, tensor in named.items()}
+    _check_complete(str(path), tensors)
+    return naming, tensors
+
+
+def _unwrapped(path: Path, found: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Tensors under the names that were there before training and programs wrapped the network."""
     names: dict[str, str] = {}
     for name, tensor in found.items():
-        bare = unwrap(name)
-        if bare in names:
+        own = bare(name, prefix)
+        if own in names:
             raise ValueError(
-                f"{path} holds {names[bare]!r} and {name!r}, both of which are {bare!r} without "
+                f"{path} holds {names[own]!r} and {name!r}, both of which are {own!r} without "
                 "the wrappings of training. Give a file with one set of weights."
             )
-        if tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"{path} holds {name!r} as {tensor.dtype}, which is quantised. "
-                "Give the weights as float32, bfloat16 or float16."
-            )
-        names[bare] = name
-    return {bare: found[name] for bare, name in names.items()}
+        check_dtype(str(path), name, tensor)
+        names[own] = name
+    return {own: found[name] for own, name in names.items()}
 
 
 def _naming(path: Path, names: Iterable[str]) -> Naming:
