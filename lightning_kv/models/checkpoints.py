@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_kv.models.adapters import merge_adapter, open_adapter
 from lightning_kv.models.containers import (
     TORCH_SUFFIXES,
     WEIGHTS_NAME,
@@ -22,7 +23,6 @@ from lightning_kv.models.containers import (
     check_dtype,
     open_source,
 )
-from lightning_kv.models.lora import merge_lora
 from lightning_kv.models.names import (
     bare,
     describe,
@@ -35,14 +35,13 @@ from lightning_kv.models.names import (
     unwrap,
 )
 from lightning_kv.models.sizes import models
+from lightning_kv.models.strength import Strength
 from lightning_kv.models.wan import CausalWan
 
 Naming = Literal["original", "diffusers"]
 
 KEYS = ("generator_ema", "generator", "model", "state_dict")
 """Where weights lie in a torch file, the preferred first."""
-
-LORA_KEYS = ("generator_lora",)
 
 CONFIG_NAME = "config.json"
 
@@ -58,8 +57,9 @@ class Checkpoint:
         key: Top-level entry of a torch file that was used; None where there was no choice.
         sha256: Of the file; of several shards, that of the lines ``HASH  NAME`` of ``sha256sum``
             in the order of their names.
-        lora: Name of the LoRA file that is merged in.
-        lora_sha256: Of that file.
+        lora: Name of the LoRA that is merged in, a file's or a folder's.
+        lora_sha256: Of its file.
+        strength: What it was multiplied with, and who said so.
     """
 
     tensors: dict[str, Tensor]
@@ -69,6 +69,7 @@ class Checkpoint:
     sha256: str
     lora: str | None = None
     lora_sha256: str | None = None
+    strength: Strength | None = None
 
 
 def read_checkpoint(
@@ -88,27 +89,27 @@ def read_checkpoint(
         key: Top-level entry of a torch file, or what the names to take begin with; default: the
             first of ``generator_ema``, ``generator``, ``model``, ``state_dict`` that is there.
         prefer: An entry to try before those.
-        lora: A LoRA file to merge (:func:`lightning_kv.models.lora.merge_lora`).
+        lora: A LoRA to merge (:func:`lightning_kv.models.lora.merge_lora`), at the strength that
+            its writer gives it: a file, or a folder of PEFT or diffusers.
 
     Raises:
         ValueError: No such file, a damaged one, one with code in it, another kind of weights,
             a key that is not there, or weights that are missing or too many.
     """
     source = open_source(Path(path))
-    adapter = None if lora is None else open_source(Path(lora))
+    adapter = None if lora is None else open_adapter(Path(lora))
     chosen, found = source.choose(key, KEYS if prefer is None else (prefer, *KEYS))
     naming, tensors = _network(source.path, found)
-    if adapter is not None:
-        _, matrices = adapter.choose(None, LORA_KEYS)
-        tensors = merge_lora(tensors, _unwrapped(adapter.path, matrices, ""))
+    merged = None if adapter is None else merge_adapter(tensors, adapter)
     return Checkpoint(
-        tensors=tensors,
+        tensors=tensors if merged is None else merged.tensors,
         format=naming,
         container=source.container,
         key=chosen,
         sha256=source.sha256(),
-        lora=None if adapter is None else adapter.path.name,
+        lora=None if lora is None else Path(lora).absolute().name,
         lora_sha256=None if adapter is None else adapter.sha256(),
+        strength=None if merged is None else merged.strength,
     )
 
 
