@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_kv.models.checkpoints import read_checkpoint
+from lightning_kv.models.loading import identity
 from lightning_kv.models.names import to_original
 from lightning_kv.models.strength import matching
 from lightning_kv.models.wan import CausalWan, WanConfig
@@ -405,7 +406,9 @@ def test_every_place_is_asked_and_silence_is_said(tmp_path, base):
         found = strength_of(base, tmp_path / str(index), tensors, beside, inside)
         assert (str(found.strength), found.strength.origin) == (strength, origin)
         assert bool(found.strength.notes) == (strength == "1")
-        assert (found.strength.config_sha256 is not None) == ("adapter_config" in origin)
+        told = identity(found, "float32")
+        assert (told["lora_strength"], told["lora_strength_by"]) == (strength, origin)
+        assert ("lora_config" in told) == ("adapter_config" in origin)
     assert found.strength.notes == ()
     (note,) = strength_of(base, tmp_path / "n", lora).strength.notes
     assert note.startswith(f"The LoRA {tmp_path / 'n' / 'adapter_model.safetensors'} does not say")
@@ -423,7 +426,7 @@ def test_strengths_that_vary_are_told_apart(tmp_path, base):
         config = {"r": 4, "lora_alpha": 2, "alpha_pattern": patterns}
         found = strength_of(base, tmp_path / str(index), products(), config)
         assert str(found.strength).startswith("0.5 to 2 (")
-        told.add(str(found.strength))
+        told.add(identity(found, "float32")["lora_strength"])
     assert len(told) == 3
 
 
