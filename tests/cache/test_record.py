@@ -56,15 +56,6 @@ def twice(frame, start):
     return 0.6931471805599453 if start > 3 and frame in (2, 3) else 0.0
 
 
-def given(chunks):
-    """A rollout whose first two chunks are given."""
-    for step in passes(chunks):
-        if step.chunk > 1:
-            yield step
-        elif step.final:
-            yield replace(step, phase="prefill", opens=True)
-
-
 def branches(steps):
     """The same passes in both branches."""
     for step in steps:
@@ -102,7 +93,7 @@ CASES = {
         1,
         {"time": near, "stays": Scattered().stays},
     ),
-    "given frames": (lambda: policy(), lambda: given(4), 1, {}),
+    "given frames": (lambda: policy(), lambda: slow.given(4), 1, {}),
     "several chunks in flight": (lambda: policy(), lambda: rolling(4, 3), 1, {}),
     "a short last chunk": (lambda: policy(), lambda: uneven([2, 2, 2, 1], noisy=2), 1, {}),
     "two branches": (
@@ -325,19 +316,17 @@ def test_outputs_over_any_frames_are_those_of_a_masked_softmax(case, queries):
     rng, checked = torch.Generator().manual_seed(0), 0
     for (b, namespace, chunk, layer, h), asked in found.items():
         own = tables[b].outputs[namespace, chunk, layer]
-        assert own.weight.tolist() == [weight for weight, *_ in asked]
+        assert own.weight.tolist() == [query.weight for query in asked]
         share, pull = own.share[h].double(), own.pull[h].double()
         torch.testing.assert_close(share.sum(-1).float(), torch.ones(len(asked)))
         torch.testing.assert_close(pull.sum(1), torch.zeros_like(pull[:, 0]), atol=2e-6, rtol=0)
-        for e, (_, rows, mass) in enumerate(asked):
-            every = sorted({row.frame for row in rows})
+        for e, query in enumerate(asked):
+            every = sorted(set(query.frames.tolist()))
             assert set(every) <= set(own.frames)
-            whole = slow.output_over(rows, mass, every)
             some = [f for f in every if torch.rand((), generator=rng) < 0.5] or every[-1:]
             place = [own.frames.index(f) for f in some]
-            mine = whole + pull[e, place].sum(0) / share[e, place].sum()
-            theirs = slow.output_over(rows, mass, some)
-            torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=2e-5)
+            mine = query.over() + (pull[e, place].sum(0) / share[e, place].sum()).numpy()
+            assert mine == pytest.approx(query.over(some), rel=2e-5, abs=2e-5)
             checked += len(some) < len(every)
     assert checked > 20
 

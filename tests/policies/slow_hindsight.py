@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from slow import twin
 from twin import turn
@@ -131,25 +132,43 @@ def asked(step, count, queries, passes):
     return [(r * count // rows + turn_ * count // (rows * passes)) % count for r in range(rows)]
 
 
+def given(chunks, first=2):
+    """A rollout whose first chunks are given: each of them in one pass."""
+    for step in twin.passes(chunks):
+        if step.chunk >= first:
+            yield step
+        elif step.final:
+            yield replace(step, phase="prefill", opens=True)
+
+
+@dataclass
+class Asked:
+    """One query: what it counts in its chunk, and every row it meets."""
+
+    weight: float
+    frames: np.ndarray
+    mass: np.ndarray
+    values: np.ndarray
+
+    def over(self, keep=None):
+        """Attention output where only some frames are seen, by default all."""
+        some = np.full(len(self.frames), True) if keep is None else np.isin(self.frames, [*keep])
+        return self.mass[some] @ self.values[some] / self.mass[some].sum()
+
+
 def outputs(recorded, queries, passes, **how):
-    """Of every (sample, namespace, chunk, layer, head): weight, rows and masses of each query."""
+    """Of every (sample, namespace, chunk, layer, head): the queries that are asked."""
     found = {}
     for one in met(recorded, **how):
         b, namespace, layer, h = one.place
         where = (b, namespace, one.step.chunk, layer, h)
+        frames = np.array([row.frame for row in one.rows])
+        values = torch.stack([row.v for row in one.rows]).numpy()
         for index in asked(one.step, len(one.queries), queries, passes):
             weight = 0.5 if one.step.phase == "commit" else 1.0
-            found.setdefault(where, []).append((weight, one.rows, one.mass(index)))
+            query = Asked(weight, frames, np.array(one.mass(index)), values)
+            found.setdefault(where, []).append(query)
     return found
-
-
-def output_over(rows, mass, frames):
-    """Attention output of one query that sees only some frames; None where it sees nothing."""
-    own = [(row, share) for row, share in zip(rows, mass, strict=True) if row.frame in frames]
-    total = sum(share for _, share in own)
-    if not total:
-        return None
-    return sum(share * row.v for row, share in own) / total
 
 
 def loss_of(kept, seen, made, discount):
@@ -159,25 +178,32 @@ def loss_of(kept, seen, made, discount):
     """
     total = 0.0
     for ahead, queries in enumerate(seen):
-        weights = sum(weight for weight, *_ in queries)
-        for weight, rows, mass in queries:
-            every = {row.frame for row in rows}
-            left = {f for f in every if f >= made or f in kept}
-            error = output_over(rows, mass, left) - output_over(rows, mass, every)
-            total += discount**ahead * weight / weights * float(error @ error)
+        weights = sum(query.weight for query in queries)
+        for query in queries:
+            left = kept | {f for f in query.frames.tolist() if f >= made}
+            error = query.over(left) - query.over()
+            total += discount**ahead * query.weight / weights * float(error @ error)
     return total
 
 
 def greedy(frames, guard, seen, made, discount, steps):
-    """Frames in the order in which they are wanted, each with how much better it was."""
+    """Frames in the order in which they are wanted: the next is the one that helps most."""
     kept, order = set(guard), []
     while len(order) < steps and len(kept) < len(frames):
         losses = {f: loss_of(kept | {f}, seen, made, discount) for f in frames if f not in kept}
-        first, *others = sorted(losses, key=lambda f: (losses[f], f))
-        gap = (losses[others[0]] - losses[first]) / losses[others[0]] if others else 1.0
-        order.append((first, gap))
-        kept.add(first)
+        order.append(min(losses, key=lambda f: (losses[f], f)))
+        kept.add(order[-1])
     return order
+
+
+def mass_to_come(found, where, chunks, discount):
+    """Discounted mass of every frame in coming chunks, the nearest first."""
+    b, namespace, layer, h = where
+    total = {}
+    for ahead, chunk in enumerate(chunks):
+        for frame, share in by_frame(found[b, namespace, chunk, layer, h]).items():
+            total[frame] = total.get(frame, 0.0) + discount**ahead * share
+    return total
 
 
 def clips(recorded, batch=1, seeds=None, **changes):
