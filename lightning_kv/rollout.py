@@ -74,7 +74,7 @@ def rollout(
     sampler: Sampler | None = None,
     session: CacheSession | None = None,
     tables: Mapping[str, Sequence[Any]] | None = None,
-    record: Mapping[str, Mapping[str, Any]] | Sequence[str] = (),
+    record: Mapping[str, Mapping[str, Any]] | Sequence[str] | str = (),
     decode: bool = True,
     watch: Watch | None = None,
     progress: Callable[[int, CacheSession], None] | None = None,
@@ -113,7 +113,7 @@ def rollout(
         buffers: See :class:`~lightning_kv.cache.session.CacheSession`.
 
     Raises:
-        ValueError: Frames, latent size, context, events, budget or prompts that do not fit
+        ValueError: Frames, latent size, context, events, budget, prompts or tables that do not fit
             together, or pixels are asked of a model without a codec.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -136,12 +136,18 @@ def rollout(
     policy.check(geometry, plan.chunk, frames)
     _check_events(events, plan)
     seeds = [stable_seed(seed, key) for key in keys]
-    passes = len(config.timesteps) + 1
+    about = (frames, plan.count, geometry, config.passes)
+    coming = tuple(sorted(events, key=lambda event: event.frame))
     clips = [
-        Clip(key, own, frames, plan.count, geometry, passes)
-        for key, own in zip(keys, seeds, strict=True)
+        Clip(key, own, *about, text, plan.context, coming)
+        for key, own, text in zip(keys, seeds, prompts, strict=True)
     ]
     _check_tables(tables or {}, clips)
+    if session is not None and (record or tables or watch):
+        raise ValueError(
+            "A session of its own was given together with tables, record or watch, which it would "
+            "not hear of. Give them to CacheSession, or leave the session out."
+        )
     recording = recorders(record)
     for recorder in recording:
         recorder.begin(clips)
@@ -166,7 +172,7 @@ def rollout(
     given = None if context is None else context.to(like)
     sample = sampler or sampler_of(config)
     steps = sample(plan, config.timesteps, lambda c, s: send(source(c, s), like), given)
-    seconds = run.all(steps, events, progress)
+    seconds = run.all(steps, coming, progress)
     pixels = model.codec.decode(run.latents.float()) if decode else None
     made = {own.name: [own.table(i) for i in range(len(keys))] for own in recording}
     return Rollout(run.latents, pixels, session.costs, seconds, run.rebuilds, made, session)
@@ -193,8 +199,8 @@ class _Run:
         events: Sequence[Event],
         progress: Callable[[int, CacheSession], None] | None,
     ) -> list[float]:
-        """Run every pass; returns the seconds of each generated chunk."""
-        coming = sorted(events, key=lambda event: event.frame)
+        """Run every pass, with the events in order; returns the seconds of each generated chunk."""
+        coming = list(events)
         seconds, estimate, last = [], None, None
         began = time.perf_counter()
 

@@ -34,6 +34,9 @@ class FrameMass:
 class MassRecorder(Recorder):
     """Mass by frame of every chunk, layer and head: 7.6 MB for 126 frames of Wan 1.3B.
 
+    A chunk's passes are those in which it is the next to become final: what the cache must serve
+    between two commits, the queries of younger chunks in flight included.
+
     Args:
         queries: Largest number of evenly spaced query rows that stand for those of a pass.
         limit: See :class:`Recorder`.
@@ -42,8 +45,7 @@ class MassRecorder(Recorder):
     name = "mass"
 
     def __init__(self, queries: int = 520, limit: int = LIMIT) -> None:
-        super().__init__(limit)
-        self.queries = queries
+        super().__init__(queries, limit)
         self._sums: dict[tuple[int, str], Tensor] = {}
         self._weights: dict[tuple[int, str], list[float]] = {}
 
@@ -105,7 +107,7 @@ class RowMass:
         """Mean over the queries of one chunk, ``[L, H, F, T]``, read as it is used.
 
         Raises:
-            ValueError: This chunk was not recorded.
+            ValueError: This chunk was not recorded, or its file is gone.
         """
         if (namespace, chunk) not in self.files:
             known = ", ".join(str(own) for space, own in self.files if space == namespace)
@@ -113,7 +115,13 @@ class RowMass:
                 f"The mass by row of chunk {chunk} ({namespace}) was not recorded. Chunks that "
                 f"were: {known or 'none'}. Name it in `chunks` when recording."
             )
-        return _mapped(self.files[namespace, chunk], self.clip)
+        path = self.files[namespace, chunk]
+        if not path.is_file():
+            raise ValueError(
+                f"The mass by row of chunk {chunk} ({namespace}) is gone: {path} was removed. "
+                "Record it again, and keep the folder as long as its table."
+            )
+        return _mapped(path, self.clip, shared=False)
 
 
 class RowRecorder(Recorder):
@@ -122,7 +130,7 @@ class RowRecorder(Recorder):
     Args:
         chunks: Which; each takes 4 bytes x layers x heads x frames x tokens, in each namespace:
             47 MB for 21 frames of Wan 1.3B.
-        folder: Where the files go.
+        folder: Where the files go; a later rollout of the same sample and seed replaces them.
         queries: As for :class:`MassRecorder`.
         limit: See :class:`Recorder`.
     """
@@ -132,8 +140,8 @@ class RowRecorder(Recorder):
     def __init__(
         self, chunks: Sequence[int], folder: str | Path, queries: int = 520, limit: int = LIMIT
     ) -> None:
-        super().__init__(limit)
-        self.chunks, self.folder, self.queries = tuple(chunks), Path(folder), queries
+        super().__init__(queries, limit)
+        self.chunks, self.folder = tuple(chunks), Path(folder)
         self._files: dict[tuple[int, str, int], Path] = {}
         self._weights: dict[tuple[int, str, int], float] = defaultdict(float)
 
@@ -160,9 +168,9 @@ class RowRecorder(Recorder):
             return
         place, clip = (view.sample, step.namespace, step.chunk), self.clips[view.sample]
         if place not in self._files:
-            sample, namespace, chunk = place
-            self._files[place] = self.folder / f"mass-{sample:03d}-{namespace}-{chunk:03d}.f32"
-            self._files[place].unlink(missing_ok=True)
+            named = f"{clip.seed:016x}-{view.sample:03d}-{step.namespace}-{step.chunk:03d}"
+            self._files[place] = self.folder / f"mass-{named}.f32"  # other batches and ranks differ
+            self._files[place].unlink(missing_ok=True)  # an older table may still be read
         if not view.layer:
             self._weights[place] += weight_of(step)
         held, own = mass_of(view, self.queries)
@@ -182,8 +190,9 @@ class RowRecorder(Recorder):
         return RowMass(self.clips[sample], {place[1:]: path for place, path in own.items()})
 
 
-def _mapped(path: Path, clip: Clip) -> Tensor:
+def _mapped(path: Path, clip: Clip, shared: bool = True) -> Tensor:
+    """The numbers of a file; where ``shared`` it is made if missing, and changes are written."""
     of = clip.geometry
     shape = (of.layers, of.heads, clip.frames, of.tokens)
     size = of.layers * of.heads * clip.frames * of.tokens
-    return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
+    return torch.from_file(str(path), shared=shared, size=size, dtype=torch.float32).view(shape)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_kv.cache.host import upload
 from lightning_kv.cache.recorder import LIMIT, Clip, Recorder, weight_of
 from lightning_kv.cache.view import PassView
 
@@ -22,10 +23,11 @@ class Outputs:
 
     With a softmax over all frames, ``share`` p and the output a; ``pull`` is p (o - a), where o is
     the output of the frame alone. Over all frames the shares sum to 1 and the pulls to 0, and the
-    output over a set of frames K is ``a + sum of pulls in K / sum of shares in K``.
+    output over a set of frames K is ``a + sum of pulls in K / sum of shares in K``. A frame that
+    was not there in a pass has no share in it.
 
     Args:
-        frames: Ids of the frames, those of the chunk itself last.
+        frames: Ids of all frames that were there in any pass, ascending; those in flight too.
         share: ``[H, E, F']``.
         pull: ``[H, E, F', D]``.
         weight: Of each query, ``[E]``.
@@ -51,7 +53,7 @@ class FrameOutputs:
 
 
 class OutputRecorder(Recorder):
-    """Shares and outputs by frame of a few queries of every pass.
+    """Shares and outputs by frame of a few queries of every pass, in float32.
 
     From them the error of a head's output under any set of frames follows exactly.
 
@@ -63,37 +65,38 @@ class OutputRecorder(Recorder):
     name = "outputs"
 
     def __init__(self, queries: int = 4, limit: int = LIMIT) -> None:
-        super().__init__(limit)
-        self.queries = queries
+        super().__init__(queries, limit)
         self._seen: dict[tuple[int, str, int, int], list[Outputs]] = defaultdict(list)
 
     def size(self, clip: Clip) -> int:
-        """4 x (D + 1) bytes for each query, layer, head and frame so far."""
+        """4 x (D + 1) bytes for each query, layer, head and frame so far, and its weight."""
         of = clip.geometry
-        each = 4 * (of.head_dim + 1) * of.layers * of.heads * of.branches
-        return each * clip.passes * self.queries * clip.frames * (clip.chunks + 1) // 2
+        flight, ends = max(of.chunk, of.flight), [clip.frames] * clip.chunks
+        if of.chunk:
+            ends = [min(clip.frames, c * of.chunk + flight) for c in range(clip.chunks)]
+        each = 4 * of.layers * of.branches * clip.passes * self.queries
+        return each * (sum(ends) * of.heads * (of.head_dim + 1) + clip.chunks)
 
     def note(self, view: PassView) -> None:
         """Take the frames' outputs for some queries."""
         step, count, passes = view.step, view.query.shape[1], self.clips[view.sample].passes
         rows = min(self.queries, count)
         turn = step.step % passes if step.phase == "denoise" else passes - 1
-        index = torch.arange(rows, device=view.device) * count // rows
-        index = (index + turn * count // (rows * passes)) % count
-        frame = index // (count // len(step.frames)) if view.apart else torch.zeros_like(index)
+        later = turn * count // (rows * passes)
+        chosen = [(r * count // rows + later) % count for r in range(rows)]
+        index = upload(chosen, view.query, torch.int64)
         share, output = [], []
         values = torch.cat([view.values(), view.own_values()], 1).float()
-        for row, at in zip(
-            index.split(1), frame.tolist() if view.apart else [0] * rows, strict=True
-        ):
-            mass = view.logits(view.query.index_select(1, row), at).softmax(-1)  # [H, 1, N + P]
+        for place, row in zip(chosen, index.split(1), strict=True):
+            frame = place * len(step.frames) // count
+            mass = view.logits(view.query.index_select(1, row), frame).softmax(-1)  # [H, 1, N + P]
             share.append(self._by_frame(view, mass))
             output.append(self._by_frame(view, mass.transpose(1, 2).mul(values).transpose(1, 2)))
         p = torch.cat(share, 1)  # [H, R, F]
         u = torch.stack(output, 1).transpose(2, 3)  # [H, R, F, D]
         pull = u - p.unsqueeze(-1) * u.sum(2, keepdim=True)
-        weight = p.new_full((rows,), weight_of(step))
-        seen = Outputs((*view.frames, *step.frames), p, pull, weight)
+        weight = torch.full((rows,), weight_of(step), device=view.device)
+        seen = Outputs((*view.frames, *step.frames), p.float(), pull.float(), weight)
         self._seen[view.sample, step.namespace, step.chunk, view.layer].append(seen)
 
     def _by_frame(self, view: PassView, values: Tensor) -> Tensor:
@@ -104,15 +107,23 @@ class OutputRecorder(Recorder):
 
     def table(self, sample: int) -> FrameOutputs:
         """The queries of all passes of each chunk, together."""
-        found = {}
-        for (owner, *place), seen in self._seen.items():
-            if owner == sample:
-                last = seen[-1].frames
-                same = [one for one in seen if one.frames == last]  # memory may change in a chunk
-                found[tuple(place)] = Outputs(
-                    last,
-                    torch.cat([one.share for one in same], 1),
-                    torch.cat([one.pull for one in same], 1),
-                    torch.cat([one.weight for one in same]),
-                )
+        places = [place for place in self._seen if place[0] == sample]
+        found = {place[1:]: _together(self._seen.pop(place)) for place in places}
         return FrameOutputs(self.clips[sample], found)
+
+
+def _together(seen: list[Outputs]) -> Outputs:
+    """Queries of several passes; what is held, or in flight, may change between them."""
+    frames = tuple(sorted({frame for one in seen for frame in one.frames}))
+    share, pull = [], []
+    for one in seen:
+        p, own = one.share, one.pull
+        if one.frames != frames:
+            index = upload([frames.index(f) for f in one.frames], p, torch.int64)
+            p = p.new_zeros(*p.shape[:2], len(frames)).index_copy(2, index, p)
+            blank = own.new_zeros(*own.shape[:2], len(frames), own.shape[3])
+            own = blank.index_copy(2, index, own)
+        share.append(p)
+        pull.append(own)
+    weight = torch.cat([one.weight for one in seen])
+    return Outputs(frames, torch.cat(share, 1), torch.cat(pull, 1), weight)

@@ -15,13 +15,14 @@ RECORDERS: dict[str, type[Recorder]] = {
 """What can be recorded, by the name of the table."""
 
 
-def recorders(wanted: Mapping[str, Mapping[str, Any]] | Sequence[str]) -> list[Recorder]:
+def recorders(wanted: Mapping[str, Mapping[str, Any]] | Sequence[str] | str) -> list[Recorder]:
     """A recorder for each table, with its settings.
 
     Raises:
         ValueError: A table that nobody records, or a setting it does not have.
     """
-    asked = wanted if isinstance(wanted, Mapping) else {name: {} for name in wanted}
+    names = [wanted] if isinstance(wanted, str) else wanted
+    asked = wanted if isinstance(wanted, Mapping) else {name: {} for name in names}
     found = []
     for name, settings in asked.items():
         if name not in RECORDERS:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_kv.cache.decisions import Event
 from lightning_kv.cache.passes import Geometry, Pass
 from lightning_kv.cache.view import PassView
 
@@ -27,6 +28,9 @@ class Clip:
         chunks: Chunks.
         geometry: Sizes of the model.
         passes: The most passes of a chunk and namespace.
+        prompt: Text of the sample.
+        context: Given latent frames.
+        events: Prompt switches and scene cuts on the way.
     """
 
     key: str | None
@@ -35,6 +39,9 @@ class Clip:
     chunks: int
     geometry: Geometry
     passes: int = field(default=0, compare=False)
+    prompt: str | None = None
+    context: int = 0
+    events: tuple[Event, ...] = ()
 
     def check(self, other: Clip, name: str) -> None:
         """Refuse a table that was recorded in another rollout than this one.
@@ -48,6 +55,9 @@ class Clip:
             ("frames", "length"),
             ("chunks", "number of chunks"),
             ("geometry", "model"),
+            ("prompt", "prompt"),
+            ("context", "number of given frames"),
+            ("events", "list of events"),
         ):
             mine, theirs = getattr(self, what), getattr(other, what)
             if mine != theirs:
@@ -62,13 +72,22 @@ class Recorder:
     """Watches a rollout and makes one table per sample.
 
     Args:
+        queries: How many stand for those of a pass; see the recorder.
         limit: Bytes that a table of one clip may take; more is refused before the rollout.
+
+    Raises:
+        ValueError: No queries.
     """
 
     name = ""
 
-    def __init__(self, limit: int = LIMIT) -> None:
-        self.limit = limit
+    def __init__(self, queries: int, limit: int = LIMIT) -> None:
+        if queries < 1:
+            raise ValueError(
+                f"The reference table {self.name!r} was asked for with queries={queries}, which "
+                "would leave nothing to write down. Give 1 or more."
+            )
+        self.queries, self.limit = queries, limit
         self.clips: list[Clip] = []
 
     def begin(self, clips: Sequence[Clip]) -> None:

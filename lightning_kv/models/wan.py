@@ -116,6 +116,11 @@ class WanConfig:
         """The rotary embedding of one head."""
         return Rotary(self.dim // self.heads, self.rope_theta)
 
+    @property
+    def passes(self) -> int:
+        """The most passes of a chunk, its commit pass included, in each branch."""
+        return max(len(self.timesteps), len(self.first_timesteps)) + 1
+
     def pixel_frames(self, frames: int) -> int:
         """Pixel frames of so many latent frames: one for the first, ``stride`` for each other."""
         return 1 + self.stride[0] * (frames - 1)

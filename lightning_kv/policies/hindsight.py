@@ -17,6 +17,7 @@ from lightning_kv.cache.view import CacheView
 
 OBJECTIVES = ("mass", "output")
 TABLES = {"mass": "mass", "output": "outputs"}
+NOTHING = 1e30  # error of an output of nothing, where every share has underflowed
 
 
 def coming_mass(view: CacheView, chunks: Sequence[int], discount: float) -> Tensor:
@@ -42,14 +43,14 @@ def greedy_order(
     """In which order frames should be taken so that outputs to come change least, ``[H, 1, U]``.
 
     Forward greedy: each time the frame is added that, together with those already there, brings
-    the heads' outputs nearest to those of the reference (mean squared distance over the queries of
-    the chunks, discounted). So of two frames that say the same only one is wanted, which a score
+    the heads' outputs nearest to those of the reference (squared distance, mean over the queries of
+    each chunk, discounted). So of two frames that say the same only one is wanted, which a score
     for each frame alone cannot say.
 
     Args:
         view: Of one layer; its ``outputs`` table holds what each frame gave to some queries.
-        chunks: The nearest first. What they hold that is not in the view and was not there to be
-            kept, frames newer than those of the view, is taken as read.
+        chunks: The nearest first. What they hold that was not there to be kept, as it was made
+            later or is in flight, is taken as read.
         discount: What the next chunk counts of the one before.
         guard: bool ``[1 or H, U]``: frames that are kept in any case.
         steps: How many others to put in order.
@@ -62,7 +63,7 @@ def greedy_order(
     place = (view.step.namespace, view.layer)
     seen = [table.outputs[place[0], chunk, place[1]] for chunk in chunks]
     parts = [_split(view, own) for own in seen]
-    weight = torch.cat([discount**i * own.weight for i, own in enumerate(seen)])  # [E]
+    weight = torch.cat([discount**i * x.weight / x.weight.sum() for i, x in enumerate(seen)])  # [E]
     share, pull, base_share, base_pull = (torch.cat(x, 1) for x in zip(*parts, strict=True))
     present = view.present.expand(view.heads, -1).to(share.device)
     taken = guard.expand(view.heads, -1).to(share.device) & present
@@ -74,6 +75,7 @@ def greedy_order(
         error = rest.square().sum(-1, keepdim=True) + size
         error += 2 * torch.einsum("hed,heud->heu", rest, pull)
         error /= (total.unsqueeze(-1) + share).square()
+        error = error.nan_to_num(NOTHING, NOTHING).clamp_max(NOTHING)
         loss = torch.einsum("e,heu->hu", weight, error)
         best = loss.masked_fill(taken | ~present, torch.inf).argmin(-1, keepdim=True)  # [H, 1]
         open_ = ~taken.gather(1, best) & present.gather(1, best)  # a head may have none left
@@ -94,7 +96,8 @@ def _unranked(view: CacheView) -> Tensor:
 
 def _split(view: CacheView, own: Outputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shares and pulls of the view's frames, ``[H, E, U]`` and with D; and sums of the newer."""
-    last = view.frames[-1]
+    step = view.step
+    made = step.final[-1] + 1 if step.final and view.query is None else step.start
     where = {frame: place for place, frame in enumerate(own.frames)}
     if absent := [frame for frame in view.frames if frame not in where]:
         raise ValueError(
@@ -102,7 +105,7 @@ def _split(view: CacheView, own: Outputs) -> tuple[Tensor, Tensor, Tensor, Tenso
             "policy holds: the reference itself had dropped them. Record it under `full`."
         )
     mine = upload([where[frame] for frame in view.frames], own.share, torch.int64)
-    newer = upload([where[f] for f in own.frames if f > last], own.share, torch.int64)
+    newer = upload([where[f] for f in own.frames if f >= made], own.share, torch.int64)
     return (
         own.share.index_select(2, mine),
         own.pull.index_select(2, mine),

@@ -158,11 +158,11 @@ def _set_words(found: dict[str, Any]) -> str:
 def _marked(
     entries: Sequence[Entry], cells: Sequence[Cell], facts: dict[str, Any]
 ) -> tuple[Cell, ...]:
-    """Cells with the best one marked: references left out, and only where it says something."""
+    """Cells with the best one marked: only rivals count, and only where it says something."""
     rivals = [
         cell.value
         for entry, cell in zip(entries, cells, strict=True)
-        if not entry.is_reference and cell.value is not None
+        if not entry.role and cell.value is not None
     ]
     better = facts["higher_is_better"]
     if better is None or not rivals:
@@ -170,6 +170,6 @@ def _marked(
     best = max(rivals) if better else min(rivals)
     alone = 2 * rivals.count(best) <= len(rivals)
     return tuple(
-        replace(cell, best=alone and not entry.is_reference and cell.value == best)
+        replace(cell, best=alone and not entry.role and cell.value == best)
         for entry, cell in zip(entries, cells, strict=True)
     )

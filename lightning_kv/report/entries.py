@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_kv.report.records import RunDirectory
+from lightning_kv.report.summary import hindsight
 
 FILES = "video files"  # the model of a comparison of videos that somebody else made
 MAIN = ("recall", "revisit_error", "psnr")  # shown first, in this order
@@ -44,6 +45,7 @@ class Entry:
         rate: Values of its curves per second; None where that is not known.
         level: Of significance, after correction.
         fronts: By metric and cost: whether it is on the front, and with which probability ``p``.
+        is_bound: Whether it was told what the reference attended to, so that nobody can run it.
     """
 
     label: str
@@ -54,6 +56,17 @@ class Entry:
     rate: float | None = None
     level: float = 0.05
     fronts: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    is_bound: bool = False
+
+    @property
+    def role(self) -> str:
+        """``reference`` or ``bound``: what stands behind its name; empty for a rival."""
+        return "reference" if self.is_reference else "bound" if self.is_bound else ""
+
+    @property
+    def title(self) -> str:
+        """The label, with the role behind it."""
+        return f"{self.label} ({self.role})" if self.role else self.label
 
     @property
     def family(self) -> str:
@@ -101,6 +114,7 @@ def entries_of(runs: Sequence[PageRun]) -> list[Entry]:
             rate=run.summary["run"].get("rate"),
             level=(run.summary.get("family") or {}).get("level", 0.05),
             fronts=_fronts(run.summary, policy),
+            is_bound=policy in hindsight(run.summary),
         )
         for name, run in zip(names, runs, strict=True)
         for policy, result in run.summary["policies"].items()

@@ -30,7 +30,7 @@ ARROWS = {True: r"~$\uparrow$", False: r"~$\downarrow$", None: ""}
 def write_latex(path: Path, runs: Sequence[PageRun]) -> None:
     """Write the table of one run or several as LaTeX; it needs the package ``booktabs``.
 
-    The best value of a column is bold, the reference left out; a star marks a significant
+    The best value of a column is bold, reference and bounds left out; a star marks a significant
     difference to the reference. More columns than a page holds go on in further tabulars.
 
     Args:
@@ -77,9 +77,11 @@ def _comment(entries: Sequence[Entry], runs: Sequence[PageRun]) -> Iterator[str]
             f"{about['frames']} frames, reference {run.summary['reference']}, fingerprint "
             f"{run.summary['fingerprint'][:12]}."
         )
+    bounds = " and bounds" if any(entry.is_bound for entry in entries) else ""
     yield _line(
-        "Mean and the longer arm of its 95 % interval over prompts; bold: the best, the reference "
-        "left out; star: differs from the reference after correction. Needs \\usepackage{booktabs}."
+        "Mean and the longer arm of its 95 % interval over prompts; bold: the best, the reference"
+        f"{bounds} left out; star: differs from the reference after correction. "
+        "Needs \\usepackage{booktabs}."
     )
     yield from map(_line, families_words(runs))
     for name, fact in metric_facts(entries).items():
@@ -99,8 +101,7 @@ def _tabular(entries: Sequence[Entry], columns: Sequence[Column]) -> Iterator[st
         yield _row(["", *(escape(f"({column.unit})") if column.unit else "" for column in columns)])
     yield r"\midrule"
     for place, entry in enumerate(entries):
-        name = escape(entry.label) + (" (reference)" if entry.is_reference else "")
-        yield _row([name, *(_value(column.cells[place]) for column in columns)])
+        yield _row([escape(entry.title), *(_value(column.cells[place]) for column in columns)])
     yield r"\bottomrule"
     yield r"\end{tabular}"
 

@@ -119,7 +119,7 @@ def _results(entries: Sequence[Entry], columns: Sequence[Column]) -> str:
         f"| :-- |{' --: |' * len(columns)}",
     ]
     for number, entry in enumerate(entries):
-        cells = [escaped(entry.label + (" (reference)" if entry.is_reference else ""))]
+        cells = [escaped(entry.title)]
         for column in columns:
             cell = column.cells[number]
             text = f"**{escaped(cell.estimate)}**" if cell.best else escaped(cell.estimate)

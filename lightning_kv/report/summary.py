@@ -136,6 +136,11 @@ def _metric(name: str, info: MetricInfo, clips: list[Record], interval: Interval
     }
 
 
+def hindsight(summary: dict[str, Any]) -> Sequence[str]:
+    """Policies that were told what the reference attended to: bounds, nothing to run."""
+    return summary["run"].get("hindsight", ())
+
+
 def by_unit(clips: Iterable[Record], metric: str) -> dict[str, float]:
     """Values of a metric; of several samples of one prompt, which are not independent, the mean.
 

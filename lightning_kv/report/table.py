@@ -12,6 +12,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lightning_kv.report.summary import hindsight
+
 NOTHING = "\N{EN DASH}"
 SCREEN = 120  # characters of a line
 NAME_WIDTH = 20  # characters after which a policy's name goes on in the next line
@@ -42,9 +44,9 @@ def quality_tables(summary: dict[str, Any]) -> list[Table]:
     """Mean and 95 % interval of every metric; an arrow shows which way is better.
 
     The figure after ± is the longer arm of the interval; in brackets behind a distance between
-    sets stands what equal sets would show. The best value of a column, the reference left out, is
-    bold; a star marks a significant difference to the reference. Metrics that do not fit beside
-    the others go on in further tables.
+    sets stands what equal sets would show. The best value of a column, reference and bounds left
+    out, is bold; a star marks a significant difference to the reference. Metrics that do not fit
+    beside the others go on in further tables.
     """
     run, policies = summary["run"], summary["policies"]
     given = f" ({run['context_frames']} of them given)" if run.get("context_frames") else ""
@@ -211,35 +213,33 @@ def _column(table: Table, header: str) -> None:
 def _highlight(
     cells: list[Cell], higher_is_better: bool | None, summary: dict[str, Any]
 ) -> list[Text]:
-    """Texts of one column, the best value bold, the reference left out."""
+    """Texts of one column, the best value bold, reference and bounds left out."""
     if higher_is_better is None:
         return [Text(text) for _, text in cells]
-    names = summary["policies"]
+    out = {summary["reference"], *hindsight(summary)}
     rivals = [
-        value
-        for name, (value, _) in zip(names, cells, strict=True)
-        if value is not None and name != summary["reference"]
+        None if name in out else value
+        for name, (value, _) in zip(summary["policies"], cells, strict=True)
     ]
-    best = (max if higher_is_better else min)(rivals, default=None)
-    bold = [
-        best is not None and value == best and name != summary["reference"]
-        for name, (value, _) in zip(names, cells, strict=True)
-    ]
+    known = [value for value in rivals if value is not None]
+    best = (max if higher_is_better else min)(known, default=None)
+    bold = [value is not None and value == best for value in rivals]
     return [
         Text(text, "bold" if strong else "") for strong, (_, text) in zip(bold, cells, strict=True)
     ]
 
 
 def _fill(table: Table, summary: dict[str, Any], columns: list[list[Text]]) -> Table:
-    """Add one row per policy; the reference is marked."""
+    """Add one row per policy; reference and bounds are marked."""
     for name, *cells in zip(_names(summary), *columns, strict=True):
         table.add_row(Text(name), *cells)
     return table
 
 
 def _names(summary: dict[str, Any]) -> list[str]:
-    """Names of the policies, in lines that fit; the reference is marked."""
-    marked = {summary["reference"]: f"{summary['reference']} (reference)"}
+    """Names of the policies, in lines that fit; reference and bounds are marked."""
+    marked = {name: f"{name} (bound)" for name in hindsight(summary)}
+    marked[summary["reference"]] = f"{summary['reference']} (reference)"
     return ["\n".join(wrap(marked.get(name, name), NAME_WIDTH)) for name in summary["policies"]]
 
 

@@ -14,7 +14,7 @@ from lightning_kv.metrics.inference import effect_size, holm, jackknife, sign_fl
 from lightning_kv.metrics.pareto import front, front_probability
 from lightning_kv.metrics.statistics import bca_interval
 from lightning_kv.report.records import Record
-from lightning_kv.report.summary import by_unit
+from lightning_kv.report.summary import by_unit, hindsight
 from lightning_kv.tasks.margins import Clips
 
 LEVEL = 0.05
@@ -204,11 +204,6 @@ def pareto(summary: dict[str, Any], clips: dict[str, Clips]) -> dict[str, Any]:
                 name: {"front": name in on, "p": sure[name]} for name in shown
             }
     return found
-
-
-def hindsight(summary: dict[str, Any]) -> Sequence[str]:
-    """Policies that were told what the reference attended to."""
-    return summary["run"].get("hindsight", ())
 
 
 def _directions(summary: dict[str, Any]) -> dict[str, bool]:

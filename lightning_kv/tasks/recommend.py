@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_kv.metrics.inference import holm
-from lightning_kv.tasks.analysis import hindsight
+from lightning_kv.report.summary import hindsight
 from lightning_kv.tasks.candidates import Candidate, Recommendation, candidate
 from lightning_kv.tasks.margins import (
     Clips,
@@ -48,15 +48,10 @@ def recommend(
         ValueError: There is nothing to compare, or a margin cannot be judged.
     """
     reference = summary["reference"]
-    clips = compared_clips(summary, records)
+    bounds = [name for name in hindsight(summary) if name in summary["policies"]]
+    clips = compared_clips(summary, [own for own in records if own["policy"] not in bounds])
     margins = judged(summary, clips, margins)
-    bounds = hindsight(summary)
     rivals = [name for name in summary["policies"] if name != reference and name not in bounds]
-    if not rivals:
-        raise ValueError(
-            f"There is nothing to recommend: beside the reference {reference!r} the run has only "
-            f"{', '.join(bounds)}, which know what is to come. Evaluate other policies too."
-        )
     losses = corrected_losses(summary, clips, rivals, margins)
     found = [candidate(summary, clips, name, memory, losses[name], len(margins)) for name in rivals]
     best = sorted((one for one in found if one.out is None), key=lambda one: one.price)
@@ -74,7 +69,7 @@ def recommend(
         closest=None if best else closest(found),
         beyond=None if best else first(keeping, lambda one: one.price),
         candidates=tuple(found),
-        bounds=tuple(name for name in bounds if name in summary["policies"]),
+        bounds=tuple(bounds),
         reference_bytes=cost["kv_bytes_peak"],
         reference_seconds=cost["seconds_per_chunk_p50"],
         measured=len(shared),
@@ -127,6 +122,12 @@ def compared_clips(summary: dict[str, Any], records: Sequence[Record]) -> dict[s
         raise ValueError(
             f"There is nothing to recommend: only the reference {reference!r} was run. "
             "Evaluate others too: --policies [full,sliding-window@9f,top-attention@9f]."
+        )
+    if not set(summary["policies"]) - {reference, *hindsight(summary)}:
+        raise ValueError(
+            f"There is nothing to recommend: beside the reference {reference!r} the run has only "
+            f"{', '.join(hindsight(summary))}, which know what is to come. Evaluate other policies "
+            "too."
         )
     clips: dict[str, Clips] = {}
     for record in records:

@@ -96,7 +96,7 @@ def check_tables(options: EvaluateOptions, config: WanConfig, policies: list[Cac
     """
     geometry = config.geometry(read_size(options.size, config))
     count = config.plan(options.frames, options.context_frames).count
-    clip = Clip(None, 0, options.frames, count, geometry, len(config.timesteps) + 1)
+    clip = Clip(None, 0, options.frames, count, geometry, config.passes)
     for recorder in recorders(needs_of(policies)):
         recorder.begin([clip])
         size = format_bytes(recorder.size(clip))
