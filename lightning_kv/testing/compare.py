@@ -183,12 +183,14 @@ class Decisions:
     """What every stream keeps and reads; watches a session, and is told of its commits.
 
     Keys are namespace, sample, layer, head and chunk; of what is read also pass and query frame.
-    ``kept`` are sets of rows. ``count`` says how many rows of memory a query frame reads, and how
-    many there are; ``current`` how many of its own frame, and of all that are in flight.
+    ``kept`` are sets of rows, ``held`` their number. ``count`` says how many rows of memory a query
+    frame reads, and how many there are; ``current`` how many of its own frame, and of all that are
+    in flight.
     """
 
     def __init__(self) -> None:
         self.kept: dict[tuple[Any, ...], Spots] = {}
+        self.held: dict[tuple[Any, ...], int] = {}
         self.count: dict[tuple[Any, ...], tuple[int, int]] = {}
         self.current: dict[tuple[Any, ...], tuple[int, int]] = {}
         self._lines: dict[tuple[Any, ...], tuple[list[tuple[float, ...]], list[bool]]] = {}
@@ -225,7 +227,7 @@ class Decisions:
             for layer, store in enumerate(cache.stores[step.namespace]):
                 for head, rows in enumerate(spots(store.table)):
                     key = (step.namespace, cache.index, layer, head, step.chunk)
-                    self.kept[key] = set(rows)
+                    self.kept[key], self.held[key] = set(rows), len(rows)
 
 
 def spots(table: Table) -> list[list[tuple[float, ...]]]:

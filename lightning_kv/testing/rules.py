@@ -117,36 +117,48 @@ def a_budget_of_everything_loses_nothing(candidate: Candidate, name: str) -> Non
         )  # fmt: skip
 
 
-@on(*GEOMETRIES, about=_budgeted)
+@on(*GEOMETRIES, about=lambda policy: policy.retain.budget is not None)
 def budgets_are_kept(candidate: Candidate, name: str) -> None:
-    """After a commit no head holds more rows than its budget, and no query frame reads more.
+    """After a commit no head holds more rows than its budget; heads that share one, on average."""
+    found, made = candidate.played(name), 0
+    for step in (step for step in tape(name).steps if step.final):
+        made = step.final[-1] + 1
+        allowed = allowed_rows(found.session, "retain", made)
+        held = {k: rows for k, rows in found.decisions.held.items() if k[4] == step.chunk}
+        if isinstance(allowed, float):
+            assert sum(held.values()) <= allowed * len(held) + 1e-6, f"holds {held}"
+        elif allowed is not None:
+            for key, rows in held.items():
+                most = allowed[key[2]][key[3]]
+                assert rows <= most + 1e-6, f"{key}: {rows} rows held, {most} allowed"
+
+
+@on(*GEOMETRIES, about=lambda policy: policy.select.budget is not None)
+def reads_keep_to_their_budget(candidate: Candidate, name: str) -> None:
+    """No query frame reads more history than its budget; heads that share one, on average.
 
     Where a selection has a ``start``, everything may be read until then. What is read of the frames
     in flight beyond the own chunk counts where a part chooses among them.
     """
     found, own = candidate.played(name), tape(name)
-    made, of = 0, own.geometry
-    for step in (step for step in own.steps if step.final):
-        made = step.final[-1] + 1
-        allowed = allowed_rows(found.session, "retain", made)
-        kept = {k: len(v) for k, v in found.decisions.kept.items() if k[4] == step.chunk}
-        if isinstance(allowed, float):
-            assert sum(kept.values()) <= allowed * len(kept) + 1e-6, f"holds {kept}"
-        elif allowed is not None:
-            for key, rows in kept.items():
-                most = allowed[key[2]][key[3]]
-                assert rows <= most + 1e-6, f"{key}: {rows} rows held, {most} allowed"
-    if not isinstance(allowed := allowed_rows(found.session, "select", made), list):
+    if (allowed := allowed_rows(found.session, "select", own.frames)) is None:
         return
-    begun, last = set(), None if starts_late(found.session.policy.select) else own.steps[-1].chunk
+    last, chunk = own.steps[-1].chunk, own.geometry.chunk * own.geometry.tokens
+    last, begun = None if starts_late(found.session.policy.select) else last, set()
+    together: dict[tuple[Any, ...], list[int]] = {}
     for key, (rows, held) in found.decisions.count.items():
+        if isinstance(allowed, float):
+            together.setdefault(key[:3] + key[4:], []).append(rows)
+            continue
         most, phase = allowed[key[2]][key[3]], key[2:4] + key[5:6]
-        every = rows + found.decisions.current[key][1]
         if rows < held:
             begun.add(phase)
         started = phase in begun or key[4] == last
-        fits = rows <= most or every <= most + of.chunk * of.tokens
+        fits = rows <= most or rows + found.decisions.current[key][1] <= most + chunk
         assert fits or not started, f"{key}: {rows} rows read, {most} allowed"
+    for key, rows in together.items():
+        if key[3] == last:
+            assert sum(rows) <= allowed * len(rows) + 1e-6, f"{key}: {rows} rows read"
 
 
 @on(*GEOMETRIES)

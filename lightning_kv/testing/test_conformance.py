@@ -24,6 +24,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     specs = metafunc.config.getoption("policy", None) or list(PRESETS)
     if "spec" in metafunc.fixturenames:
         metafunc.parametrize("spec", specs)
+    if "rule" not in metafunc.fixturenames:
         return
     found = []
     for spec in specs:
@@ -35,8 +36,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             pytest.param(candidate, spec, *cell, id="-".join((spec, *cell)).replace(" ", "_"))
             for cell in cells(candidate.policy)
         ]
-    if "rule" in metafunc.fixturenames:
-        metafunc.parametrize(("candidate", "of", "rule", "name"), found)
+    metafunc.parametrize(("candidate", "of", "rule", "name"), found)
 
 
 @pytest.fixture(scope="module")
