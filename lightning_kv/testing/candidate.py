@@ -17,13 +17,10 @@ from lightning_kv.cache.session import CacheSession
 from lightning_kv.policies.base import CachePolicy, SelectPart
 from lightning_kv.policies.budget.uniform import Uniform
 from lightning_kv.policies.budgets import Amount
-from lightning_kv.policies.positions.absolute import Absolute
-from lightning_kv.policies.precision.codecs import AsComputed
-from lightning_kv.policies.retain.window import Everything
-from lightning_kv.policies.select.everything import Everything as ReadEverything
 from lightning_kv.testing.compare import Decisions
 from lightning_kv.testing.reach import footprint
 from lightning_kv.testing.tapes import (
+    FULL,
     Tape,
     chunked,
     guided,
@@ -32,8 +29,6 @@ from lightning_kv.testing.tapes import (
     rolling,
     without_commits,
 )
-
-FULL = CachePolicy("full", Everything(), ReadEverything(), Absolute(), AsComputed())
 
 
 class Refused(Exception):

@@ -10,11 +10,11 @@ import json
 from dataclasses import replace
 
 from lightning_kv.policies.base import CachePolicy
-from lightning_kv.policies.registry import PRESETS, load_policy, policy_from_dict, policy_to_dict
+from lightning_kv.policies.registry import load_policy, policy_from_dict, policy_to_dict, presets
 from lightning_kv.testing.candidate import Candidate, Refused, refusal, tape
 from lightning_kv.testing.rules import RULES, on
 
-__all__ = ["PRESETS", "RULES", "Refused", "candidate_of", "cells", "obey", "tried"]
+__all__ = ["RULES", "Refused", "candidate_of", "cells", "obey", "presets", "tried"]
 
 
 def candidate_of(spec: str) -> Candidate:

@@ -6,7 +6,8 @@ what they decide and by nothing else. Shapes: B samples, T tokens of a pass, H h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,18 +16,23 @@ from torch import Tensor
 
 from lightning_kv.cache.decisions import Event, Rebuild
 from lightning_kv.cache.passes import CONDITIONAL, Geometry, Pass
+from lightning_kv.cache.record import recorders
+from lightning_kv.cache.recorder import Clip
 from lightning_kv.cache.rotary import Rotary
 from lightning_kv.cache.session import CacheSession
 from lightning_kv.models.samplers import ChunkPlan, stable_seed
 from lightning_kv.models.samplers import rolling as rolling_sampler
 from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.base import CachePolicy
-from lightning_kv.rollout import Rollout, rollout
+from lightning_kv.policies.registry import preset
+from lightning_kv.rollout import Rollout, rollout, together
 from lightning_kv.testing.twin import Twin
 
 Layers = tuple[tuple[Tensor, Tensor, Tensor], ...]
 """Queries, keys and values ``[B, T, H, D]`` before rotation, of every layer."""
 
+
+FULL = preset("full")
 
 Cache = CacheSession | Twin
 """What a tape is played into."""
@@ -104,14 +110,29 @@ class Tape:
         return replace(self, entries=self.entries[:passes])
 
     def session(self, policy: CachePolicy, **settings: Any) -> CacheSession:
-        """A fresh session for it.
+        """A fresh session for it, with the reference tables that the policy needs.
 
         Args:
             policy: What decides.
             settings: ``backend``, ``buffers``, ``watch``, ``tables``, ``inputs`` of a session.
         """
         given = {"context_frames": self.context, "keys": self.keys} | settings
+        if policy.needs and "tables" not in given:
+            given["tables"] = self.tables(policy.needs)
         return CacheSession(self.geometry, policy, self.seeds, **given)
+
+    def tables(self, needs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
+        """Reference tables of the full cache on this tape, by name, one per sample."""
+        chunks, recording = 1 + max(step.chunk for step in self.steps), recorders(needs)
+        most = max(Counter((s.chunk, s.namespace) for s in self.steps).values())
+        clips = [
+            Clip(key, seed, self.frames, chunks, self.geometry, most)
+            for key, seed in zip(self.keys, self.seeds, strict=True)
+        ]
+        for recorder in recording:
+            recorder.begin(clips)
+        self.play(FULL, watch=together(recording))
+        return {own.name: [own.table(i) for i in range(self.batch)] for own in recording}
 
     def play(self, policy: CachePolicy | Cache, **settings: Any) -> list[Tensor]:
         """Play it to the end; the outputs of all layers in all passes, in order.
