@@ -72,6 +72,13 @@ def preset(name: str) -> CachePolicy:
     return policy.budgeted(amount, name) if at else replace(policy, asked=False)
 
 
+def sized(name: str, amount: str) -> str:
+    """``NAME@AMOUNT`` of a policy that has a budget; the name alone of one that has none."""
+    made = preset(name)
+    limited = made.retain.budget is not None or made.select.budget is not None
+    return f"{name}@{amount}" if limited else name
+
+
 def _alone(name: str) -> CachePolicy:
     """A policy of one part that is named."""
     found = (
