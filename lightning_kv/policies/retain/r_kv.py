@@ -31,8 +31,8 @@ class RKV(UnitPart):
     Ours: the last 8 queries become query rows spread over the newest chunk (its last 8 would be a
     corner of a frame), and pooling a square of the frame. A key is like itself, so of two like ones
     the older is charged (the authors' code spares both). Keys are those before rotation: what is
-    said twice is redundant, wherever it is said. Frames (the default: cheaper than rows, and no
-    worse on the embedded model) get the sum of their rows' attention, which is of the size of a
+    said twice is redundant, wherever it is said. Frames (the default: cheaper than rows, and not
+    clearly worse on the embedded model) get the sum of their rows' attention, of the size of a
     softmax over frames, and are compared by the mean cosine at equal places; rows (the paper's) are
     compared with those around their place in all frames, since all pairs would be too many.
 
