@@ -16,7 +16,7 @@ from lightning_kv.policies.base import UnitPart
 from lightning_kv.policies.checks import between, choice
 from lightning_kv.policies.layout import Layout
 from lightning_kv.policies.part import Preset
-from lightning_kv.policies.statistics import spread_rows
+from lightning_kv.policies.statistics import final_mass
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,7 @@ class RKV(UnitPart):
 
     def observe(self, view: PassView, state: Any) -> None:
         """What the frames that become final look at."""
-        final = torch.arange(view.flight, device=view.device)[view.final]
-        queries = final[spread_rows(len(final), self.window, view.device)]
-        held, own = view.attention(queries=queries)
-        mass = view.joint(held[:, 0], own[:, 0, view.final]) / len(queries)
-        state.setdefault("mass", {})[view.layer] = mass
+        state.setdefault("mass", {})[view.layer] = final_mass(view, self.window)
 
     def scores(self, view: CacheView, state: Any) -> Tensor:
         """Of rows, or of frames."""
