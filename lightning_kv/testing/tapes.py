@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ class Tape:
         seeds: Base of the random draws of each sample.
         keys: Prompt key of each sample.
         context: Given frames.
+        recorded: Reference tables that have been made of it; its copies share them.
     """
 
     geometry: Geometry
@@ -72,6 +73,7 @@ class Tape:
     seeds: tuple[int, ...] = (0,)
     keys: tuple[str, ...] = ("a",)
     context: int = 0
+    recorded: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def steps(self) -> tuple[Pass, ...]:
@@ -91,7 +93,7 @@ class Tape:
     def alone(self, sample: int) -> Tape:
         """The same for one of its samples, with the seed and the key that it has in the batch."""
         own = slice(sample, sample + 1)
-        return replace(self.copy(own), seeds=self.seeds[own], keys=self.keys[own])
+        return replace(self.copy(own), seeds=self.seeds[own], keys=self.keys[own], recorded={})
 
     def copy(self, samples: slice = slice(None)) -> Tape:
         """The same (of some samples) in tensors of its own."""
@@ -107,7 +109,7 @@ class Tape:
 
     def cut(self, passes: int) -> Tape:
         """Its first passes."""
-        return replace(self, entries=self.entries[:passes])
+        return replace(self, entries=self.entries[:passes], recorded={})
 
     def session(self, policy: CachePolicy, **settings: Any) -> CacheSession:
         """A fresh session for it, with the reference tables that the policy needs.
@@ -123,6 +125,8 @@ class Tape:
 
     def tables(self, needs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
         """Reference tables of the full cache on this tape, by name, one per sample."""
+        if repr(needs) in self.recorded:
+            return self.recorded[repr(needs)]
         chunks, recording = 1 + max(step.chunk for step in self.steps), recorders(needs)
         most = max(Counter((s.chunk, s.namespace) for s in self.steps).values())
         clips = [
@@ -132,7 +136,9 @@ class Tape:
         for recorder in recording:
             recorder.begin(clips)
         self.play(FULL, watch=together(recording))
-        return {own.name: [own.table(i) for i in range(self.batch)] for own in recording}
+        made = {own.name: [own.table(i) for i in range(self.batch)] for own in recording}
+        self.recorded[repr(needs)] = made
+        return made
 
     def play(self, policy: CachePolicy | Cache, **settings: Any) -> list[Tensor]:
         """Play it to the end; the outputs of all layers in all passes, in order.
