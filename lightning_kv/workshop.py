@@ -191,8 +191,10 @@ def convert_command(words: list[str]) -> None:
     parser.add_argument(
         "--to", metavar="NAMING", required=True, help="original (a file) or diffusers (a folder)"
     )
-    parser.add_argument("--key", metavar="KEY", help="entry of a .pt file, such as generator")
-    parser.add_argument("--lora", metavar="FILE", type=Path, help="merge a LoRA")
+    parser.add_argument("--key", metavar="KEY", help="entry of a .pt file, or prefix of names")
+    parser.add_argument(
+        "--lora", metavar="PATH", type=Path, help="merge a LoRA, as strong as its writer says"
+    )
     parser.add_argument(
         "--heads", metavar="N", type=int, help="for diffusers; width divided by 128"
     )

@@ -6,7 +6,7 @@ import torch
 from lightning_kv import load_model, preset, rollout
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan
-from lightning_kv.policies.registry import policy_from_dict, presets
+from lightning_kv.policies.registry import policy_from_dict, presets, sized
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 COMBINATION = {
@@ -16,7 +16,7 @@ COMBINATION = {
     "positions": "contiguous",
     "precision": {"part": "aged", "codec": "int8", "age": 3},
 }
-POLICIES = [preset(n if n == "full" else f"{n}@6f") for n in presets(without_tables=True)] + [
+POLICIES = [preset(sized(name, "6f")) for name in presets(without_tables=True)] + [
     policy_from_dict(COMBINATION)
 ]
 

@@ -1,6 +1,8 @@
 """Who may import whom: the rules of the house, read from the source."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ RULES = {
     "policies": {"cache", "policies"},
     "models": {"cache", "models"},
     "rollout": {"cache", "policies", "models", "rollout"},
+    "testing": {"cache", "policies", "models", "rollout", "testing"},
     "data": {"data"},
     "metrics": {"metrics"},
     "report": {"report"},
-    "tasks": {"cache", "policies", "models", "rollout", "data", "metrics", "report", "tasks"},
+    "tasks": {"cache", "policies", "models", "rollout", "testing", "data", "metrics", "report"}
+    | {"tasks"},
 }
 COMMAND_LINE = {"arguments", "listing", "terminal", "workshop", "yardstick"}
 FROM_OUTSIDE = {
@@ -22,6 +26,7 @@ FROM_OUTSIDE = {
     "policies": {"torch", "yaml"},
     "models": {"torch", "yaml", "safetensors", "numpy"},  # numpy draws the noise
     "rollout": {"torch"},
+    "testing": {"torch", "pytest"},
 }
 
 
@@ -41,7 +46,6 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_module_imports_only_what_it_may(path):
-    import sys
 
     floor = path.relative_to(ROOT).parts[0].removesuffix(".py")
     for name in imports(path):
@@ -72,3 +76,22 @@ def test_the_rules_see_every_floor():
 def test_no_module_is_over_400_lines():
     long = {str(p): n for p in FILES if (n := len(p.read_text().splitlines())) > 400}
     assert not long
+
+
+@pytest.mark.parametrize(
+    "first", ["lightning_kv", "lightning_kv.cli", "lightning_kv.testing.plugin"]
+)
+def test_what_every_process_imports_loads_no_torch(first):
+    code = f"import sys, {first}; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "before", ["", "import lightning_kv.rollout\n", "import lightning_kv.cli\n"]
+)
+def test_the_names_of_the_package_do_not_depend_on_what_was_imported_before(before):
+    code = (
+        f"{before}import lightning_kv as kv; print([callable(getattr(kv, n)) for n in kv.__all__])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.count("True") == 6, found.stderr  # all but the version

@@ -1,6 +1,7 @@
 """What the README says can be typed, and it works."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -26,17 +27,20 @@ COMMANDS = [
 ]
 TOUR = [line for line in COMMANDS if "tiny-wan" in line]
 MEASURES = [line for line in COMMANDS if "tour/" in line]
-COMMANDS = [line for line in COMMANDS if line not in (*TOUR, *MEASURES)]
+OWN = [line for line in COMMANDS if "mine.thinned" in line]
+COMMANDS = [line for line in COMMANDS if line not in (*TOUR, *MEASURES, *OWN)]
+PYTHON = [block for kind, block in BLOCKS if kind == "python" and "mine" not in block]
+OWN_FILE, OWN_PYTHON = (block for kind, block in BLOCKS if kind == "python" and "mine" in block)
 SMALLER = ["--prompts", "1", "--frames", "36", "--videos", "0", "--trainer.devices", "1"]
 READERS = ("recommend", "report", "inspect")
 
 
 def test_there_is_something_to_test():
     assert len(COMMANDS) > 12
-    assert sum(kind == "python" for kind, _ in BLOCKS) == 2
+    assert PYTHON and OWN
 
 
-@pytest.mark.parametrize("code", [block for kind, block in BLOCKS if kind == "python"])
+@pytest.mark.parametrize("code", PYTHON)
 def test_python_runs(code, tmp_path):
     path = tmp_path / "example.py"
     path.write_text(code)
@@ -46,6 +50,35 @@ def test_python_runs(code, tmp_path):
     )
     assert found.returncode == 0, found.stderr
     assert found.stdout
+
+
+def test_a_policy_of_ones_own_from_a_folder_of_ones_own(tmp_path):
+    """Exactly the file that is shown, outside the package; the commands and Python beside it."""
+    assert OWN_FILE.startswith("# mine/thinned.py\n")
+    assert len(OWN_FILE.splitlines()) <= 40
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thinned.py").write_text(OWN_FILE)
+    for shared in ("configs", "data"):
+        (tmp_path / shared).symlink_to(ROOT / shared)
+    console = str(
+        Path(sys.executable).parent / "lightning-kv"
+    )  # does not search this folder itself
+    for line in OWN:
+        found = subprocess.run(
+            [console, *shlex.split(line)[1:], *SMALLER],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        assert found.returncode == 0, found.stderr
+    summary = json.loads((tmp_path / "runs" / "thinned" / "summary.json").read_text())
+    assert list(summary["policies"]) == ["full", "mine.thinned:Thinned@9f", "sliding-window@9f"]
+    found = subprocess.run(
+        [sys.executable, "-c", OWN_PYTHON], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert found.returncode == 0, found.stderr
+    assert "Thinned(budget=Uniform(amount='6f')" in found.stdout
 
 
 @pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("lightning-kv evaluate")])

@@ -17,12 +17,13 @@ from lightning_kv.models.samplers import ChunkPlan, keyed_noise
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan
 from lightning_kv.policies.base import CachePolicy, RetainPart
-from lightning_kv.policies.registry import build_part, policy_from_dict, presets
+from lightning_kv.policies.registry import build_part, policy_from_dict, presets, sized
 from lightning_kv.tasks.scenes import panorama_start
 
 PROMPTS = ["dusk fast n10 left", "noon fast n13 left", "night slow n7 any", "mist fast n5 left"]
 FRAMES = 24
-NAMES = [name if name == "full" else f"{name}@6f" for name in presets(without_tables=True)]
+NAMES = [sized(name, "6f") for name in presets(without_tables=True)]
+BUDGETED = [name for name in NAMES if "@" in name]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_backends_agree_in_float32_in_every_pass(panorama, name):
 
 # rolling-forcing reads what is in reach of 21 frames, whatever its memory: see the test below
 @pytest.mark.parametrize(
-    "name", [n for n in presets(without_tables=True) if n not in ("full", "rolling-forcing")]
+    "name", [name for name in BUDGETED if not name.startswith("rolling-forcing")]
 )
 def test_a_budget_for_everything_is_the_full_cache(exact, exact_full, name):
     name = name.removesuffix("@6f")
@@ -125,7 +126,7 @@ def test_reads_of_a_window_have_a_closed_form(alone):
     streams, queries = 6 * 4, 48 * 5
     full = sum(3 * 16 * c for c in chunks) * streams * queries
     assert alone["full", PROMPTS[0]].costs[0].rows_read == full
-    for name in NAMES[1:]:
+    for name in BUDGETED:
         frames = 4 if name.startswith("future-focused") else 6  # it reads 9 of 15, so 4 of 6
         window = sum(16 * min(3 * c, frames) for c in chunks) * streams * queries
         if name.startswith("rolling-forcing"):  # from frame 21 on no commit pass reads the sink

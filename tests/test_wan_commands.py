@@ -112,6 +112,29 @@ def test_the_fingerprint_knows_weights_text_vae_and_precision(run, tiny_wan):
     assert source["weights"] == digest
 
 
+def test_another_strength_of_a_lora_is_another_run(tiny_wan, prompts, tmp_path, capsys):
+    pair = {"A": torch.randn(4, 64), "B": torch.randn(64, 4) * 1e-3}
+    names = "base_model.model.blocks.0.self_attn.q.lora_{}.weight"
+    save_file({names.format(x): t for x, t in pair.items()}, tmp_path / "adapter_model.safetensors")
+    words = ["evaluate", "--model", changed(tiny_wan, tmp_path, lora=str(tmp_path))]
+    words += ["--data.shards", str(prompts), "--policies", "[full]", "--precision", "float32"]
+    words += ["--frames", "3", "--videos", "0", "--decode", "false", "--out", str(tmp_path / "run")]
+    marks, config = [], tmp_path / "adapter_config.json"
+    for alpha in (8, 2):
+        config.write_text(json.dumps({"r": 4, "lora_alpha": alpha}))
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        main(words)
+        held = json.loads((tmp_path / "run" / "run.json").read_text())
+        assert held["described"]["source"]["lora_strength"] == {8: "2", 2: "0.5"}[alpha]
+        marks.append(held["fingerprint"])
+    assert marks[0] != marks[1]
+    config.write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2 and "lora_strength" in capsys.readouterr().err
+
+
 def test_another_precision_is_another_run(run, tiny_wan, prompts, capsys):
     with pytest.raises(SystemExit) as stop:
         main(

@@ -24,7 +24,7 @@ from lightning_kv import load_policy, rollout
 from lightning_kv.models.samplers import sampler_of, spaced
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
-from lightning_kv.policies.registry import preset, presets
+from lightning_kv.policies.registry import preset, presets, sized
 from lightning_kv.tasks.waits import counting
 
 CHUNK, FRAMES, HEADS = 8, 30, 12
@@ -85,8 +85,8 @@ def cases(layers: int) -> list[Case]:
     coded = {"part": "aged", "codec": "int4", "age": 3}
     found = []
     for name in presets():
-        fixed = name in ("full", "infinity-rope", "rolling-forcing")
-        spec = name if fixed else f"{name}@{'12f' if name == 'future-focused' else '6f'}"
+        fixed = name in ("infinity-rope", "rolling-forcing")
+        spec = name if fixed else sized(name, "12f" if name == "future-focused" else "6f")
         for sampler in SAMPLERS:
             if sampler != "rolling" and name == "rolling-forcing":
                 continue

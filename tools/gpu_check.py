@@ -45,7 +45,7 @@ from rich.console import Console
 from lightning_kv import load_model, preset, rollout
 from lightning_kv.cache.passes import Pass
 from lightning_kv.models.video import VideoModel
-from lightning_kv.policies.registry import presets
+from lightning_kv.policies.registry import presets, sized
 from lightning_kv.report.table import format_bytes
 from lightning_kv.tasks.bench import CONFIGS, PLAIN, REFERENCE, Bench, BenchOptions
 from lightning_kv.tasks.timing import Run, looked_at
@@ -142,7 +142,7 @@ def seeds(chosen: argparse.Namespace, save: Save) -> dict[str, Any]:
     moved = (x.to(chosen.device) for x in (model.network, model.codec, model.encoder))
     model, rows = VideoModel(*moved), {}
     for name in presets(without_tables=True):
-        spec = name if name == REFERENCE else f"{name}@6f"
+        spec = sized(name, "6f")
         try:
             one, two = (
                 rollout(model, preset(spec), "dusk fast n10 left", frames, decode=False).latents

@@ -6,6 +6,8 @@ lightning-kv evaluate -c configs/focused_forcing.yaml
 lightning-kv evaluate -c configs/future_forcing.yaml
 lightning-kv evaluate -c configs/future_ablation.yaml
 lightning-kv evaluate -c configs/start_anywhere.yaml
+lightning-kv evaluate -c configs/oracle.yaml
+lightning-kv evaluate -c configs/oracle_any.yaml
 python tools/readme_tables.py
 """
 
@@ -27,6 +29,8 @@ RUNS = {
     "future_forcing": SHORT,
     "future_ablation": SHORT,
     "start_anywhere": SHORT,
+    "oracle": SHORT,
+    "oracle_any": SHORT,
 }
 
 
@@ -45,13 +49,16 @@ def run_table(run: Path, metrics: tuple[str, ...]) -> str:
     summary = json.loads((run / "summary.json").read_text())
     head = [f"{name} {_arrow(summary, name)}" for name in metrics]
     losses = _losses(run, summary) if metrics is SHORT else {}
+    behind = _behind(run, summary)
     head += ["loss ↓"] if losses else []
+    head += ["behind ↓"] if behind else []
     head = ["policy", *head, "KV peak", "reads", "scored", "ms per chunk"]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, policy in summary["policies"].items():
         cost = policy["cost"]
         cells = [f"`{name}`", *(_cell(policy["metrics"][metric]) for metric in metrics)]
         cells += [losses[name]] if losses else []
+        cells += [behind[name]] if behind else []
         cells += [
             f"{cost['kv_bytes_peak'] / 2**20:.2f} MiB",
             f"{100 * cost['kv_read_fraction']:.0f} %",
@@ -62,18 +69,37 @@ def run_table(run: Path, metrics: tuple[str, ...]) -> str:
     return "\n".join(rows)
 
 
-def _losses(run: Path, summary: dict) -> dict[str, str]:
-    """Recall below the reference, paired by prompt, with its interval."""
+def _recall(run: Path) -> dict[str, dict[str, float]]:
+    """Recall by policy and prompt."""
     recall: dict[str, dict[str, float]] = {}
     for record in RunDirectory(run).records():
         recall.setdefault(record["policy"], {})[record["key"]] = record["metrics"]["recall"]
-    base, found = recall[summary["reference"]], {}
-    for name, own in recall.items():
-        keys = sorted(base)
-        mean = sum(base[key] - own[key] for key in keys) / len(keys)
-        low, high = paired_interval([base[key] for key in keys], [own[key] for key in keys])
-        found[name] = "-" if own is base else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-    return found
+    return recall
+
+
+def _losses(run: Path, summary: dict) -> dict[str, str]:
+    """Recall below the reference, paired by prompt, with its interval."""
+    recall = _recall(run)
+    return {name: _below(recall, name, summary["reference"]) for name in recall}
+
+
+def _behind(run: Path, summary: dict) -> dict[str, str]:
+    """Recall below the oracle of the same budget, where the run has one."""
+    recall = _recall(run)
+    best = {name: f"oracle@{name.partition('@')[2]}" for name in recall}
+    if "oracle@9f" not in recall:
+        return {}
+    return {n: _below(recall, n, best[n]) if best[n] in recall else "-" for n in recall}
+
+
+def _below(recall: dict[str, dict[str, float]], name: str, best: str) -> str:
+    if name == best:
+        return "-"
+    own, base = recall[name], recall[best]
+    keys = sorted(base)
+    mean = sum(base[key] - own[key] for key in keys) / len(keys)
+    low, high = paired_interval([base[key] for key in keys], [own[key] for key in keys])
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _arrow(summary: dict, metric: str) -> str:

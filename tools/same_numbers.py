@@ -28,7 +28,7 @@ from lightning_kv.cache.decisions import Event
 from lightning_kv.models.samplers import spaced
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
-from lightning_kv.policies.registry import presets
+from lightning_kv.policies.registry import presets, sized
 from lightning_kv.rollout import Rollout
 
 FRAMES = 36
@@ -94,8 +94,8 @@ def spec_of(name: str, budget: str = "6f") -> Any:
     """What `load_policy` takes."""
     if name in MIXED:
         return {"name": name, **MIXED[name]}
-    fixed = ("full", "rolling-forcing", "infinity-rope")
-    return name if name in fixed else f"{name}@{budget}"
+    fixed = ("rolling-forcing", "infinity-rope")
+    return name if name in fixed else sized(name, budget)
 
 
 def rollouts() -> Iterator[tuple[str, Rollout]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -30,7 +31,7 @@ def reachable_bytes(*roots: Any) -> int:
 def _children(item: Any) -> Iterable[Any]:
     if isinstance(item, dict):
         return item.values()
-    if isinstance(item, list | tuple | set | frozenset):
+    if isinstance(item, list | tuple | set | frozenset | deque):
         return item
     if isinstance(item, nn.Module):
         return [*item.parameters(), *item.buffers()]

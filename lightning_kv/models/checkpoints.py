@@ -15,10 +15,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_kv.models.containers import TORCH_SUFFIXES, WEIGHTS_NAME, Container, open_source
-from lightning_kv.models.lora import merge_lora
+from lightning_kv.models.adapters import merge_adapter, open_adapter
+from lightning_kv.models.containers import (
+    TORCH_SUFFIXES,
+    WEIGHTS_NAME,
+    Container,
+    check_dtype,
+    open_source,
+)
 from lightning_kv.models.names import (
+    bare,
     describe,
+    one_prefix,
     original_keys,
     some,
     split_block,
@@ -27,6 +35,7 @@ from lightning_kv.models.names import (
     unwrap,
 )
 from lightning_kv.models.sizes import models
+from lightning_kv.models.strength import Strength
 from lightning_kv.models.wan import CausalWan
 
 Naming = Literal["original", "diffusers"]
@@ -34,12 +43,7 @@ Naming = Literal["original", "diffusers"]
 KEYS = ("generator_ema", "generator", "model", "state_dict")
 """Where weights lie in a torch file, the preferred first."""
 
-LORA_KEYS = ("generator_lora",)
-
 CONFIG_NAME = "config.json"
-
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Of weights that can be used as they are; 8-bit ones need scales that differ by publisher."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,9 @@ class Checkpoint:
         key: Top-level entry of a torch file that was used; None where there was no choice.
         sha256: Of the file; of several shards, that of the lines ``HASH  NAME`` of ``sha256sum``
             in the order of their names.
-        lora: Name of the LoRA file that is merged in.
-        lora_sha256: Of that file.
+        lora: Name of the LoRA that is merged in, a file's or a folder's.
+        lora_sha256: Of its file.
+        strength: What it was multiplied with, and who said so.
     """
 
     tensors: dict[str, Tensor]
@@ -64,6 +69,7 @@ class Checkpoint:
     sha256: str
     lora: str | None = None
     lora_sha256: str | None = None
+    strength: Strength | None = None
 
 
 def read_checkpoint(
@@ -80,54 +86,65 @@ def read_checkpoint(
     Args:
         path: A torch file, a safetensors file, or a folder of safetensors (also a diffusers
             pipeline, whose transformer is taken).
-        key: Top-level entry of a torch file; default: the first of ``generator_ema``,
-            ``generator``, ``model``, ``state_dict`` that is there.
+        key: Top-level entry of a torch file, or what the names to take begin with; default: the
+            first of ``generator_ema``, ``generator``, ``model``, ``state_dict`` that is there.
         prefer: An entry to try before those.
-        lora: A LoRA file to merge (:func:`lightning_kv.models.lora.merge_lora`).
+        lora: A LoRA to merge (:func:`lightning_kv.models.lora.merge_lora`), at the strength that
+            its writer gives it: a file, or a folder of PEFT or diffusers.
 
     Raises:
         ValueError: No such file, a damaged one, one with code in it, another kind of weights,
             a key that is not there, or weights that are missing or too many.
     """
     source = open_source(Path(path))
-    adapter = None if lora is None else open_source(Path(lora))
+    adapter = None if lora is None else open_adapter(Path(lora))
     chosen, found = source.choose(key, KEYS if prefer is None else (prefer, *KEYS))
-    found = _unwrapped(source.path, found)
-    naming = _naming(source.path, found)
-    translate = to_original if naming == "diffusers" else _original
-    tensors = {translate(name): tensor for name, tensor in found.items()}
-    _check_complete(str(source.path), tensors)
-    if adapter is not None:
-        _, matrices = adapter.choose(None, LORA_KEYS)
-        tensors = merge_lora(tensors, _unwrapped(adapter.path, matrices))
+    naming, tensors = _network(source.path, found)
+    merged = None if adapter is None else merge_adapter(tensors, adapter)
     return Checkpoint(
-        tensors=tensors,
+        tensors=tensors if merged is None else merged.tensors,
         format=naming,
         container=source.container,
         key=chosen,
         sha256=source.sha256(),
-        lora=None if adapter is None else adapter.path.name,
+        lora=None if lora is None else Path(lora).absolute().name,
         lora_sha256=None if adapter is None else adapter.sha256(),
+        strength=None if merged is None else merged.strength,
     )
 
 
-def _unwrapped(path: Path, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names that were there before training wrapped the network."""
+def _network(path: Path, found: Mapping[str, Tensor]) -> tuple[Naming, dict[str, Tensor]]:
+    """All weights of a network under original names, and whose names they had."""
+    choice = "Choose one with --key PREFIX, or `key: PREFIX` in a model file."
+    prefix = one_prefix(found, f"{path} holds Wan weights", choice)
+    named = _unwrapped(path, found, prefix)
+    naming = _naming(path, named)
+    if others := [name for name in found if not unwrap(name).startswith(prefix)]:
+        own = prefix.rstrip(".")
+        raise ValueError(
+            f"{path} holds {len(found) - len(others)} tensors under {own} and {len(others)} "
+            f"others: {some(others, 3)}. Choose the former with --key {own}, or `key: {own}` in a "
+            "model file."
+        )
+    translate = to_original if naming == "diffusers" else _original
+    tensors = {translate(name): tensor for name, tensor in named.items()}
+    _check_complete(str(path), tensors)
+    return naming, tensors
+
+
+def _unwrapped(path: Path, found: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Tensors under the names that were there before training and programs wrapped the network."""
     names: dict[str, str] = {}
     for name, tensor in found.items():
-        bare = unwrap(name)
-        if bare in names:
+        own = bare(name, prefix)
+        if own in names:
             raise ValueError(
-                f"{path} holds {names[bare]!r} and {name!r}, both of which are {bare!r} without "
+                f"{path} holds {names[own]!r} and {name!r}, both of which are {own!r} without "
                 "the wrappings of training. Give a file with one set of weights."
             )
-        if tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"{path} holds {name!r} as {tensor.dtype}, which is quantised. "
-                "Give the weights as float32, bfloat16 or float16."
-            )
-        names[bare] = name
-    return {bare: found[name] for bare, name in names.items()}
+        check_dtype(str(path), name, tensor)
+        names[own] = name
+    return {own: found[name] for own, name in names.items()}
 
 
 def _naming(path: Path, names: Iterable[str]) -> Naming:

@@ -7,7 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +15,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_kv.models.names import describe, some
+from lightning_kv.models.names import describe, some, unwrap
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 
 Container = Literal["pt", "safetensors", "folder"]
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Of weights that can be used as they are; 8-bit ones need scales that differ by publisher."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,21 @@ class Source:
         content: Tensors by name, or what else a torch file holds.
         container: How it is stored.
         files: The files with the tensors.
+        header: What else a single safetensors file says.
     """
 
     path: Path
     content: Any
     container: Container
     files: list[Path]
+    header: dict[str, str] = field(default_factory=dict)
 
     def choose(self, key: str | None, order: Sequence[str]) -> tuple[str | None, dict]:
         """The tensors, and the top-level entry they lie under (None where there is none).
 
         Args:
-            key: The entry to take; default: the first of ``order`` that is there.
+            key: The entry to take, or what the names to take begin with; default: the first
+                entry of ``order`` that is there.
             order: Entries to look for.
 
         Raises:
@@ -53,15 +59,21 @@ class Source:
         if is_flat(self.content):
             if key is None:
                 return None, self.content
+            if named := _beginning(key, self.content):
+                return key, named
             raise ValueError(
-                f"{self.path} has no entry {key!r}: its tensors lie at the top. Leave out the key."
+                f"{self.path} has no entry {key!r}: its tensors lie at the top, and none has a "
+                "name that begins so. Leave out the key."
             )
         if not isinstance(self.content, dict) or not self.content:
             raise ValueError(f"{self.path} is no table of tensors. Give a file of weights.")
         entries = [str(name) for name in self.content]
+        wanted = next((name for name in order if name in entries), None)
         if key is not None and key not in entries:
+            if wanted and (named := _beginning(key, self.content[wanted])):
+                return key, named
             raise ValueError(f"{self.path} has no entry {key!r}. It has: {some(entries, 8)}.")
-        wanted = next((name for name in order if name in entries), None) if key is None else key
+        wanted = wanted if key is None else key
         if wanted is None:
             raise ValueError(
                 f"{self.path} has no entry {' or '.join(order)}; it looks like "
@@ -92,6 +104,26 @@ def is_flat(content: Any) -> bool:
     )
 
 
+def _beginning(key: str, table: Any) -> dict[str, Tensor]:
+    """The tensors whose names begin with a key once they are unwrapped."""
+    start = unwrap(f"{key.strip('.')}.")
+    named = table.items() if is_flat(table) else ()
+    return {name: tensor for name, tensor in named if unwrap(name).startswith(start)}
+
+
+def check_dtype(holder: str, name: str, tensor: Tensor) -> None:
+    """Refuse numbers that mean nothing without scales.
+
+    Raises:
+        ValueError: The tensor is quantised.
+    """
+    if tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"{holder} holds {name!r} as {tensor.dtype}, which is quantised. "
+            "Give the weights as float32, bfloat16 or float16."
+        )
+
+
 def open_source(path: Path) -> Source:
     """Open a file or folder of weights; tensors stay on disk until they are used where possible.
 
@@ -114,7 +146,8 @@ def open_source(path: Path) -> Source:
             f"ends in .safetensors, {', '.join(TORCH_SUFFIXES)}."
         )
     if path.suffix == ".safetensors":
-        return Source(path, _read_safetensors(path), "safetensors", [path])
+        tensors, header = _read_safetensors(path)
+        return Source(path, tensors, "safetensors", [path], header)
     return Source(path, _read_torch(path), "pt", [path])
 
 
@@ -135,7 +168,8 @@ def _open_folder(path: Path) -> Source:
         if sets and sets[0].suffix == ".json":
             return _open_shards(path, sets[0])
         if sets:
-            return Source(path, _read_safetensors(sets[0]), "folder", sets)
+            tensors, header = _read_safetensors(sets[0])
+            return Source(path, tensors, "folder", sets, header)
     there = some(sorted(p.name for p in path.iterdir()), 8) or "nothing"
     raise ValueError(
         f"The folder {path} holds no safetensors, but {there}. "
@@ -163,7 +197,7 @@ def _open_shards(path: Path, index: Path) -> Source:
         )
     tensors = {}
     for file in files:
-        tensors |= _read_safetensors(file)
+        tensors |= _read_safetensors(file)[0]
     if differing := sorted(tensors.keys() ^ where.keys()):
         raise ValueError(
             f"The shards beside {index} hold other tensors than it says: {some(differing, 6)}. "
@@ -172,10 +206,12 @@ def _open_shards(path: Path, index: Path) -> Source:
     return Source(path, tensors, "folder", files)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, and what else the header says."""
     try:
         with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise _damaged(path, "safetensors", error) from error
 

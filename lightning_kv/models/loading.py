@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def load_model(
         )
     encoder = text if callable(text) else book_of(text, device, prompts)
     checkpoint = read_checkpoint(source.weights, source.key, source.lora, source.prefer)
+    for note in checkpoint.strength.notes if checkpoint.strength else ():
+        warnings.warn(note, stacklevel=2)
     network = network_of(source, checkpoint)
     encoder = encoder or text_source(text, device, prompts)
     network = network.cast(precision).eval().requires_grad_(False).to(device)
@@ -109,12 +112,16 @@ def network_of(source: Source, checkpoint: Checkpoint) -> CausalWan:
 
 def identity(checkpoint: Checkpoint, precision: str) -> dict[str, str]:
     """What a result says about the weights it comes from."""
+    strength = checkpoint.strength
     found = {
         "weights": checkpoint.sha256,
         "key": checkpoint.key,
         "format": checkpoint.format,
         "lora": checkpoint.lora,
         "lora_weights": checkpoint.lora_sha256,
+        "lora_strength": strength and str(strength),
+        "lora_strength_by": strength and strength.origin,
+        "lora_config": strength and strength.config_sha256,
         "precision": precision,
     }
     return {name: value for name, value in found.items() if value is not None}

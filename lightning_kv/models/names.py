@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 """Name parts that FSDP, activation checkpointing and ``torch.compile`` put in anywhere."""
@@ -56,6 +57,12 @@ BLOCK = (
     | _attention("cross_attn", "attn2")
     | _linears(("norm3", "norm2"), ("ffn.0", "ffn.net.0.proj"), ("ffn.2", "ffn.net.2"))
     | {"modulation": "scale_shift_table"}
+)
+
+# Of both namings; a LoRA of a parameter that is no module's weight has ".weight" behind it.
+_TOP, _BLOCK = (
+    {name.removesuffix(".weight") for pair in names.items() for name in pair}
+    for names in (TOP, BLOCK)
 )
 
 
@@ -116,25 +123,75 @@ def original_keys(layers: int) -> Iterator[str]:
         yield from (f"blocks.{index}.{inner}" for inner in BLOCK)
 
 
+def unwrapped_parts(key: str) -> list[str]:
+    """The parts of a name without those that wrappers put in anywhere."""
+    return [part for part in key.split(".") if part not in WRAPPERS]
+
+
 def unwrap(key: str) -> str:
     """Take off what training wrappers put around a name, however often.
 
     >>> unwrap("model._fsdp_wrapped_module.blocks.0._orig_mod.ffn.0.weight")
     'blocks.0.ffn.0.weight'
     """
-    parts = [part for part in key.split(".") if part not in WRAPPERS]
+    parts = unwrapped_parts(key)
     while parts[:1] in (["module"], ["model"]) or parts[:2] == ["base_model", "model"]:
         del parts[: 2 if parts[0] == "base_model" else 1]
     return ".".join(parts) or key
 
 
-def describe(keys: Iterable[str]) -> str:
-    """What names look like that are no Wan transformer's, with a few of them."""
+def bare(key: str, prefix: str) -> str:
+    """A name without wrappings, and without a prefix where it has it.
+
+    >>> bare("model.diffusion_model.head.head.bias", "diffusion_model.")
+    'head.head.bias'
+    """
+    return unwrap(key).removeprefix(prefix)
+
+
+def one_prefix(keys: Iterable[str], what: str, choice: str) -> str:
+    """What stands before the names of Wan weights once they are unwrapped; mostly nothing.
+
+    Programs put their own name for the network there, such as ``diffusion_model.`` or
+    ``transformer.``; checkpoints of a training, the path to it (``generator.model.``).
+
+    Args:
+        keys: Names of weights; those of anything else do not count.
+        what: Who has them, with a verb, for the error.
+        choice: How to choose one prefix.
+
+    Raises:
+        ValueError: There are several.
+    """
+    found = Counter(prefix for key in keys if (prefix := _before(unwrap(key))) is not None)
+    if len(found) > 1 and "" not in found:
+        listed = (f"{prefix.rstrip('.')} ({count})" for prefix, count in sorted(found.items()))
+        raise ValueError(f"{what} under several prefixes: {', '.join(listed)}. {choice}")
+    return "" if "" in found else next(iter(found), "")
+
+
+def _before(key: str) -> str | None:
+    """What stands before the longest end of a name that is one of a Wan weight."""
+    parts = key.split(".")
+    for start in range(len(parts)):
+        index, inner = split_block(".".join(parts[start:]))
+        if inner.removesuffix(".weight") in (_TOP if index is None else _BLOCK):
+            return "".join(f"{part}." for part in parts[:start])
+    return None
+
+
+def describe(keys: Iterable[str], kinds: Sequence[tuple[str, str]] = KINDS) -> str:
+    """What names look like that are no Wan transformer's, with a few of them.
+
+    Args:
+        keys: The names.
+        kinds: Patterns, and what it is if one of the names has it.
+    """
     keys = list(keys)
     if not keys:
         return "nothing"
     words = next(
-        (words for pattern, words in KINDS if any(re.search(pattern, key) for key in keys)),
+        (words for pattern, words in kinds if any(re.search(pattern, key) for key in keys)),
         "something unknown",
     )
     return f"{words}: {some(keys, 3)}"

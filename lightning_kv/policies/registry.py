@@ -72,6 +72,13 @@ def preset(name: str) -> CachePolicy:
     return policy.budgeted(amount, name) if at else replace(policy, asked=False)
 
 
+def sized(name: str, amount: str) -> str:
+    """``NAME@AMOUNT`` of a policy that has a budget; the name alone of one that has none."""
+    made = preset(name)
+    limited = made.retain.budget is not None or made.select.budget is not None
+    return f"{name}@{amount}" if limited else name
+
+
 def _alone(name: str) -> CachePolicy:
     """A policy of one part that is named."""
     found = (
@@ -111,28 +118,30 @@ def load_policy(spec: str | dict[str, Any]) -> CachePolicy:
     if not file.endswith((".yaml", ".yml")):
         return preset(spec)
     path = Path(file)
-    policy = policy_from_dict(_content(path), path.parent)
+    if not path.is_file():
+        raise ValueError(
+            f"No policy file {file!r}. Give a path to a YAML file, or a name of `lightning-kv list "
+            "policies`."
+        )
+    try:
+        policy = policy_from_dict(_content(path), path.parent)
+    except ValueError as error:
+        raise ValueError(f"In the policy file {str(path)!r}: {error}") from error
     return policy.budgeted(amount, f"{policy.name}@{amount}") if file != spec else policy
 
 
 def _content(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(
-            f"No policy file {str(path)!r}. Give a path to a YAML file, or a name of "
-            "`lightning-kv list policies`."
-        )
     import yaml
 
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{str(path)!r} is no YAML: {error}. A policy file has `name:` and its parts."
+            f"It is no YAML: {error}. A policy file has `name:` and its parts."
         ) from error
     if not isinstance(values, dict):
-        raise ValueError(
-            f"{str(path)!r} holds no mapping. A policy file has `name:` and its parts."
-        )
+        found = type(values).__name__
+        raise ValueError(f"It holds no mapping but {found}. Give `name:` and its parts.")
     return values
 
 

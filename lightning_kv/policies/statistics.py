@@ -178,6 +178,22 @@ def update_last_queries(view: PassView, state: State, rows: int) -> None:
 # -- attention mass --------------------------------------------------------------------------
 
 
+def final_mass(view: PassView, sampled: int = 520) -> Tensor:
+    """Mean softmax mass from the queries of the frames that become final in a pass.
+
+    Args:
+        view: Of a pass that makes frames final.
+        sampled: Largest number of query rows; evenly spaced ones stand for all.
+
+    Returns:
+        ``[H, N + n]``: on every row as it lies once the n rows of these frames are committed.
+    """
+    final = torch.arange(view.flight, device=view.device)[view.final]
+    queries = final[spread_rows(len(final), sampled, view.device)]
+    held, own = view.attention(queries=queries)
+    return view.joint(held[:, 0], own[:, 0, view.final]) / len(queries)
+
+
 def observe_mass(view: PassView, state: State, sampled: int = 520) -> None:
     """Softmax mass that a pass puts on each row, for :func:`collected_mass`.
 

@@ -46,8 +46,10 @@ def convert(
         source: A torch file, a safetensors file or a folder of safetensors.
         out: A ``.safetensors`` file (``original``) or a folder (``diffusers``).
         to: Whose names to write.
-        key: Top-level entry of a torch file; default: the EMA weights where there are any.
-        lora: A LoRA file to merge into the weights.
+        key: Top-level entry of a torch file, or what the names to take begin with; default: the
+            EMA weights where there are any.
+        lora: A LoRA to merge into the weights, as strong as its writer says: a file, or a folder
+            of PEFT or diffusers.
         heads: Number of heads for diffusers' configuration; default: ``dim / 128``.
         force: Replace ``out``.
 
@@ -61,6 +63,8 @@ def convert(
     checkpoint = read_checkpoint(source, key, lora)
     origin = {"source": source.name, "sha256": checkpoint.sha256, "key": checkpoint.key}
     origin |= {"lora": checkpoint.lora, "lora_sha256": checkpoint.lora_sha256}
+    if strength := checkpoint.strength:
+        origin |= {"lora_strength": str(strength), "lora_strength_by": strength.origin}
     metadata = {name: value for name, value in origin.items() if value is not None}
     save_checkpoint(checkpoint.tensors, out, to, metadata, heads)
     return Converted(checkpoint, out, _words(checkpoint, source, out, to))
@@ -78,6 +82,10 @@ def _words(checkpoint: Checkpoint, source: Path, out: Path, to: Naming) -> list[
         f"{', '.join(f'{name} ({count})' for name, count in dtypes.most_common())}.",
         f"SHA-256 {checkpoint.sha256}.",
     ]
-    if checkpoint.lora is not None:
-        words.append(f"Merged the LoRA {checkpoint.lora} (SHA-256 {checkpoint.lora_sha256}).")
+    if strength := checkpoint.strength:
+        words.append(
+            f"Merged the LoRA {checkpoint.lora} (SHA-256 {checkpoint.lora_sha256}) at strength "
+            f"{strength}, by: {strength.origin}."
+        )
+        words += strength.notes
     return [*words, f"Wrote {out} with {to} names."]

@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sessions import padded
-from twin import GEOMETRY, Row, Script, turn
+from sessions import GEOMETRY, padded, turn
 
 from lightning_kv.cache.decisions import Retention, Selection, Sums
 from lightning_kv.policies.base import RetainPart, SelectPart
+from lightning_kv.testing import Row, Script
 
 TOKENS = GEOMETRY.tokens
 PLACES = GEOMETRY.places().float().unsqueeze(0)  # [1, TOKENS, 2]

@@ -1,23 +1,22 @@
-"""Policies and sessions of the twin's geometry, and ways to compare a session with its twin."""
+"""The small geometry of these tests: its policies, sessions, passes, and what goes through them."""
 
-import sys
-from pathlib import Path
-
-import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from twin import CHUNK, GEOMETRY, Twin, drive, passes, spot, turn
-
+from lightning_kv import testing
 from lightning_kv.cache.decisions import Sums
-from lightning_kv.cache.passes import Pass
+from lightning_kv.cache.passes import Geometry, Pass
+from lightning_kv.cache.rotary import Rotary
 from lightning_kv.cache.session import CacheSession
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.registry import build_part
+from lightning_kv.testing import Twin, chunked
+from lightning_kv.testing import assert_same_rows as assert_same_rows
+
+GEOMETRY = Geometry(layers=2, heads=3, head_dim=12, grid=(2, 2), rotary=Rotary(12), train_horizon=8)
+CHUNK = 2
 
 # Absolute positions hold rotated keys, a clamp that never bites holds raw ones: same numbers.
 STORAGE = {"rotated": "absolute", "raw": {"part": "clamp", "lag": 10_000}}
-FIELDS = (("frame_id", "frame"), ("time", "time"), ("weight", "weight"))
 
 
 def policy(retain="everything", select="everything", positions="absolute", bias=None, **other):
@@ -33,6 +32,11 @@ def session_of(made, batch=1, **settings):
 
 def store_of(session, layer=0, sample=0):
     return session.samples[sample].stores["cond"][layer]
+
+
+def turn(vector, time, place, sign=1.0):
+    """Rotary embedding of one vector in this geometry."""
+    return testing.turn(GEOMETRY, vector, time, place, sign)
 
 
 def stream_of(rows, head):
@@ -60,52 +64,69 @@ def copies(view, rows, time):
     return Sums(rows.unsqueeze(0), index, ones, time=time.unsqueeze(0), **fields)
 
 
-def rolling(apart):
-    """Two chunks in flight; the older one is committed apart, or as a part of the same pass."""
-    for chunk in range(4):
-        flight = tuple(range(chunk * CHUNK, (chunk + 2) * CHUNK))
-        oldest = flight[:CHUNK]
-        levels = (250.0,) * CHUNK + (750.0,) * CHUNK
-        yield Pass("denoise", flight, levels, chunk, 0, () if apart else oldest, True, CHUNK)
+def passes(chunks=5, noisy=2):
+    """The passes of a small rollout."""
+    yield from chunked((CHUNK,) * chunks, noisy)
+
+
+def rolling(chunks=4, flight=2, apart=True):
+    """Several chunks in flight; the oldest is committed apart, or as a part of the same pass."""
+    for chunk in range(chunks):
+        frames = tuple(range(chunk * CHUNK, (chunk + flight) * CHUNK))
+        levels = tuple(250.0 * (1 + i // CHUNK) for i in range(len(frames)))
+        oldest = frames[:CHUNK]
+        yield Pass("denoise", frames, levels, chunk, 0, () if apart else oldest, True, CHUNK)
         if apart:
             yield Pass("commit", oldest, (0.0,) * CHUNK, chunk, 0, oldest, False, CHUNK)
 
 
+def tape(steps, batch=1, seed=0, gain=1.0, loud=0.0, dtype=torch.float32):
+    """Random queries, keys and values for every pass and layer.
+
+    ``gain`` multiplies the queries: above 1 attention is sharper. With ``loud`` above 0 the values
+    of tokens differ in length.
+    """
+    rng, found = torch.Generator().manual_seed(seed), []
+    for step in steps:
+        shape = (batch, len(step.frames) * GEOMETRY.tokens, GEOMETRY.heads, GEOMETRY.head_dim)
+        for layer in range(GEOMETRY.layers):
+            q, k, v = (torch.randn(shape, generator=rng).to(dtype) for _ in range(3))
+            if loud:
+                v = v * (loud * torch.randn(*shape[:-1], 1, generator=rng)).exp()
+            found.append((step, layer, gain * q, k, v))
+    return found
+
+
+def play(on, recorded, check=None, event=None):
+    """Run what was recorded through a session or a twin; all outputs, in order."""
+    out = []
+    for step, layer, q, k, v in recorded:
+        if event and step.opens and layer == 0:
+            event(on, step)
+        out.append(on.attend(layer, q, k, v, step).double())
+        if layer == GEOMETRY.layers - 1:
+            if check:
+                check(step)
+            on.finish(step)
+    return out
+
+
+def drive(session, steps, batch=2, seed=0, check=None, dtype=torch.float32):
+    """Run random queries, keys and values through a session; all its outputs, in order."""
+    return play(session, tape(steps, batch, seed, dtype=dtype), check)
+
+
 def assert_both_agree(made, script, batch=2, chunks=5, steps=None, **settings):
     """Outputs of the session and of the twin must agree; returns both."""
-    session, twin = session_of(made, batch, **settings), Twin(batch, script)
-    steps = list(steps or passes(chunks))
-    ours, theirs = drive(session, steps, batch), drive(twin, steps, batch)
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=0, msg=lambda m, i=i: f"call {i}: {m}")
+    session, twin = session_of(made, batch, **settings), Twin(GEOMETRY, batch, script)
+    recorded = tape(steps or passes(chunks), batch)
+    assert_same_outputs(session, twin, recorded)
     return session, twin
 
 
-def assert_same_rows(session, twin):
-    """Memory and archive of both hold the same rows."""
-    for (b, layer, h), stream in twin.streams.items():
-        store = store_of(session, layer, b)
-        for held, rows in ((store.memory, stream.rows), (store.archive, stream.archive)):
-            mine = stream_of(held, h)
-            for name, attribute in FIELDS:
-                theirs = [getattr(r, attribute) for r in rows]
-                assert mine[name].tolist() == pytest.approx(theirs, abs=1e-5), (name, b, layer, h)
-            spots = torch.tensor([spot(r.place) for r in rows]).view(-1, 2)
-            torch.testing.assert_close(mine["place"], spots.float())
-            for name in store.columns:
-                theirs = [r.columns[name] for r in rows]
-                assert mine[name].tolist() == pytest.approx(theirs, abs=1e-4), name
-            if not rows:
-                assert not len(mine["k"])
-                continue
-            keys = [turn(r.k, r.time, r.place) if store.rotated else r.k.double() for r in rows]
-            values = torch.stack([r.v.double() for r in rows])
-            for name, theirs in (("k", torch.stack(keys)), ("v", values)):
-                torch.testing.assert_close(mine[name].double(), theirs, atol=1e-4, rtol=0)
-        ids = {
-            r.frame
-            for own in twin.streams.values()
-            for r in own.rows
-            if own.sample == b and own.layer == layer
-        }
-        assert store.frames == tuple(sorted(ids)), "the host knows the held frames"
+def assert_same_outputs(session, twin, recorded, tolerance=2e-5, event=None):
+    ours, theirs = (play(x, recorded, event=event) for x in (session, twin))
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        torch.testing.assert_close(
+            a, b, atol=tolerance, rtol=0, msg=lambda m, i=i: f"call {i}, {recorded[i][0]}: {m}"
+        )

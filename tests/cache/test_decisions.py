@@ -12,19 +12,25 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from rules import PLACES, RAGGED, TOKENS, ByParity, ParityScript, RaggedScript
 from sessions import (
+    CHUNK,
+    GEOMETRY,
     STORAGE,
     assert_both_agree,
     assert_same_rows,
+    drive,
+    passes,
     policy,
     session_of,
     store_of,
     stream_of,
+    turn,
 )
-from twin import CHUNK, GEOMETRY, Row, Script, drive, passes, spot, turn
 
 from lightning_kv.cache.decisions import Event, Match, Recode, Retention, Selection, Sums
 from lightning_kv.policies.base import PositionsPart, PrecisionPart, RetainPart, SelectPart
 from lightning_kv.policies.registry import build_part
+from lightning_kv.testing import Row, Script
+from lightning_kv.testing.twin import spot
 
 HEADS = torch.arange(GEOMETRY.heads)
 
@@ -264,7 +270,8 @@ class BlendScript(Script):
 
     def blend(self, pair, shares, frame, place, stream, step):
         time = step.start - 0.5 - 0.25 * stream.head
-        where = spot(place)[0] + 0.25, spot(place)[1] + 0.5
+        row, column = spot(stream.geometry, place)
+        where = row + 0.25, column + 0.5
         parts = list(zip(shares, pair, strict=True))
         if self.align == "raw":
             k = sum(s * r.k.double() for s, r in parts)
@@ -313,7 +320,7 @@ class ShiftScript(Script):
             return
         for r in stream.rows:
             if r.frame < step.start:
-                row, column = spot(r.place)
+                row, column = spot(stream.geometry, r.place)
                 r.time, r.weight = r.time / 2 - 0.25 * stream.head, 2.0
                 r.place = row + 0.25, column - 0.5
 

@@ -13,31 +13,16 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from twin import CHUNK, GEOMETRY, passes, turn
+from sessions import CHUNK, GEOMETRY, passes, policy, turn
 
 from lightning_kv.cache.decisions import Event, Match, Retention, Selection, Sums
 from lightning_kv.cache.passes import Pass
 from lightning_kv.cache.session import CacheSession
-from lightning_kv.policies.base import CachePolicy, PositionsPart, RetainPart, SelectPart
-from lightning_kv.policies.registry import build_part
+from lightning_kv.policies.base import PositionsPart, RetainPart, SelectPart
 from lightning_kv.policies.statistics import update_last_queries, update_moments
 
 TOKENS, HEADS, WIDTH = GEOMETRY.tokens, GEOMETRY.heads, GEOMETRY.head_dim
 SIZES = replace(GEOMETRY, chunk=CHUNK, flight=CHUNK)
-
-
-def policy(**parts):
-    plain = {
-        "retain": "everything",
-        "select": "everything",
-        "positions": "absolute",
-        "precision": "as-computed",
-    }
-    built = {
-        kind: build_part(kind, part) if isinstance(part, str | dict) else part
-        for kind, part in (plain | parts).items()
-    }
-    return CachePolicy("test", **built)
 
 
 class Recorded:

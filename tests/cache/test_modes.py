@@ -19,13 +19,13 @@ from rules import (
     RaggedScript,
     WindowScript,
 )
-from sessions import STORAGE, policy, session_of, store_of
-from twin import CHUNK, GEOMETRY, Script, Twin, drive, passes
+from sessions import CHUNK, GEOMETRY, STORAGE, drive, passes, policy, session_of, store_of
 
 from lightning_kv.cache.decisions import Rebuild, Selection
 from lightning_kv.cache.passes import Pass
 from lightning_kv.cache.store import LayerStore
 from lightning_kv.policies.base import RetainPart, SelectPart
+from lightning_kv.testing import Script, Twin
 
 WINDOW = {"part": "window", "budget": "3f"}
 
@@ -243,7 +243,7 @@ class MovedInForce(Contiguous, InForce):
 )
 def test_a_scratch_pass_reads_what_is_held_and_its_own_rows(parts, script, frames, backend):
     """By the plan in force where there is one for these frames; else all."""
-    session, twin = session_of(policy(**parts), 2, backend=backend), Twin(2, script())
+    session, twin = session_of(policy(**parts), 2, backend=backend), Twin(GEOMETRY, 2, script())
     steps = list(passes(4))[: 11 if "retain" in parts and frames != (4, 5) else 7]
     for one in (session, twin):
         drive(one, steps)
@@ -279,7 +279,7 @@ GRADIENTS = {
 def test_gradients_of_a_pass_are_right(name, backend):
     """Against finite differences in float64; the values are those of a run-mode pass."""
     parts, script = GRADIENTS[name]
-    session, twin = session_of(policy(**parts), backend=backend), Twin(1, script())
+    session, twin = session_of(policy(**parts), backend=backend), Twin(GEOMETRY, 1, script())
     with torch.no_grad():
         drive(session, passes(3), 1, dtype=torch.float64)
         drive(twin, passes(3), 1, dtype=torch.float64)

@@ -9,8 +9,20 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "policies"))
-from slow import STORAGE, Ask, AskAtCommit, Scattered, play, policy, rolling, session, tape, twin
-from twin import passes, turn
+from slow import (
+    STORAGE,
+    Ask,
+    AskAtCommit,
+    Scattered,
+    passes,
+    play,
+    policy,
+    rolling,
+    session,
+    sessions,
+    tape,
+    turn,
+)
 
 from lightning_kv import preset, rollout
 from lightning_kv.cache import probe as module
@@ -19,10 +31,10 @@ from lightning_kv.cache.probe import AttentionProbe
 from lightning_kv.metrics.attention import AttentionFidelity
 
 LAYERS, HEADS, TOKENS, CHUNK = (
-    twin.GEOMETRY.layers,
-    twin.GEOMETRY.heads,
-    twin.GEOMETRY.tokens,
-    twin.CHUNK,
+    sessions.GEOMETRY.layers,
+    sessions.GEOMETRY.heads,
+    sessions.GEOMETRY.tokens,
+    sessions.CHUNK,
 )
 
 

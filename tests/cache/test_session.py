@@ -11,23 +11,28 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from rules import PLACES, TOKENS, ByParity, Fold, FoldScript, ParityScript, WindowScript
 from sessions import (
+    CHUNK,
+    GEOMETRY,
     STORAGE,
     assert_both_agree,
     assert_same_rows,
     copies,
+    drive,
+    passes,
     policy,
     rolling,
     session_of,
     store_of,
     stream_of,
+    turn,
 )
-from twin import CHUNK, GEOMETRY, Script, drive, passes, turn
 
 from lightning_kv.cache.codecs import CODECS, Integer
 from lightning_kv.cache.decisions import Recode, Retention, Selection, Sums
 from lightning_kv.cache.passes import Pass
 from lightning_kv.policies.base import PrecisionPart, RetainPart, SelectPart
 from lightning_kv.policies.registry import policy_from_dict
+from lightning_kv.testing import Script
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
@@ -273,7 +278,7 @@ def test_several_chunks_in_flight(storage, apart):
     class Both(WindowScript, ParityScript):
         pass
 
-    session, twin = assert_both_agree(made, Both(3, 1), steps=rolling(apart))
+    session, twin = assert_both_agree(made, Both(3, 1), steps=rolling(apart=apart))
     assert_same_rows(session, twin)
     assert store_of(session).frames[-1] == 7
 

@@ -10,12 +10,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "policies"))
 sys.path.insert(0, str(Path(__file__).parent))
-import slow
 from rules import RAGGED, TOKENS
-from sessions import policy, store_of, stream_of
-from twin import CHUNK, GEOMETRY, drive, passes
+from sessions import CHUNK, GEOMETRY, drive, passes, policy, rolling, store_of, stream_of
 
 from lightning_kv import rollout
 from lightning_kv.cache.decisions import Event, Rebuild, Retention, Selection, Sums
@@ -26,6 +23,7 @@ from lightning_kv.models.wan import CausalWan, WanConfig
 from lightning_kv.policies.base import PositionsPart, RetainPart, SelectPart
 from lightning_kv.policies.registry import build_budget
 from lightning_kv.policies.retain.window import Window
+from lightning_kv.testing import chunked
 
 LAYERS, HEADS, WIDTH = GEOMETRY.layers, GEOMETRY.heads, GEOMETRY.head_dim
 SIZES = replace(GEOMETRY, chunk=CHUNK, flight=CHUNK)
@@ -116,7 +114,7 @@ def test_focused_meets_keys_where_they_are_read_in_every_pass(positions, score):
                 for name in [name for name in state if name != "budget"]:
                     del state[name]
 
-        return outputs(session, slow.rolling(8), check=check)
+        return outputs(session, rolling(8), check=check)
 
     assert_close(run(False), run(True), atol=0)
 
@@ -161,7 +159,7 @@ def test_kept_buffers_and_gradients_into_memory_give_the_same_outputs(positions)
 def test_gradients_reach_the_rows_of_the_last_chunks_however_short_the_last_is():
     session = opened(policy(), replace(SIZES, chunk=3, flight=3), gradients=2)
     rng, given = torch.Generator().manual_seed(0), []
-    for step in slow.uneven((3, 3, 1), noisy=0):
+    for step in chunked((3, 3, 1), noisy=0):
         shape = (1, len(step.frames) * TOKENS, HEADS, WIDTH)
         for layer in range(LAYERS):
             q, k, v = (torch.randn(shape, generator=rng) for _ in range(3))

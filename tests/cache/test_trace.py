@@ -9,14 +9,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "policies"))
-from slow import AskAtCommit, Scattered, play, policy, rolling, session, tape, twin
-from twin import passes
+from slow import AskAtCommit, Scattered, passes, play, policy, rolling, session, sessions, tape
 
 from lightning_kv.cache.decisions import Retention, Selection, Sums
 from lightning_kv.cache.trace import Trace
 from lightning_kv.policies.base import SelectPart
 
-LAYERS, HEADS, TOKENS = twin.GEOMETRY.layers, twin.GEOMETRY.heads, twin.GEOMETRY.tokens
+LAYERS, HEADS, TOKENS = sessions.GEOMETRY.layers, sessions.GEOMETRY.heads, sessions.GEOMETRY.tokens
 
 
 def traced(made, steps, batch=1):
@@ -123,7 +122,7 @@ def fold(views):
     """The older chunk goes into the newest, place by place, in every head but the first."""
     if views[0].step.chunk != 1:
         return [None] * len(views)
-    rows = torch.arange(2 * twin.CHUNK * TOKENS).unsqueeze(0)
+    rows = torch.arange(2 * sessions.CHUNK * TOKENS).unsqueeze(0)
     half = rows.shape[1] // 2
     head = torch.arange(HEADS).unsqueeze(1)
     own = [views[0].field(name)[:, half:] for name in ("frame_id", "time", "place")]

@@ -365,6 +365,65 @@ def test_weights_that_are_missing_doubled_foreign_or_quantised(tmp_path, weights
     fails(path, rf"{name}.*float8_e4m3fn, which is quantised")
 
 
+BEFORE = ["generator.", "diffusion_model.", "net.generator.model.", "model.diffusion_model."]
+
+
+@pytest.mark.parametrize("naming", ["original", "diffusers"])
+@pytest.mark.parametrize("prefix", [*BEFORE, "module.ema._orig_mod."])
+def test_one_prefix_is_found_by_itself(tmp_path, weights, prefix, naming):
+    rename = str if naming == "original" else to_diffusers
+    held = {f"{prefix}{rename(name)}": weight for name, weight in weights.items()}
+    save_file(held, tmp_path / "w.safetensors")
+    found = read_checkpoint(tmp_path / "w.safetensors")
+    assert same(found.tensors, weights) and (found.format, found.key) == (naming, None)
+    torch.save({"epoch": 3, "state_dict": held}, tmp_path / "w.ckpt")
+    found = read_checkpoint(tmp_path / "w.ckpt")
+    assert same(found.tensors, weights) and found.key == "state_dict"
+
+
+@pytest.mark.parametrize("container", ["w.ckpt", "w.safetensors"])
+def test_of_several_prefixes_one_is_chosen(tmp_path, weights, container):
+    other = {name: weight + 1 for name, weight in weights.items()}
+    held = {f"generator.model.{name}": weight for name, weight in weights.items()}
+    held |= {f"generator_ema.model.{name}": weight for name, weight in other.items()}
+    held["text_encoder.shared.weight"] = torch.zeros(2)
+    path = tmp_path / container
+    if path.suffix == ".ckpt":
+        torch.save({"state_dict": held}, path)
+    else:
+        save_file(held, path)
+    said = r"several prefixes: generator\.model \(69\), generator_ema\.model \(69\).*--key PREFIX"
+    fails(path, said)
+    for key in ("generator.model", "generator.model.", "generator"):
+        found = read_checkpoint(path, key)
+        assert same(found.tensors, weights) and found.key == key
+    assert same(read_checkpoint(path, "generator_ema").tensors, other)
+    fails(path, "has no entry 'critic'", key="critic")
+
+
+def test_tensors_beside_the_one_prefix_are_said(tmp_path, weights):
+    held = {f"generator.model.{name}": weight for name, weight in weights.items()}
+    held |= {f"vae.{name}": torch.zeros(2) for name in ("conv1.weight", "conv2.weight")}
+    torch.save({"state_dict": held}, tmp_path / "w.ckpt")
+    fails(
+        tmp_path / "w.ckpt",
+        r"69 tensors under generator\.model and 2 others: vae\.conv1\.weight.*"
+        r"Choose the former with --key generator\.model",
+    )
+    assert same(read_checkpoint(tmp_path / "w.ckpt", "generator.model").tensors, weights)
+    held = {f"net.{name}": weight for name, weight in weights.items() if "norm_q" not in name}
+    save_file(held, tmp_path / "w.safetensors")
+    fails(tmp_path / "w.safetensors", "65 of the 69 weights")
+    held = {f"net.{name}": weight for name, weight in weights.items()}
+    save_file(held | {"net.head.tail.weight": torch.zeros(2)}, tmp_path / "w.safetensors")
+    fails(tmp_path / "w.safetensors", r"'head\.tail\.weight' is no original name")
+    save_file(weights | {"a.head.modulation": torch.zeros(2)}, tmp_path / "w.safetensors")
+    fails(tmp_path / "w.safetensors", r"'a\.head\.modulation' is no original name")
+    foreign = {"visual.patch_embedding.weight": torch.zeros(2), "visual.x.weight": torch.ones(2)}
+    save_file(foreign, tmp_path / "w.safetensors")
+    fails(tmp_path / "w.safetensors", "no weights of a Wan transformer")
+
+
 # -- LoRA ------------------------------------------------------------------------------------
 
 
@@ -436,7 +495,7 @@ def test_a_lora_is_added_in_float32_and_rounded_once():
     base = random_weights(dtype=torch.bfloat16)
     before = {k: v.clone() for k, v in base.items()}
     adapter = {k: v.bfloat16() for k, v in random_lora(base, name="{}.lora_{}.weight").items()}
-    merged = merge_lora(base, adapter)
+    merged = merge_lora(base, adapter).tensors
     assert same(base, before)
     for key, weight in merged.items():
         path = key.removesuffix(".weight")
@@ -450,7 +509,7 @@ def test_a_lora_is_added_in_float32_and_rounded_once():
     for key, matrix in adapter.items():
         path, side = key.split(".lora")
         diffusers[to_diffusers(f"{path}.bias").replace(".bias", f".lora{side}")] = matrix
-    assert same(merge_lora(base, diffusers), merged)
+    assert same(merge_lora(base, diffusers).tensors, merged)
 
 
 @pytest.mark.parametrize(
@@ -464,7 +523,7 @@ def test_a_lora_is_added_in_float32_and_rounded_once():
             lambda a, k: a.update(
                 {k.replace(".1.", ".2.").format(x): a[k.format(x)] + 1 for x in "AB"}
             ),
-            r"adapts 'blocks\.2\.ffn\.0', which these weights do not have",
+            r"adapts 'blocks\.2\.ffn\.0', and these weights have 2 layers",
         ),
         (
             lambda a, k: a.update(
@@ -472,9 +531,15 @@ def test_a_lora_is_added_in_float32_and_rounded_once():
             ),
             "several adapters: None, b",
         ),
-        (lambda a, k: a.update({"blocks.9.alpha": torch.tensor(1.0)}), r"blocks\.9 \(alpha only"),
+        (
+            lambda a, k: a.update({"blocks.9.alpha": torch.tensor(1.0)}),
+            r"blocks\.9 \(alpha or bias",
+        ),
         (lambda a, k: a.update({"blocks.0.dora": torch.zeros(2)}), r"no LoRA.*blocks\.0\.dora"),
-        (lambda a, k: a.clear() or a.update(random_weights()), "no LoRA of plain pairs.*Wan"),
+        (
+            lambda a, k: a.clear() or a.update(random_weights()),
+            "no LoRA of plain .*holds whole weights",
+        ),
     ],
 )
 def test_a_lora_that_does_not_belong(tmp_path, weights, change, said):

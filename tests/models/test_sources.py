@@ -381,7 +381,8 @@ def test_a_lora_is_merged_into_the_weights(tiny_wan, tmp_path):
     torch.save({"generator_lora": {f"base_model.model.{k}": v for k, v in lora.items()}}, file)
     given = {"text": states, "decode": False, "precision": "float32"}
     plain = load_model(model_file(tiny_wan, tmp_path), **given)
-    merged = load_model(model_file(tiny_wan, tmp_path, lora=str(file)), **given)
+    with pytest.warns(UserWarning, match="lora.pt does not say how strong its products are"):
+        merged = load_model(model_file(tiny_wan, tmp_path, lora=str(file)), **given)
     before, after = plain.network.state_dict(), merged.network.state_dict()
     for name, weight in before.items():
         module = name.removesuffix(".weight")
@@ -392,7 +393,48 @@ def test_a_lora_is_merged_into_the_weights(tiny_wan, tmp_path):
         else:
             assert torch.equal(after[name], weight), name
     more = {"lora": "lora.pt", "lora_weights": hashlib.sha256(file.read_bytes()).hexdigest()}
+    more |= {"lora_strength": "1", "lora_strength_by": "alpha = rank, unsaid"}
     assert merged.source == plain.source | more
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_lora_is_as_strong_as_its_writer_says_however_it_is_given(
+    tiny_wan, tmp_path, monkeypatch
+):
+    base, folder = read(tiny_wan), tmp_path / "peft"
+    folder.mkdir()
+    pair = {
+        f"blocks.0.ffn.2.lora_{x}.weight": torch.randn(s)
+        for x, s in (("A", (4, 128)), ("B", (64, 4)))
+    }
+    save_file(
+        {f"base_model.model.{k}": v for k, v in pair.items()}, folder / "adapter_model.safetensors"
+    )
+    monkeypatch.setitem(PRESETS, "wan-tiny", WanConfig(**SIZES))
+    given = {"text": states, "decode": False, "precision": "float32"}
+    weights = tiny_wan / "generator.pt"
+    known = []
+    for alpha in (8, 2):
+        text = f'{{"r": 4, "lora_alpha": {alpha}}}'
+        put(folder / "adapter_config.json", text.encode())
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        for lora in (folder, folder / "adapter_model.safetensors"):
+            for name in (
+                f"wan-tiny={weights}+{lora}",
+                model_file(tiny_wan, tmp_path, lora=str(lora)),
+            ):
+                model = load_model(name, **given)
+                found = model.network.state_dict()["blocks.0.ffn.2.weight"]
+                down, up = (pair[f"blocks.0.ffn.2.lora_{x}.weight"].double() for x in "AB")
+                expected = base["blocks.0.ffn.2.weight"].double() + alpha / 4 * up @ down
+                torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+                assert model.source["lora_strength"] == str(alpha / 4).removesuffix(".0")
+                assert model.source["lora_strength_by"] == "adapter_config.json"
+                assert model.source["lora_config"] == digest
+                assert model.source["lora"] == lora.name
+        known.append(model.source)
+    differ = {key for key in known[0] if known[0][key] != known[1][key]}
+    assert differ == {"lora_strength", "lora_config"}
 
 
 # -- what is refused, and when ---------------------------------------------------------------

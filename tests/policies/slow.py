@@ -11,52 +11,40 @@ import statistics
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cache"))
-import twin
-from twin import Script, Twin, turn
+import sessions
+from sessions import (
+    STORAGE,
+    assert_same_outputs,
+    assert_same_rows,
+    passes,
+    play,
+    policy,
+    rolling,
+    tape,
+    turn,
+)
+from sessions import session_of as session
 
 from lightning_kv.cache.decisions import Retention
-from lightning_kv.cache.passes import Pass
-from lightning_kv.cache.session import CacheSession
-from lightning_kv.policies.base import CachePolicy, RetainPart, SelectPart
-from lightning_kv.policies.registry import build_part
+from lightning_kv.policies.base import RetainPart, SelectPart
+from lightning_kv.testing import Script, Twin
 
-# Absolute positions hold rotated keys, a clamp that never bites holds raw ones: same numbers.
-STORAGE = {"rotated": "absolute", "raw": {"part": "clamp", "lag": 10_000}}
-
-
-def policy(bias=None, **parts) -> CachePolicy:
-    """A policy from the parts that differ from the full cache, as words, settings or objects."""
-    plain = {
-        "retain": "everything",
-        "select": "everything",
-        "positions": "absolute",
-        "precision": "as-computed",
-    }
-    built = {
-        kind: build_part(kind, part) if isinstance(part, str | dict) else part
-        for kind, part in (plain | parts).items()
-    }
-    return CachePolicy("test", **built, bias=bias)
+__all__ = ["STORAGE", "assert_same_rows", "passes", "play", "policy", "rolling", "tape", "turn"]
 
 
 def world(monkeypatch, grid=(2, 2), chunk=2, known=False):
-    """Let the twin and all that is here work on another grid and chunk.
+    """Let sessions and all that is here work on another grid and chunk.
 
     Where ``known``, the geometry says how long a chunk is.
     """
     own = {"grid": grid, "chunk": chunk if known else 0}
-    monkeypatch.setattr(twin, "GEOMETRY", replace(twin.GEOMETRY, **own))
-    monkeypatch.setattr(twin, "CHUNK", chunk)
-
-
-def session(made: CachePolicy, batch=1, **settings) -> CacheSession:
-    """A session of the twin's geometry."""
-    return CacheSession(twin.GEOMETRY, made, tuple(range(batch)), **settings)
+    monkeypatch.setattr(sessions, "GEOMETRY", replace(sessions.GEOMETRY, **own))
+    monkeypatch.setattr(sessions, "CHUNK", chunk)
 
 
 def stores(on, sample=0, namespace="cond"):
@@ -81,62 +69,7 @@ def raster(places):
     """Numbers of the tokens at places ``[n, 2]``; every one must be a whole one."""
     rows = [(float(row), float(column)) for row, column in places]
     assert all(x.is_integer() for pair in rows for x in pair)
-    return [int(row) * twin.GEOMETRY.grid[1] + int(column) for row, column in rows]
-
-
-def tape(steps, batch=1, seed=0, gain=1.0, loud=0.0):
-    """Random queries, keys and values for every pass and layer.
-
-    ``gain`` multiplies the queries: above 1 attention is sharper. With ``loud`` above 0 the values
-    of tokens differ in length.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    geometry, found = twin.GEOMETRY, []
-    for step in steps:
-        shape = (batch, len(step.frames) * geometry.tokens, geometry.heads, geometry.head_dim)
-        for layer in range(geometry.layers):
-            q, k, v = (torch.randn(shape, generator=rng) for _ in range(3))
-            if loud:
-                v = v * (loud * torch.randn(*shape[:-1], 1, generator=rng)).exp()
-            found.append((step, layer, gain * q, k, v))
-    return found
-
-
-def play(on, recorded, check=None, event=None):
-    """Run what was recorded through a session or a twin; all outputs, in order."""
-    out = []
-    for step, layer, q, k, v in recorded:
-        if event and step.opens and layer == 0:
-            event(on, step)
-        out.append(on.attend(layer, q, k, v, step).double())
-        if layer == twin.GEOMETRY.layers - 1:
-            if check:
-                check(step)
-            on.finish(step)
-    return out
-
-
-def rolling(chunks=4, flight=2, apart=True):
-    """Several chunks in flight; the oldest is committed apart, or as a part of the same pass."""
-    c = twin.CHUNK
-    for chunk in range(chunks):
-        frames = tuple(range(chunk * c, (chunk + flight) * c))
-        levels = tuple(250.0 * (1 + i // c) for i in range(len(frames)))
-        oldest = frames[:c]
-        yield Pass("denoise", frames, levels, chunk, 0, () if apart else oldest, True, c)
-        if apart:
-            yield Pass("commit", oldest, (0.0,) * c, chunk, 0, oldest, False, c)
-
-
-def uneven(sizes, noisy=1):
-    """Chunks of other lengths than the twin's, one after the other."""
-    start = 0
-    for chunk, size in enumerate(sizes):
-        frames, after = tuple(range(start, start + size)), (*sizes, 0)[chunk + 1]
-        for step in range(noisy):
-            yield Pass("denoise", frames, (500.0,) * size, chunk, step, (), step == 0, after)
-        yield Pass("commit", frames, (0.0,) * size, chunk, 0, frames, not noisy, after)
-        start += size
+    return [int(row) * sessions.GEOMETRY.grid[1] + int(column) for row, column in rows]
 
 
 # -- looking at the package ------------------------------------------------------------------
@@ -188,19 +121,24 @@ class Scattered(RetainPart):
 
 
 class Watching(Script):
-    """A script that is shown queries and keys before each pass, and told when memory changed."""
+    """A script that notes the frames that each layer holds in any head, as memory changes."""
 
-    twin: Any = None
+    frames: ClassVar[dict] = {}
 
-    def look(self, stream, step, q, k):
-        """Queries and keys of one stream, before rotation."""
+    def gathered(self, streams, step):
+        """Before any stream decides."""
+        self.settle(streams)
 
-    def settle(self, step):
-        """Memory has changed: note the frames that each layer holds in any head."""
-        self.frames = {}
-        for stream in self.twin.streams.values():
-            own = self.frames.setdefault((stream.sample, stream.layer), set())
-            own |= {r.frame for r in stream.rows}
+    def commit_all(self, streams, step):
+        """Once all have decided."""
+        self.settle(streams)
+
+    def settle(self, streams):
+        """Note them for one sample."""
+        self.frames = dict(self.frames)
+        for layer in {stream.layer for stream in streams}:
+            own = {r.frame for s in streams if s.layer == layer for r in s.rows}
+            self.frames[streams[0].sample, layer] = own
 
 
 def line(values, head):
@@ -226,83 +164,15 @@ def held(view, head):
     return found
 
 
-def same_rows(on, slow_twin, tolerance=1e-4):
-    """Assert that memory holds the rows of the twin, in the same order."""
-    for (b, layer, h), stream in slow_twin.streams.items():
-        store = stores(on, b)[layer]
-        where = (b, layer, h)
-        assert store.memory.lengths[h] == len(stream.rows), where
-        for name, own in (("frame_id", "frame"), ("time", "time")):
-            theirs = [getattr(r, own) for r in stream.rows]
-            assert field(store, name, h).tolist() == theirs, (name, *where)
-        assert raster(field(store, "place", h)) == [r.place for r in stream.rows], where
-        weights = torch.tensor([r.weight for r in stream.rows])
-        torch.testing.assert_close(field(store, "weight", h), weights)
-        if not stream.rows:
-            continue
-        keys = torch.stack(
-            [turn(r.k, r.time, r.place) if store.rotated else r.k.double() for r in stream.rows]
-        )
-        values = torch.stack([r.v.double() for r in stream.rows])
-        for name, mine in (("k", keys), ("v", values)):
-            theirs = payload(store, name, h).double()
-            torch.testing.assert_close(theirs, mine, atol=tolerance, rtol=0)
-    for (b, layer), frames in frames_of(slow_twin).items():
-        assert stores(on, b)[layer].frames == tuple(sorted(frames)), (b, layer)
-
-
-def frames_of(slow_twin):
-    """The frames that each layer of the twin holds in any head."""
-    found = {}
-    for (b, layer, _), stream in slow_twin.streams.items():
-        found.setdefault((b, layer), set()).update(r.frame for r in stream.rows)
-    return found
-
-
-class Watched(Twin):
-    """A twin whose script sees every pass's queries and keys, before rotation, first."""
-
-    def __init__(self, batch, script):
-        super().__init__(batch, script)
-        script.twin = self
-
-    def _one(self, stream, q, k, v, step):
-        self.script.look(stream, step, q, k)
-        return super()._one(stream, q, k, v, step)
-
-    def finish(self, step):
-        """Rows of all heads become final before any head decides."""
-        if not step.final:
-            return
-        for key, stream in self.streams.items():
-            stream.rows += [self.script.fresh(r) for r in self.flight[key] if r.frame in step.final]
-        self.script.settle(step)
-        for stream in self.streams.values():
-            self.script.commit(stream, step)
-        self.script.settle(step)
-
-
 def agree(made, script, recorded, batch=1, tolerance=5e-5, event=None, **settings):
     """Assert that session and twin give the same outputs and hold the same rows; returns both."""
-    on, slow_twin = session(made, batch, **settings), Watched(batch, script)
-    ours, theirs = (play(x, recorded, event=event) for x in (on, slow_twin))
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        torch.testing.assert_close(
-            a, b, atol=tolerance, rtol=0, msg=lambda m, i=i: f"call {i}, {recorded[i][0]}: {m}"
-        )
-    same_rows(on, slow_twin)
+    on, slow_twin = session(made, batch, **settings), Twin(sessions.GEOMETRY, batch, script)
+    assert_same_outputs(on, slow_twin, recorded, tolerance, event)
+    assert_same_rows(on, slow_twin)
     return on, slow_twin
 
 
 # -- arithmetic ------------------------------------------------------------------------------
-
-
-def spin(vector, time, row, column):
-    """Rotary embedding at any place, also between tokens; :func:`twin.turn` at whole ones."""
-    pairs = torch.view_as_complex(vector.double().reshape(-1, 2).contiguous())
-    angles = [p * 10000.0 ** (-2 * j / 4) for p in (time, row, column) for j in range(2)]
-    turned = pairs * torch.exp(1j * torch.tensor(angles, dtype=torch.float64))
-    return torch.view_as_real(turned).flatten()
 
 
 def softmax(logits):
@@ -406,8 +276,8 @@ def tokens_of(step, q):
     """Turned queries or keys of a pass, ``{frame: [(place, vector)]}``."""
     found = {}
     for i, x in enumerate(q):
-        frame, place = step.frames[i // twin.GEOMETRY.tokens], i % twin.GEOMETRY.tokens
-        time = step.query_times[i // twin.GEOMETRY.tokens]
+        frame, place = step.frames[i // sessions.GEOMETRY.tokens], i % sessions.GEOMETRY.tokens
+        time = step.query_times[i // sessions.GEOMETRY.tokens]
         found.setdefault(frame, []).append((place, turn(x, time, place)))
     return found
 
@@ -422,7 +292,7 @@ def past_of(rows):
 
 def attention_scores(rule, past, asked, flight, weight):
     """The attention score of every past frame, for one set of queries ``{frame: rows}``."""
-    tokens, groups = twin.GEOMETRY.tokens, rule.groups or twin.GEOMETRY.grid[0]
+    tokens, groups = sessions.GEOMETRY.tokens, rule.groups or sessions.GEOMETRY.grid[0]
     queries = [x for rows in asked.values() for _, x in rows]
     if rule.score == "lse":
         return {
@@ -451,7 +321,7 @@ def focused_frames(rule, rows, q, k, step):
     """Which past frames each query frame reads: ``{query frame: [frames]}``."""
     past, asked, flight = past_of(rows), tokens_of(step, q), tokens_of(step, k)
     weight = {(r.frame, r.place): r.weight for r in rows} if rule.log_weight else {}
-    sizes = {f: len(own) / twin.GEOMETRY.tokens for f, own in past.items()}
+    sizes = {f: len(own) / sessions.GEOMETRY.tokens for f, own in past.items()}
     if step.chunk < rule.start or sum(sizes.values()) <= rule.budget:
         return {f: list(past) for f in step.frames}
     unlike = unlikeness({f: dict(own) for f, own in past.items()})
@@ -470,7 +340,7 @@ def focused_frames(rule, rows, q, k, step):
     return found
 
 
-class FocusedScript(Watching):
+class FocusedScript(Script):
     """Focused reading for the twin."""
 
     def __init__(self, rule):
@@ -502,7 +372,7 @@ class RollingScript(FocusedScript):
                 found = self.denoise(past, step, q, k)
             else:
                 chosen = focused_frames(self.rule, stream.rows, q, k, step)
-                found = {f: chosen[f] + flight[-twin.CHUNK :] for f in flight}
+                found = {f: chosen[f] + flight[-sessions.CHUNK :] for f in flight}
         self.kept[id(stream)] = found
 
     def denoise(self, past, step, q, k):
@@ -514,7 +384,7 @@ class RollingScript(FocusedScript):
             anchor = best_of({f: scores[f] for f in first}, 1)
             middle = {f: scores[f] for f in past if f not in first}
             tail = {f: scores[f] for f in flight if f != frame}
-            need = max(0, self.rule.budget + twin.CHUNK - len(anchor) - 1)
+            need = max(0, self.rule.budget + sessions.CHUNK - len(anchor) - 1)
             many = need * len(middle) // max(1, len(middle) + len(tail))
             rest = need - many
             if rest > len(tail):

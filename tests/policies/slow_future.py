@@ -7,8 +7,9 @@ import statistics
 from dataclasses import dataclass
 
 import torch
-from slow import Watching, softmax, spin, twin
-from twin import Row, turn
+from slow import Watching, sessions, softmax, turn
+
+from lightning_kv.testing import Row
 
 
 def named(rows):
@@ -54,7 +55,7 @@ class FutureRule:
 
     def room(self, stream):
         """Rows that a head may keep: of single rows any number, unless heads differ."""
-        tokens = twin.GEOMETRY.tokens
+        tokens = sessions.GEOMETRY.tokens
         if self.shares:
             share = self.shares[stream.layer][stream.head]
             return round(share * self.rows / tokens) * tokens
@@ -94,7 +95,7 @@ class FutureScript(Watching):
         """Remember the queries of clean passes."""
         if step.phase == "denoise" or not step.final:
             return
-        tokens, rule = twin.GEOMETRY.tokens, self.rule
+        tokens, rule = sessions.GEOMETRY.tokens, self.rule
         rows = [
             (step.frames[i // tokens], i % tokens, x.double())
             for i, x in enumerate(q)
@@ -121,7 +122,7 @@ class FutureScript(Watching):
         times = [start + s * rule.horizon / rule.steps for s in range(rule.steps)]
         if rule.proxy == "bank":
             return Asked([turn(x, t, p) for t in times for _, p, x in known])
-        cell = {p: self.cell(p) for p in range(twin.GEOMETRY.tokens)}
+        cell = {p: self.cell(p) for p in range(sessions.GEOMETRY.tokens)}
         queries, spread, means = [], 0.0, {}
         for c in set(cell.values()):
             own = [(w, x) for w, p, x in known if cell[p] == c]
@@ -130,18 +131,18 @@ class FutureScript(Watching):
             spread = spread + w * (x - means[cell[p]]).square()
         for t in times:
             for c, mean in means.items():
-                places = [divmod(p, twin.GEOMETRY.grid[1]) for p in cell if cell[p] == c]
+                places = [divmod(p, sessions.GEOMETRY.grid[1]) for p in cell if cell[p] == c]
                 row, column = (statistics.fmean(x) for x in zip(*places, strict=True))
-                queries.append(spin(mean, t, row, column))
+                queries.append(turn(mean, t, (row, column)))
         return Asked(queries, spread.view(-1, 2).sum(1))
 
     def cell(self, place):
         """The spatial cell of a place."""
-        at = divmod(place, twin.GEOMETRY.grid[1])
+        at = divmod(place, sessions.GEOMETRY.grid[1])
         cells = (1, 1) if self.rule.proxy == "mean" else self.rule.cells
-        counts = [min(n, size) for n, size in zip(cells, twin.GEOMETRY.grid, strict=True)]
+        counts = [min(n, size) for n, size in zip(cells, sessions.GEOMETRY.grid, strict=True)]
         return tuple(
-            x * n // size for x, n, size in zip(at, counts, twin.GEOMETRY.grid, strict=True)
+            x * n // size for x, n, size in zip(at, counts, sessions.GEOMETRY.grid, strict=True)
         )
 
     def bias(self, stream, step, frame, index, row):
@@ -175,7 +176,7 @@ class FutureScript(Watching):
             if r.frame < rule.sink or r.frame >= step.final[0]
         }
         if rule.granularity == "frame":
-            room //= twin.GEOMETRY.tokens
+            room //= sessions.GEOMETRY.tokens
         before = self.scores(rows, logits, unit, set(units))
         gone, match = [], {}
         if rule.redundancy:
@@ -280,13 +281,13 @@ class FutureScript(Watching):
             near = all(
                 abs(a - b) <= self.rule.neighbourhood
                 for a, b in zip(
-                    divmod(u[1], twin.GEOMETRY.grid[1]),
-                    divmod(other[1], twin.GEOMETRY.grid[1]),
+                    divmod(u[1], sessions.GEOMETRY.grid[1]),
+                    divmod(other[1], sessions.GEOMETRY.grid[1]),
                     strict=True,
                 )
             )
             return gap(where[u[:2]], where[other[:2]]) if near and other[0] > u[0] else None
-        both = [p for p in range(twin.GEOMETRY.tokens) if {(u, p), (other, p)} <= where.keys()]
+        both = [p for p in range(sessions.GEOMETRY.tokens) if {(u, p), (other, p)} <= where.keys()]
         if other <= u or not both:
             return None
         return statistics.fmean(gap(where[u, p], where[other, p]) for p in both)
@@ -314,7 +315,7 @@ class FutureScript(Watching):
                 if self.rule.granularity == "token":
                     parts.setdefault(where[target[:2]], []).append(where[u[:2]])
                     continue
-                for p in range(twin.GEOMETRY.tokens):
+                for p in range(sessions.GEOMETRY.tokens):
                     if {(target, p), (u, p)} <= where.keys():
                         parts.setdefault(where[target, p], []).append(where[u, p])
         left = [

@@ -10,27 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from slow import (
-    Ask,
-    Watching,
-    agree,
-    filling,
-    play,
-    policy,
-    session,
-    stores,
-    tape,
-    twin,
-    world,
-)
-from twin import passes
+from slow import Ask, agree, filling, passes, play, policy, session, sessions, stores, tape, world
 
 from lightning_kv.policies.base import UnitPart
 from lightning_kv.policies.budgets import Amount
 from lightning_kv.policies.registry import build_budget, build_part
 from lightning_kv.policies.retain.window import Window
+from lightning_kv.testing import Script
 
-TOKENS, HEADS, LAYERS = twin.GEOMETRY.tokens, twin.GEOMETRY.heads, twin.GEOMETRY.layers
+TOKENS, HEADS, LAYERS = sessions.GEOMETRY.tokens, sessions.GEOMETRY.heads, sessions.GEOMETRY.layers
 
 
 # -- more for the heads whose scores are spread ----------------------------------------------
@@ -79,12 +67,12 @@ class ByNoise(UnitPart):
         return view.by_frame(rows) if self.unit == "frame" else rows
 
 
-class AdaptiveScript(Watching):
+class AdaptiveScript(Script):
     """The adaptive rule for the twin, over the heads of a layer or of all layers."""
 
     def __init__(self, rows, safe, over, granularity, sink):
         self.rows, self.safe, self.over = rows, safe, over
-        self.granularity, self.sink, self.plan = granularity, sink, None
+        self.granularity, self.sink, self.plan = granularity, sink, {}
 
     def unit(self, row):
         return row.frame if self.granularity == "frame" else (row.frame, row.place)
@@ -100,22 +88,17 @@ class AdaptiveScript(Watching):
             found[name] = (name, old + score, size + 1, safe)
         return list(found.values())
 
-    def settle(self, step):
-        super().settle(step)
-        if self.plan is not None:  # all streams have been cut: ready for the next commit
-            self.plan = None
-            return
+    def gathered(self, streams, step):
         together = {}
-        for key, stream in self.twin.streams.items():
-            own = together.setdefault(key[:1] if self.over == "model" else key[:2], [])
-            own.append((key, self.units(stream, step)))
-        self.plan = {}
+        for stream in streams:
+            own = together.setdefault(stream.layer if self.over == "layer" else None, [])
+            own.append((stream, self.units(stream, step)))
         for own in together.values():
             kept = share_out([units for _, units in own], self.rows, self.safe)
-            self.plan |= {key: names for (key, _), names in zip(own, kept, strict=True)}
+            self.plan |= {id(s): names for (s, _), names in zip(own, kept, strict=True)}
 
     def commit(self, stream, step):
-        kept = self.plan[stream.sample, stream.layer, stream.head]
+        kept = self.plan[id(stream)]
         stream.rows = [r for r in stream.rows if self.unit(r) in kept]
 
 
@@ -163,7 +146,7 @@ def test_the_adaptive_rule(data):
     score = [draw[h * count : (h + 1) * count] for h in range(HEADS)]
 
     class Look:
-        geometry, heads, layer = twin.GEOMETRY, HEADS, 0
+        geometry, heads, layer = sessions.GEOMETRY, HEADS, 0
 
     part = build_budget({"part": "adaptive", "amount": f"{frames}f", "safe": safe})
     tensors = (torch.tensor(x).unsqueeze(1) for x in (score, size, guard))
@@ -205,7 +188,7 @@ def test_reads_are_shared_among_heads_too(each):
 
 def held_frames(on):
     (lengths,) = {x for store in stores(on) for x in store.memory.lengths}
-    return lengths / twin.GEOMETRY.tokens
+    return lengths / sessions.GEOMETRY.tokens
 
 
 def byte_drive(precision, amount, chunks, retain="window", **settings):
@@ -307,6 +290,6 @@ def test_a_state_is_taken_off_a_budget_in_bytes_first():
         play(on, tape(passes(16, noisy=1)))
         assert max(on.costs[0].chunk_bytes) <= amount.value
         frames[own] = held_frames(on)
-    one = twin.GEOMETRY.frame_bytes
+    one = sessions.GEOMETRY.frame_bytes
     assert frames[0] == (amount.value - 2 * one) // one
     assert frames[width] == (amount.value - 2 * one - bytes_of(width)) // one

@@ -24,16 +24,15 @@ from slow import (
     agree,
     field,
     held,
+    passes,
     play,
     policy,
     rolling,
     session,
+    sessions,
     stores,
     tape,
-    twin,
-    uneven,
 )
-from twin import passes
 
 from lightning_kv import rollout
 from lightning_kv.cache.decisions import Event
@@ -49,8 +48,9 @@ from lightning_kv.policies.statistics import (
     standardised,
     token_group,
 )
+from lightning_kv.testing import chunked
 
-TOKENS, HEADS = twin.GEOMETRY.tokens, twin.GEOMETRY.heads
+TOKENS, HEADS = sessions.GEOMETRY.tokens, sessions.GEOMETRY.heads
 
 
 def focused(**settings):
@@ -138,7 +138,7 @@ def test_scores_without_any_spread_become_zero(value):
 def test_scores_of_ragged_memory_equal_slow_loops(storage, grid, monkeypatch):
     """Every head holds other rows; scores come per query frame and per head."""
     slow.world(monkeypatch, grid)
-    tokens, seen = twin.GEOMETRY.tokens, []
+    tokens, seen = sessions.GEOMETRY.tokens, []
 
     def question(view):
         if view.step.chunk < 3:
@@ -365,7 +365,7 @@ def test_a_short_last_chunk_starts_as_any_other(sizes, monkeypatch):
     def question(view):
         asked[view.step.chunk] = focused(budget="3f", start="paper").pick(view, {}) is not None
 
-    views(question, uneven(sizes))
+    views(question, chunked(sizes, 1))
     assert [c for c, selects in asked.items() if selects] == list(range(6, len(sizes)))
 
 
@@ -643,8 +643,8 @@ def test_a_share_may_be_written_as_a_whole_number(weight):
 
 def test_more_groups_than_tokens_are_refused():
     with pytest.raises(ValueError, match=r"groups=5 .* must be from 1 to 4"):
-        policy(select=focused(groups=5)).check(twin.GEOMETRY, 2, 12)
-    policy(select=focused(groups=4)).check(twin.GEOMETRY, 2, 12)
+        policy(select=focused(groups=5)).check(sessions.GEOMETRY, 2, 12)
+    policy(select=focused(groups=4)).check(sessions.GEOMETRY, 2, 12)
 
 
 def test_rolling_refuses_what_it_cannot_do():

@@ -24,22 +24,21 @@ from slow import (
     field,
     held,
     line,
+    passes,
     payload,
     play,
     policy,
     raster,
     rolling,
     session,
+    sessions,
     softmax,
-    spin,
     stores,
     tape,
     turn,
-    twin,
     world,
 )
 from slow_future import FutureRule, FutureScript
-from twin import passes
 
 from lightning_kv.cache.decisions import Event, Retention, Sums
 from lightning_kv.cache.passes import Pass
@@ -60,8 +59,8 @@ from lightning_kv.policies.retain.future.redundancy import (
 )
 from lightning_kv.policies.statistics import Bank, Moments, cell_index
 
-LAYERS, HEADS, TOKENS = twin.GEOMETRY.layers, twin.GEOMETRY.heads, twin.GEOMETRY.tokens
-WIDTH = twin.GEOMETRY.head_dim
+LAYERS, HEADS, TOKENS = sessions.GEOMETRY.layers, sessions.GEOMETRY.heads, sessions.GEOMETRY.tokens
+WIDTH = sessions.GEOMETRY.head_dim
 
 
 def future(rule, positions="absolute", **other):
@@ -125,7 +124,7 @@ def ahead_at(start):
 
     class Ahead:
         step = Pass("denoise", (7, 8), (0.0, 0.0), 3, times=(start, start + 1))
-        geometry = twin.GEOMETRY
+        geometry = sessions.GEOMETRY
 
     return Ahead()
 
@@ -164,15 +163,8 @@ def test_means_are_asked_at_the_centres_of_their_cells(grid, cells, monkeypatch)
         for c in range(count):
             places = [divmod(p, grid[1]) for p in range(len(cell)) if cell[p] == c]
             row, column = (statistics.fmean(x) for x in zip(*places, strict=True))
-            turned = spin(mean[1, c], time, row, column)
+            turned = turn(mean[1, c], time, (row, column))
             torch.testing.assert_close(next(asked), turned, atol=1e-5, rtol=0)
-
-
-def test_the_twin_turns_as_the_twin_of_the_cache():
-    x = torch.randn(WIDTH, generator=torch.Generator().manual_seed(4))
-    for place in range(TOKENS):
-        row, column = divmod(place, 2)
-        torch.testing.assert_close(spin(x, 3.5, row, column), turn(x, 3.5, place))
 
 
 @pytest.mark.parametrize("positions", ["absolute", "contiguous"])
@@ -278,7 +270,7 @@ def test_metrics_of_content_see_keys_before_rotation(metric, positions):
 def test_alike_frames_and_rows_equal_slow_loops(grid, monkeypatch):
     """Only younger ones, only at places that are there, only in the neighbourhood."""
     world(monkeypatch, grid)
-    tokens, missing = twin.GEOMETRY.tokens, []
+    tokens, missing = sessions.GEOMETRY.tokens, []
 
     def question(view):
         layout = Layout.of(view)
@@ -1062,9 +1054,9 @@ def test_settings_that_cannot_work_are_refused(settings_, said):
 def test_what_does_not_fit_the_model_or_the_rollout_is_refused(settings_, said):
     made = policy(retain={"part": "future", "budget": "6f", **settings_})
     with pytest.raises(ValueError, match=said):
-        made.check(twin.GEOMETRY, 2, 12)
+        made.check(sessions.GEOMETRY, 2, 12)
     fits = {"bank_frames": 10, "granularity": "token", "neighbourhood": 1, "sink": 4}
-    policy(retain={"part": "future", "budget": "6f", **fits}).check(twin.GEOMETRY, 2, 12)
+    policy(retain={"part": "future", "budget": "6f", **fits}).check(sessions.GEOMETRY, 2, 12)
 
 
 def test_frames_that_become_final_while_denoising_are_refused():
@@ -1087,10 +1079,10 @@ def test_frames_that_become_final_while_denoising_are_refused():
 def test_a_merge_that_counts_mass_twice_or_not_at_all_is_refused(merge, bias, fits):
     made = policy(retain={"part": "future", "budget": "6f", "merge": merge}, bias=bias)
     if fits:
-        made.check(twin.GEOMETRY, 2, 12)
+        made.check(sessions.GEOMETRY, 2, 12)
     else:
         with pytest.raises(ValueError, match=f"merge: {merge} does not go with bias"):
-            made.check(twin.GEOMETRY, 2, 12)
+            made.check(sessions.GEOMETRY, 2, 12)
 
 
 @pytest.mark.parametrize(("window", "sink"), [(3, 3), (0, 0), (4, -1)])

@@ -11,17 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from slow import play, policy, session, stores, tape, twin
-from twin import passes
+from slow import passes, play, policy, session, sessions, stores, tape
 
 from lightning_kv.policies.budget.importance import Importance, budgets
 from lightning_kv.policies.registry import build_budget, policy_from_dict, policy_to_dict
 from lightning_kv.policies.tables import HeadTable
 
 PUBLISHED = Path(__file__).parents[2] / "configs" / "heads" / "focused_forcing_wan_1.3b.json"
-TOKENS = twin.GEOMETRY.tokens
+TOKENS = sessions.GEOMETRY.tokens
 TABLE = ((0.0, 0.5, 1.0), (0.25, 0.75, 0.9))
-WAN = replace(twin.GEOMETRY, layers=30, heads=12)
+WAN = replace(sessions.GEOMETRY, layers=30, heads=12)
 
 
 def importance(**settings):
@@ -131,10 +130,10 @@ def test_a_table_of_another_model_is_refused_when_the_policy_meets_it(kind, tabl
     ):
         made = policy_from_dict({"name": "x", **part})
         with pytest.raises(ValueError, match=r"another model.*2 layers of 3 heads"):
-            made.check(twin.GEOMETRY, 2, 12)
+            made.check(sessions.GEOMETRY, 2, 12)
     fits = budget | {key: ((0.5, 1.0, 0.75),) * 2}
     policy_from_dict({"name": "x", "select": {"part": "focused", "budget": fits}}).check(
-        twin.GEOMETRY, 2, 12
+        sessions.GEOMETRY, 2, 12
     )
 
 
@@ -228,9 +227,9 @@ def test_less_than_what_is_protected_is_refused():
     for budget in (importance(least="3f"), importance(least="12t", amount="24t")):
         retain = {"part": "heavy-hitters", "sink": 2, "budget": budget}
         with pytest.raises(ValueError, match=r"4 frames are protected .* least: 4f or more"):
-            policy(retain=retain).check(twin.GEOMETRY, 2, 12)
+            policy(retain=retain).check(sessions.GEOMETRY, 2, 12)
     retain = {"part": "heavy-hitters", "sink": 2, "budget": importance(least="4f")}
-    policy(retain=retain).check(twin.GEOMETRY, 2, 12)
+    policy(retain=retain).check(sessions.GEOMETRY, 2, 12)
 
 
 @pytest.mark.parametrize("amount", ["6f", "24t"])
@@ -242,10 +241,10 @@ def test_a_table_that_gives_less_than_the_sink_is_refused(amount):
             budget = {"part": "table", "amount": amount, "shares": shares}
             made = policy(retain={"part": part, "sink": 3, "budget": budget})
             if share == fits:
-                made.check(twin.GEOMETRY, 2, 12)
+                made.check(sessions.GEOMETRY, 2, 12)
                 continue
             with pytest.raises(ValueError, match=r"smallest share .* are protected in every head"):
-                made.check(twin.GEOMETRY, 2, 12)
+                made.check(sessions.GEOMETRY, 2, 12)
 
 
 @pytest.mark.parametrize("least", ["2f", "8t"])
@@ -253,14 +252,14 @@ def test_an_importance_whose_least_is_below_the_sink_is_refused(least):
     budget = importance(least=least, amount="6f" if least == "2f" else "24t")
     made = policy(retain={"part": "window", "sink": 3, "budget": budget})
     with pytest.raises(ValueError, match=r"3 frames are protected .* least: 3f or more"):
-        made.check(twin.GEOMETRY, 2, 12)
-    policy(retain={"part": "window", "sink": 2, "budget": budget}).check(twin.GEOMETRY, 2, 12)
+        made.check(sessions.GEOMETRY, 2, 12)
+    policy(retain={"part": "window", "sink": 2, "budget": budget}).check(sessions.GEOMETRY, 2, 12)
 
 
 def test_the_frames_are_those_of_the_layer():
     part = importance(gamma=1.0, amount="5f")
 
     class Look:
-        layer, geometry = 1, twin.GEOMETRY
+        layer, geometry = 1, sessions.GEOMETRY
 
     assert part.allowed(Look()) == (2, 4, 5)

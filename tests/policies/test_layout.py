@@ -13,31 +13,31 @@ from slow import (
     STORAGE,
     AskAtCommit,
     Scattered,
-    Watching,
     agree,
     field,
     held,
     line,
+    passes,
     play,
     policy,
     rolling,
     session,
+    sessions,
     softmax,
     stores,
     tape,
     turn,
-    twin,
     world,
 )
-from twin import passes
 
 from lightning_kv.cache.decisions import Retention, Sums
 from lightning_kv.policies.base import UnitPart
 from lightning_kv.policies.layout import Layout
 from lightning_kv.policies.registry import build_part
 from lightning_kv.policies.retain.heavy_hitters import HeavyHitters
+from lightning_kv.testing import Script
 
-TOKENS, HEADS = twin.GEOMETRY.tokens, twin.GEOMETRY.heads
+TOKENS, HEADS = sessions.GEOMETRY.tokens, sessions.GEOMETRY.heads
 
 
 # -- layout ----------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def hashed(frame, place, head):
     return 1 + (frame * 7 + place * 5 + head * 3) % 11
 
 
-class ByHashScript(Watching):
+class ByHashScript(Script):
     def __init__(self, rows, granularity, sink):
         self.budget, self.granularity, self.sink = rows, granularity, sink
 
@@ -225,7 +225,7 @@ def test_settings_of_rows_that_cannot_work_are_refused():
             build_part("retain", {"part": "heavy-hitters", "budget": "4f", **settings})
     made = policy(retain={"part": "heavy-hitters", "budget": "4f", "sink": 3})
     with pytest.raises(ValueError, match="must lie between 5f and 10f"):
-        made.check(twin.GEOMETRY, 2, 12)
+        made.check(sessions.GEOMETRY, 2, 12)
 
 
 # -- heavy hitters ---------------------------------------------------------------------------
@@ -238,7 +238,7 @@ class HeavyScript(ByHashScript):
         if step.phase == "denoise":
             return
         self.fresh_mass = getattr(self, "fresh_mass", {})
-        tokens, width = twin.GEOMETRY.tokens, math.sqrt(len(q[0]))
+        tokens, width = sessions.GEOMETRY.tokens, math.sqrt(len(q[0]))
         place = [(step.frames[i // tokens], i % tokens) for i in range(len(q))]
         keys = [turn(r.k, r.time, r.place) for r in stream.rows]
         keys += [turn(x, *at) for x, at in zip(k, place, strict=True)]
@@ -264,7 +264,9 @@ class HeavyScript(ByHashScript):
         safe = {
             self.unit(r) for r in stream.rows if r.frame < self.sink or r.frame >= step.final[0]
         }
-        room = self.budget // twin.GEOMETRY.tokens if self.granularity == "frame" else self.budget
+        room = (
+            self.budget // sessions.GEOMETRY.tokens if self.granularity == "frame" else self.budget
+        )
         rest = sorted((k for k in score if k not in safe), key=lambda k: (-score[k], k))
         kept = safe | set(rest[: max(0, room - len(safe))])
         stream.rows = [r for r in stream.rows if self.unit(r) in kept]
@@ -385,7 +387,7 @@ def test_a_budget_in_bytes_holds_statistics_and_columns_too(retain, kib):
     on = session(made)
     play(on, tape(passes(9, noisy=1)))
     assert on.costs[0].peak_bytes <= kib * 1024
-    assert on.costs[0].chunk_bytes[-1] > kib * 1024 - 3 * twin.GEOMETRY.frame_bytes
+    assert on.costs[0].chunk_bytes[-1] > kib * 1024 - 3 * sessions.GEOMETRY.frame_bytes
 
 
 def test_tables_of_the_caller_are_no_bytes_of_the_cache():

@@ -15,23 +15,23 @@ from slow import (
     AskAtCommit,
     Scattered,
     held,
+    passes,
     play,
     policy,
     rolling,
     session,
+    sessions,
     stores,
     tape,
-    twin,
     world,
 )
-from twin import passes
 
 from lightning_kv.cache.decisions import Event
 from lightning_kv.policies.base import SelectPart, UnitPart
 from lightning_kv.policies.registry import build_budget
 from lightning_kv.policies.retain.heavy_hitters import HeavyHitters
 
-TOKENS, HEADS = twin.GEOMETRY.tokens, twin.GEOMETRY.heads
+TOKENS, HEADS = sessions.GEOMETRY.tokens, sessions.GEOMETRY.heads
 
 
 # -- scores by what keys are -----------------------------------------------------------------

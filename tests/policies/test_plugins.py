@@ -158,6 +158,22 @@ def test_of_the_wrong_kind(package):
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- a", "It holds no mapping but list"),
+        ("name: [", "It is no YAML"),
+        ("name: x\nretan: window", "No key of a policy 'retan'. Did you mean 'retain'"),
+        ("retain: window", "A policy without `name:`"),
+    ],
+)
+def test_what_is_wrong_in_a_policy_file_names_the_file(tmp_path, text, said):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"In the policy file '.*mine\.yaml': {said}"):
+        load_policy(f"{path}@9f")
+
+
+@pytest.mark.parametrize(
     ("spec", "said"),
     [
         ("everything", "alone is no policy: it is a retain and a select part"),

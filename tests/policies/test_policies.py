@@ -16,6 +16,7 @@ from lightning_kv.policies.registry import (
     policy_to_dict,
     preset,
     presets,
+    sized,
 )
 from lightning_kv.policies.scored import top_units
 
@@ -86,6 +87,11 @@ def test_a_budget_in_the_name_reaches_the_part():
     assert made.name == "top-attention@0.5"
     assert made.select.budget.amount == "0.5"
     assert made.retain.budget is None
+
+
+def test_only_a_policy_with_a_budget_is_given_one():
+    names = ("full", "dummy-forcing", "h2o", "random", "future-focused")
+    assert [sized(name, "6f") for name in names] == [*names[:2], *(f"{n}@6f" for n in names[2:])]
 
 
 def test_two_budgets_keep_their_ratio_or_are_both_given():

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from slow import payload, play, policy, session, stores, tape
-from twin import passes
+from slow import passes, payload, play, policy, session, stores, tape
 
 from lightning_kv.cache.codecs import CODECS
 

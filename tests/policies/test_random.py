@@ -1,14 +1,18 @@
-"""The random control: which frames it always reads, however many are in flight."""
+"""The random controls: what they always read or keep, and that the rest is drawn evenly."""
 
+import math
+import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from slow import Ask, play, policy, rolling, session, tape, uneven, world
+from slow import Ask, play, policy, rolling, session, tape, world
 
-from lightning_kv.policies.registry import build_part
+from lightning_kv.policies.registry import build_part, preset
+from lightning_kv.testing import chunked, random_tape
 
 
 def reads(monkeypatch, steps, budget):
@@ -45,6 +49,43 @@ def test_with_many_chunks_in_flight_three_frames_are_always_read(budget, monkeyp
 
 @pytest.mark.parametrize("last", [1, 2, 3])
 def test_a_short_last_chunk_reads_the_whole_chunk_before_it(last, monkeypatch):
-    seen = reads(monkeypatch, uneven([3, 3, 3, 3, last]), 4)
+    seen = reads(monkeypatch, chunked([3, 3, 3, 3, last], 1), 4)
     ends = [read for step, _, read in seen if step.chunk == 4]
     assert ends and all(read[-3:] == [9, 10, 11] and len(read) == 4 for read in ends)
+
+
+def test_random_memory_holds_every_past_frame_equally_often():
+    """A reservoir: 300 samples, each frame of the past within four deviations of its share."""
+    policy = preset("random-memory@8f")
+    tape = random_tape(
+        chunked([3] * 8, noisy=1), layers=1, heads=1, head_dim=6, grid=(1, 1), batch=300
+    )
+    session = tape.session(policy)
+    for step, _ in tape.running(session):
+        if not step.final or step.chunk < 3:
+            continue
+        held = [cache.stores["cond"][0].frames for cache in session.samples]
+        assert all(len(own) == 8 and own[-3:] == step.final for own in held)
+        past, share = step.start, 5 / step.start
+        counts = Counter(frame for own in held for frame in own[:-3])
+        spread = math.sqrt(300 * share * (1 - share))
+        for frame in range(past):
+            assert abs(counts[frame] - 300 * share) <= 4 * spread + 1e-9, (step.chunk, frame)
+
+
+def test_random_memory_is_one_draw_for_all_heads_layers_and_times():
+    """Equal to a sort of one keyed number per frame; a frame that is dropped never comes back."""
+    tape = random_tape(chunked([2] * 9), layers=2, heads=3, batch=2)
+    session, seen = tape.session(preset("random-memory@5f")), {}
+    for step, _ in tape.running(session):
+        if not step.final:
+            continue
+        for cache in session.samples:
+            seed = session.seeds[cache.index]
+            rank = sorted(
+                range(step.start), key=lambda f, s=seed: -random.Random(f"{s} frame {f}").random()
+            )
+            kept = tuple(sorted((*rank[:3], *step.final)))
+            assert {store.frames for store in cache.stores["cond"]} == {kept}
+            seen.setdefault(cache.index, []).append(kept)
+    assert seen[0] != seen[1], "samples draw apart"

@@ -14,8 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from slow import Ask, AskAtCommit, Scattered, play, policy, rolling, session, tape, twin, world
-from twin import passes, turn
+from slow import (
+    Ask,
+    AskAtCommit,
+    Scattered,
+    passes,
+    play,
+    policy,
+    rolling,
+    session,
+    sessions,
+    tape,
+    turn,
+    world,
+)
 
 from lightning_kv.cache.decisions import Event, Retention
 from lightning_kv.cache.passes import Pass
@@ -32,7 +44,7 @@ from lightning_kv.policies.statistics import (
     update_moments,
 )
 
-LAYERS, HEADS, WIDTH = twin.GEOMETRY.layers, twin.GEOMETRY.heads, twin.GEOMETRY.head_dim
+LAYERS, HEADS, WIDTH = sessions.GEOMETRY.layers, sessions.GEOMETRY.heads, sessions.GEOMETRY.head_dim
 CLEAN = {"moments": update_moments, "bank": update_bank}
 
 
@@ -72,7 +84,7 @@ def collected(name, recorded, event=None, **how):
 
 def clean(recorded, head, layer=1):
     """Queries of one stream that become final in a clean pass: chunk by chunk (frame, place, q)."""
-    tokens, chunks = twin.GEOMETRY.tokens, []
+    tokens, chunks = sessions.GEOMETRY.tokens, []
     for step, own, q, _, _ in recorded:
         if own == layer and step.final and step.phase != "denoise" and not step.rebuild:
             rows = q[0, :, head].double()
@@ -200,7 +212,7 @@ def test_a_bank_holds_the_newest_frames(grid, chunk, frames, rows, monkeypatch):
     """Evenly spaced places, other ones in the next frame, oldest frame first."""
     world(monkeypatch, grid, chunk)
     recorded = tape(passes(5, noisy=1))
-    tokens = twin.GEOMETRY.tokens
+    tokens = sessions.GEOMETRY.tokens
     count = min(rows, tokens)
     for made, found in enumerate(collected("bank", recorded, frames=frames, rows=rows), 1):
         bank = found[1]

@@ -53,6 +53,7 @@ def test_words_and_header_say_where_the_weights_come_from(tmp_path):
     torch.save({"generator": first}, tmp_path / "base.pt")
     pair = {f"blocks.0.ffn.2.lora_{x}.weight": torch.ones(s) for x, s in (("A", 128), ("B", 64))}
     pair = {k: v[None] if "_A" in k else v[:, None] for k, v in pair.items()}
+    pair["blocks.0.ffn.2.alpha"] = torch.tensor(0.5)
     save_file(pair, tmp_path / "lora.safetensors")
     out = tmp_path / "merged.safetensors"
     done = convert(
@@ -64,7 +65,8 @@ def test_words_and_header_say_where_the_weights_come_from(tmp_path):
         "It holds dim 64, 2 layers, ffn 128.",
         f"69 tensors, {sum(v.numel() for v in first.values()):,} parameters, float32 (69).",
         f"SHA-256 {found.sha256}.",
-        f"Merged the LoRA lora.safetensors (SHA-256 {found.lora_sha256}).",
+        f"Merged the LoRA lora.safetensors (SHA-256 {found.lora_sha256}) at strength 0.5, "
+        "by: alpha tensors.",
         f"Wrote {out} with original names.",
     ]
     with safe_open(out, "pt") as file:
@@ -75,9 +77,21 @@ def test_words_and_header_say_where_the_weights_come_from(tmp_path):
             "sha256": found.sha256,
             "lora": "lora.safetensors",
             "lora_sha256": found.lora_sha256,
+            "lora_strength": "0.5",
+            "lora_strength_by": "alpha tensors",
         }
     key = "blocks.0.ffn.2.weight"
-    torch.testing.assert_close(read_checkpoint(out).tensors[key], first[key] + 1)
+    torch.testing.assert_close(read_checkpoint(out).tensors[key], first[key] + 0.5)
+
+
+def test_a_strength_that_nobody_has_said_is_said(tmp_path):
+    save_file(weights(), tmp_path / "base.safetensors")
+    pair = {f"head.head.lora_{x}.weight": torch.ones(64, 64) for x in "AB"}
+    save_file(pair, tmp_path / "lora.safetensors")
+    given = (tmp_path / "base.safetensors", tmp_path / "out.safetensors", "original")
+    done = convert(*given, lora=tmp_path / "lora.safetensors")
+    assert "at strength 1, by: alpha = rank, unsaid." in done.words[-3]
+    assert "lora.safetensors does not say how strong its products are" in done.words[-2]
 
 
 def test_heads_are_128_wide_unless_said(tmp_path):

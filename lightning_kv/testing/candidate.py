@@ -1,0 +1,233 @@
+"""A policy under test: with budgets that fit a tape, and what came of playing each tape once."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from lightning_kv.cache.decisions import Event
+from lightning_kv.cache.passes import Pass
+from lightning_kv.cache.session import CacheSession
+from lightning_kv.policies.base import CachePolicy, SelectPart
+from lightning_kv.policies.budget.uniform import Uniform
+from lightning_kv.policies.budgets import Amount
+from lightning_kv.testing.compare import Decisions
+from lightning_kv.testing.reach import footprint
+from lightning_kv.testing.tapes import (
+    FULL,
+    Tape,
+    chunked,
+    guided,
+    random_tape,
+    recorded_tape,
+    rolling,
+    without_commits,
+)
+
+
+class Refused(Exception):
+    """The policy declares a need that a model, sampler or rollout does not meet."""
+
+
+def _recorded() -> Tape:
+    """What the embedded model asks of its cache; of four denoising passes the first two."""
+    from lightning_kv.models import load_model  # loads weights: only where it is asked for
+
+    tape, _ = recorded_tape(load_model("panorama"), FULL, "dusk fast n10 left", 18)
+    return replace(tape, entries=tuple(e for e in tape.entries if e.step.step < 2))
+
+
+TAPES: dict[str, Callable[[], Tape]] = {
+    "chunks of 3": lambda: random_tape(chunked((3,) * 8)),
+    "chunks of 1": lambda: random_tape(chunked((1,) * 10, 1), grid=(1, 4)),
+    "chunks of 4": lambda: random_tape(chunked((4,) * 6, 1), grid=(3, 2)),
+    "short last chunk": lambda: random_tape(chunked((3, 3, 3, 3, 3, 1), 1), grid=(1, 5)),
+    "shorter first chunk": lambda: random_tape(chunked((1, 3, 3, 3, 3, 3), 1)),
+    "given frames": lambda: replace(random_tape(chunked((2,) * 8, 1, context=2)), context=4),
+    "rolling": lambda: random_tape(rolling(2, 14, 3)),
+    "rolling, short last chunk": lambda: random_tape(rolling(3, 13, 2), grid=(2, 2)),
+    "no commit pass": lambda: random_tape(without_commits(chunked((3,) * 6))),
+    "rolling, no commit pass": lambda: random_tape(without_commits(rolling(2, 12, 2))),
+    "guided": lambda: random_tape(guided(chunked((3,) * 6, 1))),
+    "events": lambda: random_tape(
+        chunked((3,) * 8, 1),
+        events=(Event("prompt_switch", 12, "another prompt"), Event("scene_cut", 18)),
+    ),
+    "two samples": lambda: random_tape(chunked((3,) * 6, 1), batch=2, seed=1),
+    "another seed": lambda: random_tape(chunked((3,) * 8), seed=2),
+    "long": lambda: random_tape(chunked((4,) * 15, 1), grid=(1, 2)),
+    "recorded": _recorded,
+}
+"""By name; made when they are first asked for."""
+
+
+def tape(name: str) -> Tape:
+    """A tape of :data:`TAPES`; a copy, so that a part that writes into it spoils no other test."""
+    return _made(name).copy()
+
+
+@cache
+def _made(name: str) -> Tape:
+    return TAPES[name]()
+
+
+@dataclass
+class Played:
+    """What came of one tape.
+
+    Args:
+        session: As it was left.
+        outputs: Of all layers in all passes.
+        decisions: What was kept and read.
+    """
+
+    session: CacheSession
+    outputs: list[Tensor]
+    decisions: Decisions
+
+
+class Candidate:
+    """A policy under test.
+
+    Args:
+        policy: As it was given; nobody has played anything with it yet.
+    """
+
+    def __init__(self, policy: CachePolicy) -> None:
+        self.policy = policy
+        self.before = [footprint(part) for part in policy.parts]
+        self._played: dict[tuple[Any, ...], Played | Exception] = {}
+
+    def fitted(self, name: str) -> CachePolicy:
+        """The policy with budgets that leave something out on this tape, if they do not yet.
+
+        Raises:
+            Refused: It cannot work there, and says so.
+        """
+        own = tape(name)
+        return admitted(within(self.policy, own, (own.frames - own.geometry.chunk) // 2), own)
+
+    def played(self, name: str, policy: CachePolicy | None = None, **settings: Any) -> Played:
+        """Play a tape to its end, once for all checks."""
+        key = (name, None if policy is None else repr(policy), tuple(sorted(settings.items())))
+        if key not in self._played:
+            try:
+                self._played[key] = play(policy or self.fitted(name), tape(name), **settings)
+            except (Refused, ValueError) as error:
+                self._played[key] = error
+        found = self._played[key]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def play(policy: CachePolicy, own: Tape, **settings: Any) -> Played:
+    """Play a tape, and note what is decided."""
+    decisions = Decisions()
+    session, outputs = own.session(policy, watch=decisions, **settings), []
+    for step, found in own.running(session):
+        outputs += found
+        if step.final:
+            decisions.commit(session, step)
+    return Played(session, outputs, decisions)
+
+
+def admitted(policy: CachePolicy, own: Tape) -> CachePolicy:
+    """The policy, if it says that it works on a tape.
+
+    Raises:
+        Refused: It says that it does not, and what would work.
+    """
+    try:
+        policy.check(own.geometry, own.geometry.chunk, own.frames)
+        own.session(policy)
+    except ValueError as error:
+        refusal(error)
+    return policy
+
+
+def refusal(error: ValueError) -> NoReturn:
+    """Take an error for a refusal, if it also says what would work.
+
+    Raises:
+        Refused: It does.
+        AssertionError: It does not.
+    """
+    parts = re.split(r"(?<=[.:?!])\s", str(error).strip())
+    assert len(parts) > 1, f"refused without a way out: {error}"
+    raise Refused(str(error)) from error
+
+
+def within(policy: CachePolicy, own: Tape, most: int) -> CachePolicy:
+    """Budgets of at most so many frames (reads: two thirds of it), and of what is protected."""
+    changed = {}
+    for kind, limit in (("retain", most), ("select", most * 2 // 3)):
+        part = getattr(policy, kind)
+        if part.budget is None:
+            continue
+        amount, tokens = Amount.parse(part.budget.amount), own.geometry.tokens
+        frames = {"f": amount.value, "t": amount.value / tokens}.get(amount.unit)
+        if amount.unit == "share" or (frames is not None and frames <= limit):
+            continue
+        text = f"{max(limit, part.smallest(own.geometry.chunk))}f"
+        try:
+            changed[kind] = replace(part, budget=replace(part.budget, amount=text))
+        except ValueError:  # a budget with a second amount: as it was given
+            continue
+    return replace(policy, asked=False, **changed)
+
+
+def generous(policy: CachePolicy, own: Tape) -> CachePolicy:
+    """The policy with budgets of everything; what has no budget, and what is no budget, left out.
+
+    Parts without a budget, positions and codecs may well lose something: they do not say that
+    they lose nothing.
+    """
+    every = Uniform(f"{own.frames}f")
+    parts = {
+        kind: replace(part, budget=every) if part.budget is not None else getattr(FULL, kind)
+        for kind, part in (("retain", policy.retain), ("select", policy.select))
+    }
+    plain = {"positions": FULL.positions, "precision": FULL.precision}
+    return replace(policy, asked=False, **parts, **plain)
+
+
+def allowed_rows(
+    session: CacheSession, kind: str, history: int
+) -> list[list[float]] | float | None:
+    """Rows that a budget allows each head, layer by layer; one number: on average over all heads.
+
+    Args:
+        session: Of a policy.
+        kind: ``retain`` or ``select``.
+        history: Frames that have been made.
+    """
+    part, of = getattr(session.policy, kind), session.geometry
+    if part.budget is None:
+        return None
+    amount = Amount.parse(part.budget.amount)
+    if amount.unit == "B":
+        return None
+    share = max(math.floor(amount.value * history), part.smallest(of.chunk)) * of.tokens
+    rows = {"f": amount.value * of.tokens, "t": amount.value, "share": share}[amount.unit]
+    if part.budget.name == "uniform":
+        return [[rows] * of.heads] * of.layers
+    if amount.unit == "share":
+        return None
+    last = Pass("commit", (history,), (0.0,), 0, final=(history,))
+    given = [part.budget.allowed(view) for view in session.samples[0].views(last)]
+    if None in given:
+        return rows
+    return [[n * of.tokens for n in (own * of.heads)[: of.heads]] for own in given]
+
+
+def starts_late(part: SelectPart) -> bool:
+    """Whether a selection is told to read everything until some chunk, by a setting ``start``."""
+    names = [x.name for x in fields(part) if x.name.rpartition("_")[2] == "start"]
+    return any(getattr(part, name) not in ("budget", 0) for name in names)
