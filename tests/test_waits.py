@@ -24,7 +24,7 @@ def test_every_policy_is_counted(found):
     from lightning_kv.policies.registry import presets
 
     named = {name.partition("@")[0].partition(",")[0] for name in found}
-    assert set(presets(without_tables=True)) <= named
+    assert set(presets()) <= named
 
 
 @pytest.mark.parametrize("case", count_waits.cases(LAYERS), ids=lambda case: case.name)

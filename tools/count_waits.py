@@ -24,7 +24,7 @@ from lightning_kv import load_policy, rollout
 from lightning_kv.models.samplers import sampler_of, spaced
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
-from lightning_kv.policies.registry import presets, sized
+from lightning_kv.policies.registry import preset, presets, sized
 from lightning_kv.tasks.waits import counting
 
 CHUNK, FRAMES, HEADS = 8, 30, 12
@@ -48,6 +48,7 @@ class Case:
         planned: Waits that a plan may take, over all layers and samples.
         each: A plan is made in every pass.
         codes: Rows get codecs.
+        record: Tables that are made on the way.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Case:
     planned: int = 0
     each: bool = False
     codes: bool = False
+    record: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def cases(layers: int) -> list[Case]:
     adaptive = mass | {"budget": {"part": "adaptive", "amount": "4f"}}
     coded = {"part": "aged", "codec": "int4", "age": 3}
     found = []
-    for name in presets(without_tables=True):
+    for name in presets():
         fixed = name in ("infinity-rope", "rolling-forcing")
         spec = name if fixed else sized(name, "12f" if name == "future-focused" else "6f")
         for sampler in SAMPLERS:
@@ -93,6 +95,9 @@ def cases(layers: int) -> list[Case]:
             )
     return [
         *found,
+        Case("full, written down", "full", record=("mass", "outputs")),
+        Case("full, written down, rolling", "full", "rolling", record=("mass", "outputs")),
+        Case("a ragged window, written down", {"name": "r", "retain": ragged}, record=("mass",)),
         Case("focused once per chunk and head", {"name": "once", "select": once}),
         Case("table-budget window", {"name": "table", "retain": ragged}),
         Case("h2o over tokens", {"name": "tokens", "retain": tokens}),
@@ -127,10 +132,14 @@ def rows(layers: int) -> Iterator[Row]:
     for case in cases(layers):
         model = random_model(replace(config, **SAMPLERS[case.sampler]))
         prompts = [f"prompt {i}" for i in range(case.batch)]
+        policy, about = load_policy(case.policy), {"decode": False}
+        if policy.needs:
+            told = rollout(model, preset("full"), prompts, FRAMES, record=policy.needs, **about)
+            about["tables"] = told.tables
+        about["record"] = case.record
         with counting("cpu") as waits:
             watched = waits.watched(sampler_of(model.network.config))
-            policy = load_policy(case.policy)
-            rollout(model, policy, prompts, FRAMES, decode=False, sampler=watched)
+            rollout(model, policy, prompts, FRAMES, sampler=watched, **about)
         own, passes = waits.summary(CHUNK)["by_pass"], waits.summary(CHUNK)["passes"]
         counts = (own["first"], own["denoise"], own["commit"])
         yield Row(case.name, *counts, passes["denoise"], case.each)

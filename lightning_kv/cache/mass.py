@@ -152,14 +152,13 @@ class RowRecorder(Recorder):
         return each * len(self.chunks) * of.branches
 
     def begin(self, clips: Sequence[Clip]) -> None:
-        """See :class:`Recorder`; makes the folder."""
+        """See :class:`Recorder`."""
         super().begin(clips)
         if wrong := [c for c in self.chunks if not 0 <= c < clips[0].chunks]:
             raise ValueError(
                 f"Mass by row was asked of chunks {wrong}, and the rollout has "
                 f"{clips[0].chunks}, counted from 0. Name some of these."
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     def note(self, view: PassView) -> None:
         """Add the mass of a pass to its chunk's file."""
@@ -169,6 +168,7 @@ class RowRecorder(Recorder):
         place, clip = (view.sample, step.namespace, step.chunk), self.clips[view.sample]
         if place not in self._files:
             named = f"{clip.seed:016x}-{view.sample:03d}-{step.namespace}-{step.chunk:03d}"
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._files[place] = self.folder / f"mass-{named}.f32"  # other batches and ranks differ
             self._files[place].unlink(missing_ok=True)  # an older table may still be read
         if not view.layer:

@@ -298,6 +298,7 @@ def test_a_table_above_its_limit_is_refused(name, tmp_path):
     clips = slow.clips(tape(passes(3)))
     size = RECORDERS[name](tmp_path).size(clips[0])
     RECORDERS[name](tmp_path, limit=size).begin(clips)
+    assert not list(tmp_path.iterdir()), "nothing is made before there is something to write"
     text = rf"'{name}' takes {size:,} bytes per clip, and its limit is {size - 1:,}\. Record less"
     with pytest.raises(ValueError, match=text):
         RECORDERS[name](tmp_path / "not", limit=size - 1).begin(clips)
