@@ -6,4 +6,5 @@ extras="[dev,wan]"
 source tools/environment.sh
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
-OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest --doctest-modules lightning_kv tests "$@"
+OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile \
+  --doctest-modules lightning_kv tests "$@"
