@@ -15,7 +15,8 @@ for kernels in default avx2; do
   export ATEN_CPU_CAPABILITY="$kernels"
   echo "== tests with ATEN_CPU_CAPABILITY=$kernels ONEDNN_MAX_CPU_ISA=$ONEDNN_MAX_CPU_ISA"
   code=0
-  "$venv/bin/python" -m pytest --doctest-modules lightning_kv tests "$@" || code=$?
+  "$venv/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile \
+    --doctest-modules lightning_kv tests "$@" || code=$?
   if [ "$code" -eq 0 ]; then
     summary+=("$kernels: passed")
   else
