@@ -9,8 +9,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "policies"))
 import slow_hindsight as slow
-from slow import AskAtCommit, Scattered, play, policy, rolling, session, tape, twin, uneven
-from twin import passes
+from slow import (
+    AskAtCommit,
+    Scattered,
+    passes,
+    play,
+    policy,
+    rolling,
+    session,
+    sessions,
+    tape,
+)
 
 from lightning_kv import preset, rollout
 from lightning_kv.cache.decisions import Event, Retention, Sums
@@ -22,8 +31,9 @@ from lightning_kv.cache.session import CacheSession
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
 from lightning_kv.policies.base import PositionsPart
+from lightning_kv.testing import chunked
 
-GEOMETRY, CHUNK = twin.GEOMETRY, twin.CHUNK
+GEOMETRY, CHUNK = sessions.GEOMETRY, sessions.CHUNK
 LAYERS, HEADS, TOKENS = GEOMETRY.layers, GEOMETRY.heads, GEOMETRY.tokens
 
 
@@ -95,7 +105,7 @@ CASES = {
     ),
     "given frames": (lambda: policy(), lambda: slow.given(4), 1, {}),
     "several chunks in flight": (lambda: policy(), lambda: rolling(4, 3), 1, {}),
-    "a short last chunk": (lambda: policy(), lambda: uneven([2, 2, 2, 1], noisy=2), 1, {}),
+    "a short last chunk": (lambda: policy(), lambda: chunked([2, 2, 2, 1], noisy=2), 1, {}),
     "two branches": (
         lambda: policy(retain=Scattered()),
         lambda: branches(passes(3)),
@@ -277,7 +287,7 @@ def test_outputs_take_no_more_bytes_than_were_said(case, queries):
             assert nbytes(table) <= recorder.size(own[0])
 
 
-@pytest.mark.parametrize("steps", [lambda: passes(4), lambda: uneven([2, 2, 2, 1], noisy=2)])
+@pytest.mark.parametrize("steps", [lambda: passes(4), lambda: chunked([2, 2, 2, 1], noisy=2)])
 def test_outputs_of_a_plain_rollout_take_all_of_them(steps):
     recorded = tape(steps())
     clips = slow.clips(recorded, geometry=replace(GEOMETRY, chunk=CHUNK, flight=CHUNK))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from slow import twin
-from twin import turn
+from slow import sessions, turn
 
 from lightning_kv.cache.recorder import Clip
+from lightning_kv.testing import chunked
 
 
 @dataclass
@@ -71,10 +71,10 @@ def met(recorded, stays=None, time=None, extra=None):
     ``stays(frame, place, head, layer)`` says which rows outlive their commit; ``time`` where a
     past row is met and ``extra`` what is added to its logit.
     """
-    past, tokens = {}, twin.GEOMETRY.tokens
+    past, tokens = {}, sessions.GEOMETRY.tokens
     for step, layer, q, k, v in recorded:
         for b in range(len(q)):
-            for h in range(twin.GEOMETRY.heads):
+            for h in range(sessions.GEOMETRY.heads):
                 own = past.setdefault((b, step.namespace, layer, h), [])
                 spots = [
                     (i * tokens + p, f, p) for i, f in enumerate(step.frames) for p in range(tokens)
@@ -134,11 +134,7 @@ def asked(step, count, queries, passes):
 
 def given(chunks, first=2):
     """A rollout whose first chunks are given: each of them in one pass."""
-    for step in twin.passes(chunks):
-        if step.chunk >= first:
-            yield step
-        elif step.final:
-            yield replace(step, phase="prefill", opens=True)
+    return chunked([sessions.CHUNK] * chunks, context=first)
 
 
 @dataclass
@@ -215,6 +211,6 @@ def clips(recorded, batch=1, seeds=None, **changes):
         if not layer:
             where = (step.namespace, step.chunk)
             most[where] = most.get(where, 0) + 1
-    geometry = changes.pop("geometry", twin.GEOMETRY)
+    geometry = changes.pop("geometry", sessions.GEOMETRY)
     about = (frames, chunks, geometry, max(most.values()))
     return [Clip(f"k{i}", i, *about, **changes) for i in range(batch)]

@@ -12,17 +12,17 @@ import slow_hindsight as slow
 from slow import (
     AskAtCommit,
     field,
+    passes,
     play,
     policy,
     rolling,
     session,
+    sessions,
     stores,
     tape,
-    twin,
-    uneven,
+    turn,
     world,
 )
-from twin import passes, turn
 
 from lightning_kv import preset, rollout
 from lightning_kv.cache.decisions import Event, Retention
@@ -34,11 +34,12 @@ from lightning_kv.policies.registry import build_part, policy_from_dict, presets
 from lightning_kv.policies.retain.oracle import Oracle
 from lightning_kv.policies.select.oracle_reads import OracleReads
 from lightning_kv.tasks.choices import needs_of
+from lightning_kv.testing import chunked
 
 
 def tables_of(recorded, made=None, batch=1, queries=4, geometry=None):
     """Tables of mass and of outputs, by name, one per sample."""
-    clips = slow.clips(recorded, batch, geometry=geometry or twin.GEOMETRY)
+    clips = slow.clips(recorded, batch, geometry=geometry or sessions.GEOMETRY)
     watching = recorders({"mass": {}, "outputs": {"queries": queries}})
     for recorder in watching:
         recorder.begin(clips)
@@ -93,7 +94,7 @@ def at_commits(recorded, tables, look, whole=False):
 
 def held_by(view, head):
     """Frames of a head by the rule above: the newest chunk, and what stayed at earlier commits."""
-    before, every = view.step.start - twin.CHUNK, range(view.step.final[-1] + 1)
+    before, every = view.step.start - sessions.CHUNK, range(view.step.final[-1] + 1)
     return [f for f in every if f >= before or stays(f, head, view.layer)]
 
 
@@ -116,21 +117,17 @@ def test_mass_to_come_is_that_of_a_loop(discount, ahead):
             checked += 1
 
     at_commits(recorded, tables, look)
-    assert checked == 4 * 2 * twin.GEOMETRY.layers * twin.GEOMETRY.heads
+    assert checked == 4 * 2 * sessions.GEOMETRY.layers * sessions.GEOMETRY.heads
 
 
 WORLDS = {
     "chunks of two": ((2, 2), 2, {}, lambda: passes(5, noisy=1)),
-    "frame by frame": ((1, 3), 1, {"heads": 2}, lambda: passes_of(7, 2)),
-    "chunks of three": ((1, 2), 3, {"layers": 1, "heads": 4}, lambda: passes_of(4, 1)),
+    "frame by frame": ((1, 3), 1, {"heads": 2}, lambda: chunked([1] * 7)),
+    "chunks of three": ((1, 2), 3, {"layers": 1, "heads": 4}, lambda: chunked([3] * 4, 1)),
     "several in flight": ((2, 2), 2, {}, lambda: rolling(4, 2)),
     "given frames, in one pass": ((2, 2), 2, {}, lambda: slow.given(6, 4)),
-    "a short last chunk": ((2, 1), 3, {}, lambda: uneven([3, 3, 3, 1], noisy=2)),
+    "a short last chunk": ((2, 1), 3, {}, lambda: chunked([3, 3, 3, 1], noisy=2)),
 }
-
-
-def passes_of(chunks, noisy):
-    return uneven([twin.CHUNK] * chunks, noisy)
 
 
 def test_the_greedy_order_is_that_of_outputs_computed_anew(monkeypatch):
@@ -140,7 +137,7 @@ def test_the_greedy_order_is_that_of_outputs_computed_anew(monkeypatch):
         grid, chunk, other, steps = WORLDS[name]
         with monkeypatch.context() as patch:
             world(patch, grid, chunk)
-            patch.setattr(twin, "GEOMETRY", replace(twin.GEOMETRY, **other))
+            patch.setattr(sessions, "GEOMETRY", replace(sessions.GEOMETRY, **other))
             recorded = tape(steps(), seed=seed, gain=2.0, loud=0.5)
             queries = 1 + seed % 3
             found = slow.outputs(recorded, queries, most_passes(recorded))
@@ -199,16 +196,16 @@ def made_up(monkeypatch, logits, values):
     """
     world(monkeypatch, (1, 1), 1)
     recorded, unit = [], torch.ones(12, dtype=torch.float64) / 12**0.5
-    for step in passes_of(len(logits), 1):
+    for step in chunked([1] * len(logits), 1):
         frame = step.start
         value = torch.zeros(12)
         place, size = values[frame] if isinstance(values[frame], tuple) else (frame, values[frame])
         value[place] = size
         query, key = (turn(x * unit, frame, 0, sign=-1) for x in (12**0.5, logits[frame]))
-        shape = (1, 1, twin.GEOMETRY.heads, 12)
+        shape = (1, 1, sessions.GEOMETRY.heads, 12)
         qkv = (x.float().expand(shape).clone() for x in (query, key, value))
         q, k, v = qkv
-        recorded += [(step, layer, q, k, v) for layer in range(twin.GEOMETRY.layers)]
+        recorded += [(step, layer, q, k, v) for layer in range(sessions.GEOMETRY.layers)]
     return recorded
 
 
@@ -226,9 +223,9 @@ def test_of_two_frames_that_say_the_same_outputs_want_one_and_mass_wants_both(
     recorded = made_up(monkeypatch, logits, [(0, 1.0), (0, 1.0), 5.0, 0.0, 0.0])
     part = {"part": "oracle", "objective": objective, "budget": "3f"}
     on = session(policy(retain=part), tables=tables_of(recorded))
-    play(on, recorded[: -2 * twin.GEOMETRY.layers])
+    play(on, recorded[: -2 * sessions.GEOMETRY.layers])
     for store in stores(on):
-        for h in range(twin.GEOMETRY.heads):
+        for h in range(sessions.GEOMETRY.heads):
             assert field(store, "frame_id", h).tolist() == kept
 
 
@@ -253,7 +250,7 @@ TAPES = {
     "chunk by chunk": lambda: passes(6, noisy=1),
     "several in flight": lambda: rolling(5, 2),
     "given frames, in one pass": lambda: slow.given(7, 5),
-    "a short last chunk": lambda: uneven([2, 2, 2, 2, 1], noisy=2),
+    "a short last chunk": lambda: chunked([2, 2, 2, 2, 1], noisy=2),
 }
 
 
@@ -270,8 +267,8 @@ def slow_oracle(rule, recorded):
     for step in dict.fromkeys(step for step, *_ in recorded if step.final):
         stop = end if rule["horizon"] is None else min(end, step.chunk + 1 + rule["horizon"])
         chunks, made = range(step.chunk + 1, stop), step.final[-1] + 1
-        for layer in range(twin.GEOMETRY.layers):
-            for h in range(twin.GEOMETRY.heads):
+        for layer in range(sessions.GEOMETRY.layers):
+            for h in range(sessions.GEOMETRY.heads):
                 share = SHARES[layer][h] if isinstance(rule["budget"], dict) else 1.0
                 room, own = round(4 * share), held.setdefault((layer, h), [])
                 own += step.final
@@ -309,7 +306,7 @@ def test_it_keeps_what_a_slow_oracle_keeps(name, steps):
 
     def compare(chunk):
         for layer, store in enumerate(stores(on)):
-            for h in range(twin.GEOMETRY.heads):
+            for h in range(sessions.GEOMETRY.heads):
                 frames = list(dict.fromkeys(field(store, "frame_id", h).tolist()))
                 assert frames == expected[chunk, layer, h], (chunk, layer, h)
                 checked.append(chunk)
@@ -345,7 +342,7 @@ def test_reads_are_those_of_a_slow_oracle(objective):
 
     part = {"part": "oracle-reads", "objective": objective, "queries": 2, "budget": "3f"}
     play(session(policy(select=part), tables=tables, watch=watch), recorded)
-    assert seen == 3 * 2 * twin.GEOMETRY.layers * twin.GEOMETRY.heads
+    assert seen == 3 * 2 * sessions.GEOMETRY.layers * sessions.GEOMETRY.heads
 
 
 def test_reads_of_a_memory_that_has_dropped_its_newest_frames():
@@ -373,7 +370,7 @@ def test_reads_of_a_memory_that_has_dropped_its_newest_frames():
         retain=AskAtCommit(question=question), select={"part": "oracle-reads", "budget": "2f"}
     )
     play(session(made, tables=tables_of(recorded), watch=watch), recorded)
-    assert seen == 2 * twin.GEOMETRY.layers * twin.GEOMETRY.heads
+    assert seen == 2 * sessions.GEOMETRY.layers * sessions.GEOMETRY.heads
 
 
 def test_frames_that_the_reference_had_dropped_are_no_candidates():
