@@ -60,14 +60,11 @@ The run must have kept its latents: evaluate --latents true.
 example:
   lightning-kv export runs/longlive -o vbench""",
     "evaluate": """\
-A policy is a published method (`lightning-kv list policies`), a part (`list parts` says what its
-settings mean), a YAML file, or a part of a package of yours (package.module:Class), each with
-@BUDGET behind it if you like; or its parts in place.
-
+`lightning-kv list policies` and `list parts` say what there is and what every setting means.
 examples (what is not given is the model's own: frames, size, rate, precision, metrics):
   lightning-kv evaluate -c configs/quickstart.yaml
   lightning-kv evaluate -c configs/evaluate.yaml --budgets 6f,9f,15f --out runs/crossed
-  lightning-kv evaluate --policies [h2o@9f,mine.yaml@9f,my_pkg.mine:Part@9f] --out runs/mine
+  lightning-kv evaluate --policies [full,mine.yaml@9f,my_pkg.mine:Part@9f] --out runs/mine
   lightning-kv evaluate -c configs/evaluate.yaml --trainer.devices 2""",
     "generate": """\
 examples:

@@ -42,9 +42,8 @@ class EvaluateOptions:
     """Roll out the reference and every policy from the same prompts and noise, and compare.
 
     Args:
-        policies: Names (full, top-attention@9f), YAML files, package.module:Class, or parts in
-            place.
-        budgets: Such as 6f,9f,15f: a policy that has a budget and names none is run with each.
+        policies: Names (h2o@9f), YAML files, package.module:Class, or parts in place.
+        budgets: Such as 6f,9f,15f, for every policy whose budget is not named.
         reference: The policy that the others are compared with.
         model: panorama, a name of `lightning-kv list models`, NAME=FILE, or a file.
         precision: float32, reference (the casts of the original code) or fast.

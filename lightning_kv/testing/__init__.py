@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "tapes": ("Tape", "chunked", "guided", "random_tape", "recorded_tape", "rolling",
-              "without_commits"),
+    "schedules": ("chunked", "guided", "rolling", "without_commits"),
+    "tapes": ("Tape", "random_tape", "recorded_tape"),
     "twin": ("Query", "Row", "Script", "Stream", "Twin", "turn"),
     "compare": ("Agreement", "assert_same_as_twin", "assert_same_rows", "compare_decisions",
                 "held_rows"),

@@ -19,16 +19,8 @@ from lightning_kv.policies.budget.uniform import Uniform
 from lightning_kv.policies.budgets import Amount
 from lightning_kv.testing.compare import Decisions
 from lightning_kv.testing.reach import footprint
-from lightning_kv.testing.tapes import (
-    FULL,
-    Tape,
-    chunked,
-    guided,
-    random_tape,
-    recorded_tape,
-    rolling,
-    without_commits,
-)
+from lightning_kv.testing.schedules import chunked, guided, rolling, without_commits
+from lightning_kv.testing.tapes import FULL, Tape, random_tape, recorded_tape
 
 
 class Refused(Exception):
