@@ -1,4 +1,4 @@
-"""In which order passes come: chunk by chunk, several chunks in flight, with or without guidance."""
+"""In which order passes come: chunk by chunk, several chunks in flight, with guidance."""
 
 from __future__ import annotations
 
