@@ -14,11 +14,14 @@ def listing(what: str) -> list[dict[str, Any]]:
 
 def policies() -> list[dict[str, Any]]:
     """The named presets and the parts they are made of."""
-    from lightning_kv.policies.registry import presets
+    from lightning_kv.policies.registry import DEFAULTS, presets
 
     rows = []
     for name, own in presets().items():
-        parts = {k: v["part"] if isinstance(v, dict) else v for k, v in own.parts.items()}
+        parts = {
+            k: v.get("part", DEFAULTS[k]) if isinstance(v, dict) else v
+            for k, v in own.parts.items()
+        }
         rows.append(
             {
                 "policy": name,
@@ -40,7 +43,7 @@ def parts() -> list[dict[str, Any]]:
     return [
         {
             "part": name,
-            "about": (cls.__doc__ or "").strip().splitlines()[0],
+            "about": (cls.__doc__ or "-").strip().splitlines()[0],
             "kind": kind,
             **({"settings": found} if (found := part_settings(cls)) else {}),
         }

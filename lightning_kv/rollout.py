@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_kv.cache.decisions import Event, Rebuild
 from lightning_kv.cache.host import send, upload
 from lightning_kv.cache.passes import CONDITIONAL, Pass
-from lightning_kv.cache.record import recorders
+from lightning_kv.cache.record import RECORDERS, recorders
 from lightning_kv.cache.recorder import Clip
 from lightning_kv.cache.session import CacheSession, Cost, Watch
 from lightning_kv.cache.view import PassView
@@ -142,7 +142,7 @@ def rollout(
         Clip(key, own, *about, text, plan.context, coming)
         for key, own, text in zip(keys, seeds, prompts, strict=True)
     ]
-    _check_tables(tables or {}, clips)
+    _check_tables(tables or {}, clips, policy.needs)
     if session is not None and (record or tables or watch):
         raise ValueError(
             "A session of its own was given together with tables, record or watch, which it would "
@@ -320,16 +320,31 @@ def together(watching: Sequence[Watch]) -> Watch | None:
     return watch if watching else None
 
 
-def _check_tables(tables: Mapping[str, Sequence[Any]], clips: list[Clip]) -> None:
+def _check_tables(
+    tables: Mapping[str, Sequence[Any]], clips: list[Clip], needs: Mapping[str, Mapping[str, Any]]
+) -> None:
     for name, own in tables.items():
-        if len(own) != len(clips):
+        if not isinstance(own, list | tuple) or len(own) != len(clips):
             raise ValueError(
-                f"{len(own)} tables {name!r} were given for {len(clips)} samples. Give one for "
-                "each, as `tables` of a recorded rollout holds them."
+                f"{len(own) if isinstance(own, list | tuple) else type(own).__name__} tables "
+                f"{name!r} were given for {len(clips)} samples. Give one for each, as `tables` of "
+                "a recorded rollout holds them."
             )
         for table, clip in zip(own, clips, strict=True):
-            if isinstance(getattr(table, "clip", None), Clip):
-                clip.check(table.clip, name)
+            if name not in RECORDERS:
+                continue  # somebody else's need
+            if not isinstance(table, RECORDERS[name].makes):
+                raise ValueError(
+                    f"The table {name!r} is {type(table).__name__}. It must be "
+                    f"{RECORDERS[name].makes.__name__}, as rollout(..., record=[{name!r}]) makes."
+                )
+            clip.check(table.clip, name)
+            asked = needs.get(name, {}).get("queries", table.queries)
+            if asked != table.queries:
+                raise ValueError(
+                    f"The table {name!r} was recorded with {table.queries} queries of each pass, "
+                    f"and the policy wants {asked}. Record it with policy.needs."
+                )
 
 
 def _check_batch(prompts: list[str], keys: list[str], context: Tensor | None) -> None:

@@ -6,6 +6,7 @@ P rows in flight.
 
 from __future__ import annotations
 
+import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +26,12 @@ class FrameMass:
     Args:
         clip: Whose it is.
         mass: By namespace, float32 ``[C, L, H, F]``; a line over F sums to 1.
+        queries: That it was recorded with.
     """
 
     clip: Clip
     mass: dict[str, Tensor]
+    queries: int
 
 
 class MassRecorder(Recorder):
@@ -42,7 +45,7 @@ class MassRecorder(Recorder):
         limit: See :class:`Recorder`.
     """
 
-    name = "mass"
+    name, makes = "mass", FrameMass
 
     def __init__(self, queries: int = 520, limit: int = LIMIT) -> None:
         super().__init__(queries, limit)
@@ -79,7 +82,7 @@ class MassRecorder(Recorder):
             if owner == sample:
                 weight = total.new_tensor(self._weights[owner, namespace]).clamp_min(COMMIT)
                 found[namespace] = total / weight.view(-1, 1, 1, 1)
-        return FrameMass(self.clips[sample], found)
+        return FrameMass(self.clips[sample], found, self.queries)
 
 
 def mass_of(view: PassView, queries: int) -> tuple[Tensor, Tensor]:
@@ -98,10 +101,12 @@ class RowMass:
     Args:
         clip: Whose it is.
         files: By namespace and chunk: float32 ``[L, H, F, T]`` in raster order, as raw numbers.
+        queries: That it was recorded with.
     """
 
     clip: Clip
     files: dict[tuple[str, int], Path]
+    queries: int
 
     def mass(self, chunk: int, namespace: str = "cond") -> Tensor:
         """Mean over the queries of one chunk, ``[L, H, F, T]``, read as it is used.
@@ -130,12 +135,12 @@ class RowRecorder(Recorder):
     Args:
         chunks: Which; each takes 4 bytes x layers x heads x frames x tokens, in each namespace:
             47 MB for 21 frames of Wan 1.3B.
-        folder: Where the files go; a later rollout of the same sample and seed replaces them.
+        folder: Where the files go, each recording's into a new folder of its own.
         queries: As for :class:`MassRecorder`.
         limit: See :class:`Recorder`.
     """
 
-    name = "rows"
+    name, makes = "rows", RowMass
 
     def __init__(
         self, chunks: Sequence[int], folder: str | Path, queries: int = 520, limit: int = LIMIT
@@ -167,10 +172,11 @@ class RowRecorder(Recorder):
             return
         place, clip = (view.sample, step.namespace, step.chunk), self.clips[view.sample]
         if place not in self._files:
-            named = f"{clip.seed:016x}-{view.sample:03d}-{step.namespace}-{step.chunk:03d}"
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._files[place] = self.folder / f"mass-{named}.f32"  # other batches and ranks differ
-            self._files[place].unlink(missing_ok=True)  # an older table may still be read
+            if not self._files:  # other recordings, batches and ranks may use the same folder
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.folder = Path(tempfile.mkdtemp(prefix="mass-", dir=self.folder))
+            file = f"{view.sample:03d}-{step.namespace}-{step.chunk:03d}.f32"
+            self._files[place] = self.folder / file
         if not view.layer:
             self._weights[place] += weight_of(step)
         held, own = mass_of(view, self.queries)
@@ -187,7 +193,9 @@ class RowRecorder(Recorder):
         own = {place: path for place, path in self._files.items() if place[0] == sample}
         for place, path in own.items():
             _mapped(path, self.clips[sample]).div_(self._weights.pop(place, 1.0))
-        return RowMass(self.clips[sample], {place[1:]: path for place, path in own.items()})
+        return RowMass(
+            self.clips[sample], {place[1:]: path for place, path in own.items()}, self.queries
+        )
 
 
 def _mapped(path: Path, clip: Clip, shared: bool = True) -> Tensor:

@@ -46,10 +46,12 @@ class FrameOutputs:
     Args:
         clip: Whose it is.
         outputs: By namespace, chunk and layer.
+        queries: That it was recorded with.
     """
 
     clip: Clip
     outputs: dict[tuple[str, int, int], Outputs]
+    queries: int
 
 
 class OutputRecorder(Recorder):
@@ -62,7 +64,7 @@ class OutputRecorder(Recorder):
         limit: See :class:`Recorder`.
     """
 
-    name = "outputs"
+    name, makes = "outputs", FrameOutputs
 
     def __init__(self, queries: int = 4, limit: int = LIMIT) -> None:
         super().__init__(queries, limit)
@@ -109,7 +111,7 @@ class OutputRecorder(Recorder):
         """The queries of all passes of each chunk, together."""
         places = [place for place in self._seen if place[0] == sample]
         found = {place[1:]: _together(self._seen.pop(place)) for place in places}
-        return FrameOutputs(self.clips[sample], found)
+        return FrameOutputs(self.clips[sample], found, self.queries)
 
 
 def _together(seen: list[Outputs]) -> Outputs:

@@ -79,7 +79,9 @@ class Recorder:
         ValueError: No queries.
     """
 
-    name = ""
+    name: str = ""
+    makes: type = object
+    """What its tables are: each has a ``clip`` and the ``queries`` it was recorded with."""
 
     def __init__(self, queries: int, limit: int = LIMIT) -> None:
         if queries < 1:

@@ -17,6 +17,7 @@ from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.rows import FIELDS, ROW_BYTES
 from lightning_kv.cache.store import REDUCERS
 from lightning_kv.cache.view import CacheView, PassView
+from lightning_kv.policies.budget.uniform import Uniform
 from lightning_kv.policies.budgets import Amount
 from lightning_kv.policies.checks import choice
 from lightning_kv.policies.part import Part, State
@@ -269,8 +270,14 @@ class CachePolicy:
         Raises:
             ValueError: It has no budget, or fewer than there are amounts.
         """
-        mine = {kind: getattr(self, kind) for kind in ("retain", "select")}
-        mine = {kind: part for kind, part in mine.items() if part.budget is not None}
+        parts = {kind: getattr(self, kind) for kind in ("retain", "select")}
+        mine = {kind: part for kind, part in parts.items() if part.budget is not None}
+        if not mine:  # none is set yet
+            mine = {
+                kind: replace(part, budget=Uniform())
+                for kind, part in parts.items()
+                if part.limited
+            }
         amounts = amount.split("/")
         if len(amounts) == 1 and len(mine) == 2:
             old = [Amount.parse(part.budget.amount) for part in mine.values()]
@@ -299,6 +306,12 @@ class CachePolicy:
         for part in (self.retain, self.select):
             part.check(geometry, chunk, frames)
             if part.budget is not None:
+                if part.budget.compares and not part.comparable:
+                    raise ValueError(
+                        f"The budget part {part.budget.name!r} compares scores between heads, and "
+                        f"those of {part.name!r} in {self.name!r} only rank within one. Give "
+                        "another budget, or another score."
+                    )
                 part.budget.check(geometry, part.smallest(chunk))
                 amount = Amount.parse(part.budget.amount)
                 if amount.unit == "B" and part.kind == "select":

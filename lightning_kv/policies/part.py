@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,11 @@ State = dict[Any, Any]
 
 PARTS: dict[str, dict[str, type[Part]]] = {kind: {} for kind in KINDS}
 """Parts that have been imported, by kind and name; :func:`registry.discover` imports all."""
+
+NAME = re.compile(r"\w[\w.-]*")
+
+SHARED = "everything"
+"""The one name that two parts have: to keep all and to read all are the full cache both."""
 
 PRESETS: dict[str, tuple[Preset, type[Part]]] = {}
 """Published methods that have been imported, each with the part that declares it."""
@@ -68,10 +74,10 @@ class Part:
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "name" in cls.__dict__:
-            _claim(cls, f"{cls.kind} part", cls.name, PARTS[cls.kind].get(cls.name))
+            _claim(cls, cls.name)
             PARTS[cls.kind][cls.name] = cls
         for own in cls.__dict__.get("presets", ()):
-            _claim(cls, "policy", own.name, PRESETS.get(own.name, (None, None))[1])
+            _claim(cls, own.name)
             PRESETS[own.name] = own, cls
 
     @property
@@ -92,14 +98,43 @@ class Part:
         return None
 
 
-def _claim(cls: type[Part], what: str, name: str, owner: type[Part] | None) -> None:
-    """Refuse a name that is taken; the same class may be defined again, as in a notebook."""
-    mine, theirs = (f"{c.__module__}:{c.__qualname__}" if c else "" for c in (cls, owner))
-    if owner is not None and mine != theirs:
+class NameTaken(ValueError):
+    """Two parts, or published methods of two parts, want one name.
+
+    Args:
+        name: Which.
+        text: What is wrong, what was given and what would work.
+        owner: The part that has it.
+    """
+
+    def __init__(self, name: str, text: str, owner: type[Part]) -> None:
+        super().__init__(text)
+        self.name, self.owner = name, owner
+
+
+def _claim(cls: type[Part], name: str) -> None:
+    """Refuse a name that nobody could type, or that is taken.
+
+    Parts of all kinds and published methods share one set of names, and a method may be called
+    like the part that declares it. The same class may be defined again, as in a notebook.
+    """
+    mine = f"{cls.__module__}:{cls.__qualname__}"
+    if cls.kind not in PARTS or not NAME.fullmatch(name) or name.endswith((".yaml", ".yml")):
         raise ValueError(
-            f"The name {name!r} of a {what} is taken. {mine} wants it, and {theirs} has it. "
-            "Give yours another name."
+            f"{name!r} cannot be the name of a policy or part. {mine} wants it. Use letters, "
+            "digits, dots, - and _, in a class of one of the five kinds."
         )
+    owners = [own[name] for own in PARTS.values() if name in own]
+    owners += [PRESETS[name][1]] if name in PRESETS else []
+    for owner in owners:
+        theirs = f"{owner.__module__}:{owner.__qualname__}"
+        if theirs != mine and name != SHARED:
+            raise NameTaken(
+                name,
+                f"The name {name!r} is taken. {mine} wants it, and {theirs} has it. Give yours "
+                "another name.",
+                owner,
+            )
 
 
 @dataclass(frozen=True)
@@ -112,6 +147,8 @@ class BudgetPart(Part, ABC):
     """
 
     kind: ClassVar[str] = "budget"
+    compares: ClassVar[bool] = False
+    """Whether it compares scores of different heads."""
     amount: str = "9f"
 
     def __post_init__(self) -> None:

@@ -15,12 +15,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lightning_kv.policies.part import PARTS, Part
+from lightning_kv.policies.part import PARTS, NameTaken, Part
 
 GROUP = "lightning_kv.policies"
 """Entry points of this group name a part, or a module that holds some."""
 
 HOME = "lightning_kv.policies."
+BASES = tuple(HOME + name for name in ("base", "part", "scored"))
+
+CLASHES: dict[str, str] = {}
+"""Names that two installed packages want, and how to say so: neither gets it."""
 
 
 def imported(text: str) -> type[Part]:
@@ -30,29 +34,44 @@ def imported(text: str) -> type[Part]:
         ValueError: It cannot be imported, or is no part.
     """
     module, _, name = text.partition(":")
+    if not all(piece.isidentifier() for piece in module.split(".")) or module.endswith(".py"):
+        raise ValueError(
+            f"{text!r} is no address of a part: {module!r} is no name of a module. Give "
+            "PACKAGE.MODULE:CLASS, such as mine.thinned:Thinned for mine/thinned.py."
+        )
     with _current_folder():
         try:
             found: Any = importlib.import_module(module)
-        except Exception as error:  # somebody else's module may raise anything
+        except (Exception, SystemExit) as error:  # somebody else's module may raise anything
             raise ValueError(
                 f"The module {module!r} of {text!r} cannot be imported. {_reason(error)}. Give "
                 "PACKAGE.MODULE:CLASS, installed or in the current folder."
             ) from error
+    where = getattr(found, "__file__", None)
     there = ", ".join(cls.__name__ for cls in _parts_of(found)) or "none"
     for piece in name.split("."):
         found = getattr(found, piece, None)
-    if not is_part(found):
+    if not is_part(found) or found.__module__ in BASES:
         raise ValueError(
-            f"{text!r} is no part of a policy. It is {_what(found)}; the parts that "
-            f"{module!r} defines: {there}. Give a class that derives from RetainPart, SelectPart, "
+            f"{text!r} is no part of a policy. It is {_what(found)}; the parts that {module!r} "
+            f"({where}) defines: {there}. Give a class that derives from RetainPart, SelectPart, "
             "BudgetPart, PositionsPart or PrecisionPart."
         )
-    if "__dataclass_params__" not in found.__dict__:
+    return checked(found)
+
+
+def checked(cls: type[Part]) -> type[Part]:
+    """The class, if its settings would not be lost.
+
+    Raises:
+        ValueError: It is no dataclass of its own.
+    """
+    if "__dataclass_params__" not in cls.__dict__:
         raise ValueError(
-            f"The part {text!r} is no dataclass of its own, so its settings would be lost. It is "
-            f"{_what(found)}. Write @dataclass(frozen=True) above it."
+            f"The part {cls.__module__}:{cls.__qualname__} is no dataclass of its own, so its "
+            f"settings would be lost. It is {_what(cls)}. Write @dataclass(frozen=True) above it."
         )
-    return found
+    return cls
 
 
 def is_part(found: Any) -> bool:
@@ -70,14 +89,32 @@ def address(cls: type[Part]) -> str:
 
 
 def sources(parts: Iterable[Part]) -> dict[str, str]:
-    """Modules of other packages that parts come from, with the SHA-256 of their files."""
+    """Modules that parts of other packages run, with the SHA-256 of their files.
+
+    All that is loaded of the packages of a part and of its base classes; of a module without a
+    package, its neighbours in the folder too.
+    """
+    classes = [base for part in parts for base in type(part).__mro__]
+    homes = {cls.__module__ for cls in classes if not _foreign(cls.__module__)}
+    tops = {name.partition(".")[0] for name in homes}
+    folders = {_file(name).parent for name in homes if "." not in name and _file(name)}
+    folders = {folder for folder in folders if not folder.name.endswith("-packages")}
     found = {}
-    for part in parts:
-        name = type(part).__module__
-        path = getattr(sys.modules.get(name), "__file__", None)
-        if not name.startswith(HOME) and path and Path(path).is_file():
-            found[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    for name in sorted(sys.modules):
+        path = _file(name)
+        if path and (name.partition(".")[0] in tops or path.parent in folders):
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+def _foreign(module: str) -> bool:
+    """Whether what a class is made of is ours, torch's or Python's."""
+    return module.partition(".")[0] in {"lightning_kv", "torch", "abc", *sys.stdlib_module_names}
+
+
+def _file(name: str) -> Path | None:
+    path = getattr(sys.modules.get(name), "__file__", None)
+    return Path(path) if path and Path(path).is_file() else None
 
 
 @cache
@@ -87,7 +124,9 @@ def installed_parts() -> frozenset[type[Part]]:
     for entry in entry_points(group=GROUP):
         try:
             found |= set(_offered(entry))
-        except Exception as error:  # one package must not take the others down
+        except (Exception, SystemExit) as error:  # one package must not take the others down
+            if isinstance(error, NameTaken) and not error.owner.__module__.startswith(HOME):
+                CLASHES[error.name] = f"{error} Or uninstall one of their packages."
             package = entry.dist.name if entry.dist else "a package"
             warnings.warn(
                 f"The entry point {entry.name!r} ({entry.value}) of {package} brings no policy. "
@@ -103,7 +142,7 @@ def _offered(entry: EntryPoint) -> list[type[Part]]:
     named = [cls for cls in parts if is_part(cls) and cls.name]
     if not named:
         raise ValueError(f"{entry.value} is no part with a `name`, and no module that holds one")
-    return named
+    return [checked(cls) for cls in named]
 
 
 def _parts_of(module: ModuleType) -> list[type[Part]]:
@@ -115,19 +154,28 @@ def _parts_of(module: ModuleType) -> list[type[Part]]:
 def _current_folder() -> Iterator[None]:
     """Python's own commands differ in whether the current folder is searched; here it is."""
     here = str(Path.cwd())
+    known, before = here in sys.path, set(sys.modules)
     sys.path.append(here)
     try:
         yield
     finally:
-        sys.path.remove(here)
+        files = [getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - before]
+        if known or not any(file and Path(file).is_relative_to(here) for file in files):
+            sys.path.remove(here)  # else what came from here may import more later
 
 
-def _reason(error: Exception) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    inside = "importlib" in last.filename
-    return f"{type(error).__name__}: {error}" + (
-        "" if inside else f" ({last.filename}:{last.lineno})"
-    )
+def _reason(error: BaseException) -> str:
+    """An error in a line, with the last place in a file of the module's author."""
+    python = Path(traceback.__file__).parent
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<")
+        and Path(frame.filename) != Path(__file__)
+        and (python not in Path(frame.filename).parents or "-packages" in frame.filename)
+    ]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
 
 
 def _what(found: Any) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from dataclasses import asdict, fields, is_dataclass, replace
+import warnings
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType
@@ -14,7 +15,14 @@ from typing import Any, get_args, get_origin, get_type_hints
 from lightning_kv import policies
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.part import KINDS, PARTS, PRESETS, BudgetPart, Part, Preset
-from lightning_kv.policies.plugins import address, imported, installed_parts
+from lightning_kv.policies.plugins import (
+    CLASHES,
+    HOME,
+    address,
+    checked,
+    imported,
+    installed_parts,
+)
 from lightning_kv.policies.scored import ScoredPart
 
 SLOTS = tuple(kind for kind in KINDS if kind != "budget")
@@ -43,6 +51,23 @@ def discover() -> None:
     installed_parts()
 
 
+@cache
+def _drop_broken() -> None:
+    """Published methods of other packages that cannot be built are warned about and left out."""
+    for name, (own, cls) in list(PRESETS.items()):
+        if cls.__module__.startswith(HOME):
+            continue
+        try:
+            policy_from_dict({"name": name, **own.parts})
+        except ValueError as error:
+            del PRESETS[name]
+            warnings.warn(
+                f"The published method {name!r} of {address(cls)} cannot be built. {error} It is "
+                "left out: mend its `parts`.",
+                stacklevel=2,
+            )
+
+
 def presets(without_tables: bool = False) -> dict[str, Preset]:
     """The published methods: the full cache first, then by the kind of their main part.
 
@@ -50,6 +75,7 @@ def presets(without_tables: bool = False) -> dict[str, Preset]:
         without_tables: Leave out those that need a table of a reference rollout.
     """
     discover()
+    _drop_broken()
     order = sorted(PRESETS.values(), key=lambda own: KINDS.index(own[1].kind))
     names = ["full", *(own.name for own, _ in order if own.name != "full")]
     return {n: PRESETS[n][0] for n in names if not (without_tables and preset(n).needs)}
@@ -65,11 +91,23 @@ def preset(name: str) -> CachePolicy:
         ValueError: Unknown name, or a budget that is not one.
     """
     base, at, amount = name.rpartition("@") if "@" in name else (name, "", "")
+    refuse_clash(base)
     if ":" not in base and base in presets():
         policy = policy_from_dict({"name": base, **presets()[base].parts})
     else:
         policy = _alone(base)
     return policy.budgeted(amount, name) if at else replace(policy, asked=False)
+
+
+def refuse_clash(name: str) -> None:
+    """Refuse a name that two installed packages want.
+
+    Raises:
+        ValueError: Says which.
+    """
+    discover()
+    if name in CLASHES:
+        raise ValueError(CLASHES[name])
 
 
 def sized(name: str, amount: str) -> str:
@@ -113,9 +151,9 @@ def load_policy(spec: str | dict[str, Any]) -> CachePolicy:
     if isinstance(spec, dict):
         return policy_from_dict(spec)
     file, at, amount = spec.rpartition("@")
-    if not at or spec.endswith((".yaml", ".yml")):
+    if not at or spec.lower().endswith((".yaml", ".yml")):
         file, amount = spec, ""
-    if not file.endswith((".yaml", ".yml")):
+    if not file.lower().endswith((".yaml", ".yml")):
         return preset(spec)
     path = Path(file)
     if not path.is_file():
@@ -134,10 +172,10 @@ def _content(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text("utf-8-sig"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"It is no YAML: {error}. A policy file has `name:` and its parts."
+            f"It is no YAML: {error}. A policy file is text in UTF-8 with `name:` and its parts."
         ) from error
     if not isinstance(values, dict):
         found = type(values).__name__
@@ -186,7 +224,8 @@ def part_class(kind: str, name: Any) -> type[Part]:
         return found
     if not isinstance(name, str) or name not in PARTS[kind]:
         raise ValueError(unknown(f"{kind} part", name, PARTS[kind]))
-    return PARTS[kind][name]
+    refuse_clash(name)
+    return checked(PARTS[kind][name])
 
 
 def build_part(kind: str, spec: str | dict[str, Any], folder: Path = Path()) -> Part:
@@ -198,7 +237,13 @@ def build_part(kind: str, spec: str | dict[str, Any], folder: Path = Path()) -> 
     settings = dict(spec) if isinstance(spec, dict) else {"part": spec}
     name = settings.pop("part", DEFAULTS[kind])
     cls = part_class(kind, name)
-    hints = get_type_hints(cls)
+    try:
+        hints = get_type_hints(cls)
+    except Exception as error:  # somebody else's annotations may name anything
+        raise ValueError(
+            f"The settings of the {kind} part {name!r} have types that cannot be read. "
+            f"{type(error).__name__}: {error}. Import what their annotations name."
+        ) from error
     allowed = [field.name for field in fields(cls)]
     for key, value in settings.items():
         if key not in allowed:
@@ -214,7 +259,25 @@ def build_part(kind: str, spec: str | dict[str, Any], folder: Path = Path()) -> 
             f"The {kind} part {name!r} takes no budget, and {settings['budget'].amount} was "
             "given. Leave it out, or use a part that chooses what to keep or read."
         )
-    return cls(**settings)
+    needed = [
+        own.name
+        for own in fields(cls)
+        if own.default is MISSING and own.default_factory is MISSING and own.name not in settings
+    ]
+    if needed:
+        raise ValueError(
+            f"The {kind} part {name!r} needs {', '.join(needed)}. Given: {settings or 'nothing'}. "
+            f"Write them beside `part: {name}`."
+        )
+    try:
+        return cls(**settings)
+    except ValueError:
+        raise
+    except Exception as error:  # somebody else's checks may raise anything
+        raise ValueError(
+            f"The {kind} part {name!r} does not take {settings}. {type(error).__name__}: {error}. "
+            "Give other settings, or mend its __post_init__."
+        ) from error
 
 
 def frozen(value: Any) -> Any:

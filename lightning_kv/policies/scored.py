@@ -35,6 +35,12 @@ class ScoredPart(Part):
 
     limited: ClassVar[bool] = True
     """Whether it takes a budget."""
+
+    @property
+    def comparable(self) -> bool:
+        """Whether scores of different heads can be compared, as softmax mass can."""
+        return True
+
     budget: BudgetPart | None = None
 
     @property

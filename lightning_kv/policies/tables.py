@@ -31,7 +31,13 @@ class HeadTable:
         """A table from rows given in place, or from what :func:`dataclasses.asdict` made of one."""
         if isinstance(value, HeadTable):
             return value
-        return cls(**value) if isinstance(value, dict) else cls(rows=value)
+        own = value if isinstance(value, dict) else {"rows": value}
+        if not isinstance(own.get("rows"), tuple | list) or own.keys() - {"rows", "file", "sha256"}:
+            raise ValueError(
+                f"{str(value)[:60]} is no head table. Give a row per layer with one number per "
+                "head, such as [[0.1, 0.9], [0.4, 0.2]], or the path of a JSON file."
+            )
+        return cls(**own)
 
     @classmethod
     def read(cls, path: str | Path, name: str) -> HeadTable:

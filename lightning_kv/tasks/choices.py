@@ -39,7 +39,14 @@ def chosen_policies(options: EvaluateOptions) -> tuple[dict[str, CachePolicy], C
             f"The reference {reference.name!r} needs {', '.join(reference.needs)} of a reference "
             "rollout, which it would have to be itself. Give --reference full."
         )
-    needs_of(policies)
+    if needs := needs_of(policies):
+        whole = all(getattr(reference, k).name == "everything" for k in ("retain", "select"))
+        if not whole:
+            raise ValueError(
+                f"{', '.join(needs)} of the reference rollout is asked for, to bound what can be "
+                f"won, and the reference {reference.name!r} itself drops frames or does not read "
+                "them. Give --reference full."
+            )
     return found, reference
 
 

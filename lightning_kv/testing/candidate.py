@@ -140,6 +140,12 @@ def admitted(policy: CachePolicy, own: Tape) -> CachePolicy:
         policy.check(own.geometry, own.geometry.chunk, own.frames)
         own.session(policy)
     except ValueError as error:
+        clean = all(step.clean for step in own.steps if step.final)
+        if clean and "another model" not in str(error):  # only a table may know one model alone
+            raise AssertionError(
+                f"it refuses chunks of {own.geometry.chunk}, a grid of {own.geometry.grid} or "
+                f"{own.frames} frames, and no policy may be made for one size: {error}"
+            ) from error
         refusal(error)
     return policy
 

@@ -65,9 +65,9 @@ def test_cell(candidate, of, rule, name, tally):
 
 
 def test_not_everything_is_refused(spec, tally):
-    """A policy that refuses most cells has not been tested."""
+    """A policy that refuses many cells has not been tested."""
     found = tally.get(spec, [True])
-    assert sum(found) >= len(found) / 2, f"{spec} refuses {found.count(False)} of {len(found)}"
+    assert sum(found) >= 0.7 * len(found), f"{spec} refuses {found.count(False)} of {len(found)}"
 
 
 def test_refusals_are_few(tally):

@@ -73,6 +73,28 @@ def function():
 '''
 
 
+HELPED = '''
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from lightning_kv.policies.base import SelectPart
+from {name}.helper import EVERY
+
+
+@dataclass(frozen=True)
+class Helped(SelectPart):
+    """Reads what a helper says."""
+
+    name: ClassVar[str] = "helped-{name}"
+    needed: int = field(kw_only=True)
+    strict: int = 1
+
+    def __post_init__(self):
+        if self.strict > 1:
+            raise KeyError(self.strict)
+'''
+
+
 @pytest.fixture
 def package(tmp_path, monkeypatch, request):
     """A package ``PKG.mine`` in the current folder, of another name for every test."""
@@ -82,6 +104,11 @@ def package(tmp_path, monkeypatch, request):
     (folder / "mine.py").write_text(OWN.format(name=f"thin-{name}"))
     (folder / "broken.py").write_text("import torch\n\n1 / 0\n")
     (folder / "taken.py").write_text(OWN.format(name="window"))
+    (folder / "exits.py").write_text("import sys\nsys.exit(3)\n")
+    (folder / "syntax.py").write_text("def broken(:\n")
+    (folder / "odd.py").write_text(OWN.format(name="a@b").replace("Thinned", "Odd"))
+    (folder / "helped.py").write_text(HELPED.format(name=name))
+    (folder / "helper.py").write_text("EVERY = 3\n")
     monkeypatch.chdir(tmp_path)
     yield name
     for known in (*PARTS.values(), PRESETS):
@@ -89,12 +116,13 @@ def package(tmp_path, monkeypatch, request):
             del known[key]
     for module in [m for m in sys.modules if m.startswith(name)]:
         del sys.modules[module]
+    sys.path[:] = [path for path in sys.path if path != str(tmp_path)]
 
 
 def test_a_part_is_found_by_its_address(package):
     before = list(sys.path)
     policy = load_policy(f"{package}.mine:Thinned@6f")
-    assert sys.path == before
+    assert sys.path == [*before, str(Path.cwd())], "it may import more from there later"
     assert policy.name == f"{package}.mine:Thinned@6f"
     assert (type(policy.retain).__name__, policy.retain.budget.amount) == ("Thinned", "6f")
     config = policy_to_dict(policy)
@@ -127,8 +155,58 @@ def test_without_a_budget_it_takes_the_usual_one_and_it_may_exceed_a_short_rollo
 def test_the_files_of_other_packages_have_checksums(package, tmp_path):
     policy = load_policy(f"{package}.mine:Thinned@6f")
     digest = hashlib.sha256((tmp_path / package / "mine.py").read_bytes()).hexdigest()
-    assert sources(policy.parts) == {f"{package}.mine": digest}
+    own = sources(policy.parts)
+    assert own[f"{package}.mine"] == digest
     assert sources(preset("h2o").parts) == {}
+
+
+def test_what_a_part_imports_from_its_own_package_counts_too(package, tmp_path):
+    part = {"part": f"{package}.helped:Helped", "needed": 1}
+    before = sources(policy_from_dict({"name": "x", "select": part}).parts)
+    (tmp_path / package / "helper.py").write_text("EVERY = 4\n")
+    after = sources(policy_from_dict({"name": "x", "select": part}).parts)
+    assert {name for name in before if before[name] != after[name]} == {f"{package}.helper"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "needs needed. Given: nothing. Write them beside"),
+        ({"needed": 1, "strict": 2}, "does not take .* KeyError: 2. Give other settings"),
+    ],
+)
+def test_settings_of_somebody_elses_class_are_refused_in_words(package, settings, said):
+    part = {"part": f"{package}.helped:Helped", **settings}
+    with pytest.raises(ValueError, match=said):
+        policy_from_dict({"name": "x", "select": part})
+
+
+def test_names_are_one_set_for_parts_of_all_kinds_and_for_methods():
+    """A method may be called like the part that declares it, and like no other."""
+    with pytest.raises(ValueError, match="'window' is taken"):
+
+        @dataclass(frozen=True)
+        class Select(SelectPart):
+            name: ClassVar[str] = "window"
+
+    with pytest.raises(ValueError, match="'sink-window' is taken"):
+
+        @dataclass(frozen=True)
+        class Part(SelectPart):
+            name: ClassVar[str] = "sink-window"
+
+    with pytest.raises(ValueError, match="'focused' is taken"):
+
+        @dataclass(frozen=True)
+        class Method(SelectPart):
+            presets: ClassVar[tuple[Preset, ...]] = (Preset("focused", "Mine."),)
+
+
+def test_a_part_without_a_budget_in_a_file_takes_the_one_behind_it(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("name: x\nretain: {part: window, sink: 2}\n")
+    assert load_policy(f"{path}@6f").retain.budget.amount == "6f"
+    assert load_policy(str(path)).retain.budget is None
 
 
 @pytest.mark.parametrize(
@@ -140,8 +218,14 @@ def test_the_files_of_other_packages_have_checksums(package, tmp_path):
         ("{p}.mine:function", r"is no part of a policy\. It is 'function'"),
         ("{p}.mine:Thined", r"is no part of a policy\. It is nothing; .* Thinned"),
         ("{p}.mine:", r"is no part of a policy\."),
+        ("{p}/mine.py:Thinned", r"no name of a module\. Give PACKAGE\.MODULE:CLASS"),
+        ("./mine.py:Thinned", r"no name of a module"),
+        ("{p}.exits:Part", r"cannot be imported\. SystemExit: 3 .*exits\.py:2\)"),
+        ("{p}.syntax:Part", r"cannot be imported\. SyntaxError"),
+        ("{p}.odd:Odd", r"'a@b' cannot be the name"),
+        ("{p}.mine:UnitPart", r"is no part of a policy\. It is the class UnitPart"),
         ("{p}.mine:Undecorated", r"no dataclass of its own.*Write @dataclass\(frozen=True\)"),
-        ("{p}.taken:Thinned", r"name 'window' of a retain part is taken\. .* Give yours another"),
+        ("{p}.taken:Thinned", r"name 'window' is taken\. .* Give yours another"),
         ("window:Window", r"module 'window' .* cannot be imported"),
     ],
 )
@@ -203,7 +287,7 @@ def test_every_part_is_a_policy_by_its_own_name(kind):
 
 
 def test_a_preset_name_that_is_taken_is_refused():
-    with pytest.raises(ValueError, match=r"'h2o' of a policy is taken\. .*HeavyHitters has it"):
+    with pytest.raises(ValueError, match=r"'h2o' is taken\. .*HeavyHitters has it"):
 
         @dataclass(frozen=True)
         class Mine(SelectPart):
@@ -246,7 +330,7 @@ def test_an_installed_package_is_found_by_its_entry_point(package, tmp_path, ent
     [
         ("x = {p}.broken", "ZeroDivisionError"),
         ("x = {p}.mine:Plain", "is no part with a `name`"),
-        ("x = {p}.taken", "name 'window' of a retain part is taken"),
+        ("x = {p}.taken", "name 'window' is taken"),
         ("x = nowhere.mine", "No module named 'nowhere'"),
     ],
 )

@@ -30,6 +30,7 @@ class Adaptive(BudgetPart):
     """
 
     name: ClassVar[str] = "adaptive"
+    compares: ClassVar[bool] = True
     safe: float = 0.2
     over: str = "layer"
 

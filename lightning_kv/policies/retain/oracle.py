@@ -60,6 +60,11 @@ class Oracle(UnitPart):
             between(self, 1, None, "horizon")
 
     @property
+    def comparable(self) -> bool:
+        """Mass is; ranks are not."""
+        return self.objective == "mass"
+
+    @property
     def needs(self) -> dict[str, dict[str, Any]]:
         """The table of its objective."""
         name = TABLES[self.objective]

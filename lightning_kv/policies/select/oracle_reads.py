@@ -46,6 +46,11 @@ class OracleReads(SelectPart):
         between(self, 1, None, "queries")
 
     @property
+    def comparable(self) -> bool:
+        """Mass is; ranks are not."""
+        return self.objective == "mass"
+
+    @property
     def needs(self) -> dict[str, dict[str, Any]]:
         """The table of its objective."""
         name = TABLES[self.objective]
