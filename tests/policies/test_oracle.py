@@ -534,6 +534,22 @@ def test_a_table_of_the_same_chunks_but_other_frames_is_refused(recorded_full):
         roll(model, preset("oracle-mass@4f"), tables=made.tables)
 
 
+def test_what_is_no_such_table_is_refused(recorded_full):
+    oracle = preset("oracle@4f")
+    for wrong, text in (
+        ([None], r"'outputs' is NoneType. It must be FrameOutputs, as rollout"),
+        (recorded_full.tables["mass"], r"'outputs' is FrameMass. It must be FrameOutputs"),
+        (recorded_full.tables["outputs"][0], r"FrameOutputs tables 'outputs' were given for 1 sam"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            roll(tiny(), oracle, tables={"outputs": wrong})
+    eight = replace(oracle, retain=replace(oracle.retain, queries=8))
+    with pytest.raises(
+        ValueError, match=r"recorded with 4 queries of each pass, .* wants 8. Record"
+    ):
+        roll(tiny(), eight, tables=recorded_full.tables)
+
+
 @pytest.mark.parametrize("name", BOUNDS)
 def test_a_missing_table_is_refused(name, recorded_full):
     (need,) = preset(name).needs
@@ -592,3 +608,20 @@ def test_needs_of_policies_that_contradict_each_other_are_refused():
 def test_settings_out_of_range_are_refused(part, settings, text):
     with pytest.raises(ValueError, match=text):
         part(**settings)
+
+
+def test_ranks_are_not_compared_between_heads():
+    """Each head ranks from 0 on; mass can be compared, and is."""
+    for part in ("oracle", "oracle-reads"):
+        kind = "retain" if part == "oracle" else "select"
+        for objective, fine in (("mass", True), ("output", False)):
+            budget = {"part": "adaptive", "amount": "4f"}
+            own = {"part": part, "objective": objective, "budget": budget}
+            made = policy_from_dict({"name": "x", kind: own})
+            if fine:
+                made.check(sessions.GEOMETRY, 2, 12)
+                continue
+            with pytest.raises(
+                ValueError, match=r"compares scores between heads.*only rank within"
+            ):
+                made.check(sessions.GEOMETRY, 2, 12)

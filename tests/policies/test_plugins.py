@@ -345,6 +345,37 @@ def test_an_entry_point_that_brings_nothing_is_said_and_the_others_go_on(
     assert "Mend or uninstall it" in text
 
 
+def test_a_name_that_two_installed_packages_want_belongs_to_neither(package, tmp_path):
+    for one in ("first", "second"):
+        (tmp_path / f"{package}_{one}.py").write_text(OWN.format(name="both"))
+        installed(tmp_path, f"{package}_{one}", f"x = {package}_{one}:Thinned")
+    code = (
+        "from lightning_kv.policies.registry import load_policy, presets\n"
+        "presets()\n"
+        "load_policy('both@6f')"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""},
+    )
+    last = found.stderr.strip().splitlines()[-1]
+    assert "ValueError: The name 'both' is taken" in last
+    assert f"{package}_first:Thinned" in last and f"{package}_second:Thinned" in last
+    assert "uninstall one of their packages" in last
+
+
+def test_a_published_method_that_cannot_be_built_is_left_out(package, tmp_path):
+    text = OWN.format(name="fine").replace('"every": 3', '"evry": 3')
+    (tmp_path / f"{package}_bad.py").write_text(text)
+    installed(tmp_path, f"{package}_bad", f"x = {package}_bad:Thinned")
+    found = list_policies(tmp_path)
+    names = [row["policy"] for row in json.loads(found.stdout)]
+    assert "fine-by-3" not in names and "h2o" in names
+    assert "'fine-by-3'" in found.stderr and "mend its `parts`" in found.stderr
+
+
 def test_shipped_policy_files_work_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = sorted((ROOT / "configs" / "policies").glob("*.yaml"))
@@ -362,7 +393,9 @@ def test_the_meaning_of_every_setting_is_listed():
     from lightning_kv.listing import parts
 
     rows = {(row["kind"], row["part"]): row for row in parts()}
-    for row in rows.values():
+    for (kind, part), row in rows.items():
+        if not PARTS[kind][part].__module__.startswith("lightning_kv."):
+            continue
         for name, text in row.get("settings", {}).items():
             assert not text.startswith("-"), f"{row['part']}: {name} is not explained"
     assert rows["retain", "window"]["settings"]["sink"].endswith("they count in the budget. [0]")

@@ -274,3 +274,10 @@ def test_a_policy_file_with_an_oracle_is_a_bound_whatever_its_name(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\nselect: {part: oracle-reads, objective: mass, budget: 6f}\n")
     assert load_policy(str(path)).needs == {"mass": {}}
+
+
+@pytest.mark.parametrize("reference", ["sliding-window@6f", "top-attention@6f"])
+def test_a_reference_that_loses_something_itself_bounds_nothing(reference):
+    options = EvaluateOptions(policies=["oracle-mass@6f", "h2o@6f"], reference=reference)
+    with pytest.raises(ValueError, match=r"itself drops frames or does not read .* full"):
+        chosen_policies(options)
