@@ -206,5 +206,5 @@ def test_tables_of_the_package_are_up_to_date():
 
 def test_no_table_is_empty():
     tables = re.findall(r"<!-- (\w+) -->\n(.*?)<!-- /\1 -->", TEXT, flags=re.DOTALL)
-    assert len(tables) == 7
+    assert len(tables) == 9
     assert all(table.count("\n|") >= 5 for _, table in tables)

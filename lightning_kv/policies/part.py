@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -112,11 +113,18 @@ class NameTaken(ValueError):
         self.name, self.owner = name, owner
 
 
+def _origin(cls: type[Part]) -> tuple[Any, str]:
+    """The file that defines a class, and its name there."""
+    module = sys.modules.get(cls.__module__)
+    return getattr(module, "__file__", None) or cls.__module__, cls.__qualname__
+
+
 def _claim(cls: type[Part], name: str) -> None:
     """Refuse a name that nobody could type, or that is taken.
 
     Parts of all kinds and published methods share one set of names, and a method may be called
-    like the part that declares it. The same class may be defined again, as in a notebook.
+    like the part that declares it. The same class may be defined again: in a notebook, or by a
+    script that is imported too.
     """
     mine = f"{cls.__module__}:{cls.__qualname__}"
     if cls.kind not in PARTS or not NAME.fullmatch(name) or name.endswith((".yaml", ".yml")):
@@ -128,7 +136,7 @@ def _claim(cls: type[Part], name: str) -> None:
     owners += [PRESETS[name][1]] if name in PRESETS else []
     for owner in owners:
         theirs = f"{owner.__module__}:{owner.__qualname__}"
-        if theirs != mine and name != SHARED:
+        if theirs != mine and _origin(owner) != _origin(cls) and name != SHARED:
             raise NameTaken(
                 name,
                 f"The name {name!r} is taken. {mine} wants it, and {theirs} has it. Give yours "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_kv.cache.session import CacheSession
 from lightning_kv.policies.part import Part
+from lightning_kv.policies.plugins import BASES
 
 CONTAINERS = (dict, list, set, deque)
 
@@ -48,6 +49,8 @@ def footprint(part: Part) -> list[str]:
     for cls in type(part).__mro__:
         if cls is Part or cls is object:
             break
+        if cls.__module__ in BASES:  # they hold the registry, in which others write
+            continue
         own = {k: v for k, v in vars(cls).items() if not callable(v) and not k.startswith("__")}
         found.append(repr({k: v for k, v in own.items() if k != "_abc_impl"}))
         known = vars(sys.modules[cls.__module__])

@@ -14,7 +14,7 @@ import parts
 from parts import budgeted, policy
 
 import lightning_kv
-from lightning_kv.policies.base import UnitPart
+from lightning_kv.policies.base import RetainPart, UnitPart
 from lightning_kv.policies.registry import build_part
 from lightning_kv.testing.conformance import RULES, obey
 
@@ -99,27 +99,45 @@ def test_most_rules_have_a_fault_that_breaks_them():
 
 @dataclass(frozen=True)
 class Square(UnitPart):
-    """Works on square frames only, and says so; or only as much as needed."""
+    """Works on square frames only, and says so."""
 
     name: ClassVar[str] = "square"
-    politely: bool = True
 
     def check(self, geometry, chunk, frames):
         if len(set(geometry.grid)) > 1:
-            way = " Use a model with as many token rows as columns." if self.politely else ""
-            raise ValueError(f"The retain part 'square' wants square frames.{way}")
+            raise ValueError(
+                "The retain part 'square' wants square frames. Use a model with as many token rows "
+                "as columns."
+            )
 
 
-def test_a_declared_need_is_a_refusal():
-    refused = obey(policy(budgeted(Square)), "runs_everywhere")
-    assert ("runs_everywhere", "chunks of 3") in refused
-    assert ("runs_everywhere", "rolling, short last chunk") not in refused, "it is square"
-    assert all("as many token rows as columns" in text for text in refused.values())
+def test_a_part_that_is_made_for_one_size_does_not_get_away_with_saying_so():
+    with pytest.raises(AssertionError, match=r"no policy may be made for one size: .* 'square'"):
+        obey(policy(budgeted(Square)), "runs_everywhere")
+
+
+def test_a_table_of_another_model_is_a_refusal():
+    table = {"part": "table", "amount": "8f", "shares": [[1.0] * 5] * 2}
+    refused = obey(policy(build_part("retain", {"part": "window", "budget": table})))
+    assert len(refused) > 9
+    assert all("another model" in text for text in refused.values())
+
+
+@dataclass(frozen=True)
+class Curt(RetainPart):
+    """Needs clean rows, and says no more than that."""
+
+    name: ClassVar[str] = "curt"
+
+    def commit(self, views, state):
+        if not views[0].clean:
+            raise ValueError("no clean rows")
+        return [None] * len(views)
 
 
 def test_a_refusal_without_a_way_out_is_a_fault():
     with pytest.raises(AssertionError, match="without a way out"):
-        obey(policy(budgeted(Square, politely=False)), "runs_everywhere")
+        obey(policy(Curt()), "runs_everywhere")
 
 
 def test_clean_rows_are_a_declared_need():
