@@ -40,16 +40,14 @@ def parts() -> list[dict[str, Any]]:
     from lightning_kv.policies.registry import discover
 
     discover()
-    return [
-        {
-            "part": name,
-            "about": (cls.__doc__ or "-").strip().splitlines()[0],
-            "kind": kind,
-            **({"settings": found} if (found := part_settings(cls)) else {}),
-        }
-        for kind, known in PARTS.items()
-        for name, cls in sorted(known.items())
-    ]
+    return [part_row(name, cls) for known in PARTS.values() for name, cls in sorted(known.items())]
+
+
+def part_row(name: str, cls: Any) -> dict[str, Any]:
+    """One part: its name or address, what it does, its kind and its settings."""
+    about = (cls.__doc__ or "-").strip().splitlines()[0]
+    row: dict[str, Any] = {"part": name, "about": about, "kind": cls.kind}
+    return row | ({"settings": found} if (found := part_settings(cls)) else {})
 
 
 def part_settings(cls: type) -> dict[str, str]:

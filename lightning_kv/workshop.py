@@ -17,13 +17,21 @@ def list_command(words: list[str]) -> None:
 
     parser = Words("list", "What is there to choose from.")
     parser.add_argument("what", metavar="WHAT", help=f"one of: {', '.join(KINDS)}")
-    parser.add_argument("names", metavar="NAME", nargs="*", help="only these")
+    parser.add_argument(
+        "names", metavar="NAME", nargs="*", help="only these; package.module:Class too"
+    )
     parser.add_argument("--json", action="store_true", help="for programs")
     chosen = parser.parse_args(words)
     if chosen.what not in KINDS:
         near = hint(chosen.what, KINDS)
         raise ValueError(f"Cannot list {chosen.what!r}.{near} Lists: {', '.join(KINDS)}.")
-    rows = only(chosen.names, listing(chosen.what))
+    rows = listing(chosen.what)
+    if chosen.what == "parts":
+        from lightning_kv.listing import part_row
+        from lightning_kv.policies.plugins import imported
+
+        rows += [part_row(name, imported(name)) for name in chosen.names if ":" in name]
+    rows = only(chosen.names, rows)
     if chosen.json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
     elif chosen.what in ("models", "parts", "policies"):

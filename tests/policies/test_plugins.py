@@ -399,3 +399,12 @@ def test_the_meaning_of_every_setting_is_listed():
         for name, text in row.get("settings", {}).items():
             assert not text.startswith("-"), f"{row['part']}: {name} is not explained"
     assert rows["retain", "window"]["settings"]["sink"].endswith("they count in the budget. [0]")
+
+
+def test_the_settings_of_a_part_of_ones_own_are_listed_by_its_address(package, capsys):
+    from lightning_kv.cli import main
+
+    main(["list", "parts", f"{package}.mine:Thinned", "--json"])
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["part"] == f"{package}.mine:Thinned"
+    assert row["settings"]["every"] == "Frames between two that are kept. [2]"
