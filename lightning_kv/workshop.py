@@ -18,7 +18,7 @@ def list_command(words: list[str]) -> None:
     parser = Words("list", "What is there to choose from.")
     parser.add_argument("what", metavar="WHAT", help=f"one of: {', '.join(KINDS)}")
     parser.add_argument(
-        "names", metavar="NAME", nargs="*", help="only these; package.module:Class too"
+        "names", metavar="NAME", nargs="*", help="only these; or package.module:Class"
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     chosen = parser.parse_args(words)
