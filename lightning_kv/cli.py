@@ -91,9 +91,9 @@ def evaluate_command(words: list[str]) -> None:
     quiet()
     summary = evaluate(options)
     if summary:
-        from lightning_kv.report.records import RunDirectory
         from lightning_kv.report.table import render_tables
-        from lightning_kv.tasks.verdict import verdict
+        from lightning_kv.runs.directory import RunDirectory
+        from lightning_kv.runs.verdict import verdict
 
         run, out = RunDirectory(options.out), console()
         out.print(render_tables(summary))
@@ -117,9 +117,10 @@ def recommend_command(words: list[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     chosen = parser.parse_args(words)
-    from lightning_kv.tasks.margins import read_margins, read_memory
+    from lightning_kv.policies.budgets import read_memory
+    from lightning_kv.runs.margins import read_margins
+    from lightning_kv.runs.recommend import recommend
     from lightning_kv.tasks.overview import open_run, summary_of
-    from lightning_kv.tasks.recommend import recommend
 
     memory, margins = read_memory(chosen.memory), read_margins(chosen.margin)
     run = open_run(chosen.run)
@@ -155,8 +156,8 @@ def inspect_command(words: list[str]) -> None:
     add_run(parser)
     chosen = parser.parse_args(words)
     from lightning_kv.report.inspect import render_inspection
+    from lightning_kv.runs.verdict import verdict
     from lightning_kv.tasks.overview import open_run, summary_of
-    from lightning_kv.tasks.verdict import verdict
 
     run = open_run(chosen.run)
     summary, out = summary_of(run), console()

@@ -26,8 +26,8 @@ def compare_command(words: list[str]) -> None:
         **chosen,
     )
     from lightning_kv.report.table import render_tables
+    from lightning_kv.runs.verdict import verdict
     from lightning_kv.tasks.compare import compare
-    from lightning_kv.tasks.verdict import verdict
 
     quiet()
     found, out = compare(options), console()
@@ -96,8 +96,8 @@ def check_command(words: list[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     chosen = parser.parse_args(words)
-    from lightning_kv.tasks.check import check
-    from lightning_kv.tasks.margins import read_margins
+    from lightning_kv.runs.check import check
+    from lightning_kv.runs.margins import read_margins
 
     policies = None if chosen.policies is None else read_list(chosen.policies)
     found = check(chosen.run, chosen.baseline, read_margins(chosen.margin), policies, chosen.level)

@@ -195,7 +195,7 @@ def test_an_interrupted_run_in_batches_goes_on(tmp_path):
 
 def test_pictures_that_are_missing_are_made_when_a_run_goes_on(single, tmp_path):
     """Of a finished run, more pictures; a trace that was lost; and a prompt that is half done."""
-    from lightning_kv.report.traces import read_traces
+    from lightning_kv.runs.traces import read_traces
 
     out = tmp_path / "run"
     shutil.copytree(single[0], out)

@@ -15,10 +15,12 @@ RULES = {
     "rollout": {"cache", "policies", "models", "rollout"},
     "testing": {"cache", "policies", "models", "rollout", "testing"},
     "data": {"data"},
-    "metrics": {"metrics"},
-    "report": {"report"},
-    "tasks": {"cache", "policies", "models", "rollout", "testing", "data", "metrics", "report"}
-    | {"tasks"},
+    "stats": {"stats"},
+    "metrics": {"metrics", "stats"},
+    "runs": {"runs", "stats"},
+    "report": {"report", "runs", "stats"},
+    "tasks": {"cache", "policies", "models", "rollout", "testing", "data", "metrics", "stats"}
+    | {"runs", "report", "tasks"},
 }
 COMMAND_LINE = {"arguments", "listing", "terminal", "workshop", "yardstick"}
 FROM_OUTSIDE = {
@@ -27,6 +29,8 @@ FROM_OUTSIDE = {
     "models": {"torch", "yaml", "safetensors", "numpy"},  # numpy draws the noise
     "rollout": {"torch"},
     "testing": {"torch", "pytest"},
+    "stats": {"numpy", "scipy"},
+    "runs": {"numpy", "av", "PIL"},
 }
 
 

@@ -30,7 +30,7 @@ from rich.table import Table
 from lightning_kv.models.precision import PROFILES
 from lightning_kv.models.text import wan_extra
 from lightning_kv.models.vae import LIBRARY, WanVAE
-from lightning_kv.report.table import format_bytes
+from lightning_kv.runs.words import format_bytes
 from lightning_kv.tasks.bench import (
     CONFIGS,
     POLICIES,

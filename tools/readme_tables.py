@@ -16,8 +16,8 @@ import re
 from pathlib import Path
 
 from lightning_kv.listing import policies
-from lightning_kv.metrics.statistics import paired_interval
-from lightning_kv.report.records import RunDirectory
+from lightning_kv.runs.directory import RunDirectory
+from lightning_kv.stats.bootstrap import paired_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("recall", "revisit_error", "psnr", "ruler_error")

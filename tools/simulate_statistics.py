@@ -34,14 +34,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lightning_kv.metrics.inference import (
+from lightning_kv.stats.bootstrap import bca_interval
+from lightning_kv.stats.inference import (
     detectable,
     holm,
     non_inferiority,
     prompts_needed,
     sign_flip_p,
 )
-from lightning_kv.metrics.statistics import bca_interval
 
 Generator = np.random.Generator
 Draw = Callable[[Generator, int], np.ndarray]

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_kv.metrics.inference import jackknife
 from lightning_kv.metrics.moments import Covariance, Moments, as_features, check_widths, divisor
+from lightning_kv.stats.inference import jackknife
 
 TOLERANCE = 1e-6
 """How far rounding may push a value below zero, as a share of what it was computed from."""

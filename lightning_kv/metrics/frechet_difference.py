@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_kv.metrics.frechet import AgainstReal, numbered, varied, within
-from lightning_kv.metrics.inference import jackknife
 from lightning_kv.metrics.moments import Covariance
+from lightning_kv.stats.inference import jackknife
 
 EXACT = 10
 """Up to so many prompts the test tries all ``2**n`` swaps."""

@@ -154,3 +154,23 @@ class Amount:
                 f"{history} history frames it must lie between {smallest}f and {history}f "
                 f"({smallest}f of this model, with the current chunk, are {least} bytes)."
             )
+
+
+def read_memory(text: str | None) -> int | None:
+    """Bytes from ``24GiB``; None from None.
+
+    Raises:
+        ValueError: Not an amount of bytes above 0.
+    """
+    if text is None:
+        return None
+    try:
+        amount = Amount.parse(text)
+    except ValueError:
+        amount = None
+    if amount is None or amount.unit != "B":
+        raise ValueError(
+            f"--memory {text!r} is no amount of memory. It needs a number above 0 and a unit. "
+            "Write 24GiB, 800MiB, 512KiB or 4096B."
+        )
+    return int(amount.value)

@@ -15,7 +15,8 @@ from lightning_kv.report.entries import (
     unit_text,
     with_values,
 )
-from lightning_kv.report.table import NOTHING, format_bytes, format_estimate, format_number
+from lightning_kv.report.table import NOTHING, format_estimate, format_number
+from lightning_kv.runs.words import format_bytes
 
 COSTS: tuple[tuple[str, str, bool, Callable[[float], str]], ...] = (
     # field, head, whether more is better, how it is shown

@@ -8,8 +8,9 @@ from itertools import zip_longest
 from statistics import fmean, median
 
 from lightning_kv.report.entries import Entry
-from lightning_kv.report.records import Record
-from lightning_kv.report.table import NOTHING, format_bytes
+from lightning_kv.report.table import NOTHING
+from lightning_kv.runs.directory import Record
+from lightning_kv.runs.words import format_bytes
 
 QUARTER = 4  # the first and the last of so many parts of a clip are compared
 

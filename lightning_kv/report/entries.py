@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_kv.report.records import RunDirectory
-from lightning_kv.report.summary import hindsight
+from lightning_kv.runs.directory import RunDirectory
+from lightning_kv.runs.summary import hindsight
 
-FILES = "video files"  # the model of a comparison of videos that somebody else made
 MAIN = ("recall", "revisit_error", "psnr")  # shown first, in this order
 NEAR = ("psnr", "ssim", "ms_ssim", "lpips", "latent_mse")  # where nothing but fidelity is known
 SHOWN = 4  # main metrics where neither of these is known

@@ -14,9 +14,9 @@ from rich.text import Text
 from lightning_kv.report import pictures
 from lightning_kv.report.entries import Entry, PageRun, entries_of, main_metric
 from lightning_kv.report.prompts import finished, median, ranked
-from lightning_kv.report.records import RunDirectory
 from lightning_kv.report.table import NAME_WIDTH, NOTHING, format_number, render_tables
-from lightning_kv.report.traces import read_traces
+from lightning_kv.runs.directory import RunDirectory
+from lightning_kv.runs.traces import read_traces
 
 BARS = " ▁▂▃▄▅▆▇█"  # nothing, then from low to high
 GONE, HELD, SOME, READ = " ░▒█"

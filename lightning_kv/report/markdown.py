@@ -29,7 +29,7 @@ from lightning_kv.report.entries import (
     without_values,
 )
 from lightning_kv.report.fronts import front_axes, front_rows
-from lightning_kv.report.records import write_atomic
+from lightning_kv.runs.directory import write_atomic
 
 ESCAPED = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;", "*": "\\*", "`": "\\`", "\n": " "})
 

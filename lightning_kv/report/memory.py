@@ -8,7 +8,7 @@ from lightning_kv.report import pictures
 from lightning_kv.report.entries import PageRun
 from lightning_kv.report.players import data_uri
 from lightning_kv.report.prompts import Ranked, median
-from lightning_kv.report.traces import read_traces
+from lightning_kv.runs.traces import read_traces
 
 # Pixels: how much room a picture has on a phone and on a desk.
 OVERVIEW, STRIP, CLOSE_UP = (160, 220), (372, 1150), (320, 760)

@@ -29,8 +29,8 @@ from lightning_kv.report.entries import (
 from lightning_kv.report.memory import SHADES, memory
 from lightning_kv.report.players import filmed, player
 from lightning_kv.report.prompts import extremes, finished, ranked
-from lightning_kv.report.records import Record, write_atomic
 from lightning_kv.report.styles import styles
+from lightning_kv.runs.directory import Record, write_atomic
 
 FILTERS = (
     *(arrow, spoken, unit_text),

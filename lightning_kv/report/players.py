@@ -9,8 +9,8 @@ from typing import Any
 
 from lightning_kv.report.entries import PageRun
 from lightning_kv.report.prompts import Ranked
-from lightning_kv.report.records import Record
 from lightning_kv.report.table import NOTHING, format_number
+from lightning_kv.runs.directory import Record
 
 
 def filmed(run: PageRun, records: Sequence[Record]) -> set[str]:

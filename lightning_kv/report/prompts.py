@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from lightning_kv.report.records import Record
+from lightning_kv.runs.directory import Record
 
 
 @dataclass(frozen=True)

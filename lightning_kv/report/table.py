@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from textwrap import wrap
 from typing import Any
@@ -12,7 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lightning_kv.report.summary import hindsight
+from lightning_kv.runs.summary import hindsight
+from lightning_kv.runs.words import format_bytes
 
 NOTHING = "\N{EN DASH}"
 SCREEN = 120  # characters of a line
@@ -168,20 +168,6 @@ def format_number(value: float, scale: float, digits: int = 1) -> str:
         return f"{value:.{1 if scale >= 10 else 3 if scale >= 0.01 else 4}f}"
     mantissa, exponent = f"{value:.{digits}e}".split("e")
     return f"{mantissa}e{int(exponent)}"
-
-
-def format_bytes(count: float) -> str:
-    """Bytes with a binary prefix.
-
-    >>> format_bytes(3_355_443)
-    '3.20 MiB'
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1000 or unit == "GiB":
-            break
-        count /= 1024
-    digits = 0 if unit == "B" else max(0, 2 - int(math.log10(max(count, 1.0))))
-    return f"{count:.{digits}f} {unit}"
 
 
 def _percent(share: float) -> str:

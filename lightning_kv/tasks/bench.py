@@ -27,8 +27,8 @@ from lightning_kv.models.sizes import PRESETS, parameters
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
 from lightning_kv.policies.registry import load_policy, preset, unknown
-from lightning_kv.report.table import format_bytes
 from lightning_kv.rollout import rollout
+from lightning_kv.runs.words import format_bytes
 from lightning_kv.tasks.clock import read_size
 from lightning_kv.tasks.timing import Run
 

@@ -18,7 +18,7 @@ from lightning_kv.metrics import PixelMetric, Suite
 from lightning_kv.metrics.backbones import Backbone
 from lightning_kv.metrics.base import Block, noting, read_clip
 from lightning_kv.metrics.windows import Windows, passing
-from lightning_kv.report.records import Record, RunDirectory, fingerprint
+from lightning_kv.runs.directory import Record, RunDirectory, fingerprint
 from lightning_kv.tasks.comparison import about, check_counts, describe, usual
 from lightning_kv.tasks.featured import (
     featured,

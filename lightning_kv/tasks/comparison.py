@@ -12,7 +12,7 @@ from lightning_kv.data.pairs import Alignment
 from lightning_kv.data.videos import VideoInfo
 from lightning_kv.metrics import Suite
 from lightning_kv.metrics.backbones.weights import checksum
-from lightning_kv.report.entries import FILES
+from lightning_kv.runs.verdict import FILES
 from lightning_kv.tasks.film import GAIN
 from lightning_kv.tasks.options import CompareOptions
 from lightning_kv.tasks.pairing import Infos, Videos

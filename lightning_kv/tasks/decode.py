@@ -15,7 +15,7 @@ from lightning_kv.models.loading import vae_source
 from lightning_kv.models.precision import known_profile
 from lightning_kv.models.sources import find_model
 from lightning_kv.models.video import Codec
-from lightning_kv.report.video import write_mp4
+from lightning_kv.runs.video import write_mp4
 from lightning_kv.tasks.clips import SUFFIX, read_clip
 from lightning_kv.tasks.generate import shown
 

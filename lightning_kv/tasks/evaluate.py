@@ -22,10 +22,10 @@ from lightning_kv.models.sources import Source, find_model
 from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.registry import load_policy
-from lightning_kv.report.records import RunDirectory, fingerprint, write_atomic
-from lightning_kv.report.traces import write_traces
-from lightning_kv.report.video import Frames
 from lightning_kv.rollout import Rollout, rollout, together
+from lightning_kv.runs.directory import RunDirectory, fingerprint, write_atomic
+from lightning_kv.runs.traces import write_traces
+from lightning_kv.runs.video import Frames
 from lightning_kv.tasks.choices import chosen_policies, needs_of
 from lightning_kv.tasks.clock import read_size
 from lightning_kv.tasks.featured import read_real, real_videos

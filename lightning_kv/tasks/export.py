@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lightning_kv.report.records import write_atomic
+from lightning_kv.runs.directory import write_atomic
 from lightning_kv.tasks.decode import decode_all, latents_of
 
 LONGEST = 180  # characters of a prompt in a file name, whose length every system limits

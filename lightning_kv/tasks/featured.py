@@ -33,7 +33,7 @@ from lightning_kv.metrics.frechet import measurable
 from lightning_kv.metrics.frechet_difference import delta_frechet
 from lightning_kv.metrics.suite import Suite, set_metric
 from lightning_kv.metrics.windows import Windows
-from lightning_kv.report.records import RunDirectory, write_atomic
+from lightning_kv.runs.directory import RunDirectory, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -280,7 +280,7 @@ def versus(own: Rows, base: Rows, real: Tensor) -> dict[str, Any] | None:
     most where prompts are few: below 6 there is no interval.
 
     Returns:
-        As :func:`lightning_kv.tasks.analysis.difference`; None for fewer than two prompts that have
+        As :func:`lightning_kv.runs.analysis.difference`; None for fewer than two prompts that have
         as many windows in both, or where the reference has no distance.
     """
     first, second = Counter(own[1]), Counter(base[1])

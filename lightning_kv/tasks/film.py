@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from lightning_kv.report.players import film_name
-from lightning_kv.report.records import RunDirectory
-from lightning_kv.report.video import Frames, amplified, side_by_side, write_mp4
+from lightning_kv.runs.directory import RunDirectory
+from lightning_kv.runs.video import Frames, amplified, side_by_side, write_mp4
 
 PANEL = 160  # pixels that a smaller picture is enlarged to
 GAIN = 4  # of the difference

@@ -20,9 +20,9 @@ from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import WanConfig
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.registry import load_policy
-from lightning_kv.report.table import format_bytes
-from lightning_kv.report.video import Frames, write_mp4
 from lightning_kv.rollout import Rollout, rollout
+from lightning_kv.runs.video import Frames, write_mp4
+from lightning_kv.runs.words import format_bytes
 from lightning_kv.tasks.clips import SUFFIX, write_clip
 from lightning_kv.tasks.clock import Clock, Switch, read_size, read_switches
 from lightning_kv.tasks.launch import resolved

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_kv.metrics.statistics import bca_interval
-from lightning_kv.report.records import RunDirectory, write_atomic
-from lightning_kv.report.summary import MetricInfo, summarise
-from lightning_kv.tasks.analysis import analyse
+from lightning_kv.runs.analysis import analyse
+from lightning_kv.runs.directory import RunDirectory, write_atomic
+from lightning_kv.runs.summary import MetricInfo, summarise
+from lightning_kv.runs.verdict import verdict
+from lightning_kv.stats.bootstrap import bca_interval
 from lightning_kv.tasks.featured import distances
-from lightning_kv.tasks.verdict import verdict
 
 
 def open_run(path: Path) -> RunDirectory:

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_kv.cache.session import CacheSession
 from lightning_kv.metrics.base import Block
-from lightning_kv.report.table import format_bytes
+from lightning_kv.runs.words import format_bytes
 
 
 class RolloutProgress:

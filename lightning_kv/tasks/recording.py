@@ -12,9 +12,9 @@ from lightning_kv.metrics import Clip
 from lightning_kv.metrics.backbones import Backbone
 from lightning_kv.metrics.windows import Windows
 from lightning_kv.models.samplers import NOISE_REVISION
-from lightning_kv.report.records import RunDirectory
-from lightning_kv.report.video import Frames
 from lightning_kv.rollout import Rollout
+from lightning_kv.runs.directory import RunDirectory
+from lightning_kv.runs.video import Frames
 from lightning_kv.tasks.clips import SUFFIX, write_clip
 from lightning_kv.tasks.decode import FOLDER
 from lightning_kv.tasks.featured import (

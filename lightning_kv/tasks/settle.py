@@ -15,7 +15,7 @@ from lightning_kv.models.embeddings import INDEX
 from lightning_kv.models.sources import Source
 from lightning_kv.models.wan import WanConfig
 from lightning_kv.policies.base import CachePolicy
-from lightning_kv.report.table import format_bytes
+from lightning_kv.runs.words import format_bytes
 from lightning_kv.tasks.choices import needs_of
 from lightning_kv.tasks.clock import read_size
 from lightning_kv.tasks.launch import is_first

@@ -1,4 +1,4 @@
-"""Distances of latents against plain loops and NumPy; divergence on synthetic growth."""
+"""Distances of latents against plain loops and NumPy."""
 
 from __future__ import annotations
 
@@ -11,11 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_kv.metrics.base import Clip, clip_value
-from lightning_kv.metrics.divergence import (
-    calibrated_divergence,
-    divergence_onset,
-    growth_rate,
-)
 from lightning_kv.metrics.latents import (
     LatentCosine,
     LatentMSE,
@@ -161,47 +156,3 @@ def test_missing_latents_are_named():
         LatentCosine().curve(Clip(a))
     with pytest.raises(ValueError, match="without latents"):
         LatentMSE().curve(Clip(pixels=torch.zeros(5, 3, 8, 8), reference_latents=a))
-
-
-def test_calibration_puts_the_floor_at_0_and_the_ceiling_at_1():
-    floor, ceiling = torch.tensor([0.0, 0.1, 0.2]), torch.tensor([0.0, 1.1, 2.2])
-    for curve, expected in ((floor, 0.0), (ceiling, 1.0), ((floor + ceiling) / 2, 0.5)):
-        found = calibrated_divergence(curve, floor, ceiling)
-        assert found.isnan().tolist() == [True, False, False]  # the first frame was given
-        assert found[1:].tolist() == pytest.approx([expected] * 2, abs=1e-6)
-    assert calibrated_divergence([None, 3.0], [0.0, 0.0], [1.0, 2.0])[0].isnan()
-    assert calibrated_divergence([0.5], [1.0], [0.2]).isnan().all()
-    with pytest.raises(ValueError, match=r"2, 1, 2 frames.*same number"):
-        calibrated_divergence([0.0, 1.0], [0.0], [1.0, 1.0])
-
-
-def test_the_onset_is_the_first_frame_above_the_threshold():
-    curve = [None, 0.0, 0.1, 0.100001, 0.0, 0.9]
-    assert divergence_onset(curve, rate=2) == 1.5
-    assert divergence_onset(curve, rate=2, threshold=0.5) == 2.5
-    assert divergence_onset(curve, rate=2, threshold=1) is None
-    with pytest.raises(ValueError, match="positive rate"):
-        divergence_onset(curve, rate=0)
-
-
-@pytest.mark.parametrize("rate", [1.0, 4.0, 16.0])
-@pytest.mark.parametrize("exponent", [0.7, 3.0, -0.2])
-def test_the_growth_rate_is_the_exponent(rate, exponent):
-    times = torch.arange(20) / rate
-    curve = 1e-4 * (exponent * times.double()).exp()
-    found = growth_rate(curve, rate)
-    assert found is None if exponent < 0 else found == pytest.approx(exponent, rel=1e-9)
-
-
-def test_growth_is_measured_before_saturation_and_over_frames_that_differ():
-    times = np.arange(40) / 4
-    curve = np.minimum(1e-3 * np.exp(2 * times), 1.0)
-    padded = [None, 0.0, 0.0, *curve]
-    below = curve[: int((curve >= 0.5).argmax()) + 1]
-    expected = np.polyfit(times[: len(below)], np.log(below), 1)[0]
-    assert growth_rate(padded, rate=4) == pytest.approx(expected, rel=1e-9)
-    assert abs(np.polyfit(times, np.log(curve), 1)[0] - 2) > 1  # what saturation would have done
-    assert growth_rate([0.0, None, 0.0], rate=4) is None
-    assert growth_rate([0.0, 1.0, 0.9], rate=4) is None
-    with pytest.raises(ValueError, match="above 0"):
-        growth_rate([1.0, 2.0], rate=4, saturated=0)

@@ -10,7 +10,7 @@ from lightning_kv.metrics import METRICS, SETS, Choice, Suite, metric_by_name
 from lightning_kv.metrics.backbones import BACKBONES
 from lightning_kv.metrics.base import PixelMetric
 from lightning_kv.metrics.suite import ENCODERS, USUAL, able, explained, networks, set_metric
-from lightning_kv.report.summary import MetricInfo
+from lightning_kv.runs.summary import MetricInfo
 
 FREE = [name for name in METRICS if not networks(name)]
 ALL = {"latents", "pixels", "reference_pixels", "reference_latents"}

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from lightning_kv.report.entries import PageRun
-from lightning_kv.report.records import RunDirectory, fingerprint
-from lightning_kv.report.summary import MetricInfo, summarise
-from lightning_kv.report.traces import write_traces
-from lightning_kv.report.video import write_mp4
+from lightning_kv.runs.directory import RunDirectory, fingerprint
+from lightning_kv.runs.summary import MetricInfo, summarise
+from lightning_kv.runs.traces import write_traces
+from lightning_kv.runs.video import write_mp4
 
 FRAMES, CHUNK, LAYERS, HEADS = 12, 3, 2, 2
 METRICS = {

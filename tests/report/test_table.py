@@ -10,13 +10,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-from lightning_kv.report.table import (
-    cost_table,
-    format_bytes,
-    format_estimate,
-    quality_tables,
-    render_tables,
-)
+from lightning_kv.report.table import cost_table, format_estimate, quality_tables, render_tables
+from lightning_kv.runs.words import format_bytes
 
 WAYS = {
     "psnr": ("dB", True),

@@ -16,8 +16,8 @@ from lightning_kv.data.videos import VideoError, probe, read
 from lightning_kv.metrics.backbones.base import RandomBackbone
 from lightning_kv.metrics.fidelity import ssim
 from lightning_kv.metrics.frechet import frechet_distance
-from lightning_kv.report.records import RunDirectory
-from lightning_kv.report.video import write_mp4
+from lightning_kv.runs.directory import RunDirectory
+from lightning_kv.runs.video import write_mp4
 from lightning_kv.tasks.compare import compare
 from lightning_kv.tasks.options import CompareOptions
 

@@ -10,7 +10,7 @@ from lightning_kv.metrics.backbones.base import RandomBackbone
 from lightning_kv.metrics.frechet import frechet_distance
 from lightning_kv.metrics.frechet_difference import delta_frechet
 from lightning_kv.metrics.suite import Suite
-from lightning_kv.report.records import RunDirectory
+from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.tasks.featured import (
     distances,
     featured,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_kv.data.videos import probe, read
-from lightning_kv.report.records import RunDirectory
+from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.tasks.film import film, filmed
 
 

@@ -18,11 +18,11 @@ from lightning_kv.cli import main
 from lightning_kv.data.datamodule import PromptData
 from lightning_kv.metrics import Clip, metric_by_name
 from lightning_kv.policies.registry import load_policy
-from lightning_kv.report.summary import hindsight
-from lightning_kv.tasks.analysis import analyse
+from lightning_kv.runs.analysis import analyse
+from lightning_kv.runs.recommend import recommend
+from lightning_kv.runs.summary import hindsight
 from lightning_kv.tasks.choices import chosen_policies
 from lightning_kv.tasks.options import EvaluateOptions
-from lightning_kv.tasks.recommend import recommend
 from lightning_kv.tasks.results import measure
 from lightning_kv.tasks.scenes import panorama_start
 

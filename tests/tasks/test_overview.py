@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lightning_kv.report.records import RunDirectory
+from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.tasks.overview import open_run, page_path, summary_of, write_report
 
 ABOUT = {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lightning_kv.cli import main
-from lightning_kv.tasks.check import check
+from lightning_kv.runs.check import check
 
 ROOT = Path(__file__).parents[2]
 FVD = "fvd/panorama-encoder"

@@ -1,0 +1,208 @@
+"""How much worse than the reference a policy may be, and how much worse it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from lightning_kv.stats.bootstrap import confidence_below, paired_interval
+
+MARGINS = {"recall": 0.02, "revisit_error": 0.002, "ssim": 0.02}
+"""The margin where none is given: of the first of these that the run has values for."""
+
+Record = dict[str, Any]
+Clips = dict[str, Record]
+"""A policy's records by prompt key."""
+
+Facts = dict[str, dict[str, Any]]
+"""What a summary says about each metric: which way is good, whether it needs the reference."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How much worse than the reference, over the prompts that both have a value for.
+
+    Args:
+        metric: Its name.
+        margin: The most that is allowed, in the metric's unit.
+        value: Mean of the policy.
+        reference: Mean of the reference on the same prompts.
+        mean: Mean of the paired differences; positive is worse.
+        ci95: Its 95 % interval; None for fewer than two prompts.
+        confidence: That the mean loss is within the margin.
+        n: Number of prompts.
+    """
+
+    metric: str
+    margin: float
+    value: float
+    reference: float
+    mean: float
+    ci95: tuple[float, float] | None
+    confidence: float
+    n: int
+
+    @property
+    def within(self) -> bool:
+        """Whether the mean itself keeps the margin."""
+        return self.mean <= self.margin
+
+    @property
+    def share(self) -> float:
+        """The loss ÷ the margin, to compare metrics of different units."""
+        return self.mean / self.margin if self.margin else self.mean
+
+
+def loss_of(own: Clips, base: Clips, metric: str, facts: Facts, margin: float) -> Loss | None:
+    """Paired loss of a policy in one metric; None where no prompt has both values.
+
+    Args:
+        own: Records of the policy.
+        base: Records of the reference.
+        metric: Its name.
+        facts: About the metrics.
+        margin: The most that is allowed.
+    """
+    pairs = paired_values(own, base, metric, facts)
+    if not pairs:
+        return None
+    values, others = ([pair[side] for pair in pairs] for side in (0, 1))
+    good, bad = (others, values) if facts[metric]["higher_is_better"] else (values, others)
+    losses = [a - b for a, b in zip(good, bad, strict=True)]
+    return Loss(
+        metric=metric,
+        margin=margin,
+        value=math.fsum(values) / len(pairs),
+        reference=math.fsum(others) / len(pairs),
+        mean=math.fsum(losses) / len(pairs),
+        ci95=paired_interval(good, bad),
+        confidence=confidence_below(losses, margin),
+        n=len(pairs),
+    )
+
+
+def paired_values(own: Clips, base: Clips, metric: str, facts: Facts) -> list[tuple[float, float]]:
+    """A policy's value and the reference's, for each prompt that has both.
+
+    A metric that compares with the reference has the value of two equal clips there.
+    """
+    pairs = []
+    for key in sorted(own.keys() & base.keys()):
+        value, other = (clips[key]["metrics"].get(metric) for clips in (own, base))
+        if facts[metric]["against_reference"]:
+            other = facts[metric]["identical"]
+        if value is not None and other is not None:
+            pairs.append((value, other))
+    return pairs
+
+
+def usable(clips: dict[str, Clips], reference: str, facts: Facts) -> list[str]:
+    """Metrics that some policy and the reference both have a value for."""
+    rivals = [own for name, own in clips.items() if name != reference]
+    base = clips[reference]
+    better = (metric for metric, fact in facts.items() if fact["higher_is_better"] is not None)
+    return [m for m in better if any(paired_values(own, base, m, facts) for own in rivals)]
+
+
+def default_margins(able: Sequence[str]) -> dict[str, float]:
+    """The margin where none was given.
+
+    Args:
+        able: Metrics that can be judged.
+
+    Raises:
+        ValueError: There is a default for none of them.
+    """
+    for metric, margin in MARGINS.items():
+        if metric in able:
+            return {metric: margin}
+    raise ValueError(
+        "There is no margin to judge the loss by: defaults are known for "
+        f"{', '.join(MARGINS)}, and the run has values of none of these. {works(able)}"
+    )
+
+
+def check_margins(margins: dict[str, float], facts: Facts, able: Sequence[str]) -> None:
+    """Refuse margins that cannot be judged.
+
+    Args:
+        margins: Largest loss per metric.
+        facts: About the metrics of the run.
+        able: Those that can be judged.
+
+    Raises:
+        ValueError: An unknown metric, a negative margin, or a metric without values.
+    """
+    for metric, margin in margins.items():
+        if metric not in facts:
+            near = get_close_matches(metric, facts, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"This run has no metric {metric!r}.{hint} {works(able)}")
+        check_margin(metric, margin, facts[metric])
+        if facts[metric]["against_reference"] and facts[metric]["identical"] is None:
+            raise ValueError(
+                f"The margin {metric}={margin:g} means nothing: {metric} compares with the "
+                "reference rollout, so the reference itself has no finite value that could be "
+                f"lost. {works(able)}"
+            )
+        if metric not in able:
+            raise ValueError(
+                f"The margin {metric}={margin:g} cannot be judged: no prompt has a value of "
+                f"{metric} under a policy and the reference. {works(able)}"
+            )
+
+
+def check_margin(metric: str, margin: float, fact: dict[str, Any]) -> None:
+    """Refuse a margin that means nothing, whatever the values are.
+
+    Raises:
+        ValueError: It is below 0 or not finite, or the metric has no better and worse.
+    """
+    if not 0 <= margin < math.inf:
+        raise ValueError(
+            f"The margin {metric}={margin:g} is no loss that could be allowed. It is how much "
+            "worse the metric may be. Give 0 or more, such as recall=0.02."
+        )
+    if fact["higher_is_better"] is None:
+        raise ValueError(
+            f"The margin {metric}={margin:g} means nothing: neither more nor less of {metric} is "
+            "better. Give a margin of another metric, such as recall=0.02."
+        )
+
+
+def works(able: Sequence[str]) -> str:
+    """The part of an error that says what would work."""
+    if not able:
+        return "No metric of this run has values so far: evaluate with others, such as recall."
+    usual = next((metric for metric in MARGINS if metric in able), able[0])
+    return f"Metrics that work here: {', '.join(able)}. Write --margin {usual}=0.02."
+
+
+def read_margins(text: str | None) -> dict[str, float] | None:
+    """Margins from ``recall=0.02,ssim=0.05``; None from None.
+
+    Raises:
+        ValueError: Not of that form, or one metric twice.
+    """
+    if text is None:
+        return None
+    found: dict[str, float] = {}
+    for word in text.split(","):
+        name, _, number = (part.strip() for part in word.partition("="))
+        try:
+            margin = float(number)
+        except ValueError:
+            raise ValueError(
+                f"--margin {text!r} cannot be read: {word!r} is not METRIC=NUMBER. "
+                "Write --margin recall=0.02 or --margin recall=0.02,ssim=0.05."
+            ) from None
+        if name in found:
+            raise ValueError(
+                f"--margin {text!r} names {name!r} twice, with {found[name]:g} and {margin:g}. "
+                "Give one number per metric."
+            )
+        found[name] = margin
+    return found

@@ -1,0 +1,263 @@
+"""A recommendation in sentences."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_kv.stats.bootstrap import ceiling
+from lightning_kv.runs.candidates import EQUAL, LEVEL, Candidate, Recommendation
+from lightning_kv.runs.margins import Loss
+
+NAMED = 6  # policies that were not chosen, the nearest first
+
+
+def in_words(found: Recommendation) -> list[str]:
+    """The answer, what it saves, what it costs, how sure that is, and what else there is."""
+    said = chosen(found) if found.policy else refused(found)
+    if found.measured < found.run["prompts"]:
+        said.insert(
+            1, f"The run is not finished: {found.measured} of {found.run['prompts']} prompts."
+        )
+    keeping = [one for one in found.candidates if one.keeps and one.policy != found.policy]
+    if keeping:
+        bars = " and ".join(f"{number(m)} {name}" for name, m in found.margins.items())
+        also = " either" if found.policy else ""
+        said.append(
+            f"Not worse than {found.reference} by more than {bars}{also}: "
+            f"{', '.join(map(cheaply, keeping))}."
+        )
+    named_above = (found.closest, found.beyond)
+    out = [one for one in found.candidates if one.out and one.policy not in named_above]
+    if out:
+        out.sort(key=lambda one: max((x.mean / (x.margin or 1) for x in one.losses), default=0.0))
+        more = f"; and {len(out) - NAMED} more" if len(out) > NAMED else ""
+        said.append(f"Not chosen: {'; '.join(why_out(one) for one in out[:NAMED])}{more}.")
+    if found.bounds:
+        said.append(f"Bounds that know what is to come, nothing to run: {', '.join(found.bounds)}.")
+    return said
+
+
+def chosen(found: Recommendation) -> list[str]:
+    """Sentences where a policy qualifies."""
+    best = found.of(found.policy)
+    limit = f" It fits into {format_bytes(found.memory)}." if found.memory else ""
+    said = [f"Run {named(best)}: {savings(best, found)}.{limit}"]
+    said += [*effort(best, found), *(loss_words(loss, found.reference) for loss in best.losses)]
+    asides = {
+        "Runner-up": found.runner_up,
+        "Fewest rows touched": found.fewest_reads,
+        "Fastest here": found.fastest,
+    }
+    said += [f"{role}: {brief(found.of(name))}." for role, name in asides.items() if name]
+    return said
+
+
+def refused(found: Recommendation) -> list[str]:
+    """Sentences where nothing qualifies, with the best guess."""
+    said = [why_none(found)]
+    if found.closest:
+        guess = found.of(found.closest)
+        said.append(f"Nearest that saves anything: {named(guess)}. {upper(savings(guess, found))}.")
+        said += [*effort(guess, found), *(loss_words(x, found.reference) for x in guess.losses)]
+    if found.beyond:
+        said.append(f"With more memory: {brief(found.of(found.beyond))}.")
+    fits = ""
+    if found.memory:
+        fits = ", which fits" if found.reference_bytes <= found.memory else ", which does not fit"
+    said.append(f"{found.reference} itself holds {format_bytes(found.reference_bytes)}{fits}.")
+    return said
+
+
+def why_none(found: Recommendation) -> str:
+    """The first sentence where nothing qualifies."""
+    sized = [one for one in found.candidates if one.bytes_peak is not None]
+    least = min(sized, key=lambda one: one.bytes_peak)
+    if found.memory and least.bytes_peak > found.memory:
+        return (
+            f"No policy fits into {format_bytes(found.memory)}: the smallest, {least.policy}, "
+            f"holds {format_bytes(least.bytes_peak)}."
+        )
+    prompts = max((loss.n for one in found.candidates for loss in one.losses), default=0)
+    if ceiling(prompts) < LEVEL:
+        return (
+            f"{counted(prompts)} cannot give {sureness(LEVEL)} confidence, so no policy is "
+            "recommended yet: it takes 5 or more."
+        )
+    bars = " and ".join(f"{name} within {number(m)}" for name, m in found.margins.items())
+    where = f" in {format_bytes(found.memory)}" if found.memory else ""
+    idle = [one.policy for one in found.candidates if one.keeps and one.out == "saves nothing"]
+    if idle:
+        return (
+            f"No policy both saves something and keeps {bars} of {found.reference}{where}: "
+            f"{', '.join(idle)} would keep it, but read and score as much as {found.reference} "
+            "reads, and free no memory."
+        )
+    return (
+        f"No policy keeps {bars} of {found.reference}{where} with {sureness(LEVEL)} confidence, so "
+        "none is recommended."
+    )
+
+
+def named(one: Candidate) -> str:
+    """The policy with its budgets."""
+    budgets = ", ".join(f"{word} {amount}" for word, amount in one.budgets.items())
+    return f"{one.policy} ({budgets} per head)" if budgets else one.policy
+
+
+def savings(one: Candidate, found: Recommendation) -> str:
+    """Bytes and reads against the reference."""
+    held, full = format_bytes(one.bytes_peak), format_bytes(found.reference_bytes)
+    if one.bytes_share > 1 + EQUAL:
+        memory = f"it takes more memory ({held}, {found.reference} {full})"
+    elif one.bytes_share > 1 - EQUAL:
+        memory = f"it frees no memory ({held}, as {found.reference})"
+    else:
+        memory = f"it holds {held} where {found.reference} holds {full} ({saved(one.bytes_share)})"
+    if one.reads is None:
+        return memory
+    return f"{memory} and reads {percent(one.reads)} of the rows"
+
+
+def effort(one: Candidate, found: Recommendation) -> list[str]:
+    """What choosing costs, and time."""
+    said = []
+    if one.scored:
+        said.append(
+            f"To choose, it also scores keys, {percent(one.scored)} of what {found.reference} "
+            "reads."
+        )
+    if one.speedup and one.seconds_per_chunk and found.reference_seconds:
+        ratio = f"{one.speedup:.2f} times as fast as"
+        if one.speedup < 1:
+            ratio = f"{1 / one.speedup:.2f} times as long as"
+        pays = ""
+        if one.speedup < 1 and one.bytes_share > 1 - EQUAL:
+            pays = ": it pays only where reading the cache is what takes the time"
+        said.append(
+            f"A chunk took {1000 * one.seconds_per_chunk:.0f} ms here, {ratio} {found.reference}"
+            f"{pays}."
+        )
+    return said
+
+
+def loss_words(loss: Loss, reference: str) -> str:
+    """One metric: both means, the loss with its interval, and how sure the margin is."""
+    against = f"{number(loss.value)} against {number(loss.reference)} of {reference}"
+    change = "no loss" if loss.mean == 0 else f"a loss of {number(loss.mean)}"
+    if loss.mean < 0:
+        change = f"a gain of {number(-loss.mean)}"
+    spread = ""
+    if loss.ci95 and loss.ci95[0] != loss.ci95[1]:
+        low, high = loss.ci95
+        spread = f" (95 % interval of the loss {number(low)} to {number(high)})"
+    said = f"{loss.metric} is {against}, {change}{spread} over {counted(loss.n)}"
+    margin = number(loss.margin)
+    if not loss.within:
+        return f"{said}: more than the margin of {margin}."
+    sure = sureness(loss.confidence)
+    most = ", about the most that so few can give" if ceiling(loss.n) < LEVEL else ""
+    return f"{said}: within the margin of {margin} with {sure} confidence{most}."
+
+
+def brief(one: Candidate) -> str:
+    """A policy in half a line."""
+    losses = ", ".join(f"{loss.metric} {change(loss)}" for loss in one.losses)
+    speed = f", {one.speedup:.2f}x speed" if one.speedup else ""
+    reads = "" if one.reads is None else f", reads {percent(one.reads)}"
+    return f"{one.policy} ({format_bytes(one.bytes_peak)}{reads}{speed}, {losses})"
+
+
+def cheaply(one: Candidate) -> str:
+    """A policy, what it reads and holds, and its speed."""
+    reads = "" if one.reads is None else f" at {percent(one.reads)} of reads"
+    speed = "" if one.speedup is None else f", {one.speedup:.1f}x speed"
+    return f"{one.policy}{reads} ({format_bytes(one.bytes_peak or 0)}{speed})"
+
+
+def why_out(one: Candidate) -> str:
+    """A policy that does not qualify, and why."""
+    losses = ", ".join(f"{x.metric} {change(x)}" for x in one.losses)
+    return (
+        one.policy
+        + {
+            "no values": " (not measured)",
+            "failed": f" ({one.failed} clip{'s' if one.failed > 1 else ''} failed)",
+            "memory": f" (holds {format_bytes(one.bytes_peak or 0)})",
+            "saves nothing": " (saves nothing)",
+            "margin": f" ({losses})",
+            "unsure": f" ({losses}, but only {sureness(one.confidence)} sure)",
+        }[one.out]
+    )
+
+
+def change(loss: Loss) -> str:
+    """How a metric changes, in words."""
+    if loss.mean == 0:
+        return "the same"
+    return f"{number(abs(loss.mean))} {'worse' if loss.mean > 0 else 'better'}"
+
+
+def saved(share: float) -> str:
+    """What a share of the reference's bytes frees.
+
+    >>> saved(0.17)
+    '83 % less'
+    """
+    return f"{percent(1 - share)} less"
+
+
+def counted(prompts: int) -> str:
+    """A number of prompts.
+
+    >>> counted(1), counted(3)
+    ('1 prompt', '3 prompts')
+    """
+    return "1 prompt" if prompts == 1 else f"{prompts} prompts"
+
+
+def upper(sentence: str) -> str:
+    """The sentence with a capital at its start."""
+    return sentence[:1].upper() + sentence[1:]
+
+
+def sureness(confidence: float) -> str:
+    """A confidence, rounded down so that 94.9 % does not look like 95 %.
+
+    >>> sureness(0.949), sureness(0.9999)
+    ('94 %', 'more than 99 %')
+    """
+    return "more than 99 %" if confidence > 0.99 else f"{int(100 * confidence + 1e-9)} %"
+
+
+def percent(share: float) -> str:
+    """A share; one digit more where it is small.
+
+    >>> percent(0.262), percent(0.0123)
+    ('26 %', '1.2 %')
+    """
+    return f"{100 * share:.0f} %" if share >= 0.1 or share == 0 else f"{100 * share:.1f} %"
+
+
+def number(value: float) -> str:
+    """A number, short.
+
+    >>> number(0.9921), number(0.02), number(0.000031), number(0)
+    ('0.992', '0.02', '3.1e-05', '0')
+    """
+    if abs(value) < 0.1:
+        return f"{value:.2g}"
+    return f"{value:.3f}".rstrip("0").rstrip(".")
+
+
+def format_bytes(count: float) -> str:
+    """Bytes with a binary prefix.
+
+    >>> format_bytes(3_355_443)
+    '3.20 MiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1000 or unit == "GiB":
+            break
+        count /= 1024
+    digits = 0 if unit == "B" else max(0, 2 - int(math.log10(max(count, 1.0))))
+    return f"{count:.{digits}f} {unit}"
