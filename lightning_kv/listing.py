@@ -127,7 +127,7 @@ def sampling(config: Any) -> str:
 def metrics() -> list[dict[str, Any]]:
     """Metrics, each with the networks it is known on, and whether their weights are here."""
     from lightning_kv.metrics import METRICS, SETS, Choice
-    from lightning_kv.metrics.suite import explained, networks
+    from lightning_kv.metrics.registry import explained, networks
 
     rows = []
     for base in (*METRICS, *SETS):
@@ -146,7 +146,24 @@ def metrics() -> list[dict[str, Any]]:
                     "weights": weights(choice),
                 }
             )
-    return rows
+    return rows + derived()
+
+
+def derived() -> list[dict[str, Any]]:
+    """Metrics that a clip has where others are measured: computed from those, never named."""
+    from lightning_kv.runs.derived import DERIVED
+
+    better = {True: "higher", False: "lower", None: "neither"}
+    return [
+        {
+            "metric": each.name,
+            "unit": each.facts["unit"] or "-",
+            "better": better[each.facts["higher_is_better"]],
+            "needs": f"derived from {', '.join(each.needs)}",
+            "weights": "those of these",
+        }
+        for each in DERIVED
+    ]
 
 
 def weights(choice: Any) -> str:

@@ -30,8 +30,8 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 from torchmetrics.image.fid import _compute_fid
 
-from lightning_kv.metrics.frechet import frechet_distance, frechet_from_moments
-from lightning_kv.metrics.moments import Moments
+from lightning_kv.metrics.functional.frechet import frechet_distance, frechet_from_moments
+from lightning_kv.metrics.functional.moments import Moments
 
 WHOLE = "torchmetrics"
 TOLERANCE = 1e-4

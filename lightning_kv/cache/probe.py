@@ -43,8 +43,8 @@ class AttentionProbe:
         tokens: Queries of each frame, spread evenly over its rows and columns; all at most.
         stride: Every so many layers are watched, from the first. The rows of a watched layer are
             held as long as the probe, beside the policy's own memory.
-        tell: Told of every pass of every layer that is asked about, such as ``update`` of
-            :class:`lightning_kv.metrics.attention.AttentionFidelity`.
+        tell: Told of every pass of every layer that is asked about; see
+            :func:`lightning_kv.metrics.functional.retained_mass` for what to make of it.
 
     Raises:
         ValueError: No steps, or ``tokens`` or ``stride`` below 1.

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_kv.metrics.backbones.weights import load_state, locate, published, verified
-from lightning_kv.metrics.base import Reader
-from lightning_kv.metrics.features import FeatureMetric, directions
+from lightning_kv.metrics.features import FeatureMetric
+from lightning_kv.metrics.functional.consistency import directions
 
 HEAD = "laion-aesthetic"
 PREDICTOR = "LAION aesthetic predictor v1"
@@ -33,12 +33,11 @@ class AestheticQuality(FeatureMetric):
 
     Example:
         >>> import torch
-        >>> from lightning_kv.metrics.base import Clip
         >>> colour = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> redness = nn.Linear(3, 1, bias=False)
         >>> _ = nn.init.constant_(redness.weight, 0).data[0, 0].fill_(10)
         >>> red, green = torch.eye(3)[:2].view(2, 3, 1, 1).expand(2, 3, 8, 8)
-        >>> AestheticQuality(colour, redness).curve(Clip(pixels=torch.stack([red, green]))).tolist()
+        >>> AestheticQuality(colour, redness).curve(torch.stack([red, green])).tolist()
         [1.0, 0.0]
     """
 
@@ -67,14 +66,10 @@ class AestheticQuality(FeatureMetric):
         self.head.eval().requires_grad_(False)
         self.recipe = self.recipe.replace(PREDICTOR, words)
 
-    def reader(self, prompt: str | None = None, fps: float | None = None) -> Reader:
+    def frame_values(self, preds: Tensor, target: Tensor | None = None) -> Tensor:
         """Rating of every frame, a tenth of it."""
-
-        def read(pixels: Tensor, reference: Tensor | None) -> Tensor:
-            features = directions(self.backbone.features(pixels)).float()
-            return self.head(features).double().squeeze(-1) / 10
-
-        return read
+        features = directions(self.backbone.features(preds)).float()
+        return self.head(features).double().squeeze(-1) / 10
 
 
 def linear_head(path: Path | str | None, width: int) -> tuple[nn.Linear, str]:

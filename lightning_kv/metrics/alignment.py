@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_kv.metrics.base import Reader
-from lightning_kv.metrics.features import FeatureMetric, cosine, directions
+from lightning_kv.metrics.features import FeatureMetric
+from lightning_kv.metrics.functional.consistency import cosine, directions
 
 
 class TextAlignment(FeatureMetric):
@@ -17,7 +18,6 @@ class TextAlignment(FeatureMetric):
     Example:
         >>> import torch
         >>> from lightning_kv.metrics.backbones import Backbone
-        >>> from lightning_kv.metrics.base import Clip
         >>> class Colour(Backbone):
         ...     name, num_features, recipe = "colour", 3, "mean colour"
         ...
@@ -27,8 +27,11 @@ class TextAlignment(FeatureMetric):
         ...     def text_features(self, texts):
         ...         return torch.eye(3)[["red green blue".split().index(text) for text in texts]]
         >>> red, green = torch.eye(3)[:2].view(2, 3, 1, 1).expand(2, 3, 8, 8)
-        >>> clip = Clip(pixels=torch.stack([red, green]), prompt="red")
-        >>> TextAlignment(Colour()).curve(clip).tolist()
+        >>> metric = TextAlignment(Colour())
+        >>> metric.update(torch.stack([red, green])[None], prompts=["red"])
+        >>> metric.compute().item()
+        0.5
+        >>> metric.curve(torch.stack([red, green]), prompt="red").tolist()
         [1.0, 0.0]
     """
 
@@ -40,6 +43,8 @@ class TextAlignment(FeatureMetric):
         "after 77 tokens by CLIP"
     )
     needs = ("pixels", "prompt")
+    plot_lower_bound = -1.0
+    plot_upper_bound = 1.0
     backbones = ("clip-vit-b32", "clip-vit-l14")
 
     def reader(self, prompt: str | None = None, fps: float | None = None) -> Reader:
@@ -51,7 +56,7 @@ class TextAlignment(FeatureMetric):
         if prompt is None:
             raise ValueError(
                 f"The metric '{self.name}' compares frames with the prompt, and there is none. "
-                "Pass the prompt, or leave the metric out."
+                "Pass update(preds, prompts=[...]), or leave the metric out."
             )
         encode = getattr(self.backbone, "text_features", None)
         if encode is None:

@@ -1,266 +1,275 @@
-"""The contract of every metric of a clip: a per-frame curve, and sums that merge by addition."""
+"""The contract of metrics of clips: how videos come in, what is kept of them, what is said.
+
+A :class:`ClipMetric` has a curve for every clip, a value for every curve, and says the mean over
+units of the mean over the clips of a unit. A :class:`VideoMetric` makes its curves from pixels.
+"""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-if TYPE_CHECKING:
-    from lightning_kv.metrics.panorama import Scene
+from lightning_kv.metrics.inputs import (
+    Labels,
+    Videos,
+    clips_of,
+    labels,
+    missing_target,
+    number_of,
+    per_clip,
+    refuse_resampled,
+)
+from lightning_kv.metrics.reading import BLOCK, Block, Reader, noting, read_clip
+from lightning_kv.metrics.saved import SavedMetric
+from lightning_kv.stats.bootstrap import bca_interval
 
+__all__ = [
+    "BLOCK",
+    "Block",
+    "ClipMetric",
+    "Reader",
+    "VideoMetric",
+    "clip_value",
+    "noting",
+    "read_clip",
+]
 
-BLOCK = 8  # pixel frames that a metric is shown at a time
+NOBODY = -1
+"""Id, or unit, of a clip that was given none: it is never another's, and counts alone."""
 
-Block = tuple[Tensor, "Tensor | None"]
-"""Some consecutive pixel frames ``[f, 3, H, W]`` in [0, 1], and those of the reference."""
-
-Reader = Callable[[Tensor, "Tensor | None"], Tensor]
-"""Reads a clip block after block, in order; says the value of each frame shown, float64 ``[f]``."""
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Everything a metric may look at: one rollout, what it is compared with, and its world.
-
-    Args:
-        latents: ``[F, C, h, w]``; None where only pixels are known.
-        pixels: ``[P, 3, H, W]`` in [0, 1]: one for each latent frame, or one for the first and
-            equally many for each of the others; None where only latents are known.
-        reference_latents: The same of the reference rollout; None where there is none.
-        reference_pixels: The same of the reference rollout; None where there is none.
-        context: Number of leading frames that were given and not generated.
-        scene: What is known about the world; None outside the panorama.
-        prompt: What the model was told; None where nobody knows.
-        fps: Pixel frames per second; None where nobody knows.
-        attention: Curves ``[F]`` that a probe of the cache wrote, by name; None without a probe.
-
-    Raises:
-        ValueError: There is neither, the parts differ in length, the context does not fit, or a
-            value is not finite.
-    """
-
-    latents: Tensor | None = None
-    pixels: Tensor | None = None
-    reference_latents: Tensor | None = None
-    reference_pixels: Tensor | None = None
-    context: int = 0
-    scene: Scene | None = None
-    prompt: str | None = None
-    fps: float | None = None
-    attention: Mapping[str, Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        names = ("latents", "pixels", "reference_latents", "reference_pixels")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.latents is None and self.pixels is None:
-            raise ValueError(
-                f"A clip without latents and without pixels shows nothing: {list(given)} were "
-                "given. Pass latents, pixels, or both."
-            )
-        lengths = {name: len(tensor) for name, tensor in given.items()}
-        shown = {name: lengths[name] for name in given if name.endswith("pixels")}
-        if len(set(shown.values())) == 1 and _shows(self.frames, *set(shown.values())):
-            lengths |= dict.fromkeys(shown, self.frames)
-        if self.scene is not None and self.scene.positions is not None:
-            lengths["scene.positions"] = len(self.scene.positions)
-        if len(set(lengths.values())) != 1:
-            raise ValueError(
-                f"The parts of a clip differ in length: {lengths} frames. "
-                "Pass the same number of frames in all of them."
-            )
-        if not 0 <= self.context <= self.frames:
-            raise ValueError(
-                f"The context does not fit the clip: {self.context} of {self.frames} frames. "
-                f"Pass a number of frames from 0 to {self.frames}."
-            )
-        # A NaN would look like a frame that does not count, and a broken rollout like a good one.
-        broken = [name for name, tensor in given.items() if not tensor.isfinite().all()]
-        if broken:
-            raise ValueError(
-                f"A clip must be finite, but there are NaN or infinite values in {broken}. "
-                "Record this rollout as failed instead of measuring it."
-            )
-
-    @property
-    def frames(self) -> int:
-        """Number F of latent frames (of pixel frames where there are no latents)."""
-        return len(self.pixels if self.latents is None else self.latents)
-
-    def blocks(self) -> Iterator[Block]:
-        """Pixels of this clip and of the reference, a few frames at a time."""
-        if self.reference_pixels is None:
-            yield from ((block, None) for block in self.pixels.split(BLOCK))
-        else:
-            yield from zip(
-                self.pixels.split(BLOCK), self.reference_pixels.split(BLOCK), strict=True
-            )
-
-    def per_frame(self, values: Tensor) -> Tensor:
-        """Values of pixel frames ``[P]`` as means of the latent frames that show them, ``[F]``."""
-        if len(values) == self.frames:
-            return values
-        later = values[1:].view(self.frames - 1, -1).nanmean(1)
-        return torch.cat([values[:1], later])
-
-
-def _shows(frames: int, pixel_frames: int) -> bool:
-    """Whether so many latent frames can be shown by so many pixel frames."""
-    if frames == 1:
-        return pixel_frames == 1
-    return pixel_frames >= frames and (pixel_frames - 1) % (frames - 1) == 0
-
-
-class SavedMetric(Metric):
-    """A metric that ``state_dict`` holds: one that was loaded goes on where that stood.
-
-    A subclass adds its states with ``persistent=True``.
-    """
-
-    full_state_update = False
-    is_differentiable = False
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        # torchmetrics would give the value remembered from before, or warn that there is none.
-        if any(f"{prefix}{name}" in state_dict for name in self._defaults):
-            self._computed = None
-            self._update_count += 1
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+SAME = 1e-6
+"""Share by which the value of a clip may differ when it is measured again."""
 
 
 class ClipMetric(SavedMetric):
-    """A metric that takes one clip per update and has a value for each of its frames.
+    """A metric that has a curve and a value for every clip.
 
-    A clip's value is the mean over the frames that count; the metric is the mean over clips that
-    have a value, NaN if there is none. The states are float64 sums, so ranks and shards with
-    uneven numbers of clips merge by addition: to rounding, as the order of addition differs.
+    The metric is the mean over units of the mean over the clips of a unit: several samples of one
+    prompt are one value. A clip whose id comes twice (from a sampler that pads, or a run that was
+    taken up again) counts once. So the result depends neither on the number of processes nor on
+    the order of clips. NaN where no clip has a value. Bounds: :meth:`interval`.
 
-    A subclass sets the class attributes and writes :meth:`frame_values`:
+    A subclass sets the class attributes and writes ``update``:
 
-    * ``name``: key in results.
+    * ``name``: key in results; by default the class's in snake case.
     * ``unit``: unit of the value; empty for a dimensionless index.
     * ``higher_is_better``: which way is good; None where neither is.
     * ``recipe``: one exact sentence; values of different recipes must not be compared.
-    * ``needs``: fields of :class:`Clip` that must be given.
-    * ``identical``: its value for a clip that equals the reference, where it compares with that
-      and the value is finite.
+    * ``needs``: what it must know of a clip, such as ``pixels`` or ``latents``.
+    * ``identical``: its value for a clip that equals its target, where it compares and the value
+      is finite.
+    * ``plot_lower_bound``, ``plot_upper_bound``: ends of its scale, where it has any.
 
-    Example:
-        >>> class Brightness(ClipMetric):
-        ...     name, unit, higher_is_better = "brightness", "", True
-        ...     recipe = "mean of all values, mean over frames, range [0, 1]"
-        ...
-        ...     def frame_values(self, clip):
-        ...         return clip.pixels.double().mean((1, 2, 3))
-        >>> metric = Brightness()
-        >>> for level in (0.25, 0.75):
-        ...     frames = torch.full((3, 3, 8, 8), level)
-        ...     metric.update(Clip(latents=torch.zeros(3, 4, 1, 1), pixels=frames, context=1))
-        >>> metric.compute().item()
-        0.5
+    Args:
+        curves: Keep the curves of all clips too, for :attr:`curves`.
+        prompt_table: Prompts, where ``update`` is given their indices as a tensor.
+        kwargs: What every torchmetrics metric takes.
     """
 
-    name: str
-    unit: str
-    recipe: str
-    needs: tuple[str, ...] = ()
+    unit: str = ""
+    needs: ClassVar[tuple[str, ...]] = ()
     identical: float | None = None
-    undefined = "no frame counts"  # why a clip may have no value
+    undefined: str = "no frame counts"  # why a clip may have no value
 
-    total: Tensor
-    clips: Tensor
+    values: list[Tensor]
+    ids: list[Tensor]
+    units: list[Tensor]
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+        if cls.recipe in ("", *(f"{b.__module__}.{b.__qualname__}" for b in cls.__mro__[1:])):
+            cls.recipe = f"{cls.__module__}.{cls.__qualname__}"
+
+    def __init__(
+        self,
+        *,
+        curves: bool = False,
+        prompt_table: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        for name in ("total", "clips"):
-            zero = torch.zeros((), dtype=torch.float64)
-            self.add_state(name, zero, dist_reduce_fx="sum", persistent=True)
+        self.prompt_table = prompt_table
+        self._keeps_curves = curves
+        for name in self._listed:
+            self.add_state(name, [], dist_reduce_fx="cat", persistent=True)
+
+    @property
+    def _listed(self) -> tuple[str, ...]:
+        return ("values", "ids", "units", *(("frames", "points") if self._keeps_curves else ()))
 
     @classmethod
     def against_reference(cls) -> bool:
-        """Whether it compares with the reference, which then has no value of its own."""
+        """Whether it compares with a target, which then has no value of its own."""
         return any(need.startswith("reference") for need in cls.needs)
-
-    @abstractmethod
-    def frame_values(self, clip: Clip) -> Tensor:
-        """Value of every frame, float64 ``[F]``; NaN where it has none. Context is cut later."""
-
-    def curve(self, clip: Clip) -> Tensor:
-        """Value of every frame, float64 ``[F]``; NaN in frames that do not count.
-
-        The frames of the context never count: they are given, so they are right by construction.
-
-        Raises:
-            ValueError: The clip lacks something this metric needs.
-        """
-        missing = [name for name in self.needs if getattr(clip, name) is None]
-        if missing:
-            raise ValueError(
-                f"The metric '{self.name}' cannot be computed: the clip was given without "
-                f"{', '.join(missing)}. Pass {', '.join(self.needs)}, or leave the metric out."
-            )
-        values = self.frame_values(clip)
-        index = torch.arange(clip.frames, device=values.device)
-        return values.masked_fill(index < clip.context, torch.nan)
 
     def value(self, curve: Tensor) -> float | None:
         """What the curve of a clip comes to: its mean, unless a metric says otherwise."""
         return clip_value(curve)
 
-    def update(self, clip: Clip | None, curve: Tensor | None = None) -> None:
-        """Add one clip; one in which no frame counts changes nothing.
+    def add(
+        self, curve: Tensor, *, id: int | str | None = None, unit: int | str | None = None
+    ) -> float | None:
+        """Add a clip whose curve is known, from a record or from :func:`read_clip`.
 
         Args:
-            clip: The clip; may be None where the curve is given.
-            curve: What :meth:`curve` says of it, where that is known already.
+            curve: ``[T]``, NaN in frames that do not count.
+            id: What tells the clip apart; one that comes twice counts once.
+            unit: What clips that are no independent samples have in common: their prompt.
+
+        Returns:
+            The clip's value; None, and nothing is added, where no frame counts.
         """
-        value = self.value(self.curve(clip) if curve is None else curve)
+        self._filled()
+        return self._add(curve, id, unit)
+
+    def _add(self, curve: Tensor, id: int | str | None, unit: int | str | None) -> float | None:
+        value = self.value(curve)
         if value is not None:
-            self.total += value
-            self.clips += 1
+            self._keep(value, curve, number_of(id), number_of(unit))
+        return value
+
+    def _keep(self, value: float, curve: Tensor, number: int, unit: int) -> None:
+        place = {"device": self.device}
+        self.values.append(torch.tensor([value], dtype=torch.float64, **place))
+        self.ids.append(torch.tensor([number], **place))
+        self.units.append(torch.tensor([unit], **place))
+        if self._keeps_curves:
+            self.frames.append(torch.tensor([len(curve)], **place))
+            self.points.append(curve.detach().double().to(self.device))
+
+    def _add_all(self, curves: Iterable[Tensor], ids: Labels, units: Labels, clips: int) -> None:
+        """Add a batch of clips, whose labels are checked first."""
+        refuse_resampled(self.name, {"ids": ids, "units": units})
+        named = labels("ids", ids, clips), labels("units", units, clips)
+        for curve, *names in zip(curves, *named, strict=True):
+            self._add(curve, *names)
 
     def compute(self) -> Tensor:
-        """Mean over clips, a float64 scalar; NaN if no clip had a value."""
-        return self.total / self.clips
+        """Mean over units, a float64 scalar; NaN if no clip had a value.
+
+        Raises:
+            ValueError: Two clips of one id have different values.
+        """
+        values = self.unit_values()
+        if not len(values):
+            return torch.tensor(torch.nan, dtype=torch.float64, device=self.device)
+        return values.mean().to(self.device)
+
+    def unit_values(self) -> Tensor:
+        """Mean over the clips of every unit, float64 ``[units]`` on the CPU.
+
+        Raises:
+            ValueError: As :meth:`compute`.
+        """
+        values, units, _ = self._distinct()
+        alone = units == NOBODY
+        places, group = units[~alone].unique(return_inverse=True)
+        sums = values.new_zeros(len(places)).index_add_(0, group, values[~alone])
+        return torch.cat([values[alone], sums / group.bincount(minlength=len(places))])
+
+    def interval(self, level: float = 0.95) -> tuple[float, float] | None:
+        """Confidence interval of the mean: a bootstrap that resamples whole units.
+
+        To be called on every process. See :func:`lightning_kv.stats.bootstrap.bca_interval`; None
+        where there are too few units for one.
+        """
+        with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync):
+            values = self.unit_values()
+        return bca_interval(values.tolist(), level) if len(values) else None
+
+    @property
+    def curves(self) -> list[Tensor]:
+        """Curve of every clip that has a value, float64 ``[T]`` each; of this process alone.
+
+        Raises:
+            ValueError: The metric was not made with ``curves=True``.
+        """
+        if not self._keeps_curves:
+            raise ValueError(
+                f"'{self.name}' keeps no curves: curves=False. Make it with curves=True."
+            )
+        order = self._distinct()[2]
+        lengths = _joined(self.frames, torch.int64).tolist()
+        found = _joined(self.points, torch.float64).split(lengths)
+        return [found[place] for place in order.tolist()]
+
+    def _distinct(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Values and units of the clips by id, each once, and where they stand in the states."""
+        values = _joined(self.values, torch.float64)
+        ids, order = _joined(self.ids, torch.int64).sort(stable=True)
+        fresh = torch.ones_like(ids, dtype=torch.bool)
+        fresh[1:] = (ids.diff() != 0) | (ids[1:] == NOBODY)
+        values = values[order]
+        first = values[fresh][fresh.cumsum(0) - 1]
+        moved = (values - first).abs() > SAME * (1 + first.abs())
+        if moved.any():
+            raise ValueError(
+                f"'{self.name}' was given {int(moved.sum())} clips again with other values, such "
+                f"as {values[moved][0].item():g} after {first[moved][0].item():g}. Give each clip "
+                "its own id."
+            )
+        order = order[fresh]
+        return values[fresh], _joined(self.units, torch.int64)[order], order
+
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        # A process without clips must gather what the others gather: same type, same axes.
+        for name in self._listed:
+            state = getattr(self, name)
+            kind = torch.float64 if name in ("values", "points") else torch.int64
+            if isinstance(state, list) and not state:
+                state.append(torch.zeros(0, dtype=kind, device=self.device))
+        super()._sync_dist(*args, **kwargs)
 
 
-class PixelMetric(ClipMetric):
-    """A metric that reads pixels in order, a few frames at a time, whatever the clip's length.
+class VideoMetric(ClipMetric):
+    """A metric of pixels, whatever the length of the videos; takes them as torchmetrics does.
 
-    A subclass writes :meth:`reader` instead of :meth:`ClipMetric.frame_values`.
+    A subclass writes :meth:`frame_values`, or :meth:`reader` where a frame's value depends on the
+    frames before it. One that compares with a target sets ``paired = True``; one that must know the
+    prompt or the frames per second names them in ``needs``.
+
+    Args:
+        curves: As in :class:`ClipMetric`.
+        prompt_table: As in :class:`ClipMetric`.
+        kwargs: As in :class:`ClipMetric`.
 
     Example:
-        >>> class Change(PixelMetric):
-        ...     name, unit, higher_is_better = "change", "intensity", False
-        ...     recipe = "mean absolute difference to the frame before, range [0, 1]"
+        >>> class Darkness(VideoMetric):
+        ...     higher_is_better = False
         ...
-        ...     def reader(self, prompt=None, fps=None):
-        ...         last = []
-        ...
-        ...         def read(pixels, reference):
-        ...             frames = torch.cat([*last, pixels]).double()
-        ...             steps = frames.diff(dim=0).abs().mean((1, 2, 3))
-        ...             unknown = steps.new_full((0 if last else 1,), torch.nan)
-        ...             last[:] = [pixels[-1:]]
-        ...             return torch.cat([unknown, steps])
-        ...
-        ...         return read
-        >>> frames = torch.tensor([0.0, 0.5, 0.25]).view(3, 1, 1, 1).expand(3, 3, 8, 8)
-        >>> Change().curve(Clip(pixels=frames)).tolist()
-        [nan, 0.5, 0.25]
+        ...     def frame_values(self, preds, target=None):
+        ...         return 1 - preds.double().mean((1, 2, 3))
+        >>> metric = Darkness()
+        >>> for level in (0.25, 0.75):
+        ...     metric.update(torch.full((1, 5, 3, 8, 8), level))
+        >>> metric.name, metric.compute().item()
+        ('darkness', 0.5)
     """
 
-    needs = ("pixels",)
+    needs: ClassVar[tuple[str, ...]] = ("pixels",)
+    paired: ClassVar[bool] = False
 
-    @abstractmethod
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if vars(cls).get("paired") and "needs" not in vars(cls):
+            cls.needs = ("pixels", "reference_pixels")
+        cls.paired = cls.against_reference()
+
+    def frame_values(self, preds: Tensor, target: Tensor | None = None) -> Tensor:
+        """Value of every frame by itself, float64 ``[f]``; NaN where it has none.
+
+        Args:
+            preds: ``[f, 3, H, W]`` in [0, 1].
+            target: The same, where the metric compares.
+        """
+        raise NotImplementedError(f"{type(self).__name__} writes neither frame_values nor reader")
+
     def reader(self, prompt: str | None = None, fps: float | None = None) -> Reader:
         """What reads one clip; made fresh for each.
 
@@ -268,82 +277,99 @@ class PixelMetric(ClipMetric):
             prompt: What the model was told.
             fps: Frames per second.
         """
+        return self.frame_values
 
-    def frame_values(self, clip: Clip) -> Tensor:
-        """Values of the pixel frames; several that show one latent frame are averaged."""
-        return clip.per_frame(read_clip({"": self}, clip.blocks(), clip.prompt, clip.fps)[""])
+    def curve(
+        self,
+        preds: Tensor,
+        target: Tensor | None = None,
+        *,
+        prompt: str | None = None,
+        fps: float | None = None,
+    ) -> Tensor:
+        """Value of every frame of one clip, float64 ``[T]`` on the CPU; adds nothing.
 
+        Args:
+            preds: ``[T, 3, H, W]`` in [0, 1].
+            target: The same, where the metric compares.
+            prompt: What the model was told.
+            fps: Frames per second.
 
-def read_clip(
-    metrics: Mapping[str, PixelMetric],
-    blocks: Iterable[Block],
-    prompt: str | None = None,
-    fps: float | None = None,
-    problems: dict[str, str] | None = None,
-) -> dict[str, Tensor]:
-    """Curves of several metrics in one pass over the pixels, which are never held as a whole.
+        Raises:
+            ValueError: The metric cannot judge this clip.
+        """
+        blocks: Iterable[Block] = ((block, None) for block in preds.split(BLOCK))
+        if self.against_reference():
+            if target is None:
+                raise missing_target(self.name, "target")
+            blocks = zip(preds.split(BLOCK), target.split(BLOCK), strict=True)
+        return read_clip({"": self}, blocks, prompt, fps)[""]
 
-    Args:
-        metrics: By name.
-        blocks: The clip, block after block; every block may have another number of frames.
-        prompt: What the model was told.
-        fps: Frames per second.
-        problems: Where given, takes up why a metric cannot judge this clip, by name; the others
-            go on.
+    def pooled(self, values: Tensor) -> Tensor:
+        """Values of frames that show one latent frame, ``[n, k]``, as one value each, ``[n]``."""
+        return values.nanmean(1)
 
-    Returns:
-        Value of every pixel frame, float64 ``[P]`` on the CPU, NaN where it has none, by name;
-        nothing for a metric with a problem.
+    def update(
+        self,
+        preds: Videos,
+        target: Videos | None = None,
+        *,
+        prompts: Labels = None,
+        fps: float | Sequence[float] | Tensor | None = None,
+        ids: Labels = None,
+        units: Labels = None,
+    ) -> None:
+        """Add a batch of videos.
 
-    Raises:
-        ValueError: A metric cannot judge this clip, and ``problems`` is not given.
-    """
-    readers: dict[str, Reader] = {}
-    for name, metric in metrics.items():
-        with noting(problems, name):
-            readers[name] = metric.reader(prompt, fps)
-    places = {name: metric.device for name, metric in metrics.items()}
-    # Numbers and not tensors: small tensors that stay, between large ones that go, split the free
-    # memory into pieces that fit no block, and the process grows with the clip.
-    found: dict[str, list[float]] = {name: [] for name in readers}
-    for block in blocks:
-        moved = {
-            place: tuple(None if x is None else x.to(place) for x in block)
-            for place in set(places.values())
-        }
-        for name, read in readers.items():
-            if name in found:
-                with noting(problems, name):
-                    found[name] += read(*moved[places[name]]).tolist()
-                    continue
-                del found[name]
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
+        Args:
+            preds: ``[B, T, 3, H, W]``, uint8 or float in [0, 1]; or a list of ``[T, 3, H, W]`` of
+                any lengths.
+            target: What they are compared with, of the same shapes; metrics that do not compare
+                leave it alone, so that they fit into one collection with those that do.
+            prompts: What the model was told, one text per video; or int64 ``[B]``, places in
+                ``prompt_table``.
+            fps: Frames per second, one number or one per video.
+            ids: What tells the videos apart: int64 ``[B]``, or one text or number per video. One
+                that comes twice counts once; without ids all count.
+            units: What videos that are no independent samples have in common, in the same form; by
+                default their prompt, and without prompts each counts alone.
 
+        Raises:
+            ValueError: Shapes, types, ranges or numbers do not fit, a target or a prompt is
+                missing, or a BootStrapper resampled the videos and not what belongs to them.
+        """
+        refuse_resampled(self.name, {"prompts": prompts, "ids": ids, "units": units})
+        clips = clips_of("preds", preds, self.device)
+        targets: Sequence[Tensor | None] = [None] * len(clips)
+        if self.against_reference():
+            targets = clips_of("target", target, self.device, like=clips, of=self.name)
+        texts = self._texts(prompts, len(clips))
+        rates = per_clip("fps", fps, len(clips))
+        curves = (
+            self.curve(one, other, prompt=text, fps=rate)
+            for one, other, text, rate in zip(clips, targets, texts, rates, strict=True)
+        )
+        self._add_all(curves, ids, prompts if units is None else units, len(clips))
 
-@contextmanager
-def noting(problems: dict[str, str] | None, name: str) -> Iterator[None]:
-    """Take up the ValueError of what is done inside, under a name; without a dict it goes on.
-
-    Example:
-        >>> problems = {}
-        >>> with noting(problems, "width"):
-        ...     int("wide")
-        >>> list(problems)
-        ['width']
-    """
-    try:
-        yield
-    except ValueError as error:
-        if problems is None:
-            raise
-        problems[name] = str(error)
+    def _texts(self, prompts: Labels, clips: int) -> list[str | None]:
+        if not isinstance(prompts, Tensor):
+            return labels("prompts", prompts, clips)
+        places = labels("prompts", prompts, clips)
+        if self.prompt_table is None:
+            if "prompt" not in self.needs:
+                return [None] * clips
+            raise ValueError(
+                f"'{self.name}' was given prompts as places in a table, int64 {clips}, and has "
+                "none. Make it with prompt_table=[...], or pass the texts."
+            )
+        return [self.prompt_table[place] for place in places]
 
 
 def clip_value(curve: Tensor) -> float | None:
     """Mean over the frames that count, or None if there is none.
 
     Args:
-        curve: ``[F]``, NaN in frames that do not count.
+        curve: ``[T]``, NaN in frames that do not count.
 
     Example:
         >>> clip_value(torch.tensor([float("nan"), 1.0, 2.0]))
@@ -353,3 +379,12 @@ def clip_value(curve: Tensor) -> float | None:
     """
     counted = curve[~curve.isnan()]
     return counted.mean().item() if len(counted) else None
+
+
+def _joined(state: list[Tensor] | Tensor, kind: torch.dtype) -> Tensor:
+    """A list state as one tensor on the CPU, before or after it was gathered.
+
+    There sums have one order, and results do not differ from call to call.
+    """
+    parts = [state] if isinstance(state, Tensor) else state
+    return torch.cat([torch.zeros(0, dtype=kind), *(part.cpu() for part in parts)])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,99 +15,16 @@ from lightning_kv.metrics.backbones import backbone as resolve
 from lightning_kv.metrics.backbones.interpolators import LinearMidpoint
 from lightning_kv.metrics.base import Reader
 from lightning_kv.metrics.features import FeatureMetric
-from lightning_kv.metrics.motion import checked_pixels, eight_bit
-
-RATE = 8  # frames per second at which flow is measured
-TOP = 0.05  # share of the pixels that move most
-THRESHOLD = 6.0  # pixels, in a frame whose shorter side has SIDE
-SIDE = 256
-
-
-def sampling_interval(fps: float) -> int:
-    """Every how many frames VBench looks, so that it sees about 8 of them per second.
-
-    Args:
-        fps: Frames per second of the clip.
-
-    Example:
-        >>> [sampling_interval(fps) for fps in (6, 8, 16, 20, 24)]
-        [1, 1, 2, 2, 3]
-    """
-    return max(1, round(fps / RATE))
-
-
-def dynamic_rule(frames: int, side: int) -> tuple[float, int]:
-    """VBench's rule for a clip that moves: the threshold of a step, and how many must pass it.
-
-    Args:
-        frames: Number of frames looked at.
-        side: Shorter side of a frame, in pixels.
-
-    Returns:
-        Pixels of motion that a step must exceed, and the number of steps.
-
-    Example:
-        81 frames of 480 x 832 at 16 frames per second, of which every second is looked at:
-
-        >>> dynamic_rule(41, 480)
-        (11.25, 10)
-    """
-    # round() takes halves to the even number, as VBench's does.
-    return THRESHOLD * side / SIDE, round(4 * frames / 16)
-
-
-def is_dynamic(scores: Sequence[float] | Tensor, side: int) -> bool:
-    """Whether a clip moves, by VBench's rule (Huang et al., arXiv 2311.17982).
-
-    Args:
-        scores: :func:`motion_score` of each step from one frame looked at to the next.
-        side: Shorter side of a frame, in pixels.
-
-    Example:
-        >>> is_dynamic([12.0] * 10 + [0.0] * 30, 480), is_dynamic([12.0] * 9 + [0.0] * 31, 480)
-        (True, False)
-    """
-    threshold, needed = dynamic_rule(len(scores) + 1, side)
-    return len(scores) > 0 and sum(float(score) > threshold for score in scores) >= needed
-
-
-def motion_score(flow: Tensor) -> Tensor:
-    """Mean length of the 5 % longest vectors of a flow.
-
-    Args:
-        flow: ``[N, 2, H, W]`` in pixels; of a tiny one, the longest vector counts.
-
-    Returns:
-        float64 ``[N]`` in pixels.
-
-    Example:
-        >>> flow = torch.zeros(1, 2, 5, 8)
-        >>> flow[0, :, 0, 0] = torch.tensor([3.0, 4.0])
-        >>> motion_score(flow).tolist()
-        [2.5]
-    """
-    lengths = _lengths(flow)
-    return lengths.topk(max(1, int(lengths.shape[1] * TOP)), dim=1).values.mean(1)
-
-
-def mean_motion(flow: Tensor) -> Tensor:
-    """Mean length of the vectors of a flow.
-
-    Args:
-        flow: ``[N, 2, H, W]`` in pixels.
-
-    Returns:
-        float64 ``[N]`` in pixels.
-
-    Example:
-        >>> mean_motion(torch.tensor([3.0, 4.0]).view(1, 2, 1, 1).expand(1, 2, 5, 8)).tolist()
-        [5.0]
-    """
-    return _lengths(flow).mean(1)
-
-
-def _lengths(flow: Tensor) -> Tensor:
-    return flow.double().square().sum(1).sqrt().flatten(1)
+from lightning_kv.metrics.functional.dynamics import (
+    RATE,
+    SIDE,
+    is_dynamic,
+    likeness,
+    mean_motion,
+    motion_score,
+    sampling_interval,
+)
+from lightning_kv.metrics.functional.motion import checked_pixels, eight_bit
 
 
 class Pairwise(Backbone):
@@ -200,7 +118,8 @@ class FlowMetric(PairMetric):
         if fps is None:
             raise ValueError(
                 f"The metric '{self.name}' cannot be computed: it looks at {RATE} frames per "
-                "second, and the clip was given without fps. Pass the frames per second."
+                "second, and the clip was given without fps. Pass update(preds, fps=...), or leave "
+                "the metric out."
             )
         interval = sampling_interval(fps)
         last: Tensor | None = None
@@ -223,7 +142,9 @@ class FlowMetric(PairMetric):
 
 
 class DynamicDegree(FlowMetric):
-    """Share of clips that move, by VBench's rule; see :func:`is_dynamic`.
+    """Share of clips that move, by VBench's rule.
+
+    See :func:`~lightning_kv.metrics.functional.is_dynamic`.
 
     The curve holds the motion of each step in pixels of a frame whose shorter side has 256, so
     that the threshold is 6 for every size of frame and the curve alone says whether a clip moves.
@@ -238,12 +159,11 @@ class DynamicDegree(FlowMetric):
         kwargs: As for every :class:`PairMetric`.
 
     Example:
-        >>> from lightning_kv.metrics.base import Clip
         >>> class Right(nn.Module):
         ...     def forward(self, first, second):
         ...         return torch.tensor([9.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, *first.shape[-2:])
         >>> metric = DynamicDegree(Right())
-        >>> metric.update(Clip(pixels=torch.zeros(9, 3, 256, 256), fps=8.0))
+        >>> metric.update(torch.zeros(1, 9, 3, 256, 256), fps=8.0)
         >>> metric.compute().item()
         1.0
     """
@@ -257,6 +177,8 @@ class DynamicDegree(FlowMetric):
         "else 0; mean over clips; steps after the context alone, and their means where several "
         "pixel frames show one latent frame; curve in pixels of a short side of 256"
     )
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
 
     def score(self, flow: Tensor) -> Tensor:
         """Motion of the 5 % of the pixels that move most, for a shorter side of 256."""
@@ -269,7 +191,9 @@ class DynamicDegree(FlowMetric):
 
 
 class FlowMagnitude(FlowMetric):
-    """How far things move in an eighth of a second, without a threshold; see :func:`mean_motion`.
+    """How far things move in an eighth of a second, without a threshold.
+
+    See :func:`~lightning_kv.metrics.functional.mean_motion`.
 
     Neither way is good in itself; a cache that freezes the scene lowers it.
 
@@ -280,12 +204,10 @@ class FlowMagnitude(FlowMetric):
         kwargs: As for every :class:`PairMetric`.
 
     Example:
-        >>> from lightning_kv.metrics.base import Clip
         >>> class Right(nn.Module):
         ...     def forward(self, first, second):
         ...         return torch.tensor([9.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, *first.shape[-2:])
-        >>> clip = Clip(pixels=torch.zeros(5, 3, 32, 32), fps=16.0)
-        >>> FlowMagnitude(Right()).curve(clip).tolist()
+        >>> FlowMagnitude(Right()).curve(torch.zeros(5, 3, 32, 32), fps=16.0).tolist()
         [nan, nan, 9.0, nan, 9.0]
     """
 
@@ -296,6 +218,7 @@ class FlowMagnitude(FlowMetric):
         "mean over steps after the context of the mean length of the flow vectors, on every "
         "max(1, round(fps/8))-th frame, pixels of the original size"
     )
+    plot_lower_bound = 0.0
 
     def score(self, flow: Tensor) -> Tensor:
         """Mean length of the vectors."""
@@ -318,10 +241,9 @@ class MotionSmoothness(PairMetric):
         kwargs: As for every :class:`PairMetric`.
 
     Example:
-        >>> from lightning_kv.metrics.base import Clip
         >>> frames = torch.tensor([0.0, 0.4, 0.8, 0.2, 0.8]).view(5, 1, 1, 1).expand(5, 3, 8, 8)
         >>> metric = MotionSmoothness("linear-midpoint")
-        >>> metric.curve(Clip(pixels=frames)).round(decimals=2).tolist()
+        >>> metric.curve(frames).round(decimals=2).tolist()
         [nan, nan, 1.0, nan, 0.4]
     """
 
@@ -333,10 +255,13 @@ class MotionSmoothness(PairMetric):
         "its even neighbours|) / 255, frames rounded and imagined ones truncated to 8 bits, value "
         "at the later neighbour"
     )
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
     backbones = ("amt-s", "linear-midpoint")
 
     def reader(self, prompt: str | None = None, fps: float | None = None) -> Reader:
         """Likeness of each odd frame to the one imagined, where the triple closes."""
+        imagine = partial(self.look, channels=3)
         even: Tensor | None = None
         odd: Tensor | None = None
 
@@ -348,14 +273,8 @@ class MotionSmoothness(PairMetric):
                     odd = frame.clone()
                     continue
                 if odd is not None:
-                    values[place] = self._likeness(even, odd, frame)
+                    values[place] = likeness(even, odd, frame, imagine)
                 even, odd = frame.clone(), None
             return values
 
         return read
-
-    def _likeness(self, first: Tensor, dropped: Tensor, second: Tensor) -> Tensor:
-        """Of a dropped frame to the one imagined, all of them with values from 0 to 255."""
-        imagined = self.look(first / 255, second / 255, channels=3)
-        imagined = (imagined * 255).clamp(0, 255).floor()
-        return (255 - (imagined.double() - dropped.double()).abs().mean()) / 255

@@ -6,13 +6,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_kv.metrics.backbones import BACKBONES, Backbone, backbone
-from lightning_kv.metrics.base import PixelMetric
+from lightning_kv.metrics.base import VideoMetric
 
 
-class FeatureMetric(PixelMetric):
+class FeatureMetric(VideoMetric):
     """A metric of pixels that looks through a backbone; results are named ``METRIC/BACKBONE``.
 
     A subclass sets ``backbones``: the names that fit, the default first. A module of one's own
@@ -70,45 +70,3 @@ class FeatureMetric(PixelMetric):
                 f"{found.clip_len}. Choose one of {', '.join(cls.backbones)}."
             )
         return found
-
-
-def directions(features: Tensor) -> Tensor:
-    """Features of length one, in float64.
-
-    Args:
-        features: ``[F, d]``.
-
-    Raises:
-        ValueError: A feature is zero or not finite, so it has no direction.
-
-    Example:
-        >>> from torch import tensor
-        >>> directions(tensor([[3.0, 4.0]])).tolist()
-        [[0.6, 0.8]]
-    """
-    length = features.double().norm(dim=-1)
-    broken = ~(length.isfinite() & (length > 0))
-    if broken.any():
-        raise ValueError(
-            f"{int(broken.sum())} of {len(features)} features have no direction: their length is "
-            f"{length[broken][0].item():g}. Pass features that are finite and not zero."
-        )
-    return features.double() / length.unsqueeze(-1)
-
-
-def cosine(left: Tensor, right: Tensor) -> Tensor:
-    """Cosine of every pair of :func:`directions`; rounding does not push it past 1.
-
-    Args:
-        left: ``[F, d]``.
-        right: ``[F, d]``, or ``[d]`` for all.
-
-    Returns:
-        float64 ``[F]``.
-
-    Example:
-        >>> from torch import tensor
-        >>> cosine(directions(tensor([[3.0, 4.0]])), tensor([0.0, 1.0])).tolist()
-        [0.8]
-    """
-    return (left * right).sum(-1).clamp(-1, 1)

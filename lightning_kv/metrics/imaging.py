@@ -5,130 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_kv.metrics.base import PixelMetric, Reader
+from lightning_kv.metrics.base import VideoMetric
 from lightning_kv.metrics.features import FeatureMetric
-from lightning_kv.metrics.motion import checked_pixels
-
-LUMA = (299, 587, 114)  # thousandths, ITU-R BT.601; whole numbers keep a grey what it is
-
-
-def luma(pixels: Tensor) -> Tensor:
-    """Brightness of every pixel: 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601).
-
-    Args:
-        pixels: ``[F, 3, H, W]`` in [0, 1].
-
-    Returns:
-        float64 ``[F, H, W]`` in [0, 1].
-
-    Example:
-        >>> green = torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1, 1)
-        >>> luma(green).item()
-        0.587
-    """
-    weights = torch.tensor(LUMA, dtype=torch.float64, device=pixels.device)
-    return torch.einsum("fchw,c->fhw", checked_pixels(pixels).double(), weights) / 1000
+from lightning_kv.metrics.functional.imaging import (
+    brightness,
+    colourfulness,
+    contrast,
+    saturation,
+    sharpness,
+)
 
 
-def sharpness(pixels: Tensor) -> Tensor:
-    """Variance of the Laplacian of the luma (Pech-Pacheco et al., ICPR 2000).
-
-    The kernel has 4 neighbours and is applied inside the frame only, without padding.
-
-    Args:
-        pixels: ``[F, 3, H, W]`` in [0, 1], H and W at least 3.
-
-    Returns:
-        float64 ``[F]``, 0 for a frame without edges.
-
-    Example:
-        >>> board = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(2, 2).expand(1, 3, 4, 4)
-        >>> round(sharpness(board).item(), 6)
-        16.0
-    """
-    light = luma(pixels)
-    edges = light[:, :-2, 1:-1] + light[:, 2:, 1:-1] + light[:, 1:-1, :-2] + light[:, 1:-1, 2:]
-    return (edges - 4 * light[:, 1:-1, 1:-1]).flatten(1).var(1, correction=0)
-
-
-def brightness(pixels: Tensor) -> Tensor:
-    """Mean luma of every frame.
-
-    Args:
-        pixels: ``[F, 3, H, W]`` in [0, 1].
-
-    Returns:
-        float64 ``[F]`` in [0, 1].
-
-    Example:
-        >>> brightness(torch.full((1, 3, 4, 4), 0.25)).item()
-        0.25
-    """
-    return luma(pixels).mean((1, 2))
-
-
-def contrast(pixels: Tensor) -> Tensor:
-    """Standard deviation of the luma (root mean square contrast; Peli, JOSA A 1990).
-
-    Args:
-        pixels: ``[F, 3, H, W]`` in [0, 1].
-
-    Returns:
-        float64 ``[F]``, from 0 for a plain frame to 0.5.
-
-    Example:
-        >>> half = torch.tensor([0.0, 1.0]).expand(1, 3, 2, 2)
-        >>> contrast(half).item()
-        0.5
-    """
-    return luma(pixels).flatten(1).std(1, correction=0)
-
-
-def colourfulness(pixels: Tensor) -> Tensor:
-    """How colourful a frame is: M3 of Hasler and Suesstrunk (SPIE 2003), on a scale of 255.
-
-    With rg = R - G and yb = (R + G) / 2 - B it is the root of the summed variances plus 0.3
-    times the root of the summed squared means. About 15 is slightly colourful, 109 extremely.
-
-    Args:
-        pixels: ``[F, 3, H, W]`` in [0, 1].
-
-    Returns:
-        float64 ``[F]``, 0 for grey.
-
-    Example:
-        >>> red = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
-        >>> round(colourfulness(red).item(), 4)
-        85.5296
-    """
-    red, green, blue = (255 * checked_pixels(pixels).double()).unbind(1)
-    opponents = torch.stack([red - green, (red + green) / 2 - blue], 1).flatten(2)
-    spread = opponents.var(2, correction=0).sum(1).sqrt()
-    return spread + 0.3 * opponents.mean(2).square().sum(1).sqrt()
-
-
-def saturation(pixels: Tensor) -> Tensor:
-    """Mean saturation of the pixels, as in HSV: (max - min) / max over the channels, 0 for black.
-
-    Args:
-        pixels: ``[F, 3, H, W]`` in [0, 1].
-
-    Returns:
-        float64 ``[F]`` in [0, 1].
-
-    Example:
-        >>> pink = torch.tensor([1.0, 0.5, 0.5]).view(1, 3, 1, 1)
-        >>> saturation(pink).item()
-        0.5
-    """
-    low, high = checked_pixels(pixels).double().aminmax(dim=1)
-    return torch.where(high > 0, (high - low) / high, 0.0).mean((1, 2))
-
-
-class FrameMetric(PixelMetric):
+class FrameMetric(VideoMetric):
     """A metric whose value of a frame depends on that frame alone.
 
     A subclass sets ``measure``, which takes frames ``[f, 3, H, W]`` and says ``[f]``.
@@ -136,17 +26,19 @@ class FrameMetric(PixelMetric):
 
     measure: Callable[[Tensor], Tensor]
 
-    def reader(self, prompt: str | None = None, fps: float | None = None) -> Reader:
+    def frame_values(self, preds: Tensor, target: Tensor | None = None) -> Tensor:
         """The measure of every frame."""
-        return lambda pixels, _: self.measure(pixels)
+        return type(self).measure(preds)
 
 
 class Sharpness(FrameMetric):
-    """How sharp the frames are; see :func:`sharpness`. Noise counts as sharp.
+    """How sharp the frames are; noise counts as sharp.
+
+    See :func:`~lightning_kv.metrics.functional.sharpness`.
 
     Example:
-        >>> from lightning_kv.metrics.base import Clip
-        >>> Sharpness().curve(Clip(pixels=torch.zeros(2, 3, 4, 4))).tolist()
+        >>> import torch
+        >>> Sharpness().curve(torch.zeros(2, 3, 4, 4)).tolist()
         [0.0, 0.0]
     """
 
@@ -158,17 +50,18 @@ class Sharpness(FrameMetric):
         "padding) of the BT.601 luma, range [0,1], float64"
     )
     measure = staticmethod(sharpness)
+    plot_lower_bound = 0.0
 
 
 class Brightness(FrameMetric):
-    """How bright the frames are; see :func:`brightness`.
+    """How bright the frames are; see :func:`~lightning_kv.metrics.functional.brightness`.
 
     Neither way is good in itself; what counts is that it does not drift. The same holds of
     contrast, colourfulness and saturation.
 
     Example:
-        >>> from lightning_kv.metrics.base import Clip
-        >>> Brightness().curve(Clip(pixels=torch.full((2, 3, 4, 4), 0.5))).tolist()
+        >>> import torch
+        >>> Brightness().curve(torch.full((2, 3, 4, 4), 0.5)).tolist()
         [0.5, 0.5]
     """
 
@@ -177,14 +70,18 @@ class Brightness(FrameMetric):
     higher_is_better = None
     recipe = "mean over frames after the context of the mean BT.601 luma, range [0,1], float64"
     measure = staticmethod(brightness)
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
 
 
 class Contrast(FrameMetric):
-    """Contrast of the frames; see :func:`contrast`; neither way is good in itself.
+    """Contrast of the frames; neither way is good in itself.
+
+    See :func:`~lightning_kv.metrics.functional.contrast`.
 
     Example:
-        >>> from lightning_kv.metrics.base import Clip
-        >>> Contrast().curve(Clip(pixels=torch.zeros(2, 3, 4, 4))).tolist()
+        >>> import torch
+        >>> Contrast().curve(torch.zeros(2, 3, 4, 4)).tolist()
         [0.0, 0.0]
     """
 
@@ -196,14 +93,18 @@ class Contrast(FrameMetric):
         "the BT.601 luma, range [0,1], float64"
     )
     measure = staticmethod(contrast)
+    plot_lower_bound = 0.0
+    plot_upper_bound = 0.5
 
 
 class Colourfulness(FrameMetric):
-    """Colourfulness; see :func:`colourfulness`; neither way is good in itself.
+    """Colourfulness of the frames; neither way is good in itself.
+
+    See :func:`~lightning_kv.metrics.functional.colourfulness`.
 
     Example:
-        >>> from lightning_kv.metrics.base import Clip
-        >>> Colourfulness().curve(Clip(pixels=torch.ones(2, 3, 4, 4))).tolist()
+        >>> import torch
+        >>> Colourfulness().curve(torch.ones(2, 3, 4, 4)).tolist()
         [0.0, 0.0]
     """
 
@@ -215,14 +116,17 @@ class Colourfulness(FrameMetric):
         "1/N, range [0,255], not rounded, float64"
     )
     measure = staticmethod(colourfulness)
+    plot_lower_bound = 0.0
 
 
 class Saturation(FrameMetric):
-    """Saturation; see :func:`saturation`; neither way is good in itself.
+    """Saturation of the frames; neither way is good in itself.
+
+    See :func:`~lightning_kv.metrics.functional.saturation`.
 
     Example:
-        >>> from lightning_kv.metrics.base import Clip
-        >>> Saturation().curve(Clip(pixels=torch.ones(2, 3, 4, 4))).tolist()
+        >>> import torch
+        >>> Saturation().curve(torch.ones(2, 3, 4, 4)).tolist()
         [0.0, 0.0]
     """
 
@@ -234,6 +138,8 @@ class Saturation(FrameMetric):
         "black, float64"
     )
     measure = staticmethod(saturation)
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
 
 
 class ImagingQuality(FeatureMetric):
@@ -254,12 +160,12 @@ class ImagingQuality(FeatureMetric):
         WeightsUnavailable: The weights, the licence or the package is missing.
 
     Example:
+        >>> import torch
         >>> from torch import nn
-        >>> from lightning_kv.metrics.base import Clip
         >>> class Light(nn.Module):
         ...     def forward(self, frames):
         ...         return frames.mean((1, 2, 3)).unsqueeze(1)
-        >>> ImagingQuality(Light()).curve(Clip(pixels=torch.full((2, 3, 4, 4), 0.5))).tolist()
+        >>> ImagingQuality(Light()).curve(torch.full((2, 3, 4, 4), 0.5)).tolist()
         [0.5, 0.5]
     """
 
@@ -278,10 +184,6 @@ class ImagingQuality(FeatureMetric):
                 f"{', '.join(self.backbones)}, or pass a module that gives [N, 1]."
             )
 
-    def reader(self, prompt: str | None = None, fps: float | None = None) -> Reader:
+    def frame_values(self, preds: Tensor, target: Tensor | None = None) -> Tensor:
         """Score of every frame."""
-
-        def read(pixels: Tensor, _: Tensor | None) -> Tensor:
-            return self.backbone.features(pixels).double().squeeze(1)
-
-        return read
+        return self.backbone.features(preds).double().squeeze(1)

@@ -2,173 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from lightning_kv.metrics.base import Clip, ClipMetric
-
-RATIO_FLOOR = 1e-10  # of error to signal: identical frames have 100 dB, not infinity
-
-
-def latent_mse(preds: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of the latents of every frame.
-
-    Args:
-        preds: ``[F, C, h, w]``.
-        target: The same shape.
-
-    Returns:
-        float64 ``[F]``.
-
-    Raises:
-        ValueError: The shapes differ.
-
-    Example:
-        >>> latent_mse(torch.zeros(2, 16, 4, 4), torch.full((2, 16, 4, 4), 2.0)).tolist()
-        [4.0, 4.0]
-    """
-    a, b = _rows(preds, target)
-    return (a - b).square().mean(1)
-
-
-def latent_relative(preds: Tensor, target: Tensor) -> Tensor:
-    """Length of the difference of every frame, divided by the length of the target.
-
-    Args:
-        preds: ``[F, C, h, w]``.
-        target: The same shape.
-
-    Returns:
-        float64 ``[F]``; NaN where the target is zero.
-
-    Raises:
-        ValueError: The shapes differ.
-
-    Example:
-        >>> ones = torch.ones(1, 16, 4, 4)
-        >>> latent_relative(1.5 * ones, ones).tolist()
-        [0.5]
-    """
-    a, b = _rows(preds, target)
-    length = b.norm(dim=1)
-    return ((a - b).norm(dim=1) / length).masked_fill(length == 0, torch.nan)
-
-
-def latent_cosine(preds: Tensor, target: Tensor) -> Tensor:
-    """Cosine of the angle between the latents of every frame.
-
-    Args:
-        preds: ``[F, C, h, w]``.
-        target: The same shape.
-
-    Returns:
-        float64 ``[F]``; NaN where one of the two is zero.
-
-    Raises:
-        ValueError: The shapes differ.
-
-    Example:
-        >>> ones = torch.ones(1, 16, 4, 4)
-        >>> latent_cosine(-2 * ones, ones).tolist()
-        [-1.0]
-    """
-    a, b = _rows(preds, target)
-    lengths = a.norm(dim=1) * b.norm(dim=1)
-    return ((a * b).sum(1) / lengths).clamp(-1, 1).masked_fill(lengths == 0, torch.nan)
-
-
-def latent_snr(preds: Tensor, target: Tensor) -> Tensor:
-    """Signal-to-noise ratio of every frame, the difference being the noise; 100 dB at most.
-
-    Args:
-        preds: ``[F, C, h, w]``.
-        target: The same shape.
-
-    Returns:
-        float64 ``[F]`` in dB; NaN where the target is zero.
-
-    Raises:
-        ValueError: The shapes differ.
-
-    Example:
-        >>> ones = torch.ones(1, 16, 4, 4)
-        >>> latent_snr(1.1 * ones, ones).round(decimals=4).tolist()
-        [20.0]
-    """
-    return -10 * latent_relative(preds, target).square().clamp_min(RATIO_FLOOR).log10()
-
-
-def channel_shift(preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Difference of the mean, and of the deviation, of every channel: colour and contrast drift.
-
-    Args:
-        preds: ``[F, C, h, w]``.
-        target: The same shape.
-
-    Returns:
-        Two float64 ``[F, C]``; the deviation is that of the population.
-
-    Raises:
-        ValueError: The shapes differ.
-
-    Example:
-        >>> ones = torch.ones(1, 2, 4, 4)
-        >>> [shift.tolist() for shift in channel_shift(1.5 * ones, ones)]
-        [[[0.5, 0.5]], [[0.0, 0.0]]]
-    """
-    check_shapes(preds, target)
-    a, b = preds.double().flatten(2), target.double().flatten(2)
-    return a.mean(2) - b.mean(2), a.std(2, correction=0) - b.std(2, correction=0)
-
-
-def latent_shift(preds: Tensor, target: Tensor) -> Tensor:
-    """How far means and deviations of the channels of every frame moved, in one number.
-
-    Root mean square over channels of the 2-Wasserstein distance of two normal distributions with
-    these moments, which is ``sqrt(mean shift^2 + deviation shift^2)``.
-
-    Args:
-        preds: ``[F, C, h, w]``.
-        target: The same shape.
-
-    Returns:
-        float64 ``[F]``, in units of the latents.
-
-    Raises:
-        ValueError: The shapes differ.
-
-    Example:
-        >>> ones = torch.ones(1, 2, 4, 4)
-        >>> latent_shift(1.5 * ones, ones).tolist()
-        [0.5]
-    """
-    means, deviations = channel_shift(preds, target)
-    return (means.square() + deviations.square()).mean(1).sqrt()
+from lightning_kv.metrics.base import ClipMetric
+from lightning_kv.metrics.functional.latents import (
+    divergence,
+    divergence_onset,
+    latent_cosine,
+    latent_mse,
+    latent_relative,
+    latent_shift,
+    latent_snr,
+)
+from lightning_kv.metrics.inputs import Labels, latents_of
+from lightning_kv.stats.divergence import ONSET
 
 
 class LatentMetric(ClipMetric):
     """A metric that compares the latents of each frame with those of the reference.
 
-    A subclass sets ``measure``: a function of both, ``[F, C, h, w]``, that gives float64 ``[F]``.
+    A subclass sets ``measure``, a function of both, ``[F, C, h, w]``, that gives float64 ``[F]``;
+    or writes :meth:`curve`.
+
+    Args:
+        kwargs: As in :class:`~lightning_kv.metrics.base.ClipMetric`.
+
+    Example:
+        >>> import torch
+        >>> class Largest(LatentMetric):
+        ...     measure = lambda preds, target: (preds - target).abs().flatten(1).amax(1)
+        >>> metric = Largest()
+        >>> metric.update(torch.ones(1, 5, 16, 4, 4), torch.zeros(1, 5, 16, 4, 4))
+        >>> metric.compute().item()
+        1.0
     """
 
-    needs = ("latents", "reference_latents")
+    needs: ClassVar[tuple[str, ...]] = ("latents", "reference_latents")
     measure: Callable[[Tensor, Tensor], Tensor]
 
-    def frame_values(self, clip: Clip) -> Tensor:
-        """Value of every frame."""
-        return type(self).measure(clip.latents, clip.reference_latents)
+    def curve(self, preds: Tensor, target: Tensor) -> Tensor:
+        """Value of every frame of one clip, float64 ``[F]``; adds nothing.
+
+        Args:
+            preds: ``[F, C, h, w]``.
+            target: The same shape.
+        """
+        return type(self).measure(preds, target)
+
+    def update(
+        self,
+        preds: Tensor | Sequence[Tensor],
+        target: Tensor | Sequence[Tensor],
+        *,
+        ids: Labels = None,
+        units: Labels = None,
+    ) -> None:
+        """Add a batch of clips.
+
+        Args:
+            preds: Latents ``[B, F, C, h, w]``; or a list of ``[F, C, h, w]`` of any lengths.
+            target: What they are compared with, of the same shapes.
+            ids: As in :meth:`~lightning_kv.metrics.base.VideoMetric.update`.
+            units: As there.
+
+        Raises:
+            ValueError: Shapes, types or numbers do not fit, or a value is not finite.
+        """
+        clips = latents_of("preds", preds, self.device)
+        targets = latents_of("target", target, self.device, like=clips)
+        curves = (self.curve(one, other) for one, other in zip(clips, targets, strict=True))
+        self._add_all(curves, ids, units, len(clips))
 
 
 class LatentMSE(LatentMetric):
-    """Mean squared error of the latents against the reference rollout; see :func:`latent_mse`.
+    """Mean squared error of the latents against the reference rollout.
+
+    See :func:`~lightning_kv.metrics.functional.latent_mse`.
 
     Example:
-        >>> zeros = torch.zeros(2, 16, 4, 4)
+        >>> import torch
+        >>> zeros = torch.zeros(1, 2, 16, 4, 4)
         >>> metric = LatentMSE()
-        >>> metric.update(Clip(zeros + 2, reference_latents=zeros))
+        >>> metric.update(zeros + 2, zeros)
         >>> metric.compute().item()
         4.0
     """
@@ -181,16 +99,20 @@ class LatentMSE(LatentMetric):
         "latent difference, float64"
     )
     identical = 0.0
+    plot_lower_bound = 0.0
     measure = staticmethod(latent_mse)
 
 
 class LatentRelative(LatentMetric):
-    """Relative error of the latents against the reference rollout; see :func:`latent_relative`.
+    """Relative error of the latents against the reference rollout.
+
+    See :func:`~lightning_kv.metrics.functional.latent_relative`.
 
     Example:
-        >>> ones = torch.ones(2, 16, 4, 4)
+        >>> import torch
+        >>> ones = torch.ones(1, 2, 16, 4, 4)
         >>> metric = LatentRelative()
-        >>> metric.update(Clip(1.5 * ones, reference_latents=ones))
+        >>> metric.update(1.5 * ones, ones)
         >>> metric.compute().item()
         0.5
     """
@@ -204,16 +126,20 @@ class LatentRelative(LatentMetric):
         "reference have no value"
     )
     identical = 0.0
+    plot_lower_bound = 0.0
     measure = staticmethod(latent_relative)
 
 
 class LatentCosine(LatentMetric):
-    """Cosine between the latents and those of the reference rollout; see :func:`latent_cosine`.
+    """Cosine between the latents and those of the reference rollout.
+
+    See :func:`~lightning_kv.metrics.functional.latent_cosine`.
 
     Example:
-        >>> ones = torch.ones(2, 16, 4, 4)
+        >>> import torch
+        >>> ones = torch.ones(1, 2, 16, 4, 4)
         >>> metric = LatentCosine()
-        >>> metric.update(Clip(1.5 * ones, reference_latents=ones))
+        >>> metric.update(1.5 * ones, ones)
         >>> metric.compute().item()
         1.0
     """
@@ -226,16 +152,21 @@ class LatentCosine(LatentMetric):
         "the latents of a frame, float64; zero frames have no value"
     )
     identical = 1.0
+    plot_lower_bound = -1.0
+    plot_upper_bound = 1.0
     measure = staticmethod(latent_cosine)
 
 
 class LatentSNR(LatentMetric):
-    """Signal-to-noise ratio of the latents against the reference rollout; see :func:`latent_snr`.
+    """Signal-to-noise ratio of the latents against the reference rollout.
+
+    See :func:`~lightning_kv.metrics.functional.latent_snr`.
 
     Example:
-        >>> ones = torch.ones(2, 16, 4, 4)
+        >>> import torch
+        >>> ones = torch.ones(1, 2, 16, 4, 4)
         >>> metric = LatentSNR()
-        >>> metric.update(Clip(1.1 * ones, reference_latents=ones))
+        >>> metric.update(1.1 * ones, ones)
         >>> round(metric.compute().item(), 4)
         20.0
     """
@@ -248,16 +179,20 @@ class LatentSNR(LatentMetric):
         "1e-10)), r = |latent - reference| / |reference|, float64; frames with a zero reference "
         "have no value"
     )
+    plot_upper_bound = 100.0
     measure = staticmethod(latent_snr)
 
 
 class LatentShift(LatentMetric):
-    """Colour and contrast drift away from the reference rollout; see :func:`latent_shift`.
+    """Colour and contrast drift away from the reference rollout.
+
+    See :func:`~lightning_kv.metrics.functional.latent_shift`.
 
     Example:
-        >>> ones = torch.ones(2, 16, 4, 4)
+        >>> import torch
+        >>> ones = torch.ones(1, 2, 16, 4, 4)
         >>> metric = LatentShift()
-        >>> metric.update(Clip(1.5 * ones, reference_latents=ones))
+        >>> metric.update(1.5 * ones, ones)
         >>> metric.compute().item()
         0.5
     """
@@ -270,24 +205,43 @@ class LatentShift(LatentMetric):
         "over channels of sqrt((mean shift)^2 + (deviation shift)^2), float64"
     )
     identical = 0.0
+    plot_lower_bound = 0.0
     measure = staticmethod(latent_shift)
 
 
-def check_shapes(preds: Tensor, target: Tensor) -> None:
-    """Check that two clips can be compared.
+class DivergenceOnset(LatentMetric):
+    """How many frames a rollout stays with its reference before it goes ways of its own.
 
-    Raises:
-        ValueError: Their shapes differ, or are not of four dimensions.
+    The curve is the relative latent distance by the root of 2: 1 is what two samples have that have
+    nothing in common. The value is the number of frames after the given ones before it first
+    exceeds 0.1; a clip that never does counts all of its frames, so clips of different lengths
+    are not to be compared. See :func:`~lightning_kv.metrics.functional.divergence_onset`.
+
+    Args:
+        kwargs: As in :class:`LatentMetric`.
+
+    Example:
+        >>> import torch
+        >>> ones = torch.ones(1, 4, 16, 4, 4)
+        >>> drift = torch.tensor([0.0, 0.1, 0.2, 0.3]).view(4, 1, 1, 1)
+        >>> metric = DivergenceOnset()
+        >>> metric.update(ones + drift, ones)
+        >>> metric.compute().item()
+        2.0
     """
-    if preds.shape != target.shape or preds.ndim != 4:
-        raise ValueError(
-            f"Two clips cannot be compared: their shapes are {tuple(preds.shape)} and "
-            f"{tuple(target.shape)}. Pass two tensors [frames, channels, height, width] "
-            "of the same shape."
-        )
 
+    name = "divergence_onset"
+    unit = "frames"
+    higher_is_better = True
+    recipe = (
+        "against the reference: frames after the context before |latent - reference| / "
+        f"|reference| / sqrt(2), L2 norms over a frame, float64, first exceeds {ONSET:g}; all "
+        "frames after the context where it never does; curve: that distance"
+    )
+    plot_lower_bound = 0.0
+    measure = staticmethod(divergence)
 
-def _rows(preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as float64 ``[F, C h w]``."""
-    check_shapes(preds, target)
-    return preds.double().flatten(1), target.double().flatten(1)
+    def value(self, curve: Tensor) -> float | None:
+        """Frames before the curve first exceeds the threshold; None where no frame counts."""
+        onset = divergence_onset(curve)
+        return None if onset is None else float(onset)

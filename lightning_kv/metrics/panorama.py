@@ -6,225 +6,122 @@ ground under every camera position, so no pretrained network is needed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from lightning_kv.metrics.base import Clip, ClipMetric
+from lightning_kv.metrics.base import ClipMetric
+from lightning_kv.metrics.functional.panorama import (
+    FAR,
+    Scene,
+    camera_kept,
+    recall,
+    revisit_error,
+    ruler_error,
+)
+from lightning_kv.metrics.inputs import Labels, Videos, clips_of, latents_of
 
-SKYLINE_PIXELS = 24  # rows above the ground
-SKYLINE_TOKENS = 3  # the same in latent rows; the ground is the last one
-FAR = 9  # frames: from this gap on a place is far back
-PHASE_FRAMES = 6  # frames that tell where the camera started
+__all__ = [
+    "CameraRule",
+    "Recall",
+    "RecallFar",
+    "RevisitError",
+    "RulerError",
+    "Scene",
+    "WorldMetric",
+]
 
 
-@dataclass(frozen=True)
-class Scene:
-    """What is known about the world of one clip.
+class WorldMetric(ClipMetric):
+    """A metric that knows the world of a clip; a subclass writes :meth:`curve`.
 
     Args:
-        code_book: ``[26, C, 3]`` latents of the three skyline tokens of each column code.
-        ruler_book: ``[n, C, 4]`` latents of the ground row at each camera position.
-        size: Number n of camera positions.
-        positions: int64 ``[F]``, where the rule puts the camera; None if its start is not known.
-        truth_pixels: ``[F, 3, H, W]`` what the world looks like; None in free generation.
-        truth_latents: ``[F, C, 4, 4]`` of the same.
-
-    Raises:
-        ValueError: The ruler book has another size, or the truth is not given whole.
-
-    Example:
-        >>> scene = Scene(torch.zeros(26, 16, 3), torch.zeros(5, 16, 4), size=5)
-        >>> scene.has_truth
-        False
+        kwargs: As in :class:`~lightning_kv.metrics.base.ClipMetric`.
     """
 
-    code_book: Tensor
-    ruler_book: Tensor
-    size: int
-    positions: Tensor | None = None
-    truth_pixels: Tensor | None = None
-    truth_latents: Tensor | None = None
+    needs: ClassVar[tuple[str, ...]] = ("latents", "scene")
 
-    def __post_init__(self) -> None:
-        if len(self.ruler_book) != self.size:
-            raise ValueError(
-                f"The ruler book has {len(self.ruler_book)} rows for {self.size} camera "
-                "positions. Pass one row for each position, 0 to n - 1."
-            )
-        truth = (self.positions, self.truth_pixels, self.truth_latents)
-        lengths = [None if part is None else len(part) for part in truth]
-        if self.has_truth and len(set(lengths)) != 1:
-            raise ValueError(
-                "The ground truth is not whole: positions, pixels and latents have "
-                f"{lengths} frames. Pass all three at the same length, or neither pixels nor "
-                "latents."
-            )
+    @abstractmethod
+    def curve(self, latents: Tensor, pixels: Tensor, scene: Scene, given: int = 0) -> Tensor:
+        """Value of every frame of one clip, float64 ``[F]``; adds nothing.
 
-    @property
-    def has_truth(self) -> bool:
-        """True where a context was given, so that the world is determined."""
-        return self.truth_pixels is not None or self.truth_latents is not None
-
-    def rule(self, latents: Tensor) -> Tensor:
-        """Where the camera should be in every frame, int64 ``[F]``.
-
-        Where the start is not known it is read off the first frames of ``latents``.
+        Args:
+            latents: ``[F, C, 4, 4]``.
+            pixels: ``[F, 3, H, W]`` in [0, 1].
+            scene: What is known about the world.
+            given: Number of leading frames that were given; they are NaN.
         """
-        if self.positions is not None:
-            return self.positions
-        return fit_positions(latents, self.ruler_book)
+
+    def update(
+        self,
+        latents: Tensor | Sequence[Tensor],
+        pixels: Videos,
+        scenes: Scene | Sequence[Scene],
+        *,
+        given: int | Sequence[int] = 0,
+        ids: Labels = None,
+        units: Labels = None,
+    ) -> None:
+        """Add a batch of clips.
+
+        Args:
+            latents: ``[B, F, C, 4, 4]``, or a list of ``[F, C, 4, 4]``.
+            pixels: As in :meth:`~lightning_kv.metrics.base.VideoMetric.update`, one pixel frame for
+                each latent frame.
+            scenes: What is known about the world, of all clips or of each.
+            given: Number of leading frames that were given, of all clips or of each.
+            ids: As in :meth:`~lightning_kv.metrics.base.VideoMetric.update`.
+            units: As there.
+
+        Raises:
+            ValueError: Shapes, types, ranges or numbers do not fit.
+        """
+        clips = latents_of("latents", latents, self.device)
+        shown = clips_of("pixels", pixels, self.device)
+        worlds = [scenes] * len(clips) if isinstance(scenes, Scene) else scenes
+        if not isinstance(worlds, list | tuple) or not all(isinstance(w, Scene) for w in worlds):
+            raise ValueError(
+                f"'{self.name}' must know the world, a scene of every clip, and was given "
+                f"{type(scenes).__name__}. Pass one Scene, or a list of them."
+            )
+        starts = [given] * len(clips) if isinstance(given, int) else list(given)
+        if not len(clips) == len(shown) == len(worlds) == len(starts):
+            raise ValueError(
+                f"The parts of a batch differ: {len(clips)} latents, {len(shown)} pixels, "
+                f"{len(worlds)} scenes, {len(starts)} numbers of given frames. Pass as many of "
+                "each."
+            )
+        for place, clip in enumerate(zip(clips, shown, worlds, starts, strict=True)):
+            _check_lengths(place, *clip)
+        curves = map(self.curve, clips, shown, (w.to(self.device) for w in worlds), starts)
+        self._add_all(curves, ids, units, len(clips))
 
 
-def decode_columns(latents: Tensor, code_book: Tensor) -> Tensor:
-    """Nearest code of each of the four columns on screen.
-
-    Args:
-        latents: ``[F, C, 4, 4]``; rows 0 to 2 are the skyline, row 3 the ground.
-        code_book: ``[codes, C, 3]``.
-
-    Returns:
-        int64 ``[F, 4]``.
-
-    Example:
-        >>> book = torch.arange(3.0).view(3, 1, 1).expand(3, 1, 3)
-        >>> decode_columns(torch.full((1, 1, 4, 4), 1.2), book).tolist()
-        [[1, 1, 1, 1]]
-    """
-    columns = latents[:, :, :SKYLINE_TOKENS].permute(0, 3, 1, 2)  # [F, 4, C, 3]
-    return _distances(columns.flatten(0, 1), code_book).argmin(1).view(columns.shape[:2])
+def _check_lengths(place: int, latents: Tensor, pixels: Tensor, scene: Scene, given: int) -> None:
+    frames = {"latents": len(latents), "pixels": len(pixels)}
+    if scene.positions is not None:
+        frames["scene.positions"] = len(scene.positions)
+    if len(set(frames.values())) != 1 or not 0 <= given <= len(latents):
+        raise ValueError(
+            f"The parts of clip {place} do not fit: {frames} frames, of which {given} were given. "
+            "Pass the same number of frames in all of them, and at most as many given ones."
+        )
 
 
-def decode_positions(latents: Tensor, ruler_book: Tensor) -> Tensor:
-    """Camera position whose ground is nearest to the generated one.
-
-    Args:
-        latents: ``[F, C, 4, 4]``.
-        ruler_book: ``[n, C, 4]``.
-
-    Returns:
-        int64 ``[F]``, 0 to n - 1.
-
-    Example:
-        >>> book = torch.arange(3.0).view(3, 1, 1).expand(3, 1, 4)
-        >>> decode_positions(torch.full((1, 1, 4, 4), 1.8), book).tolist()
-        [2]
-    """
-    return ruler_errors(latents, ruler_book).argmin(1)
-
-
-def ruler_errors(latents: Tensor, ruler_book: Tensor) -> Tensor:
-    """Mean squared error of the ground row against the ground at every camera position.
-
-    Args:
-        latents: ``[F, C, 4, 4]``.
-        ruler_book: ``[n, C, 4]``.
-
-    Returns:
-        float64 ``[F, n]``.
-
-    Example:
-        >>> book = torch.arange(3.0).view(3, 1, 1).expand(3, 1, 4)
-        >>> ruler_errors(torch.full((1, 1, 4, 4), 2.0), book).tolist()
-        [[4.0, 1.0, 0.0]]
-    """
-    return _distances(latents[:, :, SKYLINE_TOKENS], ruler_book)
-
-
-def last_seen(positions: Tensor) -> Tensor:
-    """Frames since the camera was last at the same position, -1 if it never was.
-
-    Args:
-        positions: int64 ``[F]``.
-
-    Returns:
-        int64 ``[F]``.
-
-    Example:
-        >>> last_seen(torch.tensor([0, 1, 2, 1, 0])).tolist()
-        [-1, -1, -1, 2, 4]
-    """
-    frame = torch.arange(len(positions), device=positions.device)
-    gap = frame.unsqueeze(1) - frame
-    seen = (positions.unsqueeze(1) == positions) & (gap > 0)
-    nearest = gap.masked_fill(~seen, len(positions)).amin(1)
-    return nearest.masked_fill(~seen.any(1), -1)
-
-
-def first_visit(positions: Tensor) -> Tensor:
-    """First frame in which the camera was at the position of each frame.
-
-    Args:
-        positions: int64 ``[F]``.
-
-    Returns:
-        int64 ``[F]``.
-
-    Example:
-        >>> first_visit(torch.tensor([0, 1, 2, 1, 0])).tolist()
-        [0, 1, 2, 1, 0]
-    """
-    frame = torch.arange(len(positions), device=positions.device)
-    same = positions.unsqueeze(1) == positions
-    return torch.where(same, frame, len(positions)).amin(1)
-
-
-def camera_rule(start: int, frames: int, size: int) -> Tensor:
-    """The rule: one position per frame along ``size`` positions, turning back at both ends.
-
-    Args:
-        start: Frame of the period of ``2 (size - 1)`` at which the camera starts.
-        frames: Number F of frames.
-        size: Number n of camera positions, at least 2.
-
-    Returns:
-        int64 ``[F]``.
-
-    Example:
-        >>> camera_rule(1, 6, size=4).tolist()
-        [1, 2, 3, 2, 1, 0]
-    """
-    step = torch.arange(start, start + frames) % (2 * (size - 1))
-    return torch.minimum(step, 2 * (size - 1) - step)
-
-
-def fit_positions(latents: Tensor, ruler_book: Tensor) -> Tensor:
-    """Positions by the rule, from the start that best explains the first six generated frames.
-
-    Args:
-        latents: ``[F, C, 4, 4]``.
-        ruler_book: ``[n, C, 4]``.
-
-    Returns:
-        int64 ``[F]``.
-
-    Example:
-        >>> book = torch.arange(4.0).view(4, 1, 1).expand(4, 1, 4)
-        >>> ground = torch.tensor([2.1, 1.0, 0.2, 1.1]).view(4, 1, 1, 1).expand(4, 1, 4, 4)
-        >>> fit_positions(ground, book).tolist()
-        [2, 1, 0, 1]
-    """
-    size = len(ruler_book)
-    candidates = torch.stack(
-        [camera_rule(start, len(latents), size) for start in range(2 * (size - 1))]
-    ).to(latents.device)
-    errors = ruler_errors(latents[:PHASE_FRAMES], ruler_book)  # [6, n]
-    fit = errors.gather(1, candidates[:, :PHASE_FRAMES].T).mean(0)
-    return candidates[fit.argmin()]
-
-
-class RevisitError(ClipMetric):
+class RevisitError(WorldMetric):
     """Pixel error where the camera comes back to a place: does the world stay what it was.
 
     Compared with the ground truth where the context showed the place, otherwise with its first
     generated visit. Without a context, positions are those that the generated ground row shows.
 
     Example:
+        >>> import torch
         >>> latents, pixels = torch.zeros(3, 16, 4, 4), torch.zeros(3, 3, 32, 32)
         >>> scene = Scene(torch.zeros(26, 16, 3), torch.zeros(4, 16, 4), size=4)
         >>> pixels[2] = 0.5
-        >>> RevisitError().curve(Clip(latents, pixels, scene=scene)).tolist()
+        >>> RevisitError().curve(latents, pixels, scene).tolist()
         [nan, 0.0, 0.25]
     """
 
@@ -237,24 +134,24 @@ class RevisitError(ClipMetric):
         "position, else against its first generated visit (without a context: position decoded "
         "from the ruler)"
     )
-    needs = ("scene",)
+    needs = ("latents", "pixels", "scene")
+    plot_lower_bound = 0.0
 
-    def frame_values(self, clip: Clip) -> Tensor:
+    def curve(self, latents: Tensor, pixels: Tensor, scene: Scene, given: int = 0) -> Tensor:
         """Pixel MSE of the skyline in revisited frames."""
-        gap, target, _ = _revisits(clip)
-        difference = (clip.pixels.double() - target.double())[:, :, :SKYLINE_PIXELS]
-        return difference.square().flatten(1).mean(1).masked_fill(gap < 0, torch.nan)
+        return revisit_error(latents, pixels, scene, given)
 
 
-class Recall(ClipMetric):
+class Recall(WorldMetric):
     """Share of the columns that come back right, in the frames of :class:`RevisitError`.
 
     Example:
+        >>> import torch
         >>> latents, pixels = torch.zeros(3, 1, 4, 4), torch.zeros(3, 3, 32, 32)
         >>> codes = torch.arange(26.0).view(26, 1, 1).expand(26, 1, 3)
         >>> scene = Scene(codes, torch.zeros(4, 1, 4), size=4)
         >>> latents[2, :, :3, 0] = 7
-        >>> Recall().curve(Clip(latents, pixels, scene=scene)).tolist()
+        >>> Recall().curve(latents, pixels, scene).tolist()
         [nan, 1.0, 0.75]
     """
 
@@ -267,26 +164,25 @@ class Recall(ClipMetric):
         "showed the position, else as in its first generated visit (without a context: position "
         "decoded from the ruler)"
     )
-    needs = ("scene",)
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
     least_gap = 1  # frames since the position was last seen
 
-    def frame_values(self, clip: Clip) -> Tensor:
+    def curve(self, latents: Tensor, pixels: Tensor, scene: Scene, given: int = 0) -> Tensor:
         """Share of right columns in revisited frames."""
-        gap, _, target = _revisits(clip)
-        book = clip.scene.code_book
-        right = decode_columns(clip.latents, book) == decode_columns(target, book)
-        return right.double().mean(1).masked_fill(gap < self.least_gap, torch.nan)
+        return recall(latents, scene, given, self.least_gap)
 
 
 class RecallFar(Recall):
     """:class:`Recall` of the places last seen at least nine frames ago.
 
     Example:
+        >>> import torch
         >>> latents, pixels = torch.zeros(12, 1, 4, 4), torch.zeros(12, 3, 32, 32)
         >>> latents[:, :, 3] = torch.tensor([0, 1, 2, 3] + [4] * 7 + [1.0]).view(12, 1, 1)
         >>> codes = torch.arange(26.0).view(26, 1, 1).expand(26, 1, 3)
         >>> scene = Scene(codes, torch.arange(5.0).view(5, 1, 1).expand(5, 1, 4), size=5)
-        >>> RecallFar().curve(Clip(latents, pixels, scene=scene)).isnan().sum().item()
+        >>> RecallFar().curve(latents, pixels, scene).isnan().sum().item()
         11
     """
 
@@ -295,13 +191,14 @@ class RecallFar(Recall):
     least_gap = FAR
 
 
-class RulerError(ClipMetric):
+class RulerError(WorldMetric):
     """Latent error of the ground row: does the camera still follow its rule, and sharply.
 
     Example:
+        >>> import torch
         >>> latents, pixels = torch.ones(2, 16, 4, 4), torch.zeros(2, 3, 32, 32)
         >>> scene = Scene(torch.zeros(26, 16, 3), torch.zeros(4, 16, 4), size=4)
-        >>> RulerError().curve(Clip(latents, pixels, scene=scene)).tolist()
+        >>> RulerError().curve(latents, pixels, scene).tolist()
         [1.0, 1.0]
     """
 
@@ -312,22 +209,22 @@ class RulerError(ClipMetric):
         "mean over frames after the context of the latent mse of the ground row against the "
         "position the camera rule gives (start fitted to the first 6 frames where not known)"
     )
-    needs = ("scene",)
+    plot_lower_bound = 0.0
 
-    def frame_values(self, clip: Clip) -> Tensor:
+    def curve(self, latents: Tensor, pixels: Tensor, scene: Scene, given: int = 0) -> Tensor:
         """Latent MSE of the ground row of every frame."""
-        errors = ruler_errors(clip.latents, clip.scene.ruler_book)
-        return errors.gather(1, clip.scene.rule(clip.latents).unsqueeze(1)).squeeze(1)
+        return ruler_error(latents, scene, given)
 
 
-class CameraRule(ClipMetric):
+class CameraRule(WorldMetric):
     """Share of frames in which the camera is where its rule puts it.
 
     Example:
+        >>> import torch
         >>> book = torch.arange(4.0).view(4, 1, 1).expand(4, 1, 4)
         >>> ground = torch.tensor([0.0, 1, 2, 3, 2, 1, 3]).view(7, 1, 1, 1).expand(7, 1, 4, 4)
         >>> scene = Scene(torch.zeros(26, 1, 3), book, size=4)
-        >>> CameraRule().curve(Clip(ground, torch.zeros(7, 3, 32, 32), scene=scene)).tolist()
+        >>> CameraRule().curve(ground, torch.zeros(7, 3, 32, 32), scene).tolist()
         [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
     """
 
@@ -338,35 +235,9 @@ class CameraRule(ClipMetric):
         "share of frames after the context whose position, decoded from the ruler, is the one "
         "the camera rule gives (start fitted to the first 6 frames where not known)"
     )
-    needs = ("scene",)
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
 
-    def frame_values(self, clip: Clip) -> Tensor:
+    def curve(self, latents: Tensor, pixels: Tensor, scene: Scene, given: int = 0) -> Tensor:
         """One where the position is right, else zero."""
-        decoded = decode_positions(clip.latents, clip.scene.ruler_book)
-        return (decoded == clip.scene.rule(clip.latents)).double()
-
-
-def _revisits(clip: Clip) -> tuple[Tensor, Tensor, Tensor]:
-    """Gap since the position was last seen ``[F]``, and the pixels and latents to compare with."""
-    scene = clip.scene
-    if not scene.has_truth:
-        positions = decode_positions(clip.latents, scene.ruler_book)
-        visit = first_visit(positions)
-        return last_seen(positions), clip.pixels[visit], clip.latents[visit]
-    positions = scene.positions
-    visit = first_visit(positions)
-    shown = (visit < clip.context).view(-1, 1, 1, 1)  # elsewhere nobody can know the truth
-    pixels = torch.where(shown, scene.truth_pixels, clip.pixels[visit])
-    return (
-        last_seen(positions),
-        pixels,
-        torch.where(shown, scene.truth_latents, clip.latents[visit]),
-    )
-
-
-def _distances(samples: Tensor, book: Tensor) -> Tensor:
-    """Mean squared difference of samples ``[N, ...]`` and entries ``[K, ...]``, ``[N, K]``."""
-    a, b = samples.double().flatten(1), book.double().flatten(1)
-    # Without the shortcut a^2 - 2ab + b^2, whose rounding would hide errors near zero.
-    distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-    return distance.square() / a.shape[1]
+        return camera_kept(latents, scene, given)

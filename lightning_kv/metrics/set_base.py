@@ -3,69 +3,36 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_kv.metrics.moments import Moments, as_features, check_widths
+from lightning_kv.metrics.backbones import Backbone
+from lightning_kv.metrics.backbones import backbone as resolve
+from lightning_kv.metrics.functional.moments import Moments, check_widths
+from lightning_kv.metrics.inputs import (
+    Labels,
+    Videos,
+    bootstrapped,
+    clips_of,
+    labels,
+    number_of,
+)
+from lightning_kv.metrics.saved import SavedMetric
+from lightning_kv.metrics.set_clips import as_rows, in_order, numbered_units
+from lightning_kv.metrics.set_result import SetResult
+from lightning_kv.metrics.windows import FRAMES, Windows
 
 SIDES = ("generated", "real")
 """Names of the two sets, by ``update``'s ``real``."""
 
-SAME = 1e-3
-"""Share of its length by which a clip's features may differ when it is measured again."""
-
-
-@dataclass(frozen=True)
-class SetResult:
-    """What a metric of sets says, with what is needed to believe it.
-
-    Args:
-        name: Metric and backbone, such as ``fvd/i3d-k400``.
-        value: The distance.
-        null: The distance to be expected if both sets came from one population; None where that
-            cannot be told.
-        standard_error: By the jackknife over the prompts of the generated clips; None where that
-            cannot be told.
-        n: Number of generated clips.
-        n_real: Number of real clips.
-        prompts: Number of prompts of the generated clips: so many count as independent.
-        prompts_real: The same of the real ones.
-        recipe: How it was computed; see :func:`check_comparable`.
-        status: "ok", or what to beware of.
-    """
-
-    name: str
-    value: float
-    null: float | None
-    standard_error: float | None
-    n: int
-    n_real: int
-    prompts: int
-    prompts_real: int
-    recipe: str
-    status: str
-
-
-def check_comparable(*results: SetResult) -> None:
-    """Refuse to compare results of different recipes.
-
-    Raises:
-        ValueError: The recipes differ.
-
-    Example:
-        >>> some = SetResult("fvd/x", 1.0, 2.0, 0.1, 8, 8, 8, 8, "clips of 16 frames", "ok")
-        >>> check_comparable(some, some)
-    """
-    recipes = dict.fromkeys(result.recipe for result in results)
-    if len(recipes) > 1:
-        raise ValueError(
-            f"Results of different recipes cannot be compared: {'; '.join(recipes)}. "
-            "Compute all of them with the same one."
-        )
+LABELS = ("windows", "ids", "units")
+"""What is kept of every clip: how many windows it has, and what it was called."""
 
 
 def windows_recipe(backbone: nn.Module) -> str:
@@ -81,52 +48,78 @@ def windows_recipe(backbone: nn.Module) -> str:
     )
 
 
-class SetMetric(Metric):
+class TooFewClips(ValueError):
+    """A set has too few clips for a distance."""
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One set: its features in their order, or its moments, and the unit of each row."""
+
+    features: Tensor | Moments
+    units: Tensor
+    clips: int
+    number: int
+
+
+class SetMetric(SavedMetric):
     """A metric of two sets of clips, the generated ones and the real ones.
 
-    A set is kept as the features of its clips. They are put in the order of the ids, and an id that
-    comes twice (from a sampler that pads) counts once; so the result does not depend on how the
-    clips were spread over processes. Clips of one group (the windows of a rollout, or the rollouts
-    of a prompt) are alike: they are split and left out together, and count as one where it matters
-    how many are independent. Or a set is kept as its moments, float64 sums whose size does not
-    grow; then each id may come once, and there is no standard error.
+    A set is kept as the features of the windows of its clips. Clips are put in the order of their
+    ids, those without one in that of their features, and an id that comes twice (from a sampler
+    that pads) counts once; so the result does not depend on how the clips were spread over
+    processes. Clips of one unit (the rollouts of a prompt), and the windows of a clip, are alike:
+    they are split and left out together, and count as one where it matters how many are
+    independent. Or a set is kept as its moments, float64 sums whose size does not grow; then each
+    id may come once, and there is no standard error.
 
     States are saved with ``state_dict``, and sets from several jobs are put together with
-    ``merge_state``. The backbone stays the caller's: it is neither moved nor saved with the metric.
+    ``merge_state``. The backbone moves with the metric, is not saved with it, and is shared and not
+    copied where the metric is copied.
 
     A subclass sets ``name`` and writes :attr:`recipe`, :meth:`value`, :meth:`null`, :meth:`error`.
 
     Args:
-        backbone: Maps clips ``[B, T, 3, H, W]`` in [0, 1] to features ``[B, d]``; has attributes
-            ``name``, ``num_features`` and ``recipe``. None where features are given.
+        backbone: Name of a network, or a module that maps clips ``[B, T, 3, H, W]`` in [0, 1] (then
+            it has an attribute ``clip_len``, which is T) or frames ``[N, 3, H, W]`` to features
+            ``[B, d]``; such as ``backbones.videomae.VideoTransformer.load(FOLDER)``. None where
+            features are given.
         num_features: Width d of the features, where there is no backbone.
         features_name: What the features are called, where there is no backbone.
         features_recipe: How they were made, in a sentence; that of the backbone where None.
         keep_features: Whether to keep features, or moments.
-        frames: Number of frames of each clip; other clips are refused.
+        frames: Number of frames of a window: what the backbone takes, or 16 of one that takes
+            single frames.
+        reset_real_features: Whether ``reset`` forgets the real clips too, which are often the same
+            for many policies.
+        given: Where the weights of a backbone lie; by default they are looked for.
+        accept: Licences accepted for weights that forbid commercial use.
         kwargs: Of ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: Neither a backbone nor a number of features is given, or both.
+        ValueError: Neither a backbone nor a number of features is given, or both; or the backbone
+            takes clips of another length.
+        WeightsUnavailable: Weights, a licence or a package is missing.
     """
 
-    full_state_update = False
-    is_differentiable = False
     higher_is_better = False
 
-    name: str
     unit = ""
     tests_difference = False  # whether ``delta_frechet`` tests differences of it
+    backbone: Backbone | None
 
     def __init__(
         self,
-        backbone: nn.Module | None = None,
+        backbone: str | Path | nn.Module | None = None,
         *,
         num_features: int | None = None,
         features_name: str = "given",
         features_recipe: str | None = None,
         keep_features: bool = True,
-        frames: int = 16,
+        frames: int | None = None,
+        reset_real_features: bool = True,
+        given: Path | str | None = None,
+        accept: Collection[str] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -135,22 +128,51 @@ class SetMetric(Metric):
                 f"Where do features come from? backbone={backbone}, num_features={num_features}. "
                 "Pass a backbone, or the number of features that update_features will be given."
             )
-        self._backbone = (backbone,)  # in a tuple it is no submodule
-        self.features_name = features_name if backbone is None else backbone.name
+        self.backbone = None if backbone is None else resolve(backbone, given, accept)
+        self.features_name = features_name if backbone is None else self.backbone.name
         if features_recipe is None:
-            features_recipe = "made elsewhere" if backbone is None else backbone.recipe
+            features_recipe = (
+                "made elsewhere" if backbone is None else windows_recipe(self.backbone)
+            )
         self.features_recipe = features_recipe
-        self.num_features = num_features if backbone is None else backbone.num_features
-        self.keep_features, self.frames = keep_features, frames
+        self.num_features = num_features if backbone is None else self.backbone.num_features
+        self.keep_features, self.reset_real_features = keep_features, reset_real_features
+        self.frames = self._window(frames)
         for side in SIDES:
             for name, empty in self._empty().items():
-                listed = name in ("ids", "groups", "features")
+                listed = name in (*LABELS, "features")
                 self.add_state(
                     f"{name}_{side}",
                     [] if listed else empty,
                     dist_reduce_fx="cat" if listed else "sum",
                     persistent=True,
                 )
+
+    def looking(self, backbone: Backbone | None = None, **given: Any) -> SetMetric:
+        """The same metric without clips, on another backbone or on given features.
+
+        Args:
+            backbone: As for the class; None where features are given.
+            given: ``num_features``, ``features_name``, ``frames`` and ``sync_on_compute``.
+        """
+        other = self.clone()
+        Metric.reset(other)
+        other.backbone = backbone
+        if backbone is not None:
+            given = {"features_name": backbone.name, "num_features": backbone.num_features} | given
+        for name, value in given.items():
+            setattr(other, name, value)
+        return other
+
+    def _window(self, frames: int | None) -> int:
+        taken = None if self.backbone is None else self.backbone.clip_len
+        if frames is not None and (frames < 1 or taken not in (None, frames)):
+            raise ValueError(
+                f"A window cannot have {frames} frames: "
+                + (f"'{self.features_name}' takes clips of {taken}. " if taken else "")
+                + f"Pass frames={taken or FRAMES}, or leave it out."
+            )
+        return frames or taken or FRAMES
 
     @property
     @abstractmethod
@@ -170,66 +192,116 @@ class SetMetric(Metric):
         """Distance of two sets, both features or both moments."""
 
     @abstractmethod
-    def null(self, real: Tensor | Moments, prompts: int, groups: Tensor) -> float | None:
-        """Distance to be expected of so many prompts; groups are those of the real clips."""
+    def null(self, real: Tensor | Moments, n: int, units: Tensor) -> float | None:
+        """Distance to be expected of n units; ``units`` are those of the real rows."""
 
     @abstractmethod
-    def error(self, generated: Tensor, real: Tensor, groups: Tensor) -> float | None:
-        """Standard error of the value over the groups of the generated clips."""
+    def error(self, generated: Tensor, real: Tensor, units: Tensor) -> float | None:
+        """Standard error of the value over the units of the generated rows."""
 
-    def status(self, prompts: int, prompts_real: int) -> str:
-        """What to beware of with so many prompts."""
+    def status(self, n: int, n_real: int) -> str:
+        """What to beware of with so many units."""
         return "ok"
 
-    def update(self, clips: Tensor, real: bool, ids: Tensor, groups: Tensor | None = None) -> None:
-        """Add a batch of clips to one of the sets.
+    def update(
+        self, videos: Videos, real: bool, *, ids: Labels = None, units: Labels = None
+    ) -> None:
+        """Add a batch of videos to one of the sets.
 
         Args:
-            clips: ``[B, T, 3, H, W]`` in [0, 1], on the device of the backbone; or their features,
-                as in :meth:`update_features`.
+            videos: ``[B, T, 3, H, W]``, uint8 or float in [0, 1]; or a list of ``[T, 3, H, W]`` of
+                any lengths. Each is cut into consecutive windows without overlap; the frames that
+                are left at its end are too few for a window and have no feature.
             real: Whether they belong to the real set.
-            ids: What tells the clips of a set apart, int64 ``[B]``.
-            groups: What clips that are no independent samples have in common, such as the number
-                of their prompt, int64 ``[B]``; by default each clip stands alone.
+            ids: What tells the videos of a set apart: int64 ``[B]``, or one text or number per
+                video. One that comes twice counts once; without ids all count.
+            units: What videos that are no independent samples have in common, such as their prompt,
+                in the same form; by default each counts alone.
 
         Raises:
-            ValueError: Shapes, types or range are wrong, or features are not finite.
+            ValueError: Shapes, types or range are wrong, a video is shorter than a window, ``real``
+                is no bool, or a BootStrapper is calling.
         """
-        features = self._embed(clips) if clips.ndim == 5 else clips
-        if features.dtype == torch.float64:
+        self._check_call(real)
+        if self.backbone is None:
             raise ValueError(
-                "Features are kept in float32, but these are float64. Pass features.float()."
+                f"'{self.name}' was given videos, but has no backbone. Pass one to the metric, or "
+                "features [clips, d] to update_features."
             )
-        check_widths(as_features(features, least=1).shape[1], self.num_features)
-        names = {"ids": ids, "groups": ids if groups is None else groups}
-        for what, given in names.items():
-            if given.shape != (len(features),) or given.dtype != torch.int64:
-                raise ValueError(
-                    f"The {what} do not fit {len(features)} clips: {given.dtype} "
-                    f"{tuple(given.shape)}. Pass one int64 for each clip."
-                )
-        features = features.detach().float().to(self.device)
-        batch = {"features": features} if self.keep_features else vars(Moments.of(features))
-        for name, value in (names | batch).items():
-            state = f"{name}_{SIDES[real]}"
-            more = [value.to(self.device)] if isinstance(getattr(self, state), list) else value
-            setattr(self, state, getattr(self, state) + more)
+        clips = clips_of("videos", videos, self.device)
+        self._keep([self._cut(*clip) for clip in enumerate(clips)], real, ids, units)
 
     def update_features(
-        self, features: Tensor, real: bool, ids: Tensor, groups: Tensor | None = None
+        self,
+        features: Tensor | Sequence[Tensor],
+        real: bool,
+        *,
+        ids: Labels = None,
+        units: Labels = None,
     ) -> None:
         """Add the features of a batch of clips to one of the sets.
 
         Args:
-            features: ``[B, d]``, float32 or narrower.
+            features: ``[B, d]``, one row for each clip; or a list of ``[windows, d]``, one for each
+                clip. Float32 or narrower.
             real: As in :meth:`update`.
             ids: As in :meth:`update`.
-            groups: As in :meth:`update`.
+            units: As in :meth:`update`.
 
         Raises:
             ValueError: As :meth:`update`.
         """
-        self.update(features, real, ids, groups)
+        self._check_call(real)
+        self._filled()
+        if isinstance(features, Tensor):
+            features = as_rows(features).split(1)
+        self._keep([as_rows(rows) for rows in features], real, ids, units)
+
+    def _cut(self, place: int, clip: Tensor) -> Tensor:
+        if len(clip) < self.frames:
+            raise ValueError(
+                f"A video is shorter than a window: number {place} has {len(clip)} frames, and "
+                f"'{self.name}/{self.features_name}' looks at {self.frames}. Pass longer videos, "
+                "or leave this one out."
+            )
+        windows = Windows(self.backbone, length=self.frames)
+        windows.add(clip)
+        return as_rows(windows.features())
+
+    def _keep(self, clips: Sequence[Tensor], real: bool, ids: Labels, units: Labels) -> None:
+        """Add features of clips, ``[windows, d]`` each."""
+        for rows in clips:
+            check_widths(rows.shape[1], self.num_features)
+        names = labels("ids", ids, len(clips)), labels("units", units, len(clips))
+        numbers = ([number_of(name) for name in given] for given in names)
+        rows = [rows.to(self.device) for rows in (*clips, torch.zeros(0, self.num_features))]
+        rows = torch.cat(rows)
+        batch = {
+            name: torch.tensor(column, dtype=torch.int64, device=self.device)
+            for name, column in zip(LABELS, ([*map(len, clips)], *numbers), strict=True)
+        }
+        batch |= {"features": rows} if self.keep_features else vars(Moments.of(rows))
+        for name, value in batch.items():
+            state = f"{name}_{SIDES[real]}"
+            listed = isinstance(getattr(self, state), list)
+            more = [value] if listed else torch.as_tensor(value, device=self.device)
+            setattr(self, state, getattr(self, state) + more)
+
+    def _check_call(self, real: Any) -> None:
+        if bootstrapped():
+            raise ValueError(
+                f"A BootStrapper cannot resample '{self.name}': a clip that is drawn twice lifts a "
+                "distance of sets beyond its own interval. Use report(), whose standard_error "
+                "leaves out whole units."
+            )
+        if not isinstance(real, bool):
+            given = f"a tensor {tuple(real.shape)}" if isinstance(real, Tensor) else repr(real)
+            raise ValueError(
+                f"'{self.name}' compares two sets of clips, and must know which one these belong "
+                f"to: real is {given}. Call update(videos, real=False) with generated clips and "
+                "update(videos, real=True) with those they are compared with; in a collection of "
+                "its own, not beside metrics of (preds, target)."
+            )
 
     def compute(self) -> Tensor:
         """The distance, a float64 scalar.
@@ -237,7 +309,7 @@ class SetMetric(Metric):
         Raises:
             ValueError: A set has fewer than 2 clips, or an id came twice that must not.
         """
-        return self.value(self._set("generated")[0], self._set("real")[0])
+        return self.value(*(self._set(side).features for side in SIDES))
 
     def report(self) -> SetResult:
         """The distance with all that is needed to believe it; to be called on every process.
@@ -246,19 +318,21 @@ class SetMetric(Metric):
             ValueError: As :meth:`compute`.
         """
         with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync):
-            (generated, groups), (real, real_groups) = map(self._set, SIDES)
-        prompts, prompts_real = len(groups.unique()), len(real_groups.unique())
+            own, real = map(self._set, SIDES)
+        error = self.error(own.features, real.features, own.units) if self.keep_features else None
         return SetResult(
             name=f"{self.name}/{self.features_name}",
-            value=self.value(generated, real).item(),
-            null=self.null(real, prompts, real_groups),
-            standard_error=self.error(generated, real, groups) if self.keep_features else None,
-            n=len(groups),
-            n_real=len(real_groups),
-            prompts=prompts,
-            prompts_real=prompts_real,
+            value=self.value(own.features, real.features).item(),
+            null=self.null(real.features, own.number, real.units),
+            standard_error=error,
+            n=own.clips,
+            n_real=real.clips,
+            units=own.number,
+            units_real=real.number,
+            windows=len(own.units),
+            windows_real=len(real.units),
             recipe=self.recipe,
-            status=self.status(prompts, prompts_real),
+            status=self.status(own.number, real.number),
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
@@ -272,58 +346,14 @@ class SetMetric(Metric):
             "batch, and compute at the end."
         )
 
-    def reset(self, reset_real: bool = True) -> None:
-        """Forget the clips.
-
-        Args:
-            reset_real: Whether to forget the real ones too, which are often the same for many
-                policies.
-        """
-        names = [] if reset_real else [f"{name}_real" for name in self._empty()]
+    def reset(self) -> None:
+        """Forget the clips; the real ones too, unless the metric was told to keep them."""
+        names = [] if self.reset_real_features else [f"{name}_real" for name in self._empty()]
         states = {name: getattr(self, name) for name in names}
         kept = {name: s[:] if isinstance(s, list) else s for name, s in states.items()}
         super().reset()
         for name, state in kept.items():
             setattr(self, name, state)
-
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the clips of another metric of the same recipe.
-
-        Args:
-            incoming_state: That metric, or its ``metric_state``.
-
-        Raises:
-            ValueError: The recipes differ.
-        """
-        if isinstance(incoming_state, SetMetric):
-            self._refuse_recipe(incoming_state.recipe)
-        super().merge_state(incoming_state)
-        self._filled()
-
-    def get_extra_state(self) -> dict[str, str]:
-        """What ``state_dict`` holds beside the sets."""
-        return {"recipe": self.recipe}
-
-    def set_extra_state(self, state: dict[str, str]) -> None:
-        """Check what ``load_state_dict`` brings; a metric of another recipe is left empty."""
-        try:
-            self._refuse_recipe(state["recipe"])
-        except ValueError:
-            self.reset()
-            raise
-        self._filled()
-
-    def _filled(self) -> None:
-        """Clips came by another way than ``update``: no value is known, and no warning is due."""
-        self._computed = None
-        self._update_count += 1
-
-    def _refuse_recipe(self, recipe: str) -> None:
-        if recipe != self.recipe:
-            raise ValueError(
-                f"Clips of '{recipe}' cannot be counted by '{self.recipe}'. Make both metrics with "
-                "the same arguments."
-            )
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
         # A process without clips must gather what the others gather: same type, same axes.
@@ -336,62 +366,37 @@ class SetMetric(Metric):
 
     def _empty(self) -> dict[str, Tensor]:
         """States of an empty set."""
-        ids, none = torch.zeros(0, dtype=torch.int64), torch.zeros(0, self.num_features)
+        none = torch.zeros(0, self.num_features)
         kept = {"features": none} if self.keep_features else vars(Moments.of(none))
         kept = {name: torch.as_tensor(state) for name, state in kept.items()}
-        return {"ids": ids, "groups": ids.clone()} | kept
+        return {name: torch.zeros(0, dtype=torch.int64) for name in LABELS} | kept
 
-    def _set(self, side: str) -> tuple[Tensor | Moments, Tensor]:
-        """One set: its features in the order of the ids, each once, or its moments; its groups."""
+    def _set(self, side: str) -> _Side:
+        """One set, its clips in order, each once.
+
+        Raises:
+            ValueError: There are fewer than 2 clips, or an id came twice that must not.
+        """
         states = {}
         for name, empty in self._empty().items():
             state = getattr(self, f"{name}_{side}")
-            states[name] = (
-                torch.cat([empty.to(self.device), *state]) if isinstance(state, list) else state
+            if isinstance(state, list):
+                place = state[0].device if state else self.device
+                state = torch.cat([empty.to(place), *state])
+            states[name] = state
+        counts, ids, units = (states.pop(name).tolist() for name in LABELS)
+        parts = states["features"].split(counts) if self.keep_features else None
+        order = in_order(self.name, ids, units, parts)
+        if len(order) < 2:
+            raise TooFewClips(
+                f"The metric '{self.name}' has {len(order)} {side} clips. Add 2 or more with "
+                f"update(videos, real={side == SIDES[1]})."
             )
-        ids, order = states.pop("ids").sort(stable=True)
-        groups = states.pop("groups")[order]
-        fresh = torch.ones_like(ids, dtype=torch.bool)
-        fresh[1:] = ids.diff() != 0
-        if fresh.sum() < 2:
-            raise ValueError(
-                f"The metric '{self.name}' has {fresh.sum()} {side} clips. Add 2 or more with "
-                f"update(clips, real={side == SIDES[1]}, ids=...)."
-            )
-        if not self.keep_features:
-            self._refuse_ids(ids[~fresh], "came twice, and sums cannot tell which to drop")
-            return Moments(states.pop("n").item(), **states), groups
-        features = states["features"][order]
-        moved = (features - features.roll(1, 0)).norm(dim=1) > SAME * features.norm(dim=1)
-        self._refuse_ids(ids[moved & ~fresh], "came twice with different features")
-        other = groups != groups.roll(1)
-        self._refuse_ids(ids[other & ~fresh], "came twice with different groups")
-        return features[fresh], groups[fresh]
-
-    def _refuse_ids(self, ids: Tensor, what: str) -> None:
-        if len(ids):
-            raise ValueError(
-                f"{len(ids)} ids of '{self.name}' {what}, such as {ids[0]}. Give each clip its "
-                "own id, and keep features where a clip may be seen again."
-            )
-
-    def _embed(self, clips: Tensor) -> Tensor:
-        backbone = self._backbone[0]
-        if backbone is None:
-            raise ValueError(
-                f"'{self.name}' was given clips {tuple(clips.shape)}, but has no backbone. Pass "
-                "one to the metric, or features [B, d] to update_features."
-            )
-        if clips.shape[1:3] != (self.frames, 3) or not clips.is_floating_point():
-            raise ValueError(
-                f"These are no clips of {self.frames} frames: {clips.dtype} {tuple(clips.shape)}. "
-                f"Pass floating point numbers [B, {self.frames}, 3, H, W]."
-            )
-        low, high = (end.item() for end in clips.aminmax())
-        if low < 0 or high > 1:
-            raise ValueError(
-                f"Clips must lie in [0, 1], but these go from {low:.3g} to {high:.3g}. Divide "
-                "8-bit pixels by 255, or clamp what a decoder overshoots."
-            )
-        backbone.eval()
-        return backbone(clips).reshape(len(clips), -1)  # some drop the axis of a single clip
+        number = numbered_units([units[place] for place in order])
+        windows = torch.tensor([counts[place] for place in order])
+        rows = torch.tensor(number).repeat_interleave(windows)
+        if parts is None:
+            features = Moments(states.pop("n").item(), **states)
+        else:
+            features = torch.cat([parts[place] for place in order])
+        return _Side(features, rows, len(order), len(set(number)))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-
 import torch
 from torch import Tensor
 
 from lightning_kv.metrics.backbones.base import Backbone
-from lightning_kv.metrics.base import Block
 
 FRAMES = 16  # of a window, where the backbone sees frames one by one
 
@@ -23,6 +20,7 @@ class Windows:
     Args:
         backbone: Of clips, or of frames.
         skip: Leading frames that do not count.
+        length: Frames of a window; of a backbone of clips those that it takes, else 16 by default.
 
     Example:
         >>> from lightning_kv.metrics.backbones.base import RandomBackbone
@@ -33,9 +31,9 @@ class Windows:
         torch.Size([2, 32])
     """
 
-    def __init__(self, backbone: Backbone, skip: int = 0) -> None:
+    def __init__(self, backbone: Backbone, skip: int = 0, length: int | None = None) -> None:
         self.backbone, self.skip = backbone, skip
-        self.length = backbone.clip_len or FRAMES
+        self.length = length or backbone.clip_len or FRAMES
         self.held: list[Tensor] = []
         self.found: list[list[float]] = []  # no tensors, which would split the free memory
 
@@ -59,16 +57,9 @@ class Windows:
     def _feature(self, frames: Tensor) -> Tensor:
         place = next((p.device for p in self.backbone.parameters()), frames.device)
         frames = frames.to(place)
-        if self.backbone.clip_len is None:
-            found = self.backbone(frames).mean(0)
-        else:
-            found = self.backbone(frames.unsqueeze(0))[0]
+        with torch.autocast(frames.device.type, enabled=False):  # sets must go one way
+            if self.backbone.clip_len is None:
+                found = self.backbone(frames).mean(0)
+            else:
+                found = self.backbone(frames.unsqueeze(0))[0]
         return found.float()
-
-
-def passing(blocks: Iterable[Block], windows: Sequence[Windows]) -> Iterator[Block]:
-    """The same blocks; what goes by is taken in by the windows."""
-    for pixels, reference in blocks:
-        for each in windows:
-            each.add(pixels)
-        yield pixels, reference

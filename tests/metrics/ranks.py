@@ -10,18 +10,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lightning_kv.metrics.base import Clip
 from lightning_kv.metrics.fidelity import PSNR
 from lightning_kv.metrics.panorama import Recall, Scene
-from lightning_kv.metrics.sets import FrechetVideoDistance, VideoKernelDistance
+from lightning_kv.metrics.sets import FrechetVideoDistance, JEDi, VideoKernelDistance
 
 METRICS = {
     "fvd": (FrechetVideoDistance, {}),
     "fvd-moments": (FrechetVideoDistance, {"keep_features": False}),
-    "jedi": (VideoKernelDistance, {"form": "jedi"}),
-    "jedi-moments": (VideoKernelDistance, {"form": "jedi", "keep_features": False}),
-    "jedi-u": (VideoKernelDistance, {"form": "jedi-u"}),
-    "kvd": (VideoKernelDistance, {"form": "kvd"}),
+    "jedi": (JEDi, {}),
+    "jedi-moments": (JEDi, {"keep_features": False}),
+    "jedi-u": (JEDi, {"form": "jedi-u"}),
+    "kvd": (VideoKernelDistance, {}),
 }
 SHARES = {"uneven": (slice(0, 14), slice(14, 20)), "empty": (slice(0, 20), slice(0, 0))}
 
@@ -32,34 +31,49 @@ def features():
     return torch.randint(-8, 9, (2, 20, 6), generator=generator).float()
 
 
-def fill(metric, rows, batch=4):
-    """Show these rows of both sets, some rows in a last odd batch."""
+def fill(metric, rows, batch=4, named=True):
+    """Show these rows of both sets, some rows in a last odd batch; with ids, or without."""
     for real, side in enumerate(features()):
         ids = torch.arange(20) * 3 + 1
         for part, names in zip(side[rows].split(batch), ids[rows].split(batch), strict=True):
             if len(part):
-                metric.update_features(part, real=bool(real), ids=names)
+                labels = {"ids": names} if named else {}
+                metric.update_features(part, real=bool(real), **labels)
+    return metric
+
+
+def windowed(rows):
+    """Videos of one to three windows, two to a prompt, without ids."""
+    metric, sides = FrechetVideoDistance(num_features=6), features()
+    for real, side in enumerate(sides):
+        clips = side.split([1, 3, 2, 1, 3, 2, 1, 3, 2, 2])[rows]
+        units = [f"prompt {number // 2}" for number in range(10)][rows]
+        if clips:
+            metric.update_features(clips, real=bool(real), units=units)
     return metric
 
 
 def clip_results(share):
     """What metrics of clips say of these of 20 clips, of one process or of this rank."""
-    metrics = {"psnr": PSNR(), "recall": Recall()}
+    metrics = {"psnr": PSNR(curves=True), "recall": Recall(), "named": PSNR()}
     codes = torch.arange(26.0).view(26, 1, 1).expand(26, 1, 3)
     scene = Scene(codes, torch.zeros(4, 1, 4), size=4)
     for seed in range(20)[share]:
         generator = torch.Generator().manual_seed(seed)
-        latents = torch.randint(0, 2, (4, 1, 4, 4), generator=generator).float()
-        latents[:, :, 3] = 0
-        pixels, reference = torch.rand(2, 4, 3, 32, 32, generator=generator)
-        clip = Clip(latents, pixels, reference_pixels=reference, scene=scene)
-        for name in metrics:
-            metrics[name].update(clip)
-    found = {name: metric.compute() for name, metric in metrics.items()}
-    return {
-        name: [each.item() for each in (value.values() if isinstance(value, dict) else [value])]
-        for name, value in found.items()
-    }
+        latents = torch.randint(0, 2, (1, 4, 1, 4, 4), generator=generator).float()
+        latents[:, :, :, 3] = 0
+        pixels, reference = torch.rand(2, 1, 4, 3, 32, 32, generator=generator)
+        metrics["psnr"].update(pixels, reference, prompts=[f"prompt {seed // 3}"])
+        metrics["named"].update(pixels, reference, ids=[seed % 19], units=[seed % 19])
+        if seed < 19:
+            metrics["recall"].update(latents, pixels, scene)
+    metrics["named"].reset()  # a process that forgets all must still meet the others
+    for seed in range(20)[share]:
+        pixels = torch.rand(2, 1, 4, 3, 32, 32, generator=torch.Generator().manual_seed(seed % 19))
+        metrics["named"].update(*pixels, ids=[seed % 19])
+    found = {name: [metric.compute().item()] for name, metric in metrics.items()}
+    found["interval"] = list(metrics["psnr"].interval())
+    return found
 
 
 def results(share):
@@ -90,6 +104,12 @@ def work(rank, folder):
     # Both ranks see the last four clips, as with a sampler that pads.
     metric = fill(FrechetVideoDistance(num_features=6), (slice(0, 20), slice(16, 20))[rank])
     found["padded"] = metric.compute().item()
+    for name, rows in (("windowed", slice(0, 3)), ("turned", slice(3, 10))):
+        shares = rows, slice(3, 10) if name == "windowed" else slice(0, 3)
+        found[name] = asdict(windowed(shares[rank]).report())
+    for name, shares in SHARES.items():
+        metric = fill(FrechetVideoDistance(num_features=6), shares[rank], named=False)
+        found[f"unnamed-{name}"] = asdict(metric.report())
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -6,7 +6,7 @@ from lightning_kv.metrics.aesthetic import AestheticQuality
 from lightning_kv.metrics.alignment import TextAlignment
 from lightning_kv.metrics.backbones import Backbone, WeightsUnavailable, Wrapped
 from lightning_kv.metrics.backbones.weights import WEIGHTS, checksum
-from lightning_kv.metrics.base import Clip, clip_value
+from lightning_kv.metrics.base import clip_value
 
 HEAD = WEIGHTS["laion-aesthetic"]
 
@@ -39,24 +39,24 @@ def pixels(count, seed=0):
 
 def test_alignment_is_the_plain_cosine_with_the_prompt():
     metric, shown = TextAlignment(Colour()), pixels(11)
-    found = metric.curve(Clip(pixels=shown, prompt="a cat", context=2))
+    found = metric.curve(shown, prompt="a cat")
     text = torch.tensor([5.0, 1.0, -2.0])
     wanted = [torch.cosine_similarity(f.mean((1, 2)) - 0.5, text, dim=0).item() for f in shown]
-    assert found[:2].isnan().all()
-    assert found[2:].tolist() == pytest.approx(wanted[2:], abs=1e-6)
-    assert min(wanted[2:]) < 0  # negative ones stay
+    assert found.tolist() == pytest.approx(wanted, abs=1e-6)
+    assert min(wanted) < 0  # negative ones stay
     assert metric.backbone.heard == ("a cat",)  # once for all blocks
 
 
 def test_another_prompt_is_another_value():
     metric, shown = TextAlignment(Colour()), pixels(4)
-    values = [clip_value(metric.curve(Clip(pixels=shown, prompt=p))) for p in ("a", "a long one")]
+    values = [clip_value(metric.curve(shown, prompt=p)) for p in ("a", "a long one")]
     assert abs(values[0] - values[1]) > 0.01
 
 
 def test_alignment_needs_a_prompt_and_something_that_reads_it():
-    with pytest.raises(ValueError, match="without prompt"):
-        TextAlignment(Colour()).curve(Clip(pixels=pixels(2)))
+    for call in (TextAlignment(Colour()).curve, lambda x: TextAlignment(Colour()).update(x[None])):
+        with pytest.raises(ValueError, match=r"compares frames with the prompt.*prompts=\["):
+            call(pixels(2))
     with pytest.raises(ValueError, match="compares frames with the prompt"):
         TextAlignment(Colour()).reader()
     deaf = TextAlignment(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
@@ -68,13 +68,13 @@ def test_beauty_is_the_linear_layer_on_features_of_length_one(tmp_path):
     head = nn.Linear(3, 1)
     torch.save(head.state_dict(), tmp_path / HEAD.file)
     shown = pixels(10)
-    found = AestheticQuality(Colour(), tmp_path / HEAD.file).curve(Clip(pixels=shown))
+    found = AestheticQuality(Colour(), tmp_path / HEAD.file).curve(shown)
     features = nn.functional.normalize(Colour()(shown), dim=1)
     wanted = (features @ head.weight.T + head.bias).squeeze(1) / 10
     torch.testing.assert_close(found, wanted.detach().double(), rtol=1e-5, atol=1e-6)
     assert not found.requires_grad
     dimmed = (shown - 0.5) / 3 + 0.5  # shorter features of the same direction
-    other = AestheticQuality(Colour(), tmp_path / HEAD.file).curve(Clip(pixels=dimmed))
+    other = AestheticQuality(Colour(), tmp_path / HEAD.file).curve(dimmed)
     torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-6)
 
 

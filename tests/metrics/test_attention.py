@@ -1,21 +1,15 @@
-"""Attention fidelity against closed forms, whole attention matrices and plain loops."""
+"""Retained mass and output error against closed forms, whole attention matrices and plain loops."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_kv.metrics.attention import (
-    AttentionFidelity,
-    output_error,
-    retained_mass,
-    topk_recall,
-)
+from lightning_kv.metrics.functional import output_error, retained_mass
 
 
 def evicted(query, keys, values, kept):
@@ -76,105 +70,13 @@ def test_errors_of_outputs_that_are_zero():
     assert output_error(zero, zero).isnan().all()
 
 
-def test_topk_recall_is_that_of_plain_sets():
-    rng = torch.Generator().manual_seed(3)
-    weights = torch.rand(4, 5, 12, generator=rng)
-    kept = torch.rand(4, 1, 12, generator=rng) < 0.4
-    for k in (1, 3, 12):
-        found = topk_recall(weights, kept, k)
-        for head, query in np.ndindex(4, 5):
-            order = sorted(range(12), key=lambda n: -weights[head, query, n].item())
-            there = {n for n in range(12) if kept[head, 0, n]}
-            assert found[head, query].item() == len(there & set(order[:k])) / k
-
-
-CELLS = {"layers": 2, "heads": 3, "steps": 2, "chunks": 4}
-
-
-def made_up(count=30, seed=0):
-    """Updates in random cells, each with its own number of queries."""
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        queries = int(rng.integers(1, 9))
-        full = torch.tensor(rng.normal(size=(3, queries)))
-        mass = torch.tensor(rng.beta(5, 1, size=(3, queries)))
-        out, error = torch.tensor(rng.normal(size=(2, 3, queries, 4)))
-        where = {name: int(rng.integers(n)) for name, n in (("layer", 2), ("step", 2))}
-        yield (
-            (full + mass.log(), full, out + 0.1 * error, out),
-            where | {"chunk": int(rng.integers(3))},
-        )
-
-
-def test_means_and_quantiles_are_those_of_plain_lists():
-    metric, cells = AttentionFidelity(**CELLS), {}
-    for (kept, full, out, ref), where in made_up():
-        metric.update(kept, full, out, ref, **where)
-        for head, query in np.ndindex(*kept.shape):
-            own = cells.setdefault((where["layer"], head, where["step"], where["chunk"]), [])
-            mass = math.exp(kept[head, query] - full[head, query])
-            error = math.dist(out[head, query], ref[head, query]) / math.hypot(*ref[head, query])
-            own.append((mass, error))
-    found = metric.compute()
-    for i, name in enumerate(("retained_mass", "attention_error")):
-        assert found[name].shape == (2, 3, 2, 4)
-        for cell in np.ndindex(2, 3, 2, 4):
-            own = [pair[i] for pair in cells.get(cell, [])]
-            expected = sum(own) / len(own) if own else math.nan
-            assert found[name][cell].item() == pytest.approx(expected, rel=1e-12, nan_ok=True)
-        assert found[name][..., 3].isnan().all()
-    every = np.array([pair for own in cells.values() for pair in own])
-    for name, column, q in (("retained_mass_p05", 0, 0.05), ("attention_error_p95", 1, 0.95)):
-        low, high = (np.quantile(every[:, column], q, method=m) for m in ("lower", "higher"))
-        assert low - 0.001 <= found[name].item() <= high + 0.001
-
-
-def test_shards_merge_by_addition():
-    whole, parts = AttentionFidelity(**CELLS), [AttentionFidelity(**CELLS) for _ in range(3)]
-    for i, (tensors, where) in enumerate(made_up()):
-        for metric in (whole, parts[i % 2]):  # the third has seen nothing
-            metric.update(*tensors, **where)
-    for part in parts[1:]:
-        parts[0].merge_state(part)
-    for name, expected in whole.compute().items():
-        merged = parts[0].compute()[name]
-        torch.testing.assert_close(merged, expected, equal_nan=True, rtol=1e-14, atol=0)
-    parts[2].load_state_dict(whole.state_dict())
-    for name, expected in whole.compute().items():
-        torch.testing.assert_close(parts[2].compute()[name], expected, equal_nan=True)
-
-
-def test_quantiles_beyond_the_edges_and_of_nothing():
-    metric = AttentionFidelity(1, 1, 1, 1)
-    assert all(value.isnan().all() for value in metric.compute().values())
-    ones = torch.ones(1, 10, 2)
-    scale = torch.tensor([1.5] * 9 + [1e30]).view(1, 10, 1)
-    metric.update(torch.zeros(1, 10), torch.zeros(1, 10), scale * ones, ones, 0, 0, 0)
-    found = metric.compute()
-    assert found["attention_error_p95"].item() == math.inf
-    assert found["retained_mass_p05"].item() == pytest.approx(1, abs=1e-3)
-    metric.reset()
-    metric.update(torch.zeros(1, 9), torch.zeros(1, 9), 1.5 * ones[:, :9], ones[:, :9], 0, 0, 0)
-    assert metric.compute()["attention_error_p95"].item() == pytest.approx(0.5, abs=1e-3)
-
-
 @pytest.mark.parametrize(
     ("call", "given"),
     [
         (lambda: retained_mass(torch.zeros(2), torch.zeros(3)), r"\(2,\) and \(3,\)"),
         (lambda: output_error(torch.zeros(1, 2), torch.zeros(2)), r"\(1, 2\) and \(2,\)"),
-        (lambda: topk_recall(torch.zeros(4), torch.ones(4).bool(), 5), "The 5 largest of 4"),
-        (lambda: topk_recall(torch.zeros(4), torch.ones(4).bool(), 0), "from 1 to 4"),
-        (lambda: fed(torch.zeros(2, 5), torch.ones(2, 5, 4)), "a metric of 3 heads"),
-        (lambda: fed(torch.zeros(3, 5), torch.ones(3, 4, 4)), r"\(3, 5\) and .* \(3, 4, 4\)"),
-        (lambda: fed(torch.zeros(3, 5), torch.zeros(3, 5, 4)), "chunk 1 has 15 .* not finite"),
-        (lambda: fed(torch.full((3, 5), torch.nan), torch.ones(3, 5, 4)), "15 .* not finite"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, given):
     with pytest.raises(ValueError, match=given):
         call()
-
-
-def fed(lse, out):
-    AttentionFidelity(**CELLS).update(lse, lse, out, out, layer=0, step=0, chunk=1)

@@ -1,14 +1,15 @@
-"""The contract of metrics of a clip: parts that fit, blocks, context, sums."""
+"""The contract of metrics of a clip: blocks, values, units, what is kept."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_kv.metrics.base import BLOCK, Clip, PixelMetric, clip_value, read_clip
+from lightning_kv.metrics.base import BLOCK, VideoMetric, read_clip
+from lightning_kv.stats.bootstrap import bca_interval
 
 
-class Level(PixelMetric):
+class Level(VideoMetric):
     """Brightness of every frame, and how many blocks came."""
 
     name, unit, higher_is_better, recipe = "level", "", None, "mean"
@@ -28,19 +29,6 @@ def pixels(frames):
     return levels.view(-1, 1, 1, 1).expand(frames, 3, 4, 4)
 
 
-@given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 9))
-def test_pixel_frames_that_show_one_latent_frame_are_averaged(frames, stride, context):
-    context = min(context, frames)
-    shown = pixels(1 + (frames - 1) * stride)
-    curve = Level().curve(Clip(torch.zeros(frames, 1, 1, 1), shown, context=context))
-    means = shown.mean((1, 2, 3)).double()
-    groups = [means[:1], *means[1:].split(stride)] if frames > 1 else [means]
-    for place, (value, group) in enumerate(zip(curve, groups, strict=True)):
-        assert value.isnan() if place < context else value == pytest.approx(group.mean().item())
-    value = clip_value(curve)
-    assert (value is None) == (context == frames)
-
-
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6))
 def test_a_curve_does_not_depend_on_the_blocks(sizes):
     shown, metric = pixels(sum(sizes)), Level()
@@ -54,59 +42,142 @@ def test_a_curve_does_not_depend_on_the_blocks(sizes):
 
 def test_a_clip_is_shown_in_small_blocks():
     metric = Level()
-    metric.curve(Clip(pixels=pixels(2 * BLOCK + 3), prompt="a cat", fps=4.0))
+    metric.curve(pixels(2 * BLOCK + 3), prompt="a cat", fps=4.0)
     assert metric.blocks == [(BLOCK, False), (BLOCK, False), (3, False)]
     assert metric.told == ("a cat", 4.0)
 
 
-def test_sums_merge_by_addition():
-    clips = [Clip(pixels=level * torch.ones(2, 3, 4, 4)) for level in (0.25, 0.5, 0.75)]
-    whole, parts = Level(), [Level(), Level()]
-    for place, clip in enumerate(clips):
-        whole.update(clip)
-        parts[place % 2].update(clip)
-    whole.update(Clip(pixels=torch.ones(2, 3, 4, 4), context=2))  # nothing counts
-    assert whole.compute() == 0.5 and whole.clips == 3
-    parts[0].merge_state(parts[1])
-    assert parts[0].compute() == 0.5
-    assert Level().compute().isnan()
+def grey(*levels, frames=2):
+    return torch.tensor(levels).view(-1, 1, 1, 1, 1).expand(-1, frames, 3, 4, 4)
+
+
+def test_a_clip_counts_once_and_one_without_a_value_not_at_all():
+    metric = Level()
+    metric.update(grey(0.25, 0.75), ids=["a", "b"])
+    metric.update(grey(0.75, 0.5), ids=["b", "c"])
+    assert metric.add(torch.full((3,), torch.nan), id="d") is None
+    assert metric.compute() == 0.5 and metric.unit_values().tolist() != []
+    assert Level().compute().isnan() and len(Level().unit_values()) == 0
+
+
+def test_a_clip_that_comes_again_with_another_value_is_refused():
+    metric = Level()
+    metric.update(grey(0.25), ids=[7])
+    metric.update(grey(0.5), ids=[7])
+    with pytest.raises(ValueError, match=r"again with other values.*0\.5 after 0\.25.*own id"):
+        metric.compute()
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 0.25, 0.5, 1.0])), min_size=1),
+    st.randoms(use_true_random=False),
+)
+def test_several_clips_of_a_unit_are_one_value_in_any_order(clips, random):
+    by_unit = {}
+    for unit, level in clips:
+        by_unit.setdefault(unit, []).append(level)
+    means = [sum(levels) / len(levels) for levels in by_unit.values()]
+    random.shuffle(clips)
+    metrics = [Level(), Level()]
+    for place, (unit, level) in enumerate(clips):
+        metrics[place % 2].add(torch.tensor([level]).double(), unit=f"prompt {unit}")
+    metrics[0].merge_state(metrics[1])
+    assert metrics[0].compute().item() == pytest.approx(sum(means) / len(means), rel=1e-12)
+    assert sorted(metrics[0].unit_values().tolist()) == pytest.approx(sorted(means), rel=1e-12)
+
+
+def test_a_prompt_is_the_unit_unless_another_is_given():
+    metric, other = Level(), Level()
+    metric.update(grey(0.0, 0.5, 1.0), prompts=["a", "a", "b"])
+    other.update(grey(0.0, 0.5, 1.0), prompts=["a", "a", "b"], units=torch.tensor([1, 2, 3]))
+    assert (metric.compute(), other.compute()) == (0.625, 0.5)
+
+
+def test_the_interval_is_that_of_the_units():
+    metric = Level()
+    levels = torch.linspace(0, 1, 24)
+    metric.update(grey(*levels.tolist()), units=(torch.arange(24) // 2))
+    expected = bca_interval(levels.double().view(12, 2).mean(1).tolist(), 0.9)
+    assert metric.interval(0.9) == pytest.approx(expected, rel=1e-6)
+    assert Level().interval() is None
+
+
+def test_curves_are_kept_on_request():
+    metric = Level(curves=True)
+    metric.update([grey(0.25)[0], grey(0.5, frames=5)[0], grey(0.25)[0]], ids=[9, 3, 9])
+    assert [curve.tolist() for curve in metric.curves] == [[0.5] * 5, [0.25] * 2]
+    with pytest.raises(ValueError, match="'level' keeps no curves: curves=False"):
+        _ = Level().curves
+
+
+def test_what_was_added_after_compute_counts():
+    metric = Level()
+    metric.add(torch.tensor([0.5]).double())
+    assert metric.compute() == 0.5
+    metric.add(torch.tensor([1.0]).double())
+    assert metric.compute() == 0.75
 
 
 def test_what_was_saved_goes_on(recwarn):
     first, second = Level(), Level()
-    first.update(Clip(pixels=0.25 * torch.ones(2, 3, 4, 4)))
-    second.update(Clip(pixels=torch.ones(2, 3, 4, 4)))
+    first.update(grey(0.25))
+    second.update(grey(1.0))
     for metric in (second, Level()):
         if metric is second:
             assert metric.compute() == 1  # which must not be remembered
         metric.load_state_dict(first.state_dict())
         assert metric.compute() == 0.25
-        metric.update(Clip(pixels=0.75 * torch.ones(2, 3, 4, 4)))
+        metric.update(grey(0.75))
         assert metric.compute() == 0.5 and first.compute() == 0.25
     assert not [w for w in recwarn if "before the ``update``" in str(w.message)]
 
 
-@pytest.mark.parametrize(
-    ("parts", "said"),
-    [
-        ({}, "shows nothing"),
-        ({"latents": torch.zeros(3, 1, 1, 1), "pixels": pixels(2)}, "differ in length"),
-        ({"latents": torch.zeros(3, 1, 1, 1), "pixels": pixels(6)}, "differ in length"),
-        ({"pixels": pixels(3), "reference_pixels": pixels(4)}, "differ in length"),
-        ({"pixels": pixels(3), "context": 4}, "context does not fit"),
-        ({"pixels": pixels(3), "context": -1}, "context does not fit"),
-        ({"pixels": pixels(3) / 0}, r"NaN or infinite values in \['pixels'\]"),
-        ({"latents": torch.full((2, 1, 1, 1), torch.nan)}, r"in \['latents'\]"),
-    ],
-)
-def test_parts_that_do_not_fit(parts, said):
-    with pytest.raises(ValueError, match=said):
-        Clip(**parts)
+def test_another_recipe_is_refused():
+    class Other(Level):
+        name, recipe = "other", "median"
+
+    metric = Other()
+    metric.update(grey(0.5))
+    with pytest.raises(ValueError, match="'mean' cannot be counted by 'median'"):
+        metric.load_state_dict(Level().state_dict())
+    assert not metric.values
+    with pytest.raises(ValueError, match="'median' cannot be counted by 'mean'"):
+        Level().merge_state(metric)
 
 
-def test_what_a_metric_lacks_is_named():
-    with pytest.raises(ValueError, match=r"'level' cannot be computed: .* without pixels"):
-        Level().curve(Clip(torch.zeros(2, 1, 1, 1)))
+def test_a_checkpoint_from_before_a_metric_was_added_is_loaded():
+    module = torch.nn.ModuleDict({"layer": torch.nn.Linear(1, 1)})
+    state = module.state_dict()
+    module["metric"] = Level()
+    module.load_state_dict(state, strict=True)
+
+
+def test_prompts_can_be_places_in_a_table():
+    class Told(Level):
+        needs = ("pixels", "prompt")
+
+    metric = Told(prompt_table=["a dog", "a cat"])
+    metric.update(grey(0.5), prompts=torch.tensor([1]))
+    assert metric.told == ("a cat", None)
+    with pytest.raises(ValueError, match=r"prompts as places in a table.*prompt_table"):
+        Told().update(grey(0.5), prompts=torch.tensor([1]))
+    Level().update(grey(0.5), prompts=torch.tensor([1]))  # has no use for them
+
+
+def test_paired_is_what_is_needed():
+    class Far(VideoMetric):
+        paired = True
+
+        def frame_values(self, preds, target=None):
+            return (preds - target).double().abs().mean((1, 2, 3))
+
+    assert Far.needs == ("pixels", "reference_pixels") and Far.name == "far"
+    assert Far.paired and Far.against_reference() and not Level.paired
+    metric = Far()
+    metric.update(grey(0.5), grey(0.25))
+    assert metric.compute() == 0.25
+    with pytest.raises(NotImplementedError, match="Bare writes neither"):
+        type("Bare", (VideoMetric,), {})().update(grey(0.5))
 
 
 def test_one_metric_with_a_problem_leaves_the_others():

@@ -7,15 +7,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_kv.metrics.backbones import Backbone, WeightsUnavailable, backbone
-from lightning_kv.metrics.base import Clip, clip_value, read_clip
+from lightning_kv.metrics.base import clip_value, read_clip
 from lightning_kv.metrics.consistency import (
     BackgroundConsistency,
     FeatureSimilarity,
     LagCoherence,
     SubjectConsistency,
-    consistency,
-    lag_coherence,
 )
+from lightning_kv.metrics.functional import consistency, lag_coherence
 
 GOLDEN = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
 
@@ -142,47 +141,36 @@ def test_metrics_on_one_backbone_cost_one_forward_per_block():
 
 def test_two_clips_do_not_mix():
     metric, pixels = SubjectConsistency(Pool()), frames(5)
-    first = metric.curve(Clip(pixels=pixels))
-    metric.curve(Clip(pixels=frames(5, 3)))
-    close(metric.curve(Clip(pixels=pixels)), first)
-
-
-def test_the_context_is_compared_with_but_does_not_count():
-    pixels = frames(6)
-    metric = SubjectConsistency(Pool())
-    found, free = (metric.curve(Clip(pixels=pixels, context=context)) for context in (3, 0))
-    assert found[:3].isnan().all()
-    close(found[3:], free[3:])  # the anchor is the first frame shown, of the context too
-    assert not found[3:].isnan().any()
+    first = metric.curve(pixels)
+    metric.curve(frames(5, 3))
+    close(metric.curve(pixels), first)
 
 
 def test_a_frozen_clip_is_fully_consistent_and_a_changing_one_is_not():
     frozen = frames(1).expand(6, -1, -1, -1)
     for kind in (SubjectConsistency, BackgroundConsistency, lambda b: LagCoherence(b, lag=2)):
-        assert clip_value(kind(Pool()).curve(Clip(pixels=frozen))) == pytest.approx(1)
-        assert clip_value(kind(Pool()).curve(Clip(pixels=frames(6)))) < 0.9
+        assert clip_value(kind(Pool()).curve(frozen)) == pytest.approx(1)
+        assert clip_value(kind(Pool()).curve(frames(6))) < 0.9
 
 
 def test_a_clip_that_equals_its_reference_is_as_similar_as_can_be():
     pixels = frames(4)
     metric = FeatureSimilarity(Pool())
-    found = clip_value(metric.curve(Clip(pixels=pixels, reference_pixels=pixels.clone())))
+    found = clip_value(metric.curve(pixels, pixels.clone()))
     assert found == pytest.approx(metric.identical, abs=1e-12)
 
 
 def test_similarity_needs_a_reference():
-    with pytest.raises(ValueError, match="reference_pixels"):
-        FeatureSimilarity(Pool()).curve(Clip(pixels=frames(2)))
-    with pytest.raises(ValueError, match="there is none"):
-        FeatureSimilarity(Pool()).reader()(frames(2), None)
+    for call in (FeatureSimilarity(Pool()).curve, FeatureSimilarity(Pool()).update):
+        with pytest.raises(ValueError, match=r"'semantic_similarity/pool'.*target is missing"):
+            call(frames(2)[None] if call.__name__ == "update" else frames(2))
 
 
 def test_means_over_clips_weigh_clips_alike():
     metric = SubjectConsistency(Pool())
-    clips = [Clip(pixels=frames(count, count)) for count in (2, 9)]
-    for clip in clips:
-        metric.update(clip)
-    wanted = [slow(Pool()(clip.pixels))[1:].mean().item() for clip in clips]
+    clips = [frames(count, count) for count in (2, 9)]
+    metric.update(clips)
+    wanted = [slow(Pool()(clip))[1:].mean().item() for clip in clips]
     assert metric.compute().item() == pytest.approx(sum(wanted) / 2, rel=1e-6)
 
 
@@ -209,10 +197,9 @@ def test_a_backbone_that_does_not_fit_is_refused(monkeypatch, tmp_path):
 
 
 def test_shards_merge_by_addition():
-    clips = [Clip(pixels=frames(count, count)) for count in (4, 5, 6)]
+    clips = [frames(count, count) for count in (4, 5, 6)]
     metrics = [SubjectConsistency("random-2dconv") for _ in range(3)]
     for metric, shard in zip(metrics, (clips, clips[:1], clips[1:]), strict=True):
-        for clip in shard:
-            metric.update(clip)
+        metric.update(shard)
     metrics[1].merge_state(metrics[2])
     assert metrics[1].compute().item() == pytest.approx(metrics[0].compute().item(), rel=1e-12)

@@ -13,11 +13,13 @@ from torch import nn
 
 from lightning_kv.metrics.backbones import WeightsUnavailable
 from lightning_kv.metrics.backbones.interpolators import AMT, LinearMidpoint
-from lightning_kv.metrics.base import Clip, read_clip
+from lightning_kv.metrics.base import read_clip
 from lightning_kv.metrics.dynamics import (
     DynamicDegree,
     FlowMagnitude,
     MotionSmoothness,
+)
+from lightning_kv.metrics.functional.dynamics import (
     dynamic_rule,
     is_dynamic,
     mean_motion,
@@ -90,7 +92,7 @@ def vbench_scores(frames: torch.Tensor, fps: float) -> list[float]:
 def test_steps_are_those_of_vbench(fps):
     frames = random_frames(19)
     metric = DynamicDegree(Known())
-    curve = metric.curve(Clip(pixels=frames, fps=fps))
+    curve = metric.curve(frames, fps=fps)
     interval = sampling_interval(fps)
     counted = [i for i in range(19) if not curve[i].isnan()]
     assert counted == list(range(interval, 19, interval))
@@ -104,7 +106,7 @@ def test_the_degree_is_the_share_of_clips_that_move():
     metric = DynamicDegree(Known())
     still, moving = levels(*[0.5] * 9), levels(*[0.5, 0.6] * 4, 0.5)
     for pixels in (still, moving, moving):
-        metric.update(Clip(pixels=pixels, fps=8.0))
+        metric.update(pixels[None], fps=8.0)
     assert metric.compute().item() == pytest.approx(2 / 3)
     assert metric.name == "dynamic_degree/known"
 
@@ -113,15 +115,16 @@ def test_the_context_does_not_count():
     # All motion lies in the context.
     pixels = levels(*[0.2, 0.8] * 4, *[0.8] * 8)
     metric = DynamicDegree(Known())
-    assert metric.value(metric.curve(Clip(pixels=pixels, fps=8.0))) == 1.0
-    curve = metric.curve(Clip(pixels=pixels, fps=8.0, context=8))
-    assert curve.isnan().sum() == 8 and metric.value(curve) == 0.0
-    all_context = metric.curve(Clip(pixels=pixels, fps=8.0, context=16))
-    assert metric.value(all_context) is None
+    curve = metric.curve(pixels, fps=8.0)
+    assert metric.value(curve) == 1.0
+    curve[:8] = torch.nan
+    assert metric.add(curve) == 0.0
+    curve[:] = torch.nan
+    assert metric.add(curve) is None and metric.compute() == 0
 
 
 def test_magnitude_is_in_pixels_of_the_original_size():
-    curve = FlowMagnitude(Known()).curve(Clip(pixels=levels(0.5, 0.6, 0.5), fps=8.0))
+    curve = FlowMagnitude(Known()).curve(levels(0.5, 0.6, 0.5), fps=8.0)
     assert curve[0].isnan()
     assert curve[1:].tolist() == pytest.approx([4 * 2**0.5] * 2, rel=1e-5)
 
@@ -129,8 +132,8 @@ def test_magnitude_is_in_pixels_of_the_original_size():
 def test_frames_per_second_must_be_known():
     for metric in (DynamicDegree(Known()), FlowMagnitude(Known())):
         with pytest.raises(ValueError, match="fps"):
-            metric.curve(Clip(pixels=random_frames(3)))
-        with pytest.raises(ValueError, match="Pass the frames per second"):
+            metric.curve(random_frames(3))
+        with pytest.raises(ValueError, match=r"Pass update\(preds, fps=...\)"):
             metric.reader()
 
 
@@ -153,12 +156,12 @@ def vbench_smoothness(frames: torch.Tensor) -> float:
 def test_smoothness_is_vbenchs(frames):
     pixels = random_frames(frames)
     metric = MotionSmoothness("linear-midpoint")
-    metric.update(Clip(pixels=pixels))
+    metric.update(pixels[None])
     assert metric.compute().item() == pytest.approx(vbench_smoothness(pixels), rel=1e-9)
 
 
 def test_a_triple_has_its_value_where_it_closes():
-    curve = MotionSmoothness("linear-midpoint").curve(Clip(pixels=levels(0, 0.2, 0.4, 1, 0.4, 0)))
+    curve = MotionSmoothness("linear-midpoint").curve(levels(0, 0.2, 0.4, 1, 0.4, 0))
     assert curve.isnan().tolist() == [True, True, False, True, False, True]
     assert curve[[2, 4]].tolist() == pytest.approx([1.0, 0.4])
 
@@ -206,7 +209,7 @@ def test_an_exported_interpolator_is_padded_and_cropped(tmp_path):
     torch.testing.assert_close(found, (first + second) / 2, rtol=0, atol=1e-6)
     metric = MotionSmoothness(given=path, accept=["CC-BY-NC-SA-4.0"])
     pixels = random_frames(9)
-    metric.update(Clip(pixels=pixels))
+    metric.update(pixels[None])
     assert metric.compute().item() == pytest.approx(vbench_smoothness(pixels), rel=1e-9)
     assert metric.name == "motion_smoothness/amt-s" and len(metric.backbone.weights_sha256) == 64
 
@@ -229,7 +232,7 @@ def test_networks_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="no backbone 'rafd'"):
         DynamicDegree("rafd")
     with pytest.raises(ValueError, match=r"gave \(1, 3, 12, 16\) for two frames"):
-        DynamicDegree(LinearMidpoint()).curve(Clip(pixels=random_frames(3), fps=8.0))
+        DynamicDegree(LinearMidpoint()).curve(random_frames(3), fps=8.0)
 
 
 def test_modules_of_ones_own_are_frozen_and_carry_their_name():

@@ -15,26 +15,23 @@ from torchmetrics.functional.image import (
 )
 
 from lightning_kv.metrics import METRICS
-from lightning_kv.metrics.base import Clip, ClipMetric, clip_value, read_clip
+from lightning_kv.metrics.base import ClipMetric, read_clip
 from lightning_kv.metrics.fidelity import (
     MSSSIM,
     PSNR,
     SSIM,
     IdenticalFrames,
-    PSNRPooled,
-    ms_ssim,
-    psnr,
-    ssim,
+    PSNRMean,
 )
+from lightning_kv.metrics.functional import ms_ssim, pooled_psnr, psnr, ssim
 
-OF_FRAMES = [PSNR, PSNRPooled, SSIM, IdenticalFrames]
+OF_FRAMES = [PSNR, PSNRMean, SSIM, IdenticalFrames]
 
 
-def random_clip(seed: int, frames: int = 6, context: int = 2, size: int = 32) -> Clip:
-    generator = torch.Generator().manual_seed(seed)
-    pixels, reference = torch.rand(2, frames, 3, size, size, generator=generator)
-    latents, reference_latents = torch.randn(2, frames, 16, 4, 4, generator=generator)
-    return Clip(latents, pixels, reference_latents, reference, context=context)
+def random_pair(seed: int, frames: int = 6, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(
+        torch.rand(2, frames, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    )
 
 
 def constant(*levels: float) -> torch.Tensor:
@@ -48,46 +45,51 @@ def test_psnr_closed_forms():
 
 
 def test_psnr_of_every_frame_is_that_of_torchmetrics():
-    clip = random_clip(0)
+    preds, target = random_pair(0)
     expected = [
         peak_signal_noise_ratio(a.double(), b.double(), data_range=1.0).item()
-        for a, b in zip(clip.pixels, clip.reference_pixels, strict=True)
+        for a, b in zip(preds, target, strict=True)
     ]
     # torchmetrics takes its logarithm of ten in float32.
-    assert psnr(clip.pixels, clip.reference_pixels).tolist() == pytest.approx(expected, rel=1e-7)
+    assert psnr(preds, target).tolist() == pytest.approx(expected, rel=1e-7)
 
 
-def test_psnr_averages_decibels_and_pooled_psnr_errors():
+def test_psnr_averages_errors_and_its_mean_decibels():
     # Frames with MSE 1e-4 and 1e-2: 30 dB as a mean over frames, 22.97 dB if pooled.
-    clip = Clip(torch.zeros(2, 4, 3, 3), constant(0.01, 0.1), reference_pixels=constant(0.0, 0.0))
-    assert clip_value(PSNR().curve(clip)) == pytest.approx(30.0, abs=1e-5)
-    pooled = PSNRPooled()
-    assert pooled.curve(clip).tolist() == pytest.approx([40.0, 20.0], abs=1e-5)
-    pooled.update(clip)
-    assert pooled.compute().item() == pytest.approx(22.967086218813, abs=1e-5)
+    preds, target = constant(0.01, 0.1)[None], constant(0.0, 0.0)[None]
+    mean, pooled = PSNRMean(curves=True), PSNR(curves=True)
+    for metric, expected in ((mean, 30.0), (pooled, 22.967086218813)):
+        metric.update(preds, target)
+        assert metric.compute().item() == pytest.approx(expected, abs=1e-5)
+        assert metric.curves[0].tolist() == pytest.approx([40.0, 20.0], abs=1e-5)
 
 
-def test_pooled_psnr_is_that_of_torchmetrics_over_the_frames_that_count():
-    clip = random_clip(11, context=2)
-    expected = peak_signal_noise_ratio(
-        clip.pixels[2:].double(), clip.reference_pixels[2:].double(), data_range=1.0
-    )
-    assert PSNRPooled().value(PSNRPooled().curve(clip)) == pytest.approx(expected.item(), rel=1e-7)
+def test_psnr_is_that_of_torchmetrics_over_a_clip():
+    preds, target = random_pair(11)
+    expected = peak_signal_noise_ratio(preds.double(), target.double(), data_range=1.0)
+    metric = PSNR()
+    metric.update(preds[None], target[None])
+    assert metric.compute().item() == pytest.approx(expected.item(), rel=1e-7)
+    curve = metric.curve(preds, target)
+    curve[:2] = torch.nan
+    expected = peak_signal_noise_ratio(preds[2:].double(), target[2:].double(), data_range=1.0)
+    assert metric.value(curve) == pytest.approx(expected.item(), rel=1e-7)
 
 
-def test_pooled_psnr_pools_the_pixel_frames_of_a_latent_frame():
-    levels = (0.01, 0.1, 0.1, 0.01, 0.01)  # one pixel frame, then four that show one latent frame
-    clip = Clip(torch.zeros(2, 4, 3, 3), constant(*levels), reference_pixels=constant(*[0.0] * 5))
-    mse = (1e-2 + 1e-2 + 1e-4 + 1e-4) / 4
-    expected = [40.0, -10 * math.log10(mse)]
-    assert PSNRPooled().curve(clip).tolist() == pytest.approx(expected, abs=1e-5)
-    assert PSNR().curve(clip).tolist() == pytest.approx([40.0, 30.0], abs=1e-5)
+def test_psnr_pools_the_pixel_frames_of_a_latent_frame():
+    errors = torch.tensor([[0.01, 0.1, 0.1, 0.01], [0.1, 0.1, 0.1, 0.1]])
+    values = -20 * errors.log10()
+    expected = [-10 * math.log10((1e-2 + 1e-2 + 1e-4 + 1e-4) / 4), 20.0]
+    assert PSNR().pooled(values).tolist() == pytest.approx(expected, abs=1e-5)
+    assert PSNRMean().pooled(values).tolist() == pytest.approx([30.0, 20.0], abs=1e-5)
+    nothing = torch.full((2, 3), torch.nan)
+    assert pooled_psnr(nothing).isnan().all() and PSNR().value(nothing[0]) is None
 
 
 def test_identical_frames_are_those_at_the_cap():
-    clip = Clip(pixels=constant(0.5, 0.5, 0.5, 0.50002), reference_pixels=constant(*[0.5] * 4))
-    assert IdenticalFrames().curve(clip).tolist() == [1, 1, 1, 0]
-    *capped, other = PSNR().curve(clip).tolist()
+    preds, target = constant(0.5, 0.5, 0.5, 0.50002), constant(*[0.5] * 4)
+    assert IdenticalFrames().curve(preds, target).tolist() == [1, 1, 1, 0]
+    *capped, other = PSNR().curve(preds, target).tolist()
     assert capped == pytest.approx([100] * 3, rel=1e-12) and other < 99.99
 
 
@@ -116,16 +118,14 @@ def test_ssim_of_every_frame_is_that_of_a_plain_gaussian_window():
 
 
 def test_ssim_does_not_depend_on_how_frames_are_grouped():
-    clip = random_clip(2, frames=19)
+    a, b = random_pair(2, frames=19)
     expected = structural_similarity_index_measure(
-        clip.pixels.double(), clip.reference_pixels.double(), reduction="none", data_range=1.0
+        a.double(), b.double(), reduction="none", data_range=1.0
     )
-    got = ssim(clip.pixels, clip.reference_pixels)
+    got = ssim(a, b)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
-    assert ssim(clip.pixels[:1], clip.reference_pixels[:1]).shape == (1,)
-    assert ssim(clip.pixels[:9], clip.reference_pixels[:9]).tolist() == pytest.approx(
-        expected[:9].tolist(), rel=1e-12
-    )
+    assert ssim(a[:1], b[:1]).shape == (1,)
+    assert ssim(a[:9], b[:9]).tolist() == pytest.approx(expected[:9].tolist(), rel=1e-12)
 
 
 @settings(max_examples=15, deadline=None)
@@ -206,53 +206,20 @@ def test_blocks_of_ms_ssim_give_the_same_curve():
 
 
 @pytest.mark.parametrize("metric", OF_FRAMES)
-def test_context_frames_do_not_count(metric):
-    clip = random_clip(4, context=3)
-    curve = metric().curve(clip)
-    assert curve.dtype == torch.float64
-    assert curve.isnan().tolist() == [True] * 3 + [False] * 3
-    clip.pixels[:3] = 0.5
-    torch.testing.assert_close(metric().curve(clip), curve, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("metric", OF_FRAMES)
-def test_metric_is_the_mean_over_clips_and_merges_by_addition(metric):
+def test_metric_is_the_mean_over_clips_and_merges(metric):
     # Clips of different length weigh the same; shards may be uneven, and one may be empty.
-    clips = [random_clip(seed, frames=3 + seed) for seed in range(5)]
+    clips = [random_pair(seed, frames=3 + seed) for seed in range(5)]
     whole, shards = metric(), [metric(), metric(), metric()]
-    for clip in clips:
-        whole.update(clip)
-    shards[0].update(clips[0])
-    for clip in clips[1:]:
-        shards[2].update(clip)
+    whole.update([a for a, _ in clips], [b for _, b in clips])
+    shards[0].update(*([x] for x in clips[0]))
+    for a, b in clips[1:]:
+        shards[2].update(a[None], b[None])
     for shard in shards[1:]:
         shards[0].merge_state(shard)
-    expected = sum(metric().value(metric().curve(clip)) for clip in clips) / 5
+    expected = sum(metric().value(metric().curve(*clip)) for clip in clips) / 5
     assert whole.compute().item() == pytest.approx(expected, rel=1e-12)
     assert shards[0].compute().item() == pytest.approx(expected, rel=1e-12)
     assert whole.compute().dtype == torch.float64
-
-
-def test_a_clip_of_context_only_has_no_value():
-    empty, full = random_clip(5, context=6), random_clip(6)
-    metric = PSNR()
-    metric.update(empty)
-    assert clip_value(metric.curve(empty)) is None
-    assert metric.compute().isnan()
-    metric.update(full)
-    assert metric.compute().item() == pytest.approx(clip_value(metric.curve(full)), rel=1e-12)
-
-
-def test_states_are_float64_sums_and_reset():
-    metric = PSNR()
-    metric.update(random_clip(7))
-    assert {name: state.dtype for name, state in metric.metric_state.items()} == {
-        "total": torch.float64,
-        "clips": torch.float64,
-    }
-    metric.reset()
-    assert metric.total == 0
-    assert metric.clips == 0
 
 
 def test_every_metric_says_what_it_is():
@@ -267,7 +234,7 @@ def test_every_metric_says_what_it_is():
     assert len(set(own)) == len(own)
 
 
-PIXELS, LATENTS = torch.rand(4, 3, 32, 32), torch.randn(4, 16, 4, 4)
+PIXELS = torch.rand(4, 3, 32, 32)
 BROKEN = PIXELS.clone()
 BROKEN[3, 0, 0, 0] = torch.nan
 
@@ -279,10 +246,7 @@ BROKEN[3, 0, 0, 0] = torch.nan
         (lambda: psnr(PIXELS * 2 - 1, PIXELS), "from -", "[0, 1]"),
         (lambda: ssim((PIXELS * 255).byte(), PIXELS), "uint8", "255"),
         (lambda: psnr(BROKEN, PIXELS), "nan", "[0, 1]"),
-        (lambda: Clip(LATENTS, BROKEN), "pixels", "failed"),
-        (lambda: Clip(LATENTS, PIXELS[:3]), "'pixels': 3", "same number"),
-        (lambda: Clip(LATENTS, PIXELS, context=5), "5 of 4", "0 to 4"),
-        (lambda: PSNR().curve(Clip(LATENTS, PIXELS)), "without reference_pixels", "leave"),
+        (lambda: PSNR().curve(PIXELS), "target is missing", "leave"),
         (lambda: ms_ssim(PIXELS, PIXELS), "32 x 32", "more than 160"),
         (lambda: ms_ssim(*torch.rand(2, 1, 3, 200, 160)), "200 x 160", "more than 160"),
         (lambda: ssim(*torch.rand(2, 1, 3, 5, 9)), "5 x 9", "more than 5"),

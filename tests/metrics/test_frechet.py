@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
-from lightning_kv.metrics.frechet import (
+from lightning_kv.metrics.functional.frechet import (
     AgainstReal,
     frechet_distance,
     frechet_error,
@@ -19,8 +19,8 @@ from lightning_kv.metrics.frechet import (
     frechet_infinity,
     null_distance,
 )
-from lightning_kv.metrics.frechet_difference import delta_frechet
-from lightning_kv.metrics.moments import Moments
+from lightning_kv.metrics.functional.frechet_difference import delta_frechet
+from lightning_kv.metrics.functional.moments import Moments
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -285,12 +285,12 @@ def test_the_null_distance_and_the_error_of_clips_that_are_alike():
     """24 prompts of 4 clips each are worth 24 clips, not 96."""
     pairs = [(alike(24, seed), alike(24, seed + 999)) for seed in range(16)]
     truth = np.mean([frechet_distance(x, y).item() for (x, _), (y, _) in pairs])
-    nulls = [null_distance(y, 24, groups=groups) for _, (y, groups) in pairs]
+    nulls = [null_distance(y, 24, units=groups) for _, (y, groups) in pairs]
     assert truth / 1.5 < np.mean(nulls) < truth * 1.5
     assert np.mean([null_distance(y, 96) for _, (y, _) in pairs]) < truth / 1.5
     real = draw(400, 16, seed=77)
     values = [frechet_distance(alike(24, seed)[0], real).item() for seed in range(200)]
-    errors = [frechet_error(x, real, groups=groups) for (x, groups), _ in pairs]
+    errors = [frechet_error(x, real, units=groups) for (x, groups), _ in pairs]
     assert np.std(values) / 1.5 < np.mean(errors) < np.std(values) * 1.5
     assert np.mean([frechet_error(x, real) for (x, _), _ in pairs]) < np.mean(errors) / 1.2
 
@@ -300,13 +300,13 @@ def test_whole_prompts_are_left_out():
     groups = torch.tensor([7, 3, 3, 9, 7, 3, 9, 1, 9])
     left = [frechet_distance(x[groups != group], y).item() for group in (1, 3, 7, 9)]
     slow = math.sqrt(3 / 4 * sum((value - np.mean(left)) ** 2 for value in left))
-    assert frechet_error(x, y, groups=groups) == pytest.approx(slow, rel=1e-9)
-    assert frechet_error(x, y, groups=groups % 2) is None
-    assert null_distance(x, 9, groups=torch.arange(9)) == null_distance(x, 9)
-    with pytest.raises(ValueError, match="groups do not fit 9 clips"):
-        null_distance(x, 9, groups=groups[:8])
-    with pytest.raises(ValueError, match="groups do not fit 9 clips"):
-        frechet_error(x, y, groups=groups.int())
+    assert frechet_error(x, y, units=groups) == pytest.approx(slow, rel=1e-9)
+    assert frechet_error(x, y, units=groups % 2) is None
+    assert null_distance(x, 9, units=torch.arange(9)) == null_distance(x, 9)
+    with pytest.raises(ValueError, match="units do not fit 9 clips"):
+        null_distance(x, 9, units=groups[:8])
+    with pytest.raises(ValueError, match="units do not fit 9 clips"):
+        frechet_error(x, y, units=groups.int())
 
 
 def test_the_standard_error_leaves_out_one_by_one():

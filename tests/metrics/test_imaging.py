@@ -19,7 +19,15 @@ from torch import nn
 from lightning_kv.metrics.backbones import WeightsUnavailable, interpolators
 from lightning_kv.metrics.backbones.interpolators import MUSIQ, shrunk
 from lightning_kv.metrics.backbones.weights import published
-from lightning_kv.metrics.base import Clip, read_clip
+from lightning_kv.metrics.base import read_clip
+from lightning_kv.metrics.functional.imaging import (
+    brightness,
+    colourfulness,
+    contrast,
+    luma,
+    saturation,
+    sharpness,
+)
 from lightning_kv.metrics.imaging import (
     Brightness,
     Colourfulness,
@@ -27,12 +35,6 @@ from lightning_kv.metrics.imaging import (
     ImagingQuality,
     Saturation,
     Sharpness,
-    brightness,
-    colourfulness,
-    contrast,
-    luma,
-    saturation,
-    sharpness,
 )
 
 METRICS = [Sharpness, Brightness, Contrast, Colourfulness, Saturation]
@@ -122,7 +124,7 @@ def test_curves_do_not_depend_on_blocks(metric, sizes):
 @pytest.mark.parametrize("metric", METRICS)
 def test_8_bit_values_are_refused(metric):
     with pytest.raises(ValueError, match="divide 8-bit values by 255"):
-        metric().curve(Clip(pixels=255 * random_frames()))
+        metric().curve(255 * random_frames())
 
 
 def test_frames_are_shrunk_as_torchvision_shrinks_8_bits():
@@ -142,7 +144,7 @@ def test_frames_are_shrunk_as_torchvision_shrinks_8_bits():
 
 def test_imaging_quality_is_a_hundredth_of_the_score_of_every_frame():
     metric = ImagingQuality(MUSIQ(Light()))
-    curve = metric.curve(Clip(pixels=torch.cat([colour(0.2, 0.2, 0.2), colour(1, 1, 1)])))
+    curve = metric.curve(torch.cat([colour(0.2, 0.2, 0.2), colour(1, 1, 1)]))
     assert curve.tolist() == pytest.approx([0.2, 1.0]) and curve.dtype == torch.float64
     assert metric.name == "imaging_quality/musiq-spaq"
     assert "longer side at most 512" in metric.recipe
@@ -190,7 +192,7 @@ def test_weights_go_into_the_network_of_the_package(monkeypatch, tmp_path):
     state = {"head.weight": torch.tensor([[50.0, 25.0, 0.0]]), "head.bias": torch.tensor([10.0])}
     torch.save({"params": state}, path)
     metric = ImagingQuality(given=path, accept="CC-BY-NC-SA-4.0")
-    assert metric.curve(Clip(pixels=colour(1, 0.2, 0.6))).item() == pytest.approx(0.65)
+    assert metric.curve(colour(1, 0.2, 0.6)).item() == pytest.approx(0.65)
     torch.save({"params": {"head.weight": state["head.weight"]}}, path)
     with pytest.raises(ValueError, match=r"does not fit Network: .*head\.bias"):
         MUSIQ.load(path)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_kv.metrics.kernel import (
+from lightning_kv.metrics.functional.kernel import (
     JEDI,
     KVD,
     PolynomialKernel,
@@ -19,7 +19,7 @@ from lightning_kv.metrics.kernel import (
     kernel_error,
     kernel_null,
 )
-from lightning_kv.metrics.moments import Moments
+from lightning_kv.metrics.functional.moments import Moments
 
 X = torch.arange(1.0, 10).reshape(3, 3)
 Y = torch.tensor([[7.0, 6, 5], [4, 3, 2], [1, 1, 8], [0, 2, 5]])
@@ -86,7 +86,7 @@ def test_torchmetrics_says_the_same_of_kid():
 def test_blocks_change_nothing(monkeypatch):
     x, y = draw(50, 7), draw(30, 7, seed=1)
     whole = kernel_distance(x, y)
-    monkeypatch.setattr("lightning_kv.metrics.kernel.BLOCK", 100)
+    monkeypatch.setattr("lightning_kv.metrics.functional.kernel.BLOCK", 100)
     assert kernel_distance(x, y).item() == pytest.approx(whole.item(), rel=1e-12)
 
 
@@ -158,7 +158,7 @@ def test_the_standard_error_leaves_out_whole_prompts(kernel, estimator):
     assert kernel_error(x, y, kernel, estimator, groups) == pytest.approx(expected, rel=1e-9)
     assert kernel_error(x, y, kernel, estimator, groups % 2) is None
     assert kernel_null(x, 5, kernel, estimator, groups % 2) is None
-    with pytest.raises(ValueError, match="groups do not fit 9 clips"):
+    with pytest.raises(ValueError, match="units do not fit 9 clips"):
         kernel_error(x, y, kernel, estimator, groups[:8])
     with pytest.raises(ValueError, match="do not say which are of one prompt"):
         kernel_null(Moments.of(x), 5, JEDI, estimator, groups)

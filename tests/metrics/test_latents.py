@@ -10,19 +10,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_kv.metrics.base import Clip, clip_value
-from lightning_kv.metrics.latents import (
-    LatentCosine,
-    LatentMSE,
-    LatentRelative,
-    LatentShift,
-    LatentSNR,
+from lightning_kv.metrics.base import clip_value
+from lightning_kv.metrics.functional import (
     channel_shift,
+    divergence,
     latent_cosine,
     latent_mse,
     latent_relative,
     latent_shift,
     latent_snr,
+)
+from lightning_kv.metrics.latents import (
+    DivergenceOnset,
+    LatentCosine,
+    LatentMSE,
+    LatentRelative,
+    LatentShift,
+    LatentSNR,
 )
 
 ALL = [LatentMSE, LatentRelative, LatentCosine, LatentSNR, LatentShift]
@@ -70,17 +74,16 @@ def test_the_relative_error_looks_at_the_reference_and_not_at_the_rollout():
 
 def test_identical_latents_have_every_metric_at_its_identity():
     a, _ = random_pair(5)
-    clip = Clip(a, reference_latents=a.clone())
     for metric in ALL:
         expected = [100.0 if metric is LatentSNR else metric.identical] * 5
-        assert metric().curve(clip).tolist() == pytest.approx(expected, abs=1e-12)
+        assert metric().curve(a, a.clone()).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_frame_without_signal_has_no_value_and_does_not_count():
     a, b = random_pair(6, frames=3)
     b[1] = 0
     for metric in (LatentRelative, LatentCosine, LatentSNR):
-        curve = metric().curve(Clip(a, reference_latents=b))
+        curve = metric().curve(a, b)
         assert curve.isnan().tolist() == [False, True, False]
         assert clip_value(curve) == pytest.approx((curve[0] + curve[2]).item() / 2)
     assert latent_cosine(b[1:2], a[1:2]).isnan().all()
@@ -112,24 +115,43 @@ def test_a_shift_of_colour_and_of_contrast_is_seen_and_one_in_space_is_not():
 
 
 @pytest.mark.parametrize("metric", ALL)
-def test_context_does_not_count_and_shards_merge(metric):
-    clips = [
-        Clip(a, reference_latents=b, context=seed % 3)
-        for seed in range(4)
-        for a, b in [random_pair(seed, frames=4 + seed)]
-    ]
+def test_clips_of_any_length_weigh_the_same_and_shards_merge(metric):
+    clips = [random_pair(seed, frames=4 + seed) for seed in range(4)]
     whole, left, right = metric(), metric(), metric()
-    for index, clip in enumerate(clips):
-        whole.update(clip)
-        (left if index == 0 else right).update(clip)
+    whole.update([a for a, _ in clips], [b for _, b in clips])
+    left.update(*(x[None] for x in clips[0]))
+    right.update([a for a, _ in clips[1:]], [b for _, b in clips[1:]])
     left.merge_state(right)
-    values = []
-    for seed, clip in enumerate(clips):
-        full = metric.measure(clip.latents, clip.reference_latents)
-        assert metric().curve(clip).isnan().sum() == seed % 3
-        values.append(full[seed % 3 :].mean().item())
-    assert whole.compute().item() == pytest.approx(sum(values) / 4, rel=1e-12)
-    assert left.compute().item() == pytest.approx(sum(values) / 4, rel=1e-12)
+    expected = sum(metric.measure(a, b).mean().item() for a, b in clips) / 4
+    assert whole.compute().item() == pytest.approx(expected, rel=1e-12)
+    assert left.compute().item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_two_samples_that_have_nothing_in_common_are_at_a_divergence_of_one():
+    a, b = torch.randn(2, 3, 16, 60, 60, generator=torch.Generator().manual_seed(0))
+    assert divergence(a, b).tolist() == pytest.approx([1.0] * 3, abs=0.01)
+    assert divergence(a, a).tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("given", [0, 2])
+def test_the_onset_is_the_number_of_frames_after_the_given_ones(given):
+    # |0.15 x| / |x| / sqrt 2 is 0.106, and that of 0.14 is 0.099.
+    steps = [0.0] * given + [0.0, 0.02, 0.14, 0.15, 0.0, 1.0]
+    target = torch.randn(len(steps), 16, 4, 4, generator=torch.Generator().manual_seed(1))
+    preds = target * (1 + torch.tensor(steps)).view(-1, 1, 1, 1)
+    metric = DivergenceOnset()
+    curve = metric.curve(preds, target)
+    assert curve.tolist() == pytest.approx([step / math.sqrt(2) for step in steps], abs=1e-6)
+    curve[:given] = torch.nan
+    assert metric.add(curve) == 3.0
+    near = metric.curve(target * 1.1, target)
+    near[:given] = torch.nan
+    assert metric.add(near) == 6.0, "one that never leaves counts all its frames"
+    target[given] = 0  # no distance: it neither diverges nor is left out of the count
+    hidden = metric.curve(target * 1.1, target)
+    assert metric.value(hidden[given + 1 :]) == 5.0
+    assert metric.value(near * torch.nan) is None
+    assert metric.compute().item() == 4.5 and metric.higher_is_better and metric.unit == "frames"
 
 
 @settings(max_examples=15, deadline=None)
@@ -150,9 +172,20 @@ def test_shapes_must_agree(measure):
             measure(a, other)
 
 
-def test_missing_latents_are_named():
-    a, _ = random_pair(11)
-    with pytest.raises(ValueError, match="without reference_latents"):
-        LatentCosine().curve(Clip(a))
-    with pytest.raises(ValueError, match="without latents"):
-        LatentMSE().curve(Clip(pixels=torch.zeros(5, 3, 8, 8), reference_latents=a))
+@pytest.mark.parametrize(
+    ("preds", "target", "said"),
+    [
+        (torch.zeros(1, 2, 4, 3, 3), None, "target is missing"),
+        (torch.zeros(2, 4, 3, 3), torch.zeros(2, 4, 3, 3), r"number 0 of preds is \(4, 3, 3\)"),
+        (torch.zeros(1, 2, 4, 3, 3), torch.zeros(1, 3, 4, 3, 3), "cannot be compared frame by"),
+        (torch.zeros(1, 2, 4, 3, 3), torch.zeros(2, 2, 4, 3, 3), "compared one with one"),
+        (torch.zeros(1, 2, 4, 3, 3).long(), torch.zeros(1, 2, 4, 3, 3), "must be finite numbers"),
+        (torch.zeros(1, 2, 4, 3, 3) / 0, torch.zeros(1, 2, 4, 3, 3), "must be finite numbers"),
+        ([], [], "These are no latents"),
+    ],
+)
+def test_what_are_no_latents_is_refused(preds, target, said):
+    metric = LatentMSE()
+    with pytest.raises(ValueError, match=said):
+        metric.update(preds, target)
+    assert not metric.values

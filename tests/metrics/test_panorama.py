@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from lightning_kv.data import panorama as world_of
 from lightning_kv.metrics import metric_by_name
-from lightning_kv.metrics.base import Clip, clip_value
+from lightning_kv.metrics.base import clip_value
+from lightning_kv.metrics.functional import (
+    camera_rule,
+    decode_columns,
+    decode_positions,
+    first_visit,
+    fit_positions,
+    last_seen,
+)
 from lightning_kv.metrics.panorama import (
     CameraRule,
     Recall,
@@ -19,12 +27,6 @@ from lightning_kv.metrics.panorama import (
     RevisitError,
     RulerError,
     Scene,
-    camera_rule,
-    decode_columns,
-    decode_positions,
-    first_visit,
-    fit_positions,
-    last_seen,
 )
 from lightning_kv.models.codec import PatchCodec
 
@@ -61,12 +63,21 @@ def free(scene: Scene) -> Scene:
     return replace(scene, positions=None, truth_pixels=None, truth_latents=None)
 
 
+Clip = tuple[torch.Tensor, torch.Tensor, Scene, int]
+"""Latents, pixels, scene, and how many frames were given."""
+
+
 def clip_of(pixels: torch.Tensor, codec: PatchCodec, scene: Scene, context: int = CONTEXT) -> Clip:
-    return Clip(codec.encode(pixels), pixels, context=context, scene=scene)
+    return codec.encode(pixels), pixels, scene, context
+
+
+def shown(metric, clip: Clip, **labels) -> None:
+    latents, pixels, scene, given = clip
+    metric.update(latents[None], pixels[None], scene, given=given, **labels)
 
 
 def values(clip: Clip) -> dict[str, float | None]:
-    return {name: clip_value(m.curve(clip)) for name, m in metric_by_name(NAMES).items()}
+    return {name: clip_value(m.curve(*clip)) for name, m in metric_by_name(NAMES).items()}
 
 
 PERFECT = {
@@ -149,7 +160,7 @@ def test_ruler_error_is_the_distance_to_the_expected_ground(codec):
     latents = scene.truth_latents.clone()
     latents[40, :, 3] = scene.ruler_book[5]
     latents[:, :, :3] += 1  # the skyline plays no part
-    curve = RulerError().curve(Clip(latents, scene.truth_pixels, context=CONTEXT, scene=scene))
+    curve = RulerError().curve(latents, scene.truth_pixels, scene, CONTEXT)
     expected_ground = scene.ruler_book[world.positions(FRAMES)[40]].double()
     expected = (scene.ruler_book[5].double() - expected_ground).square().mean().item()
     assert expected > 0.1
@@ -170,21 +181,22 @@ def hand_made(codec: PatchCodec) -> tuple[Clip, list[int]]:
         column = int(torch.randint(4, (), generator=generator))
         latents[frame, :, :3, column] = scene.code_book[(5 * frame) % 24]
         pixels[frame] = (pixels[frame] + 0.02 * frame).clamp(0, 1)
-    return Clip(latents, pixels, context=4, scene=free(scene)), positions
+    return (latents, pixels, free(scene), 4), positions
 
 
 def test_free_generation_is_the_plain_loop(codec):
     clip, positions = hand_made(codec)
-    codes = decode_columns(clip.latents, clip.scene.code_book).tolist()
-    curves = {name: metric.curve(clip).tolist() for name, metric in metric_by_name(NAMES).items()}
+    latents, pixels, scene, given = clip
+    codes = decode_columns(latents, scene.code_book).tolist()
+    curves = {name: metric.curve(*clip).tolist() for name, metric in metric_by_name(NAMES).items()}
     checked = 0
     for frame, position in enumerate(positions):
         earlier = [f for f in range(frame) if positions[f] == position]
-        if not earlier or frame < clip.context:
+        if not earlier or frame < given:
             assert all(curves[name][frame] != curves[name][frame] for name in NAMES[:3])
             continue
         target = earlier[0]
-        error = (clip.pixels[frame, :, :24].double() - clip.pixels[target, :, :24].double()) ** 2
+        error = (pixels[frame, :, :24].double() - pixels[target, :, :24].double()) ** 2
         share = sum(a == b for a, b in zip(codes[frame], codes[target], strict=True)) / 4
         assert curves["revisit_error"][frame] == pytest.approx(error.mean().item(), rel=1e-12)
         assert curves["recall"][frame] == share
@@ -192,8 +204,8 @@ def test_free_generation_is_the_plain_loop(codec):
         assert far == share if frame - earlier[-1] >= 9 else far != far
         checked += 1
     assert checked >= 7
-    assert 0 < clip_value(Recall().curve(clip)) < 1
-    assert not RecallFar().curve(clip).isnan().all()
+    assert 0 < clip_value(Recall().curve(*clip)) < 1
+    assert not RecallFar().curve(*clip).isnan().all()
 
 
 def test_with_a_truth_the_rule_says_which_frames_are_revisits(codec):
@@ -202,19 +214,19 @@ def test_with_a_truth_the_rule_says_which_frames_are_revisits(codec):
     scene = scene_of(world, codec)
     latents = scene.truth_latents.clone()
     latents[:, :, 3] = 0
-    clip = Clip(latents, scene.truth_pixels, context=CONTEXT, scene=scene)
+    clip = (latents, scene.truth_pixels, scene, CONTEXT)
     gap = last_seen(world.positions(FRAMES))
-    assert torch.equal(RecallFar().curve(clip).isnan()[CONTEXT:], gap[CONTEXT:] < 9)
-    assert not Recall().curve(clip)[CONTEXT:].isnan().any()
+    assert torch.equal(RecallFar().curve(*clip).isnan()[CONTEXT:], gap[CONTEXT:] < 9)
+    assert not Recall().curve(*clip)[CONTEXT:].isnan().any()
 
 
 def test_a_clip_without_revisits_has_no_value(codec):
     world = draw("dusk fast n13 left", 10)
     clip = clip_of(world.render(12), codec, free(scene_of(world, codec, 12)), 0)
     metric = Recall()
-    metric.update(clip)
-    assert clip_value(metric.curve(clip)) is None
-    assert metric.clips == 0
+    shown(metric, clip)
+    assert clip_value(metric.curve(*clip)) is None
+    assert metric.compute().isnan() and not metric.values
     assert values(clip)["camera_rule"] == 1.0
 
 
@@ -225,11 +237,15 @@ def test_uneven_shards_merge_by_addition(codec, metric):
         world, other = draw("dusk fast n7 any", seed), draw("dusk fast n7 any", seed + 20)
         scene = scene_of(world, codec, 30 + seed)
         clips.append(clip_of(other.render(30 + seed), codec, scene))
-    expected = sum(clip_value(metric().curve(clip)) for clip in clips) / len(clips)
+    expected = sum(clip_value(metric().curve(*clip)) for clip in clips) / len(clips)
     left, right = metric(), metric()
-    left.update(clips[0])
-    for clip in clips[1:]:
-        right.update(clip)
+    shown(left, clips[0])
+    right.update(
+        [latents for latents, *_ in clips[1:]],
+        [pixels for _, pixels, *_ in clips[1:]],
+        [scene for _, _, scene, _ in clips[1:]],
+        given=CONTEXT,
+    )
     left.merge_state(right)
     assert left.compute().item() == pytest.approx(expected, rel=1e-12)
 
@@ -282,8 +298,16 @@ def test_errors_say_what_was_given_and_what_would_work(codec):
         (lambda: replace(scene, size=8), ("7 rows for 8", "one row for each")),
         (lambda: replace(scene, truth_latents=None), ("[20, 20, None]", "all three")),
         (lambda: replace(scene, positions=None), ("[None, 20, 20]", "all three")),
-        (lambda: Clip(latents[:9], pixels[:9], scene=scene), ("'scene.positions': 20", "same")),
-        (lambda: Recall().curve(Clip(latents, pixels)), ("'recall'", "without scene", "leave")),
+        (
+            lambda: shown(Recall(), (latents[:9], pixels[:9], scene, 0)),
+            ("'scene.positions': 20", "same"),
+        ),
+        (lambda: shown(Recall(), (latents[:9], pixels, free(scene), 0)), ("'pixels': 20", "same")),
+        (lambda: shown(Recall(), (latents, pixels, scene, 21)), ("21 were given", "at most")),
+        (lambda: shown(Recall(), (latents, pixels, [scene] * 2, 0)), ("2 scenes", "as many of")),
+        (lambda: shown(Recall(), (latents / 0, pixels, scene, 0)), ("finite", "failed")),
+        (lambda: shown(Recall(), (latents, pixels * 9, scene, 0)), ("out of range", "divide")),
+        (lambda: Recall().update(latents[None], pixels[None], None), ("a scene", "Scene")),
     ):
         with pytest.raises(ValueError) as error:
             call()

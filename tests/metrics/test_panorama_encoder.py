@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from lightning_kv.data.panorama import PALETTES, world_for
 from lightning_kv.metrics.backbones import backbone
 from lightning_kv.metrics.backbones.panorama_encoder import SHIPPED, PanoramaEncoder
-from lightning_kv.metrics.frechet import frechet_distance
+from lightning_kv.metrics.functional.frechet import frechet_distance
 from lightning_kv.models.embedded import WEIGHTS, load_embedded
 from lightning_kv.tasks.artefacts import KINDS, PAINTS, look, take, way
 from lightning_kv.tasks.pretrain_encoder import FIRST_WORLD

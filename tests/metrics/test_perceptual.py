@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_kv.metrics import perceptual
+from lightning_kv.metrics.backbones import lpips as networks
+from lightning_kv.metrics.backbones.lpips import LPIPSNetwork, torchvision_trunk
 from lightning_kv.metrics.backbones.manifest import WEIGHTS
 from lightning_kv.metrics.backbones.weights import WeightsUnavailable, checksum
-from lightning_kv.metrics.base import Clip, read_clip
-from lightning_kv.metrics.perceptual import LPIPS, TRUNKS, LPIPSNetwork, torchvision_trunk
+from lightning_kv.metrics.base import read_clip
+from lightning_kv.metrics.perceptual import LPIPS, TRUNKS
 
 lpips = pytest.importorskip("lpips", reason="the package lpips is not installed")
 pytest.importorskip("torchvision", reason="the package torchvision is not installed")
@@ -71,11 +72,11 @@ def test_every_frame_is_that_of_the_package(net):
         expected = [
             model(x[None], y[None], normalize=True).item() for x, y in zip(a, b, strict=True)
         ]
-    curve = metric.curve(Clip(pixels=a, reference_pixels=b))
+    curve = metric.curve(a, b)
     assert curve.dtype == torch.float64
     assert curve.tolist() == pytest.approx(expected, rel=1e-5)
     assert min(expected) > 1e-3
-    assert metric.curve(Clip(pixels=a, reference_pixels=a)).tolist() == [0.0] * 10
+    assert metric.curve(a, a).tolist() == [0.0] * 10
 
 
 @pytest.mark.parametrize("net", ["alex", "vgg", "squeeze"])
@@ -229,4 +230,4 @@ def test_a_missing_package_is_named(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(WeightsUnavailable, match="pip install lpips"):
-        perceptual.LPIPSNetwork("squeeze")
+        networks.LPIPSNetwork("squeeze")

@@ -7,24 +7,29 @@ import io
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 from torch import nn
+from torchmetrics import MetricCollection
+from torchmetrics.wrappers import BootStrapper
 
 from lightning_kv.metrics.backbones.base import RandomBackbone
-from lightning_kv.metrics.frechet import frechet_distance, frechet_error, null_distance
-from lightning_kv.metrics.kernel import JEDI, KVD, kernel_distance
+from lightning_kv.metrics.functional.frechet import frechet_distance, frechet_error, null_distance
+from lightning_kv.metrics.functional.kernel import JEDI, KVD, kernel_distance
+from lightning_kv.metrics.registry import set_metric
 from lightning_kv.metrics.set_base import windows_recipe
 from lightning_kv.metrics.sets import (
     FrechetVideoDistance,
+    JEDi,
     VideoKernelDistance,
     check_comparable,
 )
-from lightning_kv.metrics.suite import set_metric
 
+matplotlib.use("Agg")
 SCRIPT = Path(__file__).with_name("ranks.py")
 spec = importlib.util.spec_from_file_location("ranks", SCRIPT)
 ranks = importlib.util.module_from_spec(spec)
@@ -42,7 +47,7 @@ def made(name="fvd", rows=ALL, **options):
 class Colours(nn.Module):
     """Mean colour of the first and the last frame; drops the batch axis of a single clip."""
 
-    name, num_features, recipe = "colours", 6, "mean colour of the ends"
+    name, num_features, clip_len, recipe = "colours", 6, 16, "mean colour of the ends"
 
     def forward(self, clips):
         assert not self.training
@@ -50,8 +55,8 @@ class Colours(nn.Module):
         return ends.squeeze(0)
 
 
-def clips(n, seed=0):
-    return torch.rand(n, 16, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
+def clips(n, seed=0, frames=16):
+    return torch.rand(n, frames, 3, 4, 5, generator=torch.Generator().manual_seed(int(seed)))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,7 @@ def two(tmp_path_factory):
 @pytest.mark.parametrize("share", ["uneven", "empty"])
 def test_two_processes_say_the_same_of_clips_to_rounding(two, share):
     one = ranks.clip_results(ALL)
-    assert one.keys() == {"psnr", "recall"} and 0 < one["recall"][0] < 1
+    assert one.keys() == {"psnr", "recall", "named", "interval"} and 0 < one["recall"][0] < 1
     for rank in two:
         for name, expected in one.items():
             found = rank[f"clips-{share}"][name]
@@ -91,6 +96,27 @@ def test_a_clip_that_a_padding_sampler_repeats_counts_once(two):
         assert rank["padded"] == made().compute().item()
 
 
+@pytest.mark.parametrize("share", ["uneven", "empty"])
+def test_clips_without_ids_all_count_in_any_order(two, share):
+    metric = ranks.fill(FrechetVideoDistance(num_features=6), ALL, named=False)
+    expected = asdict(metric.report())
+    assert expected["n"] == 20 and expected["value"] == pytest.approx(made().compute().item())
+    for rank in two:
+        assert rank[f"unnamed-{share}"] == expected
+    twice = ranks.fill(metric, ALL, named=False).report()
+    assert (twice.n, twice.units) == (40, 40)
+
+
+def test_windows_of_clips_of_prompts_do_not_depend_on_who_showed_them(two):
+    one = ranks.windowed(ALL).report()
+    assert (one.n, one.n_real, one.units, one.units_real) == (10, 10, 5, 5)
+    assert (one.windows, one.windows_real) == (20, 20)
+    for rank in two:
+        for name in ("windowed", "turned"):
+            assert rank[name] == asdict(one)
+    assert one.value == pytest.approx(made().compute().item(), rel=1e-9)
+
+
 def test_the_values_are_those_of_the_functions():
     assert made().compute() == frechet_distance(GENERATED, REAL)
     assert made("jedi").compute() == kernel_distance(GENERATED, REAL, JEDI, "v")
@@ -101,6 +127,10 @@ def test_the_values_are_those_of_the_functions():
     ml = made(covariance="ml")
     assert ml.compute() == frechet_distance(GENERATED, REAL, "ml")
     assert made().compute().dtype == torch.float64
+    figure, axes = made().plot()
+    assert axes.get_ylim()[0] <= 0
+    matplotlib.pyplot.close(figure)
+    assert made(compute_on_cpu=True).compute() == made().compute()
 
 
 def test_the_report_says_what_is_needed_to_believe_it():
@@ -111,7 +141,7 @@ def test_the_report_says_what_is_needed_to_believe_it():
     assert result.standard_error == frechet_error(GENERATED, REAL)
     assert all(word in result.recipe for word in ("i3d", "clips of 8 frames", "unbiased"))
     few = made(rows=slice(0, 5)).report()
-    assert few.status == "fewer prompts than features: biased, see the null distance"
+    assert few.status == "fewer units than features: biased, see the null distance"
     summed = made("fvd-moments").report()
     assert (summed.null, summed.standard_error) == (None, None)
     nulls = [made(name).report().null for name in ("jedi", "jedi-moments", "jedi-u", "kvd")]
@@ -127,10 +157,10 @@ def test_clips_of_one_prompt_count_as_one(name):
     mixed = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     for real, side in enumerate((GENERATED, REAL)):
         for part in mixed.split(7):
-            metric.update_features(side[part], bool(real), ids[part], groups=part // 4)
+            metric.update_features(side[part], bool(real), ids=ids[part], units=part // 4)
     result, alone = metric.report(), made(name).report()
-    assert (result.n, result.n_real, result.prompts, result.prompts_real) == (20, 20, 5, 5)
-    assert (alone.prompts, alone.prompts_real) == (20, 20)
+    assert (result.n, result.n_real, result.units, result.units_real) == (20, 20, 5, 5)
+    assert (alone.units, alone.units_real) == (20, 20)
     assert result.value == pytest.approx(alone.value, rel=1e-12)
     if metric.keep_features:
         assert result.standard_error == metric.error(GENERATED, REAL, ids // 4)
@@ -139,14 +169,14 @@ def test_clips_of_one_prompt_count_as_one(name):
     else:
         assert result.null is result.standard_error is None
     if name.startswith("fvd"):
-        assert alone.status == "ok" and result.status.startswith("fewer prompts than features")
+        assert alone.status == "ok" and result.status.startswith("fewer units than features")
 
 
 def test_the_recipe_says_how_the_features_were_made():
     backbone = Colours()
     shown, stored = FrechetVideoDistance(backbone), FrechetVideoDistance(num_features=6)
     assert backbone.recipe in shown.recipe and shown.recipe != stored.recipe
-    facts = {"features_name": "colours", "features_recipe": backbone.recipe}
+    facts = {"features_name": "colours", "features_recipe": windows_recipe(backbone)}
     assert FrechetVideoDistance(num_features=6, **facts).recipe == shown.recipe
     for name, mean in (("fvd/random-2dconv", True), ("jedi-u/random-3dconv", False)):
         encoder = RandomBackbone(2 + (not mean))
@@ -208,15 +238,16 @@ def test_clips_of_another_recipe_are_refused():
 
 @pytest.mark.parametrize("name", ["fvd", "fvd-moments"])
 def test_reset_may_keep_the_real_clips(name):
-    metric = made(name)
+    metric = made(name, reset_real_features=False)
     whole = metric.compute()
-    metric.reset(reset_real=False)
+    metric.reset()
     with pytest.raises(ValueError, match="has 0 generated clips"):
         metric.compute()
-    metric.update_features(GENERATED, real=False, ids=torch.arange(20))
-    assert metric.compute() == whole
+    metric.update_features(GENERATED, real=False)
+    assert metric.compute().item() == pytest.approx(whole.item(), rel=1e-12)
+    metric = made(name)
     metric.reset()
-    metric.update_features(GENERATED, real=False, ids=torch.arange(20))
+    metric.update_features(GENERATED, real=False)
     with pytest.raises(ValueError, match="has 0 real clips"):
         metric.compute()
 
@@ -239,9 +270,8 @@ def test_an_id_counts_once_or_is_refused():
     with pytest.raises(ValueError, match="came twice with different features, such as 1"):
         metric.compute()
     metric = made()
-    group = torch.tensor([99])
-    metric.update_features(GENERATED[:1], real=False, ids=torch.tensor([1]), groups=group)
-    with pytest.raises(ValueError, match="came twice with different groups, such as 1"):
+    metric.update_features(GENERATED[:1], real=False, ids=torch.tensor([1]), units=["another"])
+    with pytest.raises(ValueError, match="came twice with different units, such as 1"):
         metric.compute()
     sums = made("fvd-moments")
     sums.update_features(GENERATED[:1], real=False, ids=torch.tensor([1]))
@@ -250,47 +280,154 @@ def test_an_id_counts_once_or_is_refused():
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_a_backbone_sees_single_clips_and_odd_batches(keep):
-    backbone = Colours().train()
-    metric = FrechetVideoDistance(backbone, keep_features=keep)
+def test_a_backbone_sees_windows_of_videos_in_odd_batches(keep):
+    metric = FrechetVideoDistance(Colours().train(), keep_features=keep)
+    found = []
     for real in (False, True):
-        batch = clips(8, seed=int(real))
-        for ids in torch.arange(8).split([3, 4, 1]):
-            metric.update(batch[ids], real, ids)
-    found = [clips(8, seed)[:, [0, -1]].mean((3, 4)).flatten(1) for seed in (0, 1)]
+        batch = clips(8, seed=int(real), frames=33)
+        for part in batch.split([3, 4, 1]):
+            metric.update(part, real)
+        windows = batch[:, :32].unflatten(1, (2, 16)).flatten(0, 1)  # the last frame is left over
+        found.append(windows[:, [0, -1]].mean((3, 4)).flatten(1))
     assert metric.compute().item() == pytest.approx(frechet_distance(*found).item(), rel=1e-5)
-    assert metric.report().name == "fvd/colours"
+    result = metric.report()
+    assert (result.name, result.n, result.units, result.windows) == ("fvd/colours", 8, 8, 16)
+    assert metric.clone().report() == result
+
+
+def test_videos_of_any_length_and_8_bits():
+    metric, floats = FrechetVideoDistance(Colours()), FrechetVideoDistance(Colours())
+    for real in (False, True):
+        shown = [(255 * clip).byte() for clip in (clips(3, real)[0], *clips(2, real, 40))]
+        metric.update(shown, real)
+        floats.update([clip.float() / 255 for clip in shown], real)
+    assert metric.report() == floats.report() and metric.report().windows == 5
+
+
+def test_a_frame_backbone_gives_means_over_windows():
+    metric = VideoKernelDistance("random-2dconv", frames=4)
+    for real in (False, True):
+        metric.update(clips(3, real)[:, :9], real)
+    net = RandomBackbone(2)
+    rows = [
+        torch.stack([net(clip[at : at + 4]).mean(0) for clip in clips(3, real) for at in (0, 4)])
+        for real in (0, 1)
+    ]
+    assert metric.compute().item() == pytest.approx(kernel_distance(*rows, KVD).item(), rel=1e-6)
+    assert "clips of 4 frames" in metric.recipe and "mean over the frames" in metric.recipe
+
+
+def test_the_backbone_moves_with_the_metric_is_shared_and_not_saved():
+    metric = FrechetVideoDistance("random-3dconv")
+    assert metric.backbone in list(metric.modules())
     assert not [key for key in metric.state_dict() if "backbone" in key]
-    assert metric.clone().report() == metric.report()
+    FrechetVideoDistance("random-3dconv").load_state_dict(metric.state_dict(), strict=True)
+    assert metric.clone().backbone is metric.backbone
+    copies = MetricCollection({"a": metric, "b": JEDi("random-3dconv")}).clone(prefix="x_")
+    assert copies["x_a"].backbone is metric.backbone
+    metric.to("meta")
+    assert next(metric.backbone.parameters()).device.type == "meta" == metric.device.type
+
+
+def test_metrics_in_one_collection_are_never_taken_for_one_another():
+    made = {
+        "fvd": FrechetVideoDistance(num_features=6),
+        "ml": FrechetVideoDistance(num_features=6, covariance="ml"),
+        "kvd": VideoKernelDistance(num_features=6),
+        "jedi": JEDi(num_features=6),
+        "long": FrechetVideoDistance(num_features=6, frames=32),
+    }
+    collection = MetricCollection({name: metric.clone() for name, metric in made.items()})
+    videos = MetricCollection(
+        {
+            "short": FrechetVideoDistance("random-2dconv", frames=4),
+            "long": FrechetVideoDistance("random-2dconv", frames=8),
+            "other": FrechetVideoDistance(RandomBackbone(2, seed=1), frames=4),
+        }
+    )
+    black = torch.zeros(2, 8, 3, 8, 8)
+    videos.update(black, real=True)
+    videos.update(clips(2)[:, :8], real=True)
+    videos.update(black, real=False)
+    videos.update(clips(2, 1)[:, :8], real=False)
+    assert len(videos.compute_groups) == 3
+    alone = FrechetVideoDistance("random-2dconv", frames=8)
+    for real in (True, False):
+        alone.update(black, real)
+        alone.update(clips(2, not real)[:, :8], real)
+    assert videos.compute()["long"] == alone.compute()
+    for real, side in enumerate((GENERATED, REAL)):
+        for metric in (*made.values(), *collection.values()):
+            metric.update_features(side, bool(real))
+    assert collection.compute() == {name: metric.compute() for name, metric in made.items()}
+
+
+def test_a_bootstrapper_is_refused():
+    boot = BootStrapper(FrechetVideoDistance("random-3dconv"), num_bootstraps=2)
+    with pytest.raises(ValueError, match=r"cannot resample 'fvd'.*Use report\(\)"):
+        boot.update(clips(4), real=True)
 
 
 @pytest.mark.parametrize(
     ("batch", "words"),
     [
-        (clips(2)[:, :8], "no clips of 16 frames"),
-        (clips(2)[:, :, :1], "no clips of 16 frames"),
-        ((clips(2) * 255).byte(), "no clips of 16 frames"),
-        (clips(2) * 255, "go from 0.*to 255"),
-        (clips(2) - 0.5, "go from -0.5"),
-        (clips(2) * torch.nan, "2 of 2 clips"),
-        (torch.zeros(2, 5), "differ in width: 5 and 6"),
-        (torch.zeros(2, 6).double(), r"float64. Pass features.float\(\)"),
+        (clips(2)[:, :8], "number 0 has 8 frames, and 'fvd/colours' looks at 16"),
+        (clips(2)[:, :, :1], "The axes of a video are"),
+        (clips(2).permute(0, 1, 3, 4, 2), "looks like channels last"),
+        (clips(2) * 255, "out of range: .* to 25"),
+        (clips(2) - 0.5, "out of range: .* from -0.4"),
+        (clips(2) * torch.nan, "out of range: .* nan"),
+        (clips(1)[0], "These are no videos"),
+        (None, "videos is NoneType"),
+        ([], "holds no video"),
     ],
 )
-def test_what_is_no_batch_is_refused(batch, words):
+def test_what_are_no_videos_is_refused(batch, words):
     metric = FrechetVideoDistance(Colours())
     with pytest.raises(ValueError, match=words):
-        metric.update(batch, False, torch.arange(2))
+        metric.update(batch, False)
+    assert not metric.features_generated
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (torch.zeros(2, 5), "differ in width: 5 and 6"),
+        (torch.zeros(2, 6).double(), r"float64. Pass features.float\(\)"),
+        (torch.full((2, 6), torch.nan), "2 of 2 clips"),
+        ([torch.zeros(2, 6), torch.zeros(6)], "no features of clips"),
+        ([1.0], "no features of clips: float"),
+    ],
+)
+def test_what_are_no_features_is_refused(rows, words):
+    metric = FrechetVideoDistance(num_features=6)
+    with pytest.raises(ValueError, match=words):
+        metric.update_features(rows, False)
+    assert not metric.features_generated
+
+
+@pytest.mark.parametrize("real", [None, 1, "yes", torch.tensor(True), clips(2)])
+def test_real_is_yes_or_no(real):
+    for metric in (FrechetVideoDistance(Colours()), MetricCollection([JEDi(Colours())])):
+        with pytest.raises(ValueError, match=r"real is .*\. Call update\(videos, real=False\)"):
+            metric.update(clips(2), real)
+
+
+def test_a_window_is_as_long_as_the_backbone_says():
+    with pytest.raises(ValueError, match="cannot have 8 frames: 'colours' takes clips of 16"):
+        FrechetVideoDistance(Colours(), frames=8)
+    with pytest.raises(ValueError, match="cannot have 0 frames"):
+        FrechetVideoDistance(num_features=6, frames=0)
+    with pytest.raises(ValueError, match="needs an attribute clip_len"):
+        FrechetVideoDistance(nn.Sequential(nn.Conv3d(3, 4, 3), nn.Flatten()))
 
 
 @pytest.mark.parametrize("ids", [torch.arange(3), torch.arange(2.0), torch.arange(4).view(2, 2)])
 def test_ids_must_fit(ids):
-    with pytest.raises(ValueError, match="ids do not fit 2 clips"):
-        FrechetVideoDistance(num_features=6).update_features(REAL[:2], True, ids)
-    with pytest.raises(ValueError, match="groups do not fit 2 clips"):
-        FrechetVideoDistance(num_features=6).update_features(
-            REAL[:2], True, torch.arange(2), groups=ids
-        )
+    with pytest.raises(ValueError, match="ids do not fit 2"):
+        FrechetVideoDistance(num_features=6).update_features(REAL[:2], True, ids=ids)
+    with pytest.raises(ValueError, match="units do not fit 2"):
+        FrechetVideoDistance(num_features=6).update_features(REAL[:2], True, units=ids)
 
 
 def test_what_makes_no_metric_is_refused():
@@ -298,15 +435,17 @@ def test_what_makes_no_metric_is_refused():
         with pytest.raises(ValueError, match="Where do features come from"):
             FrechetVideoDistance(**options)
     with pytest.raises(ValueError, match="has no backbone"):
-        FrechetVideoDistance(num_features=6).update(clips(2), True, torch.arange(2))
+        FrechetVideoDistance(num_features=6).update(clips(2), True)
     with pytest.raises(ValueError, match="no covariance 'biased'"):
         FrechetVideoDistance(num_features=6, covariance="biased")
     with pytest.raises(ValueError, match="no kernel distance 'mmd'"):
         VideoKernelDistance(num_features=6, form="mmd")
+    with pytest.raises(ValueError, match="no form 'kvd' of JEDi"):
+        JEDi(num_features=6, form="kvd")
     with pytest.raises(ValueError, match="cannot be computed from moments"):
         VideoKernelDistance(num_features=6, form="kvd", keep_features=False)
     with pytest.raises(ValueError, match="One batch has no 'fvd'"):
-        made()(REAL, True, torch.arange(20))
+        made()(REAL, True)
 
 
 def test_one_clip_is_no_set():

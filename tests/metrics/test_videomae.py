@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_kv.metrics.backbones import WeightsUnavailable
 from lightning_kv.metrics.backbones.videomae import (
     GIANT,
-    VJEPA,
     VideoMAE,
     VideoTransformer,
     read_published,
@@ -244,8 +242,3 @@ def test_lengths_that_a_network_cannot_take_are_refused(tmp_path):
     assert VideoTransformer.load(tmp_path / "jepa", clip_len=6).clip_len == 6
     with pytest.raises(ValueError, match="a multiple of 2"):
         VideoTransformer.load(tmp_path / "jepa", clip_len=5)
-
-
-def test_the_first_v_jepa_says_why_it_cannot_be_read(tmp_path):
-    with pytest.raises(WeightsUnavailable, match="positions are rotary instead of added"):
-        VJEPA.load(tmp_path / "vith16.pth.tar")

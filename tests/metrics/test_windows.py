@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_kv.metrics.backbones.base import Backbone, RandomBackbone, Wrapped
-from lightning_kv.metrics.windows import FRAMES, Windows, passing
+from lightning_kv.metrics.windows import FRAMES, Windows
 
 
 class Mean(nn.Module):
@@ -64,13 +64,3 @@ def test_a_clip_that_is_too_short_has_no_feature():
     assert windows.features().shape == (0, 32)
     windows.add(torch.zeros(1, 3, 16, 16))
     assert windows.features().shape == (1, 32)
-
-
-def test_what_goes_by_is_unchanged():
-    blocks = [(torch.rand(n, 3, 16, 16), torch.rand(n, 3, 16, 16)) for n in (3, 5, 1)]
-    blocks.append((torch.rand(7, 3, 16, 16), None))
-    windows = [Windows(RandomBackbone(3)), Windows(RandomBackbone(2))]
-    passed = list(passing(iter(blocks), windows))
-    assert all(a[0] is b[0] and a[1] is b[1] for a, b in zip(passed, blocks, strict=True))
-    assert [len(each.features()) for each in windows] == [2, 1]
-    assert all(not each.features().requires_grad for each in windows)

@@ -43,7 +43,6 @@ BACKBONES: dict[str, Builder] = {
     "i3d-torchscript": _lazy("i3d", "I3DScriptBackbone"),
     "raft-large": _lazy("raft", "RAFT"),
     "videomae-ssv2": _lazy("videomae", "VideoMAE"),
-    "vjepa-h": _lazy("videomae", "VJEPA"),
     "musiq-spaq": _lazy("interpolators", "MUSIQ"),
     "amt-s": _lazy("interpolators", "AMT"),
     "linear-midpoint": _lazy("interpolators", "LinearMidpoint"),

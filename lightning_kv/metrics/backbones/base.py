@@ -75,6 +75,9 @@ class Backbone(nn.Module):
         """Stay in evaluation mode, whatever is asked."""
         return super().train(False)
 
+    def __deepcopy__(self, memo: object) -> Backbone:
+        return self  # it is frozen, so what is copied may share it
+
     @torch.no_grad()
     def features(self, block: Tensor) -> Tensor:
         """Features of a block; several metrics that show the same tensor in turn pay once.
@@ -129,6 +132,8 @@ class Wrapped(Backbone):
     def forward(self, block: Tensor) -> Tensor:
         """Features of a block."""
         found = self.module(block)
+        if isinstance(found, Tensor) and found.ndim == 1 and len(block) == 1:
+            found = found.unsqueeze(0)  # some drop the axis of a single clip
         if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(block):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(
@@ -140,7 +145,15 @@ class Wrapped(Backbone):
     def _measured(self) -> int:
         place = next((tensor.device for tensor in self.module.parameters()), None)
         shape = (2, 3, 64, 64) if self.clip_len is None else (2, self.clip_len, 3, 64, 64)
-        return self(torch.full(shape, 0.5, device=place)).shape[1]
+        try:
+            return self(torch.full(shape, 0.5, device=place)).shape[1]
+        except (RuntimeError, IndexError, TypeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"The backbone '{self.name}' cannot look at a block {shape}: {reason}. One that "
+                "takes clips [B, T, 3, H, W] needs an attribute clip_len = T, and one that takes "
+                "other sizes an attribute num_features."
+            ) from error
 
 
 class RandomBackbone(Backbone):

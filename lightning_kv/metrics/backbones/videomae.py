@@ -17,7 +17,6 @@ from lightning_kv.metrics.backbones.base import Backbone
 from lightning_kv.metrics.backbones.i3d import load_exactly, squashed
 from lightning_kv.metrics.backbones.vits import IMAGENET
 from lightning_kv.metrics.backbones.weights import (
-    WeightsUnavailable,
     checksum,
     load_state,
     published,
@@ -186,27 +185,6 @@ class VideoTransformer(Backbone):
         if self.fixed:
             return self.net(shown).last_hidden_state.mean(1)
         return self.net(shown, skip_predictor=True).last_hidden_state.mean(1)
-
-
-class VJEPA(Backbone):
-    """V-JEPA ViT-H/16, the network of JEDi: known by name, but not readable."""
-
-    name = "vjepa-h"
-
-    @classmethod
-    def load(cls, path: Path | str) -> VJEPA:
-        """Say why the published file cannot be used.
-
-        Raises:
-            WeightsUnavailable: Always.
-        """
-        raise WeightsUnavailable(
-            f"{path} cannot be used: it is the first V-JEPA, and transformers has V-JEPA 2 alone, "
-            "whose positions are rotary instead of added, so its weights would give other "
-            "features than those of JEDi. Run the original network and pass it as a module, or "
-            "read a folder of V-JEPA 2 with backbones.videomae.VideoTransformer.load(FOLDER), "
-            "whose numbers are not those of the literature."
-        )
 
 
 def read_published(

@@ -16,7 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_kv.metrics.moments import Covariance, Moments, as_features, check_widths, divisor
+from lightning_kv.metrics.functional.moments import (
+    Covariance,
+    Moments,
+    as_features,
+    check_widths,
+    divisor,
+)
 from lightning_kv.stats.inference import jackknife
 
 TOLERANCE = 1e-6
@@ -92,7 +98,7 @@ def null_distance(
     draws: int = 16,
     seed: int = 0,
     covariance: Covariance = "unbiased",
-    groups: Tensor | None = None,
+    units: Tensor | None = None,
 ) -> float | None:
     """The distance to be expected if the clips came from the population of the real set.
 
@@ -107,18 +113,18 @@ def null_distance(
 
     Args:
         real: Features of the real set, ``[M, d]``.
-        clips: Number N of clips that are compared with it; of their prompts, where ``groups`` are
+        clips: Number N of clips that are compared with it; of their prompts, where ``units`` are
             given.
         draws: Number of splits of each size.
         seed: The same seed gives the same number.
         covariance: As in :func:`frechet_distance`.
-        groups: Prompt of each real clip, int64 ``[M]``; by default each has its own.
+        units: Prompt of each real clip, int64 ``[M]``; by default each has its own.
 
     Returns:
         The distance; None where the real set cannot be split at two sizes.
 
     Raises:
-        ValueError: The groups do not fit, or as :func:`frechet_distance`.
+        ValueError: The units do not fit, or as :func:`frechet_distance`.
 
     Example:
         >>> real = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -128,7 +134,7 @@ def null_distance(
         True
     """
     real, generator = varied(real), torch.Generator().manual_seed(seed)
-    group, prompts = numbered(groups, len(real))
+    group, prompts = numbered(units, len(real))
     whole = prompts / (clips + prompts)
     points: list[tuple[float, float]] = []
     for share in (whole, whole / 2, whole / 4):
@@ -206,7 +212,7 @@ def frechet_infinity(
 
 
 def frechet_error(
-    x: Tensor, y: Tensor, covariance: Covariance = "unbiased", groups: Tensor | None = None
+    x: Tensor, y: Tensor, covariance: Covariance = "unbiased", units: Tensor | None = None
 ) -> float | None:
     """Standard error of :func:`frechet_distance` over prompts of the first set, by the jackknife.
 
@@ -218,13 +224,13 @@ def frechet_error(
         x: Features of the set that is measured, ``[N, d]``.
         y: Features of the set it is compared with, ``[M, d]``.
         covariance: As in :func:`frechet_distance`.
-        groups: Prompt of each clip of the first set, int64 ``[N]``; by default each has its own.
+        units: Prompt of each clip of the first set, int64 ``[N]``; by default each has its own.
 
     Returns:
         The standard error; None for fewer than 3 prompts.
 
     Raises:
-        ValueError: The groups do not fit, or as :func:`frechet_distance`.
+        ValueError: The units do not fit, or as :func:`frechet_distance`.
 
     Example:
         >>> x, y = torch.randn(2, 32, 4, generator=torch.Generator().manual_seed(0))
@@ -232,7 +238,7 @@ def frechet_error(
         True
     """
     distances = AgainstReal(varied(x), varied(y), covariance)
-    group, prompts = numbered(groups, len(x))
+    group, prompts = numbered(units, len(x))
     if prompts < 3:
         return None
     parts = min(prompts, GROUPS)
@@ -343,8 +349,8 @@ def measurable(features: Tensor, width: int) -> bool:
     return bool(features.isfinite().all() and (features != features[0]).any())
 
 
-def numbered(groups: Tensor | None, n: int) -> tuple[Tensor, int]:
-    """Group of each of n rows, counted from 0, and the number of groups.
+def numbered(units: Tensor | None, n: int) -> tuple[Tensor, int]:
+    """Unit of each of n rows, counted from 0, and the number of units.
 
     Raises:
         ValueError: There is not one whole number for each row.
@@ -353,14 +359,14 @@ def numbered(groups: Tensor | None, n: int) -> tuple[Tensor, int]:
         >>> numbered(torch.tensor([7, 3, 7]), 3)
         (tensor([1, 0, 1]), 2)
     """
-    if groups is None:
+    if units is None:
         return torch.arange(n), n
-    if groups.shape != (n,) or groups.dtype != torch.int64:
+    if units.shape != (n,) or units.dtype != torch.int64:
         raise ValueError(
-            f"The groups do not fit {n} clips: {groups.dtype} {tuple(groups.shape)}. Pass one "
+            f"The units do not fit {n} clips: {units.dtype} {tuple(units.shape)}. Pass one "
             "int64 for each clip."
         )
-    found, group = groups.cpu().unique(return_inverse=True)
+    found, group = units.cpu().unique(return_inverse=True)
     return group, len(found)
 
 

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_kv.metrics.frechet import numbered
-from lightning_kv.metrics.moments import Moments, as_features, check_widths
+from lightning_kv.metrics.functional.frechet import numbered
+from lightning_kv.metrics.functional.moments import Moments, as_features, check_widths
 
 Estimator = Literal["u", "v"]
 
@@ -112,7 +112,7 @@ def kernel_null(
     clips: int,
     kernel: PolynomialKernel = KVD,
     estimator: Estimator = "u",
-    groups: Tensor | None = None,
+    units: Tensor | None = None,
 ) -> float | None:
     """The distance to be expected if the clips came from the population of the real set.
 
@@ -122,17 +122,17 @@ def kernel_null(
 
     Args:
         real: Features of the real set, ``[M, d]``; or its moments, for the kernel ``JEDI``.
-        clips: Number N of clips that are compared with it; where ``groups`` are given, of their
+        clips: Number N of clips that are compared with it; where ``units`` are given, of their
             prompts, each taken to have as many clips as those of the real set.
         kernel: As in :func:`kernel_distance`.
         estimator: As in :func:`kernel_distance`.
-        groups: Prompt of each real clip, int64 ``[M]``; by default each has its own.
+        units: Prompt of each real clip, int64 ``[M]``; by default each has its own.
 
     Returns:
         The distance; None where the real clips are of one prompt.
 
     Raises:
-        ValueError: The groups do not fit, or come with moments; or as :func:`kernel_distance`.
+        ValueError: The units do not fit, or come with moments; or as :func:`kernel_distance`.
 
     Example:
         >>> real = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -142,17 +142,17 @@ def kernel_null(
         0.0
     """
     if isinstance(real, Moments):
-        if groups is not None:
+        if units is not None:
             raise ValueError(
                 f"Moments of {real.n} clips do not say which are of one prompt. Pass the features, "
-                "or no groups."
+                "or no units."
             )
         within = _Within.from_moments(real)
         sizes, blocks = torch.ones(real.n, dtype=torch.float64), within.diagonal
     else:
         real = as_features(real)
-        within, blocks = _Within.of(real, kernel), _blocks(real, kernel, groups)[1].sum()
-        sizes = numbered(groups, len(real))[0].bincount().double()
+        within, blocks = _Within.of(real, kernel), _blocks(real, kernel, units)[1].sum()
+        sizes = numbered(units, len(real))[0].bincount().double()
     if len(sizes) < 2:
         return None
     return kernel.scale * _lift(within, blocks, sizes, clips, estimator)
@@ -177,7 +177,7 @@ def kernel_error(
     y: Tensor,
     kernel: PolynomialKernel = KVD,
     estimator: Estimator = "u",
-    groups: Tensor | None = None,
+    units: Tensor | None = None,
 ) -> float | None:
     """Standard error of :func:`kernel_distance` over prompts of the first set, by the jackknife.
 
@@ -188,13 +188,13 @@ def kernel_error(
         y: Features of the set it is compared with, ``[M, d]``.
         kernel: As in :func:`kernel_distance`.
         estimator: As in :func:`kernel_distance`.
-        groups: Prompt of each clip of the first set, int64 ``[N]``; by default each has its own.
+        units: Prompt of each clip of the first set, int64 ``[N]``; by default each has its own.
 
     Returns:
         The standard error; None for fewer than 3 prompts.
 
     Raises:
-        ValueError: The groups do not fit, or as :func:`kernel_distance`.
+        ValueError: The units do not fit, or as :func:`kernel_distance`.
 
     Example:
         >>> x, y = torch.randn(2, 32, 4, generator=torch.Generator().manual_seed(0))
@@ -202,7 +202,7 @@ def kernel_error(
         True
     """
     x, y = _both(x, y)
-    (group, blocks), prompts = _blocks(x, kernel, groups), numbered(groups, len(x))[1]
+    (group, blocks), prompts = _blocks(x, kernel, units), numbered(units, len(x))[1]
     if prompts < 3:
         return None
 
@@ -220,9 +220,9 @@ def kernel_error(
     return kernel.scale * math.sqrt((prompts - 1) * values.var(correction=0).item())
 
 
-def _blocks(x: Tensor, kernel: PolynomialKernel, groups: Tensor | None) -> tuple[Tensor, Tensor]:
+def _blocks(x: Tensor, kernel: PolynomialKernel, units: Tensor | None) -> tuple[Tensor, Tensor]:
     """Prompt of each clip ``[N]``, and the sum of the kernel over the pairs within each prompt."""
-    group, prompts = numbered(groups, len(x))
+    group, prompts = numbered(units, len(x))
     group = group.to(x.device)
     if prompts == len(x):
         return group, kernel.diagonal(x)[group.argsort()]

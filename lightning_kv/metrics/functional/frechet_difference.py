@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_kv.metrics.frechet import AgainstReal, numbered, varied, within
-from lightning_kv.metrics.moments import Covariance
+from lightning_kv.metrics.functional.frechet import AgainstReal, numbered, varied, within
+from lightning_kv.metrics.functional.moments import Covariance
 from lightning_kv.stats.inference import jackknife
 
 EXACT = 10

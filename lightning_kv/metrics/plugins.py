@@ -1,0 +1,107 @@
+"""Metrics of other packages, by ``package.module:Class``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning_kv.metrics.base import ClipMetric, VideoMetric
+from lightning_kv.metrics.latents import LatentMetric
+from lightning_kv.metrics.mechanism import AttentionMetric
+from lightning_kv.metrics.panorama import WorldMetric
+from lightning_kv.metrics.set_base import SetMetric
+
+BASES = (VideoMetric, LatentMetric, AttentionMetric, WorldMetric, SetMetric)
+"""What a rollout can be shown to."""
+
+HOME = "lightning_kv"
+
+
+def imported(text: str) -> type[ClipMetric] | type[SetMetric]:
+    """The metric ``package.module:Class``; modules in the current folder are found too.
+
+    Raises:
+        ValueError: It cannot be imported, or is no metric.
+    """
+    module, _, name = text.partition(":")
+    if not all(piece.isidentifier() for piece in module.split(".")) or module.endswith(".py"):
+        raise ValueError(
+            f"{text!r} is no address of a metric: {module!r} is no name of a module. Give "
+            "PACKAGE.MODULE:CLASS, such as mine.glow:Glow for mine/glow.py."
+        )
+    with _current_folder():
+        try:
+            found: Any = importlib.import_module(module)
+        except (Exception, SystemExit) as error:  # somebody else's module may raise anything
+            raise ValueError(
+                f"The module {module!r} of {text!r} cannot be imported: {type(error).__name__}: "
+                f"{error}. Give PACKAGE.MODULE:CLASS, installed or in the current folder."
+            ) from error
+    for piece in name.split("."):
+        found = getattr(found, piece, None)
+    if not isinstance(found, type) or not issubclass(found, BASES) or found in BASES:
+        raise ValueError(
+            f"{text!r} is no metric of clips or of sets: it is {_what(found)}. Give a class that "
+            "derives from VideoMetric of lightning_kv.metrics; or from LatentMetric, "
+            "AttentionMetric, WorldMetric or SetMetric, where it looks at something else."
+        )
+    if issubclass(found, VideoMetric) and not _says_something(found):
+        raise ValueError(
+            f"{text!r} has no value for a frame: the class {found.__name__} writes neither "
+            "frame_values nor reader. Write one of the two."
+        )
+    return found
+
+
+def _says_something(kind: type[VideoMetric]) -> bool:
+    names = ("frame_values", "reader", "curve")
+    return any(getattr(kind, name) is not getattr(VideoMetric, name) for name in names)
+
+
+def source(kind: type) -> str:
+    """Checksum of the files that define a metric of another package; empty for one of ours."""
+    homes = sorted({cls.__module__ for cls in kind.__mro__ if _foreign(cls.__module__)})
+    paths = [getattr(sys.modules.get(home), "__file__", None) for home in homes]
+    files = [Path(path) for path in paths if path and Path(path).is_file()]
+    if not files:
+        return ""
+    found = hashlib.sha256()
+    for file in files:
+        found.update(file.read_bytes())
+    return f"source {found.hexdigest()}"
+
+
+def _foreign(module: str) -> bool:
+    """Whether what a class is made of is neither ours, nor torch's, nor Python's."""
+    known = {HOME, "torch", "torchmetrics", *sys.stdlib_module_names}
+    return module.partition(".")[0] not in known
+
+
+def _what(found: Any) -> str:
+    if found is None:
+        return "nothing"
+    if found in BASES:
+        return f"the base class {found.__name__} itself"
+    if isinstance(found, type):
+        bases = ", ".join(base.__name__ for base in found.__bases__)
+        return f"the class {found.__name__}, which derives from {bases}"
+    return f"{type(found).__name__!r}"
+
+
+@contextmanager
+def _current_folder() -> Iterator[None]:
+    """Python's own commands differ in whether the current folder is searched; here it is."""
+    here = str(Path.cwd())
+    known, before = here in sys.path, set(sys.modules)
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        files = [getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - before]
+        if known or not any(file and Path(file).is_relative_to(here) for file in files):
+            sys.path.remove(here)  # else what came from here may import more later
