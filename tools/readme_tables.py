@@ -17,6 +17,7 @@ from pathlib import Path
 
 from lightning_kv.listing import policies
 from lightning_kv.runs.directory import RunDirectory
+from lightning_kv.runs.units import metric_of, unit_means
 from lightning_kv.stats.bootstrap import paired_interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,10 +72,10 @@ def run_table(run: Path, metrics: tuple[str, ...]) -> str:
 
 def _recall(run: Path) -> dict[str, dict[str, float]]:
     """Recall by policy and prompt."""
-    recall: dict[str, dict[str, float]] = {}
+    clips: dict[str, list] = {}
     for record in RunDirectory(run).records():
-        recall.setdefault(record["policy"], {})[record["key"]] = record["metrics"]["recall"]
-    return recall
+        clips.setdefault(record["policy"], []).append(record)
+    return {name: unit_means(own, metric_of("recall")) for name, own in clips.items()}
 
 
 def _losses(run: Path, summary: dict) -> dict[str, str]:

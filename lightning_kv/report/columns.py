@@ -16,7 +16,7 @@ from lightning_kv.report.entries import (
     with_values,
 )
 from lightning_kv.report.table import NOTHING, format_estimate, format_number
-from lightning_kv.runs.words import format_bytes
+from lightning_kv.runs.words import counted, format_bytes
 
 COSTS: tuple[tuple[str, str, bool, Callable[[float], str]], ...] = (
     # field, head, whether more is better, how it is shown
@@ -24,6 +24,7 @@ COSTS: tuple[tuple[str, str, bool, Callable[[float], str]], ...] = (
     ("kv_bytes_mean", "KV mean", False, format_bytes),
     ("kv_read_fraction", "reads", False, "{:.1%}".format),
     ("kv_scored_fraction", "scored", False, "{:.1%}".format),
+    ("kv_kept_fraction", "kept", False, "{:.1%}".format),
     ("seconds_per_chunk_p50", "ms/chunk", False, lambda seconds: f"{1000 * seconds:.1f}"),
     ("speedup", "speed-up", True, "{:.2f}x".format),
 )
@@ -134,7 +135,7 @@ def _quality(entry: Entry, metric: str) -> Cell:
     bounds, estimate = entry.interval(metric), format_estimate(value, entry.interval(metric))
     scale = max(abs(value), *map(abs, bounds)) if bounds else abs(value)
     small = " … ".join(format_number(bound, scale) for bound in bounds) if bounds else ""
-    note = f"{value:.6g} over {found['n']} prompts"
+    note = f"{value:.6g} over {counted(found['n'], found.get('clips'))}"
     if found.get("sets"):
         note = _set_words(found)
         null = found.get("null")
@@ -149,7 +150,10 @@ def _quality(entry: Entry, metric: str) -> Cell:
 
 def _set_words(found: dict[str, Any]) -> str:
     """What a distance between sets is made of."""
-    sides = f"{found['n']} windows of clips against {found['n_real']} of {found['against']}"
+    counts = counted(found["n"], found.get("clips"))
+    sides = (
+        f"{found['windows']} windows of {counts} against {found['n_real']} of {found['against']}"
+    )
     spread = "" if found.get("se") is None else f", standard error {found['se']:.3g}"
     null = "" if found.get("null") is None else f"; equal sets would show {found['null']:.4g}"
     status = "" if found["status"] == "ok" else f"; {found['status']}"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
-from statistics import fmean, median
+from statistics import fmean
 
 from lightning_kv.report.entries import Entry
 from lightning_kv.report.table import NOTHING
+from lightning_kv.runs.costs import chunk_medians
 from lightning_kv.runs.directory import Record
 from lightning_kv.runs.words import format_bytes
 
@@ -83,13 +83,8 @@ def chunk_times(
     """
     found = {}
     for entry in entries:
-        clips = [
-            record["cost"].get("seconds_per_chunk") or ()
-            for record in records[entry.run]
-            if record["policy"] == entry.policy
-        ]
-        chunks = [[s for s in chunk if s is not None] for chunk in zip_longest(*clips)]
-        found[entry.label] = [median(chunk) if chunk else None for chunk in chunks]
+        own = (record for record in records[entry.run] if record["policy"] == entry.policy)
+        found[entry.label] = chunk_medians(own)
     return found
 
 

@@ -78,7 +78,17 @@ def difference_words(test: dict[str, Any]) -> str:
     for name, words in (("p", "p ="), ("p_holm", "corrected"), ("d_z", "d_z =")):
         if test.get(name) is not None:
             said += f", {words} {test[name]:.2g}"
-    return f"{said}, n = {test['n']}"
+    return f"{said}, n = {n_text(test)}"
+
+
+def n_text(found: dict[str, Any]) -> str:
+    """What something was counted over: prompts, and their samples where they are more.
+
+    >>> n_text({"n": 8, "clips": 8}), n_text({"n": 1, "clips": 6})
+    ('8', '1 (6 samples)')
+    """
+    clips = found.get("clips")
+    return str(found["n"]) if clips in (None, found["n"]) else f"{found['n']} ({clips} samples)"
 
 
 def signed(value: float, scale: float | None = None) -> str:

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lightning_kv.report.columns import Cell, Column, comparison
-from lightning_kv.report.differences import families_words
+from lightning_kv.report.differences import families_words, n_text
 from lightning_kv.report.entries import Entry, PageRun, entries_of, metric_facts, run_names
 from lightning_kv.report.table import NOTHING
 from lightning_kv.runs.directory import write_atomic
+from lightning_kv.runs.verdict import extent
 
 ACROSS = 8  # columns of values that a page can hold
 ESCAPED = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {
@@ -73,7 +74,7 @@ def _comment(entries: Sequence[Entry], runs: Sequence[PageRun]) -> Iterator[str]
     for name, run in zip(run_names([run.directory.path for run in runs]), runs, strict=True):
         about = run.summary["run"]
         yield _line(
-            f"Run {name}: {run.summary['model']['name']}, {about['prompts']} prompts, "
+            f"Run {name}: {run.summary['model']['name']}, {extent(run.summary)}, "
             f"{about['frames']} frames, reference {run.summary['reference']}, fingerprint "
             f"{run.summary['fingerprint'][:12]}."
         )
@@ -85,8 +86,9 @@ def _comment(entries: Sequence[Entry], runs: Sequence[PageRun]) -> Iterator[str]
     )
     yield from map(_line, families_words(runs))
     for name, fact in metric_facts(entries).items():
-        n = max(entry.result["metrics"].get(name, {}).get("n", 0) for entry in entries)
-        yield _line(f"{name} (n = {n}): {fact['recipe'] or fact['status']}")
+        values = [entry.result["metrics"].get(name, {"n": 0}) for entry in entries]
+        most = max(values, key=lambda value: value["n"])
+        yield _line(f"{name} (n = {n_text(most)}): {fact['recipe'] or fact['status']}")
 
 
 def _line(text: str) -> str:

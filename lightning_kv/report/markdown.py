@@ -11,13 +11,13 @@ from lightning_kv.report.differences import (
     differences,
     effect_text,
     families_words,
+    n_text,
     p_text,
     signed,
     signed_interval,
 )
 from lightning_kv.report.drifts import START_END, drift_tables
 from lightning_kv.report.entries import (
-    FILES,
     Entry,
     PageRun,
     arrow,
@@ -30,6 +30,7 @@ from lightning_kv.report.entries import (
 )
 from lightning_kv.report.fronts import front_axes, front_rows
 from lightning_kv.runs.directory import write_atomic
+from lightning_kv.runs.verdict import FILES, extent
 
 ESCAPED = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;", "*": "\\*", "`": "\\`", "\n": " "})
 
@@ -89,7 +90,7 @@ def _head(runs: Sequence[PageRun], verdict: list[str]) -> Iterator[str]:
         frames = "frames" if model == FILES else "latent frames"
         seed = f", seed {about['seed']}" if "seed" in about else ""
         yield escaped(
-            f"{name}: {model}, {about['prompts']} prompts, {about['frames']} {frames}, "
+            f"{name}: {model}, {extent(run.summary)}, {about['frames']} {frames}, "
             f"reference {run.summary['reference']}{seed}."
         )
     yield "## Verdict"
@@ -154,7 +155,7 @@ def _differences(entries: Sequence[Entry], runs: Sequence[PageRun]) -> Iterator[
                 p_text(each.test["p"]),
                 p_text(each.test["p_holm"]),
                 effect_text(each.test["d_z"]),
-                str(each.test["n"]),
+                n_text(each.test),
                 each.says or ("differs" if each.differs else "not sure"),
             ]
             for each in found

@@ -12,7 +12,6 @@ from lightning_kv.report import charts, costs, differences, drifts, fronts
 from lightning_kv.report.columns import WIDE, comparison
 from lightning_kv.report.curves import chunk_curves, curves
 from lightning_kv.report.entries import (
-    FILES,
     Entry,
     PageRun,
     arrow,
@@ -31,11 +30,12 @@ from lightning_kv.report.players import filmed, player
 from lightning_kv.report.prompts import extremes, finished, ranked
 from lightning_kv.report.styles import styles
 from lightning_kv.runs.directory import Record, write_atomic
+from lightning_kv.runs.verdict import FILES
 
 FILTERS = (
     *(arrow, spoken, unit_text),
     *(differences.signed, differences.signed_interval),
-    *(differences.effect_text, differences.p_text),
+    *(differences.effect_text, differences.n_text, differences.p_text),
 )
 
 
@@ -136,6 +136,7 @@ def _costs(entries: Sequence[Entry], records: dict[str, list[Record]]) -> dict[s
     times = costs.chunk_times(entries, records)
     return {
         "spent": costs.cost_rows(entries, times),
+        "kept": any(e.result["cost"].get("kv_kept_fraction") is not None for e in entries),
         "chunks": chunk_curves(entries, times),
     }
 
@@ -152,6 +153,7 @@ def _run(name: str, run: PageRun, records: list[Record]) -> dict[str, Any]:
         "summary": summary,
         "files": files,
         "finished": finished(records, summary),
+        "counts": _counts(summary),
         "metric": metric,
         "filmed": len(clips),
         "clips": [player(run, rank, prompt) for rank, prompt in extremes(clips).items()],
@@ -163,6 +165,17 @@ def _run(name: str, run: PageRun, records: list[Record]) -> dict[str, Any]:
             for policy, result in summary["policies"].items()
         },
     }
+
+
+def _counts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """How many prompts and clips the run is about, by what they are called."""
+    run, found = summary["run"], summary.get("measured")
+    if summary["model"]["name"] != FILES:
+        samples = run["prompts"] * (run.get("samples") or 1)
+        return [("prompts", differences.n_text({"n": run["prompts"], "clips": samples}))]
+    clips, prompts = (found["clips"], found["prompts"]) if found else [run["prompts"]] * 2
+    told = [("videos compared", str(clips))]
+    return told if prompts == clips else [*told, ("prompts", str(prompts))]
 
 
 def _legend(entries: Sequence[Entry]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from lightning_kv.runs.directory import Record
+from lightning_kv.runs.units import finished_units, grouped, metric_of, unit_means
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Ranked:
     """One prompt and how the policies did on it.
 
     Args:
-        key: Key of the prompt.
+        key: Key of the prompt, or of one of its samples: the one that is shown.
         prompt: Its text.
         score: Mean of the metric over the policies; None where it is not ranked by one.
         values: Value of every policy, the reference included; None where it has none.
@@ -33,7 +34,8 @@ def ranked(
     """Prompts from best to worst by the mean of a metric over the policies.
 
     The reference does not count (unless it is alone). A prompt is ranked only when every policy
-    that has values at all has one for it: means over different policies cannot be compared.
+    that has values at all has one for it: means over different policies cannot be compared. Of
+    several samples of a prompt, values are the means.
 
     Args:
         records: Records of the run.
@@ -41,13 +43,21 @@ def ranked(
         metric: What to rank by; None keeps the order of the keys.
         keys: Prompts that may be ranked, such as those with a moving picture.
     """
-    policies, prompts = list(summary["policies"]), {}
-    values: dict[str, dict[str, float | None]] = {}
-    for record in records:
-        if record["key"] in keys and record["policy"] in policies:
-            prompts[record["key"]] = record["prompt"]
-            value = record["metrics"].get(metric)
-            values.setdefault(record["key"], dict.fromkeys(policies))[record["policy"]] = value
+    policies = list(summary["policies"])
+    own = [record for record in records if record["policy"] in policies]
+    shown = {  # of several samples the first that may be ranked stands for its prompt
+        unit: min(found)
+        for unit, clips in grouped(own).items()
+        if (found := [record["key"] for record in clips if record["key"] in keys])
+    }
+    prompts = {record["key"]: record["prompt"] for record in own}
+    means = {
+        name: unit_means((r for r in own if r["policy"] == name), metric_of(metric))
+        for name in policies
+    }
+    values = {
+        key: {name: means[name].get(unit) for name in policies} for unit, key in shown.items()
+    }
     if metric is None:
         return [Ranked(key, prompts[key], None, values[key]) for key in sorted(values)]
     rivals = [name for name in policies if name != summary["reference"]] or policies
@@ -76,9 +86,5 @@ def median(prompts: Sequence[Ranked]) -> Ranked:
 
 
 def finished(records: Sequence[Record], summary: dict[str, Any]) -> int:
-    """Number of prompts for which every policy has a record."""
-    done: dict[str, set[str]] = {}
-    for record in records:
-        done.setdefault(record["key"], set()).add(record["policy"])
-    wanted = {*summary["policies"], summary["reference"]}
-    return sum(wanted <= policies for policies in done.values())
+    """Number of prompts of which every policy has a record of every sample."""
+    return finished_units(records, {*summary["policies"], summary["reference"]}, summary["run"])

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_kv.runs.summary import hindsight
-from lightning_kv.runs.words import format_bytes
+from lightning_kv.runs.verdict import extent
+from lightning_kv.runs.words import counted, format_bytes
 
 NOTHING = "\N{EN DASH}"
 SCREEN = 120  # characters of a line
@@ -62,7 +63,7 @@ def quality_tables(summary: dict[str, Any]) -> list[Table]:
             "Quality, continued"
             if tables
             else f"Quality, reference {summary['reference']}: mean ± 95 % interval, "
-            f"{run['prompts']} prompts, {run['frames']} frames{given}{shown_frames(run)}"
+            f"{extent(summary)}, {run['frames']} frames{given}{shown_frames(run)}"
         )
         table.add_column("policy", no_wrap=True)
         for header, _ in group:
@@ -122,12 +123,15 @@ def cost_table(summary: dict[str, Any]) -> Table:
         ("KV peak ↓", "kv_bytes_peak", format_bytes, False),
         ("reads ↓", "kv_read_fraction", _percent, False),
         ("scored ↓", "kv_scored_fraction", _percent, False),
+        ("kept ↓", "kv_kept_fraction", _percent, False),
         ("ms/chunk\np50 ↓", "seconds_per_chunk_p50", _milliseconds, False),
         ("ms/chunk\np95 ↓", "seconds_per_chunk_p95", _milliseconds, False),
         ("speed-\nup ↑", "speedup", "{:.2f}x".format, True),
     ):
+        values = [policy["cost"].get(name) for policy in summary["policies"].values()]
+        if name == "kv_kept_fraction" and set(values) == {None}:
+            continue  # records of older runs do not know it
         _column(table, header)
-        values = [policy["cost"][name] for policy in summary["policies"].values()]
         columns.append(_highlight([_cell(value, show) for value in values], better, summary))
     return _fill(table, summary, columns)
 
@@ -239,7 +243,8 @@ def quality_notes(summary: dict[str, Any]) -> list[str]:
             if value["status"] != "ok":
                 reasons.setdefault((metric, value["status"]), []).append(policy)
             elif value["n"] < most and not value.get("sets"):
-                reasons.setdefault((metric, f"over {value['n']} clips only"), []).append(policy)
+                over = f"over {counted(value['n'], value.get('clips'))} only"
+                reasons.setdefault((metric, over), []).append(policy)
     found: dict[str, list[str]] = {}
     for (metric, reason), names in reasons.items():
         whose = "" if len(names) == len(policies) else f" ({', '.join(names)})"

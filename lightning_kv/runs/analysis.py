@@ -7,15 +7,24 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
-from lightning_kv.stats.drift import Drift, drift
+from lightning_kv.runs.costs import cost_by_unit
+from lightning_kv.runs.directory import Record
+from lightning_kv.runs.summary import hindsight
+from lightning_kv.runs.units import (
+    Clips,
+    Paired,
+    Value,
+    clips_with,
+    grouped,
+    mean_of,
+    metric_of,
+    paired_units,
+    unit_means,
+)
+from lightning_kv.stats.bootstrap import bca_interval
+from lightning_kv.stats.drift import NAMES, Drift, drift
 from lightning_kv.stats.inference import effect_size, holm, jackknife, sign_flip_p
 from lightning_kv.stats.pareto import front, front_probability
-from lightning_kv.stats.bootstrap import bca_interval
-from lightning_kv.runs.directory import Record
-from lightning_kv.runs.summary import by_unit, hindsight
-from lightning_kv.runs.margins import Clips
 
 LEVEL = 0.05
 AXES = ("kv_bytes_peak", "kv_read_fraction", "seconds_per_chunk_p50")
@@ -24,7 +33,7 @@ AXES = ("kv_bytes_peak", "kv_read_fraction", "seconds_per_chunk_p50")
 def analyse(summary: dict[str, Any], records: Sequence[Record]) -> dict[str, Any]:
     """The summary of a run with its statistics.
 
-    Adds to every policy ``clips`` (values by prompt key) and ``drift``, to each of its metrics
+    Adds to every policy ``units`` (values by prompt) and ``drift``, to each of its metrics
     ``paired`` (its difference to the reference, prompt by prompt), and to the summary ``family``
     (what the p values are corrected for) and ``pareto``.
 
@@ -39,7 +48,7 @@ def analyse(summary: dict[str, Any], records: Sequence[Record]) -> dict[str, Any
     rate = summary["run"].get("rate")
     for name, policy in summary["policies"].items():
         own = clips[name]
-        policy["clips"] = {key: record["metrics"] for key, record in own.items()}
+        policy["units"] = unit_values(own)
         rival = name != summary["reference"]
         for metric, value in policy["metrics"].items():
             if value["sets"]:
@@ -57,6 +66,13 @@ def analyse(summary: dict[str, Any], records: Sequence[Record]) -> dict[str, Any
     return summary
 
 
+def unit_values(own: Clips) -> dict[str, dict[str, float | None]]:
+    """Values of every metric by unit: the mean of its clips, None where none has one."""
+    names = dict.fromkeys(name for record in own.values() for name in record["metrics"])
+    means = {name: unit_means(own.values(), metric_of(name)) for name in names}
+    return {unit: {name: means[name].get(unit) for name in names} for unit in grouped(own.values())}
+
+
 def paired(own: Clips, base: Clips, metric: str) -> dict[str, Any] | None:
     """Difference to the reference over the prompts that both have a value for.
 
@@ -64,15 +80,15 @@ def paired(own: Clips, base: Clips, metric: str) -> dict[str, Any] | None:
 
     Returns:
         ``difference`` (policy - reference), its 95 % interval ``ci95``, jackknife standard error
-        ``se``, two-sided sign-flip ``p``, Cohen's ``d_z`` and ``n``; None where nothing is paired.
+        ``se``, two-sided sign-flip ``p``, Cohen's ``d_z``, the number of prompts ``n`` and that of
+        the policy's ``clips``; None where nothing is paired.
     """
-    values, others = (by_unit(clips.values(), metric) for clips in (own, base))
-    both = [(values[unit], others[unit]) for unit in sorted(values.keys() & others.keys())]
-    return difference([a - b for a, b in both])
+    return difference(paired_units(own, base, metric_of(metric)))
 
 
-def difference(values: Sequence[float]) -> dict[str, Any] | None:
+def difference(found: Paired) -> dict[str, Any] | None:
     """What paired differences say; None where there are none."""
+    values = found.differences
     if not values:
         return None
     several = len(values) > 1
@@ -85,6 +101,7 @@ def difference(values: Sequence[float]) -> dict[str, Any] | None:
         "p_holm": None,
         "d_z": effect_size(values) if several else None,
         "n": len(values),
+        "clips": found.clips,
     }
 
 
@@ -116,6 +133,9 @@ def rises(policy: dict[str, Any], metric: str) -> bool:
 def drifts(own: Clips, base: Clips, metric: str, rate: float, score: bool) -> dict[str, Any]:
     """Drift of a metric's curve: every definition, mean over prompts, and against the reference.
 
+    The drift of a prompt is the mean of that of its clips, each by itself: noise makes a mean of
+    curves smoother than any of them.
+
     Args:
         own: Records of the policy.
         base: Records of the reference; empty for the reference itself.
@@ -123,49 +143,28 @@ def drifts(own: Clips, base: Clips, metric: str, rate: float, score: bool) -> di
         rate: Values of a curve per second.
         score: Whether more is better; else definitions that look for the least are left out.
     """
-    found = {
-        key: drift_of(tuple(record["curves"][metric]), rate)
-        for key, record in own.items()
-        if record["curves"].get(metric)
-    }
-    named = {key: each.to_dict() for key, each in found.items()}
-    if not score:  # the least and the time of a fall say something about a score alone
-        for each in named.values():
-            del each["windowed_minimum"], each["time_to_fraction"]
+    if not any(record["curves"].get(metric) for record in own.values()):
+        return {"paired": None}
+
+    def by(name: str) -> Value:
+        def value(record: Record) -> float | None:
+            curve = record["curves"].get(metric)
+            return getattr(drift_of(tuple(curve), rate), name) if curve else None
+
+        return value
+
+    # the least and the time of a fall say something about a score alone
+    alone = () if score else ("windowed_minimum", "time_to_fraction")
     means = {}
-    for name in next(iter(named.values()), {}):
-        values = [each[name] for each in named.values() if each[name] is not None]
+    for name in (name for name in NAMES if name not in alone):
+        values = list(unit_means(own.values(), by(name)).values())
         means[name] = {
-            "mean": math.fsum(values) / len(values) if values else None,
+            "mean": mean_of(values),
             "ci95": _bounds(values),
             "n": len(values),
+            "clips": clips_with(own.values(), by(name)),
         }
-    others = {
-        key: drift_of(tuple(base[key]["curves"][metric]), rate).to_dict()
-        for key in named
-        if key in base and base[key]["curves"].get(metric)
-    }
-    against = [
-        named[key]["start_end"] - other["start_end"]
-        for key, other in others.items()
-        if None not in (named[key]["start_end"], other["start_end"])
-    ]
-    return {**means, "paired": difference(against)}
-
-
-def by_prompt(own: Clips, axis: str) -> dict[str, float]:
-    """What a policy cost on each prompt, where that differs between prompts; else nothing.
-
-    A peak is the largest of all prompts, so it is one number.
-    """
-    if axis == "kv_bytes_peak":
-        return {}
-    if axis == "kv_read_fraction":
-        found = {key: record["cost"][axis] for key, record in own.items()}
-    else:
-        seconds = {key: record["cost"]["seconds_per_chunk"] for key, record in own.items()}
-        found = {key: float(np.median(each)) for key, each in seconds.items() if each}
-    return {key: cost for key, cost in found.items() if cost is not None}
+    return {**means, "paired": difference(paired_units(own, base, by("start_end")))}
 
 
 @lru_cache(maxsize=4096)
@@ -183,21 +182,18 @@ def pareto(summary: dict[str, Any], clips: dict[str, Clips]) -> dict[str, Any]:
     clips = {name: own for name, own in clips.items() if name not in hindsight(summary)}
     found: dict[str, Any] = {}
     for metric, better in _directions(summary).items():
-        quality = {
-            name: {k: r["metrics"][metric] for k, r in own.items() if _has(r, metric)}
-            for name, own in clips.items()
-        }
+        quality = {name: unit_means(own.values(), metric_of(metric)) for name, own in clips.items()}
         for axis in AXES:
             costs = {name: summary["policies"][name]["cost"].get(axis) for name in clips}
             shown = [name for name in clips if quality[name] and costs[name] is not None]
             shared = set.intersection(*(set(quality[name]) for name in shown)) if shown else set()
             if len(shown) < 2 or not shared:
                 continue
-            means = {n: math.fsum(quality[n][key] for key in shared) / len(shared) for n in shown}
+            means = {n: math.fsum(quality[n][unit] for unit in shared) / len(shared) for n in shown}
             on = front({name: (means[name], costs[name]) for name in shown}, better)
             sure = front_probability(
                 {name: quality[name] for name in shown},
-                {name: by_prompt(clips[name], axis) or costs[name] for name in shown},
+                {name: cost_by_unit(clips[name], axis) or costs[name] for name in shown},
                 better,
             )
             found.setdefault(metric, {})[axis] = {
@@ -211,10 +207,6 @@ def _directions(summary: dict[str, Any]) -> dict[str, bool]:
     metrics = next(iter(summary["policies"].values()))["metrics"]
     better = {name: each["higher_is_better"] for name, each in metrics.items() if not each["sets"]}
     return {name: way for name, way in better.items() if way is not None}
-
-
-def _has(record: Record, metric: str) -> bool:
-    return record["metrics"].get(metric) is not None
 
 
 def _bounds(values: Sequence[float]) -> list[float] | None:

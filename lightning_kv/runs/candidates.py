@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_kv.runs.margins import Clips, Loss, Record
+from lightning_kv.runs.directory import Record
+from lightning_kv.runs.margins import Loss
+from lightning_kv.runs.units import Clips
 
 LEVEL = 0.95
 EQUAL = 0.01  # of the reference: bytes or reads that differ by less count as equal
@@ -80,7 +82,7 @@ class Recommendation:
         bounds: Policies that were told what the reference attended to; nobody can run them.
         reference_bytes: Most bytes that the cache of a clip held under the reference.
         reference_seconds: Its median seconds per chunk.
-        measured: Prompts that are measured under every policy.
+        measured: Prompts of which every sample is measured under every policy.
         run: Prompts, frames and the like, as the summary has them.
         words: The answer in sentences.
     """

@@ -10,16 +10,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from lightning_kv.stats.inference import NonInferiority, non_inferiority, prompts_needed
 from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.runs.margins import check_margin, default_margins
 from lightning_kv.runs.words import counted, number
+from lightning_kv.stats.inference import NonInferiority, non_inferiority, prompts_needed
 
 PASS, REGRESSION, THIN = 0, 1, 2
 """Exit codes."""
 
-SETTINGS = ("frames", "context_frames", "size", "seed", "data_seed", "alignment")
-"""Of a run, without which its values are others."""
+SETTINGS = ("frames", "context_frames", "size", "seed", "samples", "data_seed", "alignment")
+"""Of a run, without which its values are others; ``samples`` are 1 where it says nothing."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Judgement:
         needed: Prompts in all that would settle it, if mean and spread stay what they are; None
             where it is settled, or no number would.
         failed: Prompts with a value in the baseline and none now.
+        clips: Clips of the run that its values are means of, where that is known.
     """
 
     policy: str
@@ -43,6 +44,7 @@ class Judgement:
     found: NonInferiority | None
     needed: int | None
     failed: int = 0
+    clips: int | None = None
 
     @property
     def prompts(self) -> int:
@@ -122,8 +124,9 @@ class Checked:
 
     def _advice(self, same: Sequence[Judgement]) -> str:
         """What the numbers rest on, and what would help."""
-        prompts = {test.prompts for test in same}
-        said = f"Over {counted(min(prompts))}" + (" or more" if len(prompts) > 1 else "")
+        fewest = min(same, key=lambda test: test.prompts)
+        several = len({test.prompts for test in same}) > 1
+        said = f"Over {counted(fewest.prompts, fewest.clips)}" + (" or more" if several else "")
         if all(test.verdict != "unclear" for test in same):
             return f"{said}, paired with the baseline's"
         needed = [test.needed for test in same]
@@ -171,8 +174,8 @@ def check(
     tests = [judge(new, old, *one, margins[one[1]], level, len(asked)) for one in asked]
     order = {"worse": 0, "unclear": 1, "not worse": 2}
     tests.sort(key=lambda test: (order[test.verdict], -test.nearness))
-    clips = [[set(s["policies"][name]["clips"]) for name in names] for s in (old, new)]
-    lacking = set().union(*(there - here for there, here in zip(*clips, strict=True)))
+    units = [[set(s["policies"][name]["units"]) for name in names] for s in (old, new)]
+    lacking = set().union(*(there - here for there, here in zip(*units, strict=True)))
     absent = [] if policies else [name for name in old["policies"] if name not in names]
     return Checked(tuple(tests), len(lacking), level, tuple(absent))
 
@@ -183,6 +186,7 @@ def check_settings(new: dict[str, Any], old: dict[str, Any]) -> None:
     Raises:
         ValueError: Names what differs.
     """
+    new, old = ({"samples": 1} | run for run in (new, old))
     other = [
         f"{name} ({old[name]} in the baseline, {new[name]} in the run)"
         for name in SETTINGS
@@ -210,7 +214,7 @@ def read_summary(path: Path) -> dict[str, Any]:
     file = RunDirectory(path).summary if path.is_dir() else path
     try:
         found = json.loads(file.read_bytes())
-        clips = [policy["clips"] for policy in found["policies"].values()]
+        units = [policy["units"] for policy in found["policies"].values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} is no summary that a run can be checked against "
@@ -218,7 +222,7 @@ def read_summary(path: Path) -> dict[str, Any]:
             "evaluate` or `compare`. Either command, given again, writes it anew and measures "
             "nothing twice."
         ) from error
-    if not any(clips):
+    if not any(units):
         raise ValueError(f"{file} holds no values: nothing of that run is measured. Finish it.")
     return found
 
@@ -249,8 +253,8 @@ def values(
     new: dict[str, Any], old: dict[str, Any], policy: str, metric: str
 ) -> list[tuple[float | None, float]]:
     """Values of the run and of the baseline on each prompt of both where the baseline has one."""
-    own, base = (summary["policies"][policy]["clips"] for summary in (new, old))
-    pairs = ((own[key].get(metric), base[key].get(metric)) for key in sorted(own.keys() & base))
+    own, base = (summary["policies"][policy]["units"] for summary in (new, old))
+    pairs = ((own[unit].get(metric), base[unit].get(metric)) for unit in sorted(own.keys() & base))
     return [(a, b) for a, b in pairs if b is not None]
 
 
@@ -287,7 +291,8 @@ def judge(
         again = non_inferiority(losses, margin, 1 - (1 - level) / tests)
         verdict = "worse" if again.verdict == "worse" else "unclear"
     needed = more_prompts(losses, margin, level) if verdict == "unclear" else None
-    return Judgement(policy, metric, verdict, found, needed, failed)
+    clips = here.get("clips") if here.get("n") == len(losses) else None
+    return Judgement(policy, metric, verdict, found, needed, failed, clips)
 
 
 def more_prompts(losses: list[float], margin: float, level: float) -> int | None:

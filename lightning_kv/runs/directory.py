@@ -16,7 +16,8 @@ A record line, JSON without NaN and Infinity (what has no value is null)::
 
     {"schema": 1, "policy": str, "key": str, "prompt": str, "rank": int,
      "failure": why the clip has no values | null, "problems": {metric: why it has none},
-     "unit": what samples of one prompt have in common (optional, as problems is),
+     "unit": what samples of one prompt have in common, "sample": which of them (both optional, as
+     problems is: without a unit a record counts by its key),
      "noise_revision": of the rule by which the noise was drawn (rollouts only),
      "metrics": {name: float | null}, "curves": {name: [float | null, ...]},
      "cost": {"kv_bytes_peak", "kv_bytes_mean", "kv_rows_read", "kv_rows_scored",
@@ -32,10 +33,12 @@ import math
 import operator
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from lightning_kv.runs.derived import with_derived
 
 Record = dict[str, Any]
 
@@ -64,7 +67,11 @@ class RunDirectory:
         self.report = self.path / "report.html"
 
     def open(
-        self, fingerprint: str, described: dict[str, Any], about: dict[str, Any] | None = None
+        self,
+        fingerprint: str,
+        described: dict[str, Any],
+        about: dict[str, Any] | None = None,
+        beside: Collection[str] = (),
     ) -> None:
         """Create the directory, or check that it holds this very run.
 
@@ -75,19 +82,25 @@ class RunDirectory:
             described: What the fingerprint was made of, kept to explain a mismatch.
             about: What a report needs to know without the model; without it there is none. Kept
                 from the first time, and never compared.
+            beside: Names in a directory that is new all the same, such as those of a logger.
 
         Raises:
             ValueError: The path is a file, a directory that is not ours, or holds another run.
         """
         run = {"schema": SCHEMA, "fingerprint": fingerprint, "described": described}
         text = json.dumps(run | {"about": about or {}}, indent=2, allow_nan=False) + "\n"
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self._holds_something(beside):
             self._check(json.loads(json.dumps(run)))
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path / "run.json", text)
         for folder in (self.path / "records", self.differences, self.traces):
             folder.mkdir(exist_ok=True, parents=True)
+
+    def _holds_something(self, beside: Collection[str]) -> bool:
+        if not self.path.is_dir():
+            return self.path.exists()
+        return any(each.name not in beside for each in self.path.iterdir())
 
     def held(self) -> dict[str, Any]:
         """Content of ``run.json``: schema, fingerprint, described, about.
@@ -171,6 +184,8 @@ class RunDirectory:
         A clip is measured again where a crash came between two of its policies: of records with
         the same policy and key, the first counts.
 
+        Metrics that are computed from others of the clip are added, see :mod:`derived`.
+
         Raises:
             ValueError: A line is damaged, or two records of one policy and key disagree.
         """
@@ -185,7 +200,7 @@ class RunDirectory:
                         f"{record['rank']} of {self.path}. Evaluate again into a new directory, "
                         "on one kind of device."
                     )
-        return list(found.values())
+        return [record | {"metrics": with_derived(record["metrics"])} for record in found.values()]
 
     def finished(self, policies: Iterable[str]) -> set[str]:
         """Keys for which a record of every policy is there."""

@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from lightning_kv.runs.units import Clips, Paired, metric_of, paired_units
 from lightning_kv.stats.bootstrap import confidence_below, paired_interval
 
 MARGINS = {"recall": 0.02, "revisit_error": 0.002, "ssim": 0.02}
 """The margin where none is given: of the first of these that the run has values for."""
-
-Record = dict[str, Any]
-Clips = dict[str, Record]
-"""A policy's records by prompt key."""
 
 Facts = dict[str, dict[str, Any]]
 """What a summary says about each metric: which way is good, whether it needs the reference."""
@@ -34,6 +31,7 @@ class Loss:
         ci95: Its 95 % interval; None for fewer than two prompts.
         confidence: That the mean loss is within the margin.
         n: Number of prompts.
+        clips: Number of clips that their values are means of.
     """
 
     metric: str
@@ -44,6 +42,7 @@ class Loss:
     ci95: tuple[float, float] | None
     confidence: float
     n: int
+    clips: int | None = None
 
     @property
     def within(self) -> bool:
@@ -67,36 +66,32 @@ def loss_of(own: Clips, base: Clips, metric: str, facts: Facts, margin: float) -
         margin: The most that is allowed.
     """
     pairs = paired_values(own, base, metric, facts)
-    if not pairs:
+    values, others = pairs.values, pairs.others
+    if not values:
         return None
-    values, others = ([pair[side] for pair in pairs] for side in (0, 1))
     good, bad = (others, values) if facts[metric]["higher_is_better"] else (values, others)
     losses = [a - b for a, b in zip(good, bad, strict=True)]
     return Loss(
         metric=metric,
         margin=margin,
-        value=math.fsum(values) / len(pairs),
-        reference=math.fsum(others) / len(pairs),
-        mean=math.fsum(losses) / len(pairs),
+        value=math.fsum(values) / len(values),
+        reference=math.fsum(others) / len(others),
+        mean=math.fsum(losses) / len(losses),
         ci95=paired_interval(good, bad),
         confidence=confidence_below(losses, margin),
-        n=len(pairs),
+        n=len(values),
+        clips=pairs.clips,
     )
 
 
-def paired_values(own: Clips, base: Clips, metric: str, facts: Facts) -> list[tuple[float, float]]:
+def paired_values(own: Clips, base: Clips, metric: str, facts: Facts) -> Paired:
     """A policy's value and the reference's, for each prompt that has both.
 
     A metric that compares with the reference has the value of two equal clips there.
     """
-    pairs = []
-    for key in sorted(own.keys() & base.keys()):
-        value, other = (clips[key]["metrics"].get(metric) for clips in (own, base))
-        if facts[metric]["against_reference"]:
-            other = facts[metric]["identical"]
-        if value is not None and other is not None:
-            pairs.append((value, other))
-    return pairs
+    fact = facts[metric]
+    other = (lambda _: fact["identical"]) if fact["against_reference"] else None
+    return paired_units(own, base, metric_of(metric), other)
 
 
 def usable(clips: dict[str, Clips], reference: str, facts: Facts) -> list[str]:
@@ -104,7 +99,7 @@ def usable(clips: dict[str, Clips], reference: str, facts: Facts) -> list[str]:
     rivals = [own for name, own in clips.items() if name != reference]
     base = clips[reference]
     better = (metric for metric, fact in facts.items() if fact["higher_is_better"] is not None)
-    return [m for m in better if any(paired_values(own, base, m, facts) for own in rivals)]
+    return [m for m in better if any(paired_values(own, base, m, facts).values for own in rivals)]
 
 
 def default_margins(able: Sequence[str]) -> dict[str, float]:

@@ -15,19 +15,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightning_kv.stats.inference import holm
-from lightning_kv.runs.summary import hindsight
 from lightning_kv.runs.candidates import Candidate, Recommendation, candidate
+from lightning_kv.runs.directory import Record
 from lightning_kv.runs.margins import (
-    Clips,
     Loss,
-    Record,
     check_margins,
     default_margins,
     loss_of,
     usable,
 )
+from lightning_kv.runs.summary import hindsight
+from lightning_kv.runs.units import Clips, finished_units
 from lightning_kv.runs.words import in_words
+from lightning_kv.stats.inference import holm
 
 
 def recommend(
@@ -57,7 +57,7 @@ def recommend(
     best = sorted((one for one in found if one.out is None), key=lambda one: one.price)
     keeping = [one for one in found if one.keeps and one.out == "memory"]
     cost = summary["policies"][reference]["cost"]
-    shared = set.intersection(*(set(clips.get(name, ())) for name in (reference, *rivals)))
+    every = [record for own in clips.values() for record in own.values()]
     answer = Recommendation(
         reference=reference,
         memory=memory,
@@ -72,7 +72,7 @@ def recommend(
         bounds=tuple(bounds),
         reference_bytes=cost["kv_bytes_peak"],
         reference_seconds=cost["seconds_per_chunk_p50"],
-        measured=len(shared),
+        measured=finished_units(every, (reference, *rivals), summary["run"]),
         run=summary["run"],
     )
     return replace(answer, words=in_words(answer))

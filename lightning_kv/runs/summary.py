@@ -1,4 +1,4 @@
-"""From records to ``summary.json``: a mean with an interval for quality, plain facts for cost."""
+"""From records to ``summary.json``: means over prompts with intervals, plain facts for cost."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-import numpy as np
-
+from lightning_kv.runs.costs import policy_cost
+from lightning_kv.runs.derived import derivable
 from lightning_kv.runs.directory import SCHEMA, Record
+from lightning_kv.runs.units import (
+    clips_with,
+    grouped,
+    mean_of,
+    metric_of,
+    unit_curves,
+    unit_means,
+)
 
 Interval = Callable[[Sequence[float]], "tuple[float, float] | None"]
 
@@ -31,6 +39,7 @@ class MetricInfo:
         sets: Whether it compares sets of clips; then no clip has a value.
         encoder: What such a metric looks through.
         frames: Frames of a window that it looks at.
+        bounds: Ends of its scale, None where it is open.
     """
 
     unit: str
@@ -44,6 +53,7 @@ class MetricInfo:
     sets: bool = False
     encoder: str | None = None
     frames: int | None = None
+    bounds: Sequence[float | None] = (None, None)
 
 
 def summarise(
@@ -70,12 +80,14 @@ def summarise(
         run: Prompts, frames, seeds, device, versions.
         model: Name and configuration of the model.
         fingerprint: Identity of the run.
-        interval: Values of the clips to a 95 % interval of their mean; None where there are too
+        interval: Values of the units to a 95 % interval of their mean; None where there are too
             few. A bound that is not finite counts as none.
 
     Returns:
-        The content of ``summary.json``; no NaN, no Infinity. ``curves`` holds, per metric, the
-        mean over clips and its interval for each frame.
+        The content of ``summary.json``; no NaN, no Infinity. Values are means over units, and so
+        is ``n`` their number; ``clips`` counts the clips beneath. ``curves`` holds, per metric, the
+        mean over units and its interval for each frame; ``measured``, how many prompts and clips
+        there are so far.
 
     Raises:
         ValueError: A record belongs to a policy that is not in the run.
@@ -88,12 +100,18 @@ def summarise(
                 f"The policies are {', '.join(clips)}."
             )
         clips[record["policy"]].append(record)
+    every = [record for own in clips.values() for record in own]
+    metrics = metrics | {each.name: MetricInfo(**each.facts) for each in derivable(metrics)}
     return {
         "schema": SCHEMA,
         "fingerprint": fingerprint,
         "reference": reference,
         "model": model,
         "run": run,
+        "measured": {
+            "prompts": len(grouped(every)),
+            "clips": len({record["key"] for record in every}),
+        },
         "policies": {
             name: {
                 "config": config,
@@ -101,7 +119,7 @@ def summarise(
                     metric: _metric(metric, info, clips[name], interval)
                     for metric, info in metrics.items()
                 },
-                "cost": _cost(clips[name], clips[reference]),
+                "cost": policy_cost(clips[name], clips[reference]),
                 "curves": _curves(clips[name], interval),
             }
             for name, config in policies.items()
@@ -110,8 +128,8 @@ def summarise(
 
 
 def _metric(name: str, info: MetricInfo, clips: list[Record], interval: Interval) -> dict[str, Any]:
-    """One metric of one policy over its clips."""
-    values = list(by_unit(clips, name).values())
+    """One metric of one policy over its units."""
+    values = list(unit_means(clips, metric_of(name)).values())
     failed = [clip["failure"] for clip in clips if clip.get("failure")]
     problems = [found[name] for clip in clips if name in (found := clip.get("problems") or {})]
     reason = (problems or [info.undefined])[0] if clips else "no clip is finished"
@@ -121,9 +139,10 @@ def _metric(name: str, info: MetricInfo, clips: list[Record], interval: Interval
     if failed:
         status = f"{len(failed)} of {len(clips)} clips failed: {failed[0]}"
     return {
-        "mean": _mean(values),
+        "mean": mean_of(values),
         "ci95": _bounds(values, interval),
         "n": len(values),
+        "clips": clips_with(clips, metric_of(name)),
         "unit": info.unit,
         "higher_is_better": info.higher_is_better,
         "recipe": info.recipe,
@@ -141,73 +160,21 @@ def hindsight(summary: dict[str, Any]) -> Sequence[str]:
     return summary["run"].get("hindsight", ())
 
 
-def by_unit(clips: Iterable[Record], metric: str) -> dict[str, float]:
-    """Values of a metric; of several samples of one prompt, which are not independent, the mean.
-
-    A record's ``unit`` says which belong together; without it every key is its own.
-    """
-    found: dict[str, list[float]] = {}
-    for clip in clips:
-        value = clip["metrics"].get(metric)
-        if value is not None:
-            found.setdefault(clip.get("unit") or clip["key"], []).append(value)
-    return {unit: math.fsum(values) / len(values) for unit, values in found.items()}
-
-
-def _cost(clips: list[Record], reference: list[Record]) -> dict[str, float | None]:
-    """Bytes, rows and seconds of one policy; speed against the reference on the same clips."""
-    costs = [clip["cost"] for clip in clips]
-    chunks = _chunks(clips)
-    common = {clip["key"] for clip in clips} & {clip["key"] for clip in reference}
-    own, other = (
-        _percentile(_chunks([clip for clip in side if clip["key"] in common]), 50)
-        for side in (clips, reference)
-    )
-    return {
-        "kv_bytes_peak": max(_values(cost["kv_bytes_peak"] for cost in costs), default=None),
-        **{
-            name: _mean(_values(cost[name] for cost in costs))
-            for name in ("kv_bytes_mean", "kv_read_fraction", "kv_scored_fraction")
-        },
-        "seconds_per_chunk_p50": _percentile(chunks, 50),
-        "seconds_per_chunk_p95": _percentile(chunks, 95),
-        "speedup": other / own if own and other else None,
-    }
-
-
 def _curves(clips: list[Record], interval: Interval) -> dict[str, dict[str, list[float | None]]]:
-    """Mean over clips and its interval for each frame of each metric."""
+    """Mean over units and its interval for each frame of each metric."""
     curves = {}
     for name in dict.fromkeys(name for clip in clips for name in clip["curves"]):
         frames = [
-            _values(frame)
-            for frame in zip_longest(*(clip["curves"].get(name, ()) for clip in clips))
+            [value for value in frame if value is not None]
+            for frame in zip_longest(*unit_curves(clips, name))
         ]
         bounds = [_bounds(values, interval) or (None, None) for values in frames]
         curves[name] = {
-            "mean": [_mean(values) for values in frames],
+            "mean": [mean_of(values) for values in frames],
             "lo": [lo for lo, _ in bounds],
             "hi": [hi for _, hi in bounds],
         }
     return curves
-
-
-def _chunks(clips: list[Record]) -> list[float]:
-    """Seconds of every chunk of every clip."""
-    return _values(second for clip in clips for second in clip["cost"]["seconds_per_chunk"] or ())
-
-
-def _values(values: Iterable[float | None]) -> list[float]:
-    """The values that are there."""
-    return [value for value in values if value is not None]
-
-
-def _mean(values: list[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
-
-
-def _percentile(values: list[float], share: float) -> float | None:
-    return float(np.percentile(values, share)) if values else None
 
 
 def _bounds(values: list[float], interval: Interval) -> list[float] | None:

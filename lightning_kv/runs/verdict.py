@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lightning_kv.runs.margins import Record
+from lightning_kv.runs.directory import Record
 from lightning_kv.runs.recommend import recommend
-from lightning_kv.runs.words import counted, number
+from lightning_kv.runs.words import counted, number, planned
 
 FILES = "video files"  # the model of a comparison of videos that somebody else made
 
@@ -28,6 +28,13 @@ def verdict(summary: dict[str, Any], records: Sequence[Record]) -> list[str]:
         return [*told, str(error)]
 
 
+def extent(summary: dict[str, Any]) -> str:
+    """How many prompts a run is about; of video files, how many there are values of."""
+    if summary.get("model", {}).get("name") == FILES and "measured" in summary:
+        return counted(summary["measured"]["prompts"], summary["measured"]["clips"])
+    return planned(summary["run"])
+
+
 def rivals(summary: dict[str, Any]) -> list[str]:
     """Everything but the reference."""
     return [name for name in summary["policies"] if name != summary["reference"]]
@@ -42,9 +49,11 @@ def compared(summary: dict[str, Any], name: str) -> Iterator[str]:
         for metric, value in metrics.items()
         if value["against_reference"] and value["mean"] is not None
     ]
-    pairs = max((value["n"] for value in metrics.values() if not value["sets"]), default=0)
+    alone = [value for value in metrics.values() if not value["sets"]]
+    most = max(alone, key=lambda value: value["n"], default={"n": 0})
     if near:
-        yield f"{name} against {reference}, over {counted(pairs)}: {', '.join(near)}."
+        over = counted(most["n"], most.get("clips"))
+        yield f"{name} against {reference}, over {over}: {', '.join(near)}."
     tested = {m: v["paired"] for m, v in metrics.items() if v["paired"]}
     level = summary["family"]["level"]
     sure = {m: t for m, t in tested.items() if t["p_holm"] is not None and t["p_holm"] <= level}
@@ -77,8 +86,9 @@ def drifting(summary: dict[str, Any], name: str) -> Iterator[str]:
         ends = found.get("start_end")
         if not value["against_reference"] or not ends or ends["mean"] is None:
             continue
-        spread = "1 prompt"
-        if ends["ci95"]:
+        if not ends["ci95"]:
+            spread = counted(ends["n"], ends.get("clips"))
+        else:
             low, high = sorted(map(abs, ends["ci95"]))
             if ends["ci95"][0] <= 0 <= ends["ci95"][1]:
                 continue

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from lightning_kv.stats.bootstrap import ceiling
 from lightning_kv.runs.candidates import EQUAL, LEVEL, Candidate, Recommendation
 from lightning_kv.runs.margins import Loss
+from lightning_kv.stats.bootstrap import ceiling
 
 NAMED = 6  # policies that were not chosen, the nearest first
 
@@ -15,9 +16,7 @@ def in_words(found: Recommendation) -> list[str]:
     """The answer, what it saves, what it costs, how sure that is, and what else there is."""
     said = chosen(found) if found.policy else refused(found)
     if found.measured < found.run["prompts"]:
-        said.insert(
-            1, f"The run is not finished: {found.measured} of {found.run['prompts']} prompts."
-        )
+        said.insert(1, f"The run is not finished: {found.measured} of {planned(found.run)}.")
     keeping = [one for one in found.candidates if one.keeps and one.policy != found.policy]
     if keeping:
         bars = " and ".join(f"{number(m)} {name}" for name, m in found.margins.items())
@@ -77,11 +76,13 @@ def why_none(found: Recommendation) -> str:
             f"No policy fits into {format_bytes(found.memory)}: the smallest, {least.policy}, "
             f"holds {format_bytes(least.bytes_peak)}."
         )
-    prompts = max((loss.n for one in found.candidates for loss in one.losses), default=0)
-    if ceiling(prompts) < LEVEL:
+    losses = [loss for one in found.candidates for loss in one.losses]
+    most = max(losses, key=lambda loss: loss.n, default=None)
+    if most is None or ceiling(most.n) < LEVEL:
+        prompts = counted(most.n, most.clips) if most else counted(0)
         return (
-            f"{counted(prompts)} cannot give {sureness(LEVEL)} confidence, so no policy is "
-            "recommended yet: it takes 5 or more."
+            f"{prompts} cannot give {sureness(LEVEL)} confidence, so no policy is recommended yet: "
+            "it takes 5 or more."
         )
     bars = " and ".join(f"{name} within {number(m)}" for name, m in found.margins.items())
     where = f" in {format_bytes(found.memory)}" if found.memory else ""
@@ -150,7 +151,7 @@ def loss_words(loss: Loss, reference: str) -> str:
     if loss.ci95 and loss.ci95[0] != loss.ci95[1]:
         low, high = loss.ci95
         spread = f" (95 % interval of the loss {number(low)} to {number(high)})"
-    said = f"{loss.metric} is {against}, {change}{spread} over {counted(loss.n)}"
+    said = f"{loss.metric} is {against}, {change}{spread} over {counted(loss.n, loss.clips)}"
     margin = number(loss.margin)
     if not loss.within:
         return f"{said}: more than the margin of {margin}."
@@ -206,13 +207,23 @@ def saved(share: float) -> str:
     return f"{percent(1 - share)} less"
 
 
-def counted(prompts: int) -> str:
-    """A number of prompts.
+def counted(prompts: int, clips: int | None = None) -> str:
+    """A number of prompts, and of the clips that they are means of where that is another.
 
-    >>> counted(1), counted(3)
-    ('1 prompt', '3 prompts')
+    >>> counted(1), counted(3, 3), counted(1, 6)
+    ('1 prompt', '3 prompts', '1 prompt (6 samples)')
     """
-    return "1 prompt" if prompts == 1 else f"{prompts} prompts"
+    samples = "" if clips is None or clips == prompts else f" ({clips} samples)"
+    return ("1 prompt" if prompts == 1 else f"{prompts} prompts") + samples
+
+
+def planned(run: dict[str, Any]) -> str:
+    """How many prompts a run is about, and samples of them.
+
+    >>> planned({"prompts": 8}), planned({"prompts": 1, "samples": 6})
+    ('8 prompts', '1 prompt (6 samples)')
+    """
+    return counted(run["prompts"], run["prompts"] * (run.get("samples") or 1))
 
 
 def upper(sentence: str) -> str:

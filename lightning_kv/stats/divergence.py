@@ -1,6 +1,6 @@
 """How a rollout leaves its reference over time: distance on a scale, when it starts, how it grows.
 
-Any distance does, such as :func:`lightning_kv.metrics.latents.latent_relative`.
+Any distance does, such as :func:`lightning_kv.metrics.functional.latent_relative`.
 """
 
 from __future__ import annotations

@@ -73,18 +73,21 @@ def make_run() -> Callable[..., PageRun]:
         pictured: int = 99,
         total: int | None = None,
         differences: bool = False,
+        samples: int = 1,
     ) -> PageRun:
         described = {"model": "panorama", "at": str(path)}
         mark, run = fingerprint(described), RunDirectory(path)
         policies = {name: {"name": name} for name in recall}
         run.open(mark, described, {"reference": "full", "policies": policies})
         run.config.write_text("prompts: 3  # <worlds>\n")
-        for number, prompt in enumerate(prompts):
-            key = f"k{number}"
+        for number, prompt in enumerate(prompts):  # `samples` in a row are of one prompt
+            unit, sample = f"k{number // samples * samples}", number % samples
+            key = f"{unit}#{sample}" if sample else unit
             for name, values in recall.items():
                 if number < len(values):
                     psnr = None if name == "full" else 20.0 + number
-                    run.append(0, a_record(name, key, prompt, values[number], psnr))
+                    clip = a_record(name, key, prompt, values[number], psnr)
+                    run.append(0, clip | ({"unit": unit} if samples > 1 else {}))
             if number < pictured:
                 grey = np.full((5, 16, 16, 3), 40 + 30 * number, np.uint8)
                 write_mp4(run.videos / f"{key}.mp4", grey, 8)
@@ -98,7 +101,8 @@ def make_run() -> Callable[..., PageRun]:
             policies=policies,
             metrics=METRICS,
             run={
-                "prompts": total or len(prompts),
+                "prompts": total or len(prompts) // samples,
+                **({"samples": samples} if samples > 1 else {}),
                 "frames": FRAMES,
                 "context_frames": 4,
                 "rate": 8.0,
@@ -168,7 +172,14 @@ def add_metrics() -> Callable[[PageRun], PageRun]:
             metrics = policy["metrics"]
             metrics |= {f"quality_{i}": a_metric(0.5 + number / 8) for i in range(16)}
             metrics["brightness"] = a_metric(0.25 + number / 8, None)
-            sets = {"sets": True, "n": 96, "n_real": 64, "se": 2.0, "against": "the real set"}
+            sets = {
+                "sets": True,
+                "n": 48,
+                "windows": 96,
+                "n_real": 64,
+                "se": 2.0,
+                "against": "the real set",
+            }
             metrics["fvd/panorama-encoder"] = a_metric(
                 120.5 + number, False, null=88.25, comparable=False, **sets
             )

@@ -101,7 +101,7 @@ def test_neutral_metrics_and_those_of_sets_rank_nothing(tmp_path, make_run, add_
 def test_where_only_fidelity_is_known_all_of_it_is_main(tmp_path, make_run) -> None:
     run = make_run(tmp_path, {"full": [None], "a": [None]}, ["x"])
     for policy in run.summary["policies"].values():
-        for name in ("ssim", "lpips/alex", "psnr_pooled"):
+        for name in ("ssim", "lpips/alex", "psnr_mean"):
             policy["metrics"][name] = dict(policy["metrics"]["psnr"])
     assert main_metrics(entries_of([run])) == ["psnr", "ssim", "lpips/alex"]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_kv.stats.drift import NAMES, drift
-from lightning_kv.runs.summary import MetricInfo, summarise
 from lightning_kv.runs.analysis import analyse
+from lightning_kv.runs.summary import MetricInfo, summarise
+from lightning_kv.stats.drift import NAMES, drift
 
 INFO = {
     "psnr": MetricInfo("dB", True, "-", against_reference=True),
@@ -180,6 +180,23 @@ def test_the_front_by_brute_force(run):
             assert told["a"] == {"front": True, "p": 1.0}, "nothing is cheaper"
 
 
+def test_every_front_is_of_its_own_cost():
+    """Equal quality, so that the cheapest stands alone: another policy for bytes, rows and time."""
+    costs = {"full": (9, 0.5, 0.1), "a": (3, 0.9, 0.5), "b": (6, 0.1, 0.9)}
+    records = []
+    for i, (name, (held, read, seconds)) in itertools.product(range(3), costs.items()):
+        clip = record(name, f"k{i}", {"recall": 0.5}, mib=held, seconds=seconds)
+        clip["cost"]["kv_read_fraction"] = read
+        records.append(clip)
+    found = analysed(records)["pareto"]["recall"]
+    for axis, best in (
+        ("kv_bytes_peak", "a"),
+        ("kv_read_fraction", "b"),
+        ("seconds_per_chunk_p50", "full"),
+    ):
+        assert found[axis] == {n: {"front": n == best, "p": float(n == best)} for n in costs}
+
+
 def test_one_prompt(run):
     metrics = {"recall": 0.5, "error": 0.25}
     found = analysed([record("full", "k", metrics), record("a", "k", metrics | {"recall": 0.25})])
@@ -192,6 +209,7 @@ def test_one_prompt(run):
         "p_holm": None,
         "d_z": None,
         "n": 1,
+        "clips": 1,
     }
     assert found["family"]["tests"] == 0
     assert found["policies"]["b"]["metrics"]["recall"]["paired"] is None
@@ -200,7 +218,7 @@ def test_one_prompt(run):
 def test_a_policy_without_clips_and_a_metric_without_values():
     records = [record(name, f"k{i}", {"recall": 0.5}) for i in range(3) for name in ("full", "a")]
     found = analysed(records)
-    assert found["policies"]["b"]["clips"] == {} and found["policies"]["b"]["drift"] == {}
+    assert found["policies"]["b"]["units"] == {} and found["policies"]["b"]["drift"] == {}
     assert found["policies"]["a"]["metrics"]["error"]["paired"] is None
     assert set(found["pareto"]["recall"]["kv_bytes_peak"]) == {"full", "a"}
     assert "error" not in found["pareto"]
@@ -219,7 +237,7 @@ def test_curves_in_which_nothing_counts():
         record(name, f"k{i}", {"recall": 0.5}, curves) for i in range(3) for name in ("full", "a")
     ]
     told = analysed(records)["policies"]["a"]["drift"]
-    assert told["recall"]["start_end"] == {"mean": None, "ci95": None, "n": 0}
+    assert told["recall"]["start_end"] == {"mean": None, "ci95": None, "n": 0, "clips": 0}
     assert told["recall"]["paired"] is None and told["psnr"]["start_end"]["mean"] is None
     assert told["error"] == {"paired": None}
 

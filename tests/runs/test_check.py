@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 
 from lightning_kv.cli import main
-from lightning_kv.stats.inference import non_inferiority
 from lightning_kv.runs.check import PASS, REGRESSION, THIN, check
+from lightning_kv.stats.inference import non_inferiority
 
 FACTS = {
     "recall": (True, False),
@@ -38,7 +38,7 @@ def summary(policies, reference="full", recipe="as ever"):
                     }
                     for metric in metrics
                 },
-                "clips": {
+                "units": {
                     f"k{i}": {metric: own[i] for metric, own in metrics.items()}
                     for i in range(max(map(len, metrics.values())))
                 },
@@ -187,14 +187,14 @@ def test_a_run_in_which_everything_fails_is_a_regression(files, margins):
 def test_prompts_that_are_missing_are_counted_over_all_policies(files):
     old = {"a": {"recall": base(8)}, "b": {"recall": base(8)}}
     new = summary(old)
-    del new["policies"]["b"]["clips"]["k3"], new["policies"]["b"]["clips"]["k7"]
+    del new["policies"]["b"]["units"]["k3"], new["policies"]["b"]["units"]["k7"]
     found = check(*files(new, summary(old)))
     assert found.code == THIN and found.missing == 2, "a gate must not reward gaps"
     assert found.words[0].startswith("INCOMPLETE")
     assert "2 prompts of the baseline missing" in found.words[2]
     none = copy.deepcopy(new)
     for policy in none["policies"].values():
-        policy["clips"] = {f"other {key}": value for key, value in policy["clips"].items()}
+        policy["units"] = {f"other {key}": value for key, value in policy["units"].items()}
     with pytest.raises(ValueError, match="No prompt has a value of recall under a in both"):
         check(*files(none, summary(old)), {"recall": 0.02})
 

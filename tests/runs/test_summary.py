@@ -62,7 +62,9 @@ RECORDS = [
 
 def test_the_schema_is_that_of_the_results() -> None:
     summary = summary_of(RECORDS)
-    assert list(summary) == ["schema", "fingerprint", "reference", "model", "run", "policies"]
+    assert list(summary) == [
+        *("schema", "fingerprint", "reference", "model", "run", "measured", "policies")
+    ]
     assert (summary["schema"], summary["fingerprint"], summary["reference"]) == (1, "abc", "full")
     assert (summary["model"], summary["run"]) == ({"name": "panorama"}, {"prompts": 3})
     assert list(summary["policies"]) == ["full", "random@9f"]
@@ -97,6 +99,7 @@ def test_metrics_in_closed_form() -> None:
         "mean": 25.0,
         "ci95": [10.0, 40.0],
         "n": 2,
+        "clips": 2,
         "unit": "dB",
         "higher_is_better": True,
         "recipe": "psnr of the clip",
@@ -107,6 +110,7 @@ def test_metrics_in_closed_form() -> None:
         "mean": None,
         "ci95": None,
         "n": 0,
+        "clips": 0,
         "unit": "share",
         "higher_is_better": True,
         "recipe": "share of columns",
@@ -117,6 +121,7 @@ def test_metrics_in_closed_form() -> None:
 
 def test_cost_in_closed_form() -> None:
     cost = summary_of(RECORDS)["policies"]["random@9f"]["cost"]
+    assert cost.pop("kv_kept_fraction") is None, "these records do not know it"
     # Chunks of the policy: .1 .2 .2 .3; of the reference on the same two clips: .2 .4 .4 .6.
     assert cost == pytest.approx(
         {

@@ -48,6 +48,19 @@ def test_few_prompts_are_named_as_the_reason():
     assert word == "mine: no sure difference in colour; it takes 7 or more to be sure of any."
 
 
+@pytest.mark.parametrize(("prompts", "few"), [(6, True), (7, False)])
+def test_as_many_prompts_as_it_takes_are_not_few(prompts, few):
+    colour = metric(0.5, n=prompts, against=False, paired=change(0.2, 0.25))
+    (word,) = said({"colour": colour}, prompts=prompts)
+    assert ("it takes 7 or more" in word) == few
+
+
+def test_drift_of_one_prompt_says_how_many_samples_it_is_of():
+    ends = {"start_end": {"mean": 1.0, "ci95": None, "n": 1, "clips": 6}}
+    (word,) = [w for w in said({"psnr": metric(30.0)}, {"psnr": ends}) if "15 %" in w]
+    assert word.endswith("(1 prompt (6 samples)).")
+
+
 def test_distances_of_sets():
     far = metric(12.5, against=False, sets=True, null=2.0) | {"against": "the real set"}
     words = said({"fvd": far, "kvd": far | {"mean": None}})
