@@ -86,7 +86,7 @@ def evaluate_command(words: list[str]) -> None:
     from lightning_kv.tasks.options import EvaluateOptions
 
     options = parse("evaluate", EvaluateOptions, words)
-    from lightning_kv.tasks.evaluate import evaluate
+    from lightning_kv.commands.evaluate import evaluate
 
     quiet()
     summary = evaluate(options)

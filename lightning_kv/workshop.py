@@ -253,10 +253,8 @@ def device_of(accelerator: str) -> str:
     Raises:
         ValueError: There is none.
     """
-    import torch
+    from lightning_kv.tasks.launch import resolved
 
     if accelerator not in ("auto", "cpu", "gpu"):
         raise ValueError(f"--accelerator {accelerator!r} is unknown. Use cpu, gpu or auto.")
-    if accelerator == "gpu" and not torch.cuda.is_available():
-        raise ValueError("--accelerator gpu: there is no CUDA GPU here. Use cpu or auto.")
-    return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    return "cuda" if resolved(accelerator) == "gpu" else "cpu"

@@ -25,12 +25,14 @@ def compare_command(words: list[str]) -> None:
         size="resize" if chosen.pop("resize") else "equal",
         **chosen,
     )
+    from lightning_kv.commands.compare import compare
     from lightning_kv.report.table import render_tables
     from lightning_kv.runs.verdict import verdict
-    from lightning_kv.tasks.compare import compare
 
     quiet()
     found, out = compare(options), console()
+    if not found.summary:  # another rank tells
+        return
     out.print(render_tables(found.summary))
     say(out, verdict(found.summary, found.run.records()))
     if notes := [*found.notes, *(f"Skipped: {why}" for why in found.skipped)]:
@@ -73,6 +75,10 @@ def compare_words() -> Words:
     )
     parser.add_argument("--videos", metavar="N", type=int, default=3, help="moving pictures (3)")
     parser.add_argument("--threads", metavar="N", type=int, default=1, help="CPU threads (1)")
+    parser.add_argument(
+        "--workers", metavar="N", type=int, default=0, help="processes that read ahead (0)"
+    )
+    parser.add_argument("--devices", metavar="N", help="processes (CPU) or GPUs (1)")
     add_license(parser)
     parser.add_argument(
         "--accelerator", metavar="NAME", default="auto", help="cpu, gpu, or auto (auto)"

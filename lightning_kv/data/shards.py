@@ -1,7 +1,6 @@
 """Prompt shards: tar files of prompts, with an index that says what must be in them.
 
-Every rank reads every tar (prompts are small) and keeps each ``world``-th prompt, so any number of
-ranks and workers sees every prompt exactly once.
+Prompts are small, so every rank reads every tar; who gets which is decided afterwards.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import webdataset
-from torch.utils.data import get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 SCHEMA = 1
@@ -193,20 +191,12 @@ def prompt_key(text: str, world_seed: int) -> str:
 
 
 class PromptShards(webdataset.DataPipeline):
-    """The prompts of a set in their fixed order, each seen by exactly one rank and worker.
-
-    The set is cut to its first ``limit`` prompts, finished ones are left out, and what remains is
-    dealt out one by one. Leaving out before dealing makes a resumed run independent of the number
-    of ranks of the run before.
+    """The prompts of a set in their fixed order.
 
     Args:
         index: The set, from `read_index`.
         seed: Seed of the worlds.
-        limit: How many prompts of the set belong to the run; None for all.
-        skip: Prompt keys that are finished.
-        rank: Number of this process; given, not looked up, because not every launcher sets the
-            environment before the first prompt is read.
-        world: Number of processes.
+        limit: How many prompts of the set belong to the run, from its beginning; None for all.
     """
 
     def __init__(
@@ -215,9 +205,6 @@ class PromptShards(webdataset.DataPipeline):
         *,
         seed: int = 0,
         limit: int | None = None,
-        skip: Collection[str] = (),
-        rank: int = 0,
-        world: int = 1,
     ) -> None:
         super().__init__(
             partial(_open_shards, index.paths),
@@ -225,8 +212,6 @@ class PromptShards(webdataset.DataPipeline):
             group_by_keys,
             partial(_first, limit=limit),
             partial(_prompts, seed=seed),
-            partial(_unfinished, skip=frozenset(skip)),
-            partial(_dealt, rank=rank, world=world),
         )
 
 
@@ -254,16 +239,6 @@ def _prompts(source: Iterable[dict[str, Any]], seed: int) -> Iterator[PromptSamp
         text = _text_of(record, f"{sample['__key__']!r} of {sample['__url__']}")
         world_seed = world_seed_of(seed, sample["__key__"])
         yield PromptSample(prompt_key(text, world_seed), text, world_seed)
-
-
-def _unfinished(source: Iterable[PromptSample], skip: frozenset[str]) -> Iterator[PromptSample]:
-    return (sample for sample in source if sample.key not in skip)
-
-
-def _dealt(source: Iterable[PromptSample], rank: int, world: int) -> Iterator[PromptSample]:
-    worker = get_worker_info()
-    number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-    return islice(source, rank * workers + number, None, world * workers)
 
 
 def _check_set(samples: list[tuple[str, Mapping[str, Any]]], name: str, per_shard: int) -> None:

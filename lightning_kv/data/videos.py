@@ -7,6 +7,7 @@ torchvision, wrote into it. Chroma is upsampled bilinearly at its declared site 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +93,15 @@ class VideoInfo:
     def source(self) -> str:
         """Where the pixels come from, as results record it."""
         return f"decoded:{self.codec}"
+
+
+def checksum(path: str | Path) -> str:
+    """SHA-256 of a file, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def probe(path: str | Path) -> VideoInfo:

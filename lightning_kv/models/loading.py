@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ def load_model(
                 f"{name!r} has a text encoder and a codec of its own, and text={text!r}, "
                 f"vae={vae!r} were given. Leave both out: they are for Wan models."
             )
-        return load_embedded(source.weights, device, precision or "float32")
+        return replace(load_embedded(source.weights, device, precision or "float32"), name=name)
     precision = precision or "reference"
     check_memory(source.config, precision, device)
     text = text or source.text
@@ -80,7 +81,7 @@ def load_model(
     network = network.cast(precision).eval().requires_grad_(False).to(device)
     told = {"text": getattr(encoder, "fingerprint", None), "vae": codec and codec.fingerprint}
     told = {what: mark for what, mark in told.items() if mark}
-    return VideoModel(network, codec, encoder, identity(checkpoint, precision) | told)
+    return VideoModel(network, codec, encoder, identity(checkpoint, precision) | told, name)
 
 
 def check_places(name: str, source: Source, text: Path | Encoder | None) -> None:

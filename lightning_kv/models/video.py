@@ -37,9 +37,11 @@ class VideoModel:
         encoder: Prompts to text states.
         source: What its numbers come from: checksums, chosen keys, precision. Part of a run's
             fingerprint.
+        name: What it is called in results.
     """
 
     network: CausalWan
     codec: Codec | None
     encoder: Encoder
     source: dict[str, str] = field(default_factory=dict)
+    name: str = "a model"

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.budgets import Amount
 from lightning_kv.policies.registry import load_policy
 from lightning_kv.policies.scored import ScoredPart
-from lightning_kv.tasks.options import EvaluateOptions
 
-Spec = str | dict[str, Any]
+Spec = str | dict[str, Any] | CachePolicy
 
 
-def chosen_policies(options: EvaluateOptions) -> tuple[dict[str, CachePolicy], CachePolicy]:
+def chosen_policies(
+    policies: Sequence[Spec],
+    reference: Spec = "full",
+    budgets: str | list[str | float] | None = None,
+) -> tuple[dict[str, CachePolicy], CachePolicy]:
     """Policies by name, and the reference.
+
+    Args:
+        policies: Names, files, plain data, or policies.
+        reference: The same of the reference.
+        budgets: Crossed with every policy whose budget is not named.
 
     Raises:
         ValueError: One is unknown, a budget cannot be crossed, or another policy is called like
             the reference.
     """
-    if not options.policies:
+    if not policies:
         raise ValueError(
             "No policies to evaluate: [] was given. Try --policies [sliding-window@9f]."
         )
-    policies = [load_policy(spec) for spec in options.policies]
-    if options.budgets is not None:
-        policies = crossed(policies, read_budgets(options.budgets))
-    found, reference = by_name(policies), load_policy(options.reference)
+    loaded = [_policy(spec) for spec in policies]
+    if budgets is not None:
+        loaded = crossed(loaded, read_budgets(budgets))
+    found, reference = by_name(loaded), _policy(reference)
     if found.get(reference.name, reference) != reference:
         raise ValueError(
             f"A policy is called {reference.name!r} like the reference, but is another one: "
@@ -39,7 +47,7 @@ def chosen_policies(options: EvaluateOptions) -> tuple[dict[str, CachePolicy], C
             f"The reference {reference.name!r} needs {', '.join(reference.needs)} of a reference "
             "rollout, which it would have to be itself. Give --reference full."
         )
-    if needs := needs_of(policies):
+    if needs := needs_of(loaded):
         whole = all(getattr(reference, k).name == "everything" for k in ("retain", "select"))
         if not whole:
             raise ValueError(
@@ -48,6 +56,10 @@ def chosen_policies(options: EvaluateOptions) -> tuple[dict[str, CachePolicy], C
                 "them. Give --reference full."
             )
     return found, reference
+
+
+def _policy(spec: Spec) -> CachePolicy:
+    return spec if isinstance(spec, CachePolicy) else load_policy(spec)
 
 
 def needs_of(policies: Iterable[CachePolicy]) -> dict[str, dict[str, Any]]:

@@ -1,41 +1,36 @@
-"""Compare videos that somebody else made: the metrics and statistics of a run, without a model."""
+"""Measure videos that somebody else made, each against its partner, while their frames go by."""
 
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor
 
+from lightning_kv.data.datamodule import PIECE, VideoPairDataModule
 from lightning_kv.data.pairs import Alignment, read_pair
-from lightning_kv.data.videos import VideoError, VideoInfo, probe, read
-from lightning_kv.metrics import PixelMetric, Suite
+from lightning_kv.data.video_pairs import PairedClip, Piece, alignable, shortest
+from lightning_kv.data.videos import VideoError
 from lightning_kv.metrics.backbones import Backbone
-from lightning_kv.metrics.base import Block, noting, read_clip
-from lightning_kv.metrics.windows import Windows, passing
-from lightning_kv.runs.directory import Record, RunDirectory, fingerprint
-from lightning_kv.tasks.comparison import about, check_counts, describe, usual
-from lightning_kv.tasks.featured import (
-    featured,
-    policy_folder,
-    read_real,
-    real_videos,
-    write_features,
-)
+from lightning_kv.metrics.base import VideoMetric
+from lightning_kv.metrics.reading import ClipReader, noting
+from lightning_kv.metrics.registry import Suite
+from lightning_kv.metrics.windows import Windows
+from lightning_kv.runs.verdict import FILES
+from lightning_kv.tasks.adapter import Measured
+from lightning_kv.tasks.callbacks import PicturedCallback
+from lightning_kv.tasks.clip_module import ClipModule, ClipResult
 from lightning_kv.tasks.film import Rows, film, filmed
-from lightning_kv.tasks.launch import resolved
-from lightning_kv.tasks.options import CompareOptions
-from lightning_kv.tasks.overview import conclude
-from lightning_kv.tasks.pairing import Clip, Infos, Videos, alignable, find_videos, shortest
 from lightning_kv.tasks.progress import FrameProgress
+from lightning_kv.tasks.real import real_videos
 from lightning_kv.tasks.results import fitted
 
-PIECE = 4  # frames read at a time: metrics make several float64 copies of them
 UNKNOWN = {  # what a rollout cost cannot be seen in its video
     "kv_bytes_peak": None,
     "kv_bytes_mean": None,
@@ -49,280 +44,304 @@ UNKNOWN = {  # what a rollout cost cannot be seen in its video
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Compared:
-    """What a comparison found.
+class CompareModule(ClipModule):
+    """Measures videos, the reference alone and candidates against it.
+
+    Run it with ``Trainer(...).test(module, datamodule=VideoPairDataModule(...))``.
 
     Args:
-        run: Where it is.
-        summary: Content of ``summary.json``.
-        notes: What has no partner, and which metrics cannot judge some of the videos.
-        skipped: What could not be read or compared, and why.
-    """
-
-    run: RunDirectory
-    summary: dict[str, Any]
-    notes: tuple[str, ...]
-    skipped: tuple[str, ...]
-
-
-def compare(options: CompareOptions) -> Compared:
-    """Measure every video against its partner; go on with what an earlier call left unfinished.
+        names: The reference, then the candidates.
+        reference: Name of the reference.
+        metrics: Names and metrics; all that tell two videos apart and need no weights where None.
+        paired: Whether candidates have partners.
+        prompts: Whether every clip has a prompt.
+        alignment: What is done where two videos differ; part of the recipes.
+        places: Folder or table that the videos of a name come from, for the report.
+        real: Folder of real videos that sets are compared with; the reference where None.
+        accept_license: Licences accepted for weights that forbid commercial use.
+        strict: Whether a video that cannot be read, compared or judged is an error.
 
     Raises:
-        ValueError: Anything that does not fit, before anything is written; and where ``strict``, a
-            video that cannot be read, compared or judged, now or in an earlier call.
+        ValueError: A metric is unknown, or needs what videos do not have.
     """
-    check_counts(options)
-    torch.set_num_threads(options.threads)
-    alignment = Alignment(options.length, options.size, options.fps)
-    videos = find_videos(options)
-    known = {"pixels", "fps"} | (set() if options.unpaired else {"reference_pixels"})
-    if all(clip.prompt for clip in videos.clips):
-        known.add("prompt")
-    metrics = usual(options) if options.metrics is None else options.metrics
-    suite = Suite(metrics, known, options.accept_license)
-    real = real_videos(options.real, suite)
-    device = "cuda" if resolved(options.accelerator) == "gpu" else "cpu"
-    infos = {path: probed(path, options.strict) for path in paths_of(videos)}
-    described = describe(options, videos, suite, infos, real, device)
-    run = RunDirectory(options.out)
-    run.open(fingerprint(described), described, about(options, videos, suite, infos, device))
-    job = _Job(run, suite, alignment, infos, options.strict, device)
-    unread = read_real(run, real, job.encoders)
-    if options.strict:
-        refuse_skipped(unread, run.records())
-    done = job.finished()
-    seen = set(sorted({clip.key for clip in videos.clips})[: options.videos])
-    with FrameProgress(job.frames(videos, done)) as job.progress:
-        for clip in videos.clips:
-            job.clip(clip, videos, done)
-            if clip.key in seen:
-                job.film(clip, videos)
-    records = run.records()
-    notes = (*videos.notes, *unjudged(records))
-    return Compared(run, conclude(run), notes, (*unread, *failures(records)))
-
-
-class _Job:
-    """Measures clips and writes their records."""
-
-    progress: FrameProgress
 
     def __init__(
         self,
-        run: RunDirectory,
-        suite: Suite,
-        alignment: Alignment,
-        infos: Infos,
-        strict: bool,
-        device: str,
+        names: Sequence[str],
+        reference: str,
+        metrics: Sequence[Any] | None = None,
+        *,
+        paired: bool = True,
+        prompts: bool = False,
+        alignment: Alignment | None = None,
+        places: Mapping[str, str] | None = None,
+        real: str | Path | None = None,
+        accept_license: Sequence[str] = (),
+        strict: bool = False,
     ) -> None:
-        self.run, self.alignment, self.infos, self.strict = run, alignment, infos, strict
-        self.failed = {(r["policy"], r["key"]) for r in run.records() if r["failure"]}
-        self.metrics: dict[str, PixelMetric] = {
-            name: metric.to(device) for name, metric in suite.clip_metrics().items()
-        }
-        self.encoders = {name: each.to(device) for name, each in suite.encoders().items()}
-        self.sets = {n: suite.made[n].name for n in suite.made if suite.choices[n].of_sets}
-
-    def finished(self) -> set[tuple[str, str]]:
-        """What an earlier call has left nothing to do for, by name and key."""
-        return {
-            (record["policy"], record["key"])
-            for record in self.run.records()
-            if record["failure"]
-            or not self.encoders
-            or featured(policy_folder(self.run, record["policy"]), record["key"])
-        }
-
-    def frames(self, videos: Videos, done: set[tuple[str, str]]) -> int:
-        """Frames that are left to read."""
-        limits = {clip.key: shortest(clip, self.infos, self.alignment) for clip in videos.clips}
-        return sum(
-            limits[key] or self.infos[path].frames
-            for name, paths in videos.files.items()
-            for key, path in paths.items()
-            if (name, key) not in done and isinstance(self.infos[path], VideoInfo)
+        known = {"pixels", "fps"} | ({"reference_pixels"} if paired else set())
+        chosen = usual(paired) if metrics is None else metrics
+        suite = Suite(chosen, known | ({"prompt"} if prompts else set()), accept_license)
+        super().__init__(
+            suite, names, reference, real_videos(None if real is None else Path(real), suite)
         )
+        self.paired, self.alignment, self.strict = paired, alignment or Alignment(), strict
+        self.places = dict(places or {})
+        self._reading: dict[tuple[str, str], _Reading] = {}
 
-    def clip(self, clip: Clip, videos: Videos, done: set[tuple[str, str]]) -> None:
-        """Measure what is not measured of a clip: the reference alone, candidates against it."""
-        if clip.reference is not None and (videos.reference, clip.key) not in done:
-            self._measure(videos.reference, clip, clip.reference, None)
-        for name, path in clip.candidates.items():
-            if (name, clip.key) not in done:
-                self._measure(name, clip, path, clip.reference)
+    def describe(self) -> dict[str, Any]:
+        """Everything that the numbers depend on beside the data."""
+        return {"reference": self.reference_name}
 
-    def _measure(self, name: str, clip: Clip, path: Path, reference: Path | None) -> None:
-        prompt = clip.prompt or clip.key
-        record = {"policy": name, "key": clip.key, "prompt": prompt, "cost": UNKNOWN}
-        if clip.prompt:  # several samples of one prompt are no independent clips
-            record["unit"] = clip.prompt
-        empty = {"metrics": dict.fromkeys(self.metrics), "curves": {}}
-        try:
-            found = self._read(name, clip, path, reference)
-        except ValueError as error:
-            if self.strict:
-                raise
-            log.warning("Skipped: %s", error)
-            self.failed.add((name, clip.key))
-            found = empty | {"failure": str(error)}
-        self.run.append(0, record | found)
-
-    def _read(self, name: str, clip: Clip, path: Path, reference: Path | None) -> dict[str, Any]:
-        """Everything about one video, in one pass over its frames."""
-        able = {
-            key: metric
-            for key, metric in self.metrics.items()
-            if reference is not None or not metric.against_reference()
-        }
-        info, problems = self._info(path), None if self.strict else {}
-        windows = {key: _Windows(each, key, problems) for key, each in self.encoders.items()}
-        self.progress.begin(f"{name} {clip.key}")
-        limit = shortest(clip, self.infos, self.alignment)
-        blocks = self.progress.counted(self._blocks(info, reference, limit))
-        shown = passing(blocks, list(windows.values()))
-        curves = read_clip(able, shown, clip.prompt or None, float(info.fps), problems)
-        values = {key: able[key].value(curve) for key, curve in curves.items()}
-        features = {key: each.features() for key, each in windows.items()}
-        write_features(policy_folder(self.run, name), clip.key, features)
+    def about(self) -> dict[str, Any]:
+        """What a report must know."""
         return {
-            "metrics": dict.fromkeys(self.metrics) | values,
-            "curves": {key: _plain(curve) for key, curve in curves.items()},
-            "problems": self._named(problems or {}),
-            "failure": None,
+            "policies": {name: {"folder": self.places.get(name, name)} for name in self.names},
+            "run": {
+                "context_frames": 0,
+                "alignment": asdict(self.alignment),
+                "unpaired": not self.paired,
+            },
+            "model": {"name": FILES},
         }
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What is known about the metrics; how videos were brought together is of the recipe."""
+        facts = super().facts()
+        if not self.paired or self.alignment == Alignment():
+            return facts
+        way = self.alignment.recipe
+        return {
+            name: each | {"recipe": each["recipe"] and f"{each['recipe']}; {way}"}
+            for name, each in facts.items()
+        }
+
+    def on_test_start(self) -> None:
+        """Show the real videos to the encoders.
+
+        Raises:
+            ValueError: One cannot be used and the module is strict, or none can.
+        """
+        super().on_test_start()
+        if self.strict and self.skipped:
+            raise ValueError(
+                f"{len(self.skipped)} real videos cannot be used, which --strict does not allow. "
+                f"The first: {self.skipped[0]}. Repair or remove them, or leave --strict out."
+            )
+
+    def forget(self) -> None:
+        """Start anew: no clip is known, and none is half read."""
+        super().forget()
+        self._reading.clear()
+
+    def test_step(self, batch: Piece, batch_idx: int) -> dict[str, list[ClipResult]]:
+        """Some frames of a video; what is measured of it comes with the last of them.
+
+        Args:
+            batch: The frames.
+            batch_idx: Unused.
+
+        Returns:
+            A :class:`~lightning_kv.tasks.clip_module.ClipResult`, or nothing yet, under ``clips``.
+        """
+        place = (batch.name, batch.key)
+        if batch.failure and self.strict:
+            raise VideoError(batch.failure)
+        if place not in self._reading:
+            self._reading[place] = self._begin(batch)
+        reading = self._reading[place]
+        if not batch.failure:
+            reading.read(batch)
+        if not batch.ends:
+            return {"clips": []}
+        del self._reading[place]
+        result = self._result(batch, reading)
+        self.add(result)
+        return {"clips": [result]}
+
+    def _begin(self, piece: Piece) -> _Reading:
+        able = {
+            name: metric
+            for name, metric in self.metrics_of(piece.name).items()
+            if piece.target is not None or not metric.against_reference()
+        }
+        return _Reading(able, self.encoders, piece, None if self.strict else {})
+
+    def _result(self, piece: Piece, reading: _Reading) -> ClipResult:
+        names = [*self.metrics_of(piece.name)]
+        measured = Measured(dict.fromkeys(names))
+        if piece.failure:
+            log.warning("Skipped: %s", piece.failure)
+        else:
+            measured = reading.measured(names)
+            measured.problems = self._named(measured.problems)
+        return ClipResult(
+            name=piece.name,
+            key=piece.key,
+            unit=piece.unit,
+            prompt=piece.prompt or piece.key,
+            measured=measured,
+            cost=dict(UNKNOWN),
+            failure=piece.failure,
+            last=piece.last,
+        )
 
     def _named(self, problems: Mapping[str, str]) -> dict[str, str]:
         """Problems by metric: those of an encoder are of every metric that looks through it."""
-        names = {name: self.sets.get(name, name) for name in (*self.metrics, *self.sets)}
-        return {name: problems[of] for name, of in names.items() if of in problems}
+        through = {name: self.suite.encoder_of(name) for name in self.suite.set_metrics()}
+        of = {name: name for name in self.suite.clip_metrics()} | through
+        return {name: problems[each] for name, each in of.items() if each in problems}
 
-    def _blocks(
-        self, info: VideoInfo, reference: Path | None, limit: int | None
-    ) -> Iterator[Block]:
-        """Frames of a video as floats, with those of its reference."""
-        if reference is None:
-            for (pixels,) in cut(((block,) for block in read(info, PIECE)), limit):
-                yield _floats(pixels), None
-            return
-        pairs = read_pair(self._info(reference), info, self.alignment, PIECE)
-        for right, judged in cut(pairs, limit):
-            yield _floats(judged), _floats(right)
 
-    def film(self, clip: Clip, videos: Videos) -> None:
-        """A moving picture of a clip and its candidates, unless it is there.
+class _Reading:
+    """One video whose frames go by."""
 
-        What has failed is left out.
-        """
-        reference = self.infos.get(clip.reference)
+    def __init__(
+        self,
+        metrics: Mapping[str, VideoMetric],
+        encoders: Mapping[str, Backbone],
+        piece: Piece,
+        problems: dict[str, str] | None,
+    ) -> None:
+        self.metrics, self.problems = metrics, problems
+        self.reader = ClipReader(metrics, piece.prompt or None, piece.fps, problems)
+        self.windows = {name: Windows(encoder) for name, encoder in encoders.items()}
+
+    def read(self, piece: Piece) -> None:
+        """Show the frames to metrics and encoders."""
+        pixels, target = floats(piece.pixels), piece.target
+        self.reader.read((pixels, None if target is None else floats(target)))
+        for name in list(self.windows):
+            with noting(self.problems, name):
+                self.windows[name].add(pixels)
+                continue
+            del self.windows[name]  # it cannot judge this video
+
+    def measured(self, names: Sequence[str]) -> Measured:
+        """What was found."""
+        curves = self.reader.curves()
+        values = {name: self.metrics[name].value(curve) for name, curve in curves.items()}
+        found = {name: each.features() for name, each in self.windows.items()}
+        return Measured(dict.fromkeys(names) | values, curves, found, dict(self.problems or {}))
+
+
+class PairVideos(PicturedCallback):
+    """Writes moving pictures of the first clips: all videos side by side, and their differences.
+
+    Args:
+        out: Run directory.
+        prompts: How many clips get one; None for all.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: CompareModule, stage: str) -> None:
+        """Know which."""
+        super().setup(trainer, pl_module, stage)
+        self.data: VideoPairDataModule = trainer.datamodule
+        self.clips = {clip.key: clip for clip in self.data.videos.clips}
+
+    def lacking(self, trainer: L.Trainer, module: ClipModule, keys: Collection[str]) -> set[str]:
+        """Clips whose moving picture is missing and could be made."""
+        data, shown = trainer.datamodule, self.pictured(trainer, module)
+        return {
+            clip.key
+            for clip in data.videos.clips
+            if clip.key in keys
+            and clip.key in shown
+            and not filmed(self.run, clip.key)
+            and alignable(clip, data.infos, data.alignment)
+        }
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: CompareModule, outputs: Any, *_: Any
+    ) -> None:
+        """Read the videos of a finished clip once more; what has failed is left out."""
+        for result in outputs["clips"]:
+            if result.failure:
+                self.pending.setdefault(result.key, {})[result.name] = result.failure
+            if result.last and result.key in self.keys and not filmed(self.run, result.key):
+                failed = self.pending.pop(result.key, {})
+                self._film(self.clips[result.key], pl_module.reference_name, failed)
+
+    def _film(self, clip: PairedClip, base: str, failed: Mapping[str, str]) -> None:
+        data = self.data
+        reference = data.infos.get(clip.reference)
         able = {
             name: info
-            for name, info in alignable(clip, self.infos, self.alignment).items()
-            if (name, clip.key) not in self.failed
+            for name, info in alignable(clip, data.infos, data.alignment).items()
+            if name not in failed
         }
-        if not able or filmed(self.run, clip.key):
+        if not able or base in failed:
             return
-        limit = shortest(clip, self.infos, self.alignment) or reference.frames
-        names = [videos.reference, *able]
+        limit = shortest(clip, data.infos, data.alignment) or reference.frames
 
-        def rows() -> Iterator[Rows]:
-            pairs = [read_pair(reference, info, self.alignment, PIECE) for info in able.values()]
-            shown = (
-                (each[0][0], *(judged for _, judged in each)) for each in zip(*pairs, strict=False)
-            )
-            for pieces in cut(shown, limit):
-                yield [
-                    (name, fitted(_floats(pixels), 480))
-                    for name, pixels in zip(names, pieces, strict=True)
-                ]
+        def rows() -> Any:
+            streams = [read_pair(reference, info, data.alignment, PIECE) for info in able.values()]
+            left = limit
+            for pairs in zip(*streams, strict=False):
+                shown = (pairs[0][0], *(judged for _, judged in pairs))
+                frames = min(left, *map(len, shown))
+                if not frames:
+                    return
+                yield panels([base, *able], shown, frames)
+                left -= frames
 
-        film(self.run, clip.key, rows, limit, float(reference.fps), videos.reference)
-
-    def _info(self, path: Path) -> VideoInfo:
-        info = self.infos[path]
-        if isinstance(info, VideoError):
-            raise info
-        return info
+        film(self.run, clip.key, rows, limit, float(reference.fps), base)
 
 
-class _Windows(Windows):
-    """Windows of an encoder that may be unable to judge a clip, which then has none."""
-
-    def __init__(self, encoder: Backbone, name: str, problems: dict[str, str] | None) -> None:
-        super().__init__(encoder)
-        self.name, self.problems = name, problems
-
-    def add(self, pixels: Tensor) -> None:
-        if self.problems is None or self.name not in self.problems:
-            with noting(self.problems, self.name):
-                super().add(pixels)
-                return
-        self.held, self.found = [], []
-
-
-def cut(pieces: Iterable[tuple[Tensor, ...]], limit: int | None) -> Iterator[tuple[Tensor, ...]]:
-    """As many frames of the videos as the shortest piece has each time, up to a limit."""
-    left = sys.maxsize if limit is None else limit
-    for piece in pieces:
-        frames = min(left, *map(len, piece))
-        if not frames:
-            return
-        yield tuple(pixels[:frames] for pixels in piece)
-        left -= frames
-
-
-def _floats(pixels: Tensor) -> Tensor:
-    return pixels.float() / 255
-
-
-def _plain(curve: Tensor) -> list[float | None]:
-    return [None if value != value else value for value in curve.tolist()]
-
-
-def probed(path: Path, strict: bool) -> VideoInfo | VideoError:
-    """What a file holds, or why it cannot be read."""
-    try:
-        return probe(path)
-    except VideoError as error:
-        if strict:
-            raise
-        return error
-
-
-def paths_of(videos: Videos) -> list[Path]:
-    """Every file once."""
-    return list(dict.fromkeys(path for own in videos.files.values() for path in own.values()))
-
-
-def failures(records: Iterable[Record]) -> list[str]:
-    """The videos that could not be used, and why."""
-    return [f"{r['policy']} {r['key']}: {r['failure']}" for r in records if r.get("failure")]
-
-
-def unjudged(records: Iterable[Record]) -> list[str]:
-    """The metrics that cannot judge some of the videos, and why."""
-    found: dict[str, list[str]] = {}
-    for record in records:
-        for metric, why in (record.get("problems") or {}).items():
-            found.setdefault(metric, []).append(f"{record['policy']} {record['key']}: {why}")
+def panels(names: Sequence[str], shown: Sequence[Tensor], frames: int) -> Rows:
+    """Some frames of several videos, small enough to stand side by side."""
     return [
-        f"{metric} has no value for {len(videos)} videos. The first: {videos[0]}"
-        for metric, videos in found.items()
+        (name, fitted(floats(pixels[:frames]), 480))
+        for name, pixels in zip(names, shown, strict=True)
     ]
 
 
-def refuse_skipped(unread: Iterable[str], records: Iterable[Record]) -> None:
-    """Refuse to go on where an earlier call skipped something, or the real set has a bad file.
+class FrameProgressBar(ProgressBar):
+    """A line with the frames that are read, and the time left; silent without a terminal."""
 
-    Raises:
-        ValueError: It has.
-    """
-    records = list(records)
-    if skipped := [*unread, *failures(records), *unjudged(records)]:
-        raise ValueError(
-            f"{len(skipped)} videos or metrics were skipped, which --strict does not allow. The "
-            f"first: {skipped[0].rstrip('.')}. Leave --strict out, or repair this and compare into "
-            "a new directory."
-        )
+    def __init__(self) -> None:
+        super().__init__()
+        self.bar: FrameProgress | None = None
+
+    def disable(self) -> None:
+        """Show nothing: ranks above 0."""
+
+    def enable(self) -> None:
+        """Show again."""
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: CompareModule) -> None:
+        """Begin the line."""
+        self.bar = FrameProgress(trainer.datamodule.frames_left(), trainer.is_global_zero)
+        self.bar.__enter__()
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: CompareModule, outputs: Any, batch: Piece, *_: Any
+    ) -> None:
+        """Count frames."""
+        self.bar.count(f"{batch.name} {batch.key}", len(batch.pixels))
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: CompareModule) -> None:
+        """Leave the terminal tidy."""
+        self._close()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: CompareModule, exception: BaseException
+    ) -> None:
+        """Leave the terminal tidy, after an error too."""
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.__exit__()
+            self.bar = None
+
+
+def usual(paired: bool) -> list[str]:
+    """Metrics where nobody says: all that tell two videos apart and need no weights."""
+    alone = ["temporal_flicker", "sharpness", "brightness", "colourfulness"]
+    return ["psnr", "ssim", *alone] if paired else alone
+
+
+def floats(pixels: Tensor) -> Tensor:
+    """8-bit pixels in [0, 1]."""
+    return pixels.to(torch.float32) / 255

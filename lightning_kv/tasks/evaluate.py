@@ -1,85 +1,211 @@
-"""Evaluate cache policies: one clip per prompt and policy, from the same prompt and noise."""
+"""Evaluate cache policies: a clip per prompt, noise and policy, from the same prompt and noise."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-import numpy as np
-import torch
-from torch import nn
+from torch import Tensor
 
 from lightning_kv.cache.probe import AttentionProbe
-from lightning_kv.cache.session import Watch
-from lightning_kv.cache.trace import Trace
-from lightning_kv.data.datamodule import PromptData, PromptSample
-from lightning_kv.metrics import Suite
-from lightning_kv.models.loading import check_memory, load_model
-from lightning_kv.models.samplers import ChunkPlan
-from lightning_kv.models.sources import Source, find_model
+from lightning_kv.cache.session import CacheSession, Watch
+from lightning_kv.data.datamodule import PromptDataModule, RolloutItem
+from lightning_kv.metrics.registry import Suite
+from lightning_kv.models.codec import PatchCodec
+from lightning_kv.models.loading import load_model
+from lightning_kv.models.samplers import NOISE_REVISION
 from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.base import CachePolicy
-from lightning_kv.policies.registry import load_policy
+from lightning_kv.policies.registry import load_policy, policy_to_dict
 from lightning_kv.rollout import Rollout, rollout, together
-from lightning_kv.runs.directory import RunDirectory, fingerprint, write_atomic
-from lightning_kv.runs.traces import write_traces
-from lightning_kv.runs.video import Frames
+from lightning_kv.tasks.adapter import Clip, Measured, features, measure
 from lightning_kv.tasks.choices import chosen_policies, needs_of
+from lightning_kv.tasks.clip_module import ClipModule, ClipResult
 from lightning_kv.tasks.clock import read_size
-from lightning_kv.tasks.featured import read_real, real_videos
-from lightning_kv.tasks.launch import is_first, launched
-from lightning_kv.tasks.options import EvaluateOptions, TrainerOptions
-from lightning_kv.tasks.overview import conclude
-from lightning_kv.tasks.progress import RolloutProgress
-from lightning_kv.tasks.recording import Recorder
-from lightning_kv.tasks.results import about, describe, fitted
+from lightning_kv.tasks.real import real_videos
+from lightning_kv.tasks.results import broken, cost, plugged
 from lightning_kv.tasks.scenes import Start, stack_context, start_of
-from lightning_kv.tasks.settle import check_options, check_text, known, settled
+from lightning_kv.tasks.settings import RolloutSettings
+
+POLICIES = ("full", "sliding-window@9f", "sink-window@9f", "top-attention@9f", "random@9f")
+"""Policies where nobody says."""
 
 
-class Evaluate(L.LightningModule):
-    """Rolls out the reference and every policy, measures, and writes one record per clip.
+@dataclass
+class _Group:
+    """Prompts that are rolled out together, and what their policies are compared with."""
+
+    starts: list[Start]
+    base: Rollout | None = None
+
+
+class EvaluateModule(ClipModule):
+    """Rolls out the reference and every policy, from the same prompt and noise, and measures.
+
+    Run it with ``Trainer(...).test(module, datamodule=PromptDataModule(...))``. Nothing is written
+    unless callbacks do: see :mod:`lightning_kv.tasks.callbacks`.
 
     Args:
-        options: What to run.
-        model: The model.
-        policies: By name, in the order of the table.
+        model: The model, or its name as :func:`lightning_kv.load_model` takes it.
+        policies: Names, files, plain data or policies, in the order of the table.
         reference: What the others are compared with.
-        suite: What is measured.
-        run: Where records go.
+        metrics: Names and metrics; the usual ones for the model where None.
+        frames: Latent frames per clip, the context included; the model's own where None.
+        context_frames: Given frames at the start, in the panorama.
+        size: HEIGHTxWIDTH in pixels; the model's own where None.
+        seed: Of the noise.
+        negative: What guidance leads away from (models with guidance).
+        backend: Attention kernel, sdpa or reference.
+        decode: Make pixels; without them there are no videos and no metrics of pixels.
+        fps: Pixel frames per second; the model's own where None.
+        real: Folder of real videos that sets of clips are compared with.
+        accept_license: Licences accepted for weights that forbid commercial use.
+
+    Raises:
+        ValueError: A policy or metric is unknown, or a setting does not fit the model.
+
+    Attributes:
+        watching: Told of every pass of the rollouts of the next step; callbacks add to it.
+        heard: Called after every chunk with its index and the session; callbacks add to it.
+        begun: Called with the policy's name and the number of clips before every rollout.
     """
 
     def __init__(
         self,
-        options: EvaluateOptions,
-        model: VideoModel,
-        policies: dict[str, CachePolicy],
-        reference: CachePolicy,
-        suite: Suite,
-        run: RunDirectory,
+        model: VideoModel | str = "panorama",
+        policies: Sequence[str | dict[str, Any] | CachePolicy] = POLICIES,
+        reference: str | dict[str, Any] | CachePolicy = "full",
+        metrics: Sequence[Any] | None = None,
+        *,
+        frames: int | None = None,
+        context_frames: int | None = None,
+        size: str | None = None,
+        seed: int = 0,
+        negative: str = "",
+        backend: str = "sdpa",
+        decode: bool = True,
+        fps: float | None = None,
+        real: str | Path | None = None,
+        accept_license: Sequence[str] = (),
     ) -> None:
-        super().__init__()
-        self.options, self.policies, self.reference, self.run = options, policies, reference, run
-        self.needs = needs_of(policies.values())
+        model = load_model(model, decode=decode) if isinstance(model, str) else model
+        config, world = model.network.config, isinstance(model.codec, PatchCodec)
+        settings = RolloutSettings(
+            frames, context_frames, size, seed, negative, backend, decode, fps
+        ).filled(None if world else config)
+        chosen, base = chosen_policies(policies, reference)
+        settings.check(model.name, config, world, [base, *chosen.values()])
+        suite = Suite(metrics, known(world, decode), accept_license)
+        names = dict.fromkeys([base.name, *chosen])
+        videos = real_videos(None if real is None else Path(real), suite)
+        super().__init__(suite, list(names), base.name, videos)
+        self.model_name, self.settings, self.world = model.name, settings, world
+        self.policies, self.reference = chosen, base
+        self.needs = needs_of(chosen.values())
         self.network, self.codec, self.encoder = model.network, model.codec, model.encoder
-        self.metrics = nn.ModuleList(nn.ModuleDict(suite.clip_metrics()) for _ in self.names)
-        self.encoders = nn.ModuleDict(suite.encoders())
+        self.source = model.source
         self.probed = any("attention" in choice.needs for choice in suite.choices.values())
-        context = options.context_frames
-        given = self.network.config.pixel_frames(context) if context else 0
-        self.recorder = Recorder(run, options, self.encoders, given)
-        self.progress: RolloutProgress | None = None
-        self.pictured: set[str] = set()
+        self.watching: list[Watch] = []
+        self.heard: list[Callable[[int, CacheSession], None]] = []
+        self.begun: list[Callable[[str, int], None]] = []
+        self._groups: dict[tuple[str, ...], _Group] = {}
 
     @property
-    def names(self) -> list[str]:
-        """Policies in the results: the reference and those that were asked for."""
-        return list(dict.fromkeys([self.reference.name, *self.policies]))
+    def shows_truth(self) -> bool:
+        """Whether sets are compared with what worlds really show."""
+        return self.world and self.settings.context_frames > 0 and self.settings.decode
 
     @property
-    def _first(self) -> bool:
+    def model(self) -> VideoModel:
+        """The model, on this rank's device."""
+        return VideoModel(self.network, self.codec, self.encoder, self.source, self.model_name)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Latent height and width of every clip."""
+        return read_size(self.settings.size, self.network.config)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that the numbers depend on beside the data: part of a run's fingerprint."""
+        settings = vars(self.settings)
+        return {
+            "model": self.model_name,
+            "source": self.source,
+            "config": self.network.config.to_dict(),
+            "policies": {name: policy_to_dict(each) for name, each in self.policies.items()},
+            "reference": policy_to_dict(self.reference),
+            **plugged([self.reference, *self.policies.values()]),
+            **{name: settings[name] for name in sorted(settings)},
+            "noise_revision": NOISE_REVISION,
+        }
+
+    def about(self) -> dict[str, Any]:
+        """What a report must know of policies, rollouts and model."""
+        settings, config = self.settings, self.network.config
+        shown = config.pixel_frames(settings.frames)
+        everyone = {self.reference.name: self.reference} | self.policies
+        return {
+            "policies": {name: policy_to_dict(policy) for name, policy in everyone.items()},
+            "run": {
+                "hindsight": [name for name, policy in self.policies.items() if policy.needs],
+                "frames": settings.frames,
+                "pixel_frames": shown,
+                "context_frames": settings.context_frames,
+                "rate": settings.fps * settings.frames / shown,
+                "size": settings.size,
+                "seed": settings.seed,
+                "noise_revision": NOISE_REVISION,
+            },
+            "model": {"name": self.model_name, **config.to_dict(), **self.source},
+        }
+
+    def on_test_start(self) -> None:
+        """Warm up, so that the first clip's timing is like the others'; encode real videos."""
+        super().on_test_start()
+        data = self.trainer.datamodule
+        if isinstance(data, PromptDataModule) and data.left():
+            batch = next(iter(data.test_dataloader()))
+            frames = 2 * self.network.config.chunk
+            self._roll(load_policy("full"), [batch[0].prompt.prompt], frames, decode=False)
+
+    def test_step(self, batch: list[RolloutItem], batch_idx: int) -> dict[str, list[ClipResult]]:
+        """The rollouts of some prompts under one policy, measured.
+
+        Args:
+            batch: Items of one policy; those of the reference come before the others'.
+            batch_idx: Unused.
+
+        Returns:
+            One :class:`~lightning_kv.tasks.clip_module.ClipResult` per item, under ``clips``.
+        """
+        name, group = batch[0].policy, self._group(batch)
+        probe = self._probe()
+        watching = [*self.watching, *([probe] if probe else [])]
+        policy = self.policies.get(name, self.reference)
+        tables = {need: group.base.tables[need] for need in policy.needs}
+        out = self._rollout(policy, batch, group.starts, watching, tables)
+        group.base = group.base or out
+        compared = group.base if name in self.policies else None  # asked for, or only compared
+        last = name == self.names[-1]
+        clips = []
+        for index, item in enumerate(batch):
+            clip = self._result(item, out, compared, group, index, probe)
+            clip.last = last
+            clips.append(clip)
+        if last:
+            self._groups.clear()
+        self.watching.clear()
+        return {"clips": clips}
+
+    def forget(self) -> None:
+        """Start anew: no clip is known, and no rollout is kept."""
+        super().forget()
+        self._groups.clear()
+
+    @property
+    def rolls_first(self) -> bool:
         """Whether the reference is rolled out once more, before all others.
 
         Asked for as a policy, it shows whether a rollout repeats; and recording takes time, which
@@ -87,86 +213,84 @@ class Evaluate(L.LightningModule):
         """
         return self.reference.name in self.policies or bool(self.needs)
 
-    @property
-    def model(self) -> VideoModel:
-        """The model, on this rank's device."""
-        return VideoModel(self.network, self.codec, self.encoder)
+    def _group(self, batch: list[RolloutItem]) -> _Group:
+        """What the items of a batch start from, and the reference's rollout, once there is one."""
+        keys = tuple(item.key for item in batch)
+        if keys not in self._groups:
+            if batch[0].policy != self.reference.name:
+                raise ValueError(
+                    f"{batch[0].policy!r} came before the reference {self.reference.name!r} for "
+                    f"{', '.join(keys)}. Give the rollouts of a prompt one after the other, in the "
+                    "order of the module's names."
+                )
+            given, frames = self.settings.context_frames, self.settings.frames
+            starts = [start_of(item.prompt, self.codec, frames, given) for item in batch]
+            group = self._groups[keys] = _Group(starts)
+            if self.rolls_first:
+                group.base = self._rollout(self.reference, batch, starts, [], record=self.needs)
+        return self._groups[keys]
 
-    def on_test_start(self) -> None:
-        """Warm up, so that the first clip's timing is like the others'."""
-        self.recorder.rank = self.global_rank
-        data: PromptData = self.trainer.datamodule
-        left = data.total - len(data.finished)
-        mine = len(range(self.global_rank, left, self.trainer.world_size))
-        plan = self._plan()
-        self.progress = RolloutProgress(
-            mine, (len(self.names) + self._first) * plan.count, plan.chunk, self.global_rank == 0
+    def _result(
+        self,
+        item: RolloutItem,
+        out: Rollout,
+        compared: Rollout | None,
+        group: _Group,
+        index: int,
+        probe: AttentionProbe | None,
+    ) -> ClipResult:
+        """What one clip of a rollout comes to; the metrics know of it then."""
+        start, failure = group.starts[index], broken(out, group.base, index)
+        measured, truth = Measured(dict.fromkeys(self.metrics_of(item.policy))), {}
+        if not failure:
+            clip = self._clip(start, out, compared, index, probe)
+            measured = measure(self.metrics_of(item.policy), clip, self.encoders)
+            if self._shows_world(item):
+                truth = features(
+                    start.scene.truth_pixels, self.encoders, clip.given_pixels, measured.problems
+                )
+        result = ClipResult(
+            name=item.policy,
+            key=item.key,
+            unit=item.prompt.key if self.world else item.prompt.prompt,
+            prompt=item.prompt.prompt,
+            sample=item.sample,
+            measured=measured,
+            cost=cost(out, group.base, index),
+            failure=failure,
+            latents=out.latents[index],
+            pixels=pixels_of(out, index),
+            truth=start.truth,
+            real=truth,
+            extra={"noise_revision": NOISE_REVISION},
         )
-        self.progress.__enter__()
-        if mine:
-            prompt = next(iter(data.test_dataloader()))[0].prompt
-            full = load_policy("full")
-            rollout(
-                self.model,
-                full,
-                prompt,
-                2 * plan.chunk,
-                latent_size=self.latent_size,
-                negative=self.options.negative,
-                backend=self.options.backend,
-                decode=False,
-            )
+        self.add(result)
+        return result
 
-    def test_step(self, batch: list[PromptSample], _: int) -> None:
-        """All rollouts of some prompts; their records; what there is to see of them."""
-        options = self.options
-        starts = [
-            start_of(sample, self.codec, options.frames, options.context_frames) for sample in batch
-        ]
-        shown = [i for i, start in enumerate(starts) if start.sample.key in self.pictured]
-        clips: list[dict[str, Frames]] = [{} for _ in starts]
-        traces: list[dict[str, dict[str, np.ndarray]]] = [{} for _ in starts]
-        reference = None
-        if self._first:
-            reference = self._rollout(self.reference, starts, [], record=self.needs)
-        for name, metrics in zip(self.names, self.metrics, strict=True):
-            trace = Trace() if shown else None
-            probe = self._probe()
-            watching = [watch for watch in (trace, probe) if watch is not None]
-            policy = self.policies.get(name, self.reference)
-            tables = {need: reference.tables[need] for need in policy.needs}
-            out = self._rollout(policy, starts, watching, tables)
-            reference = reference or out  # the first name
-            compared = reference if name in self.policies else None  # asked for, or only compared
-            self.recorder.clips(name, metrics, out, compared, reference, starts, probe)
-            for i in shown:
-                traces[i][name] = trace.arrays(i)
-                if options.decode:
-                    clips[i][name] = fitted(out.frames[i])
-        for i in shown:
-            write_traces(self.run.traces / f"{starts[i].sample.key}.npz", traces[i])
-            if options.decode:
-                self.recorder.picture(starts[i], clips[i], self.reference.name)
-        self.progress.end(len(batch))
+    def _shows_world(self, item: RolloutItem) -> bool:
+        """Whether this clip brings what its world really shows: once, not for every noise."""
+        first = item.policy == self.reference.name and item.sample == 0
+        return first and self.shows_truth and not self.real
 
-    def close(self) -> None:
-        """Leave the terminal tidy, after an error too."""
-        if self.progress is not None:
-            self.progress.__exit__()
-
-    def on_test_epoch_end(self) -> None:
-        """Log the means over all ranks; one reduction, after the last clip."""
-        for policy, metrics in zip(self.names, self.metrics, strict=True):
-            for name, metric in metrics.items():
-                self.log(f"{policy}/{name}", metric)
-
-    def _plan(self) -> ChunkPlan:
-        return self.network.config.plan(self.options.frames, self.options.context_frames)
-
-    @property
-    def latent_size(self) -> tuple[int, int]:
-        """Latent height and width of every clip."""
-        return read_size(self.options.size, self.network.config)
+    def _clip(
+        self,
+        start: Start,
+        out: Rollout,
+        compared: Rollout | None,
+        index: int,
+        probe: AttentionProbe | None,
+    ) -> Clip:
+        return Clip(
+            latents=out.latents[index],
+            pixels=pixels_of(out, index),
+            reference_latents=None if compared is None else compared.latents[index],
+            reference_pixels=pixels_of(compared, index),
+            context=self.settings.context_frames,
+            scene=start.scene,
+            prompt=start.sample.prompt,
+            fps=self.settings.fps,
+            attention=None if probe is None else probe.curves(index),
+        )
 
     def _probe(self) -> AttentionProbe | None:
         """What watches attention in the last denoising pass, where a metric wants it."""
@@ -177,141 +301,52 @@ class Evaluate(L.LightningModule):
     def _rollout(
         self,
         policy: CachePolicy,
+        batch: list[RolloutItem],
         starts: list[Start],
         watching: list[Watch],
         tables: dict[str, list[Any]] | None = None,
-        record: dict[str, dict[str, Any]] | None = None,
+        record: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Rollout:
-        samples = [start.sample for start in starts]
-        self.progress.begin(policy.name, len(samples))
-        made = rollout(
-            self.model,
+        for begun in self.begun:
+            begun(policy.name, len(batch))
+        made = self._roll(
             policy,
-            [sample.prompt for sample in samples],
-            self.options.frames,
-            seed=self.options.seed,
-            keys=[sample.key for sample in samples],
+            [item.prompt.prompt for item in batch],
+            self.settings.frames,
+            keys=[item.key for item in batch],
             context=stack_context(starts),
-            latent_size=self.latent_size,
-            negative=self.options.negative,
-            backend=self.options.backend,
-            decode=False,
             watch=together(watching),
             tables=tables,
             record=record or {},
-            progress=self.progress.chunk,
+            progress=lambda chunk, session: [hear(chunk, session) for hear in self.heard],
         )
         made.session = None  # frees the cache before pixels are made, and before the next rollout
-        if self.options.decode:
+        if self.settings.decode:
             made.frames = self.codec.decode(made.latents.float())
         return made
 
-
-def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """Run, or go on with, an evaluation; rank 0 writes its conclusions and returns the summary.
-
-    Raises:
-        ValueError: Anything that does not fit, before anything is written.
-    """
-    settings = launched(options.trainer)
-    if options.threads < 1:
-        raise ValueError(f"--threads {options.threads} leaves nobody to work. Use 1 or more.")
-    torch.set_num_threads(options.threads)
-    source = find_model(options.model)
-    options = settled(options, source)
-    policies, reference = chosen_policies(options)
-    data = PromptData(options.data.shards, options.prompts, options.data.seed, options.batch)
-    trainer = trainer_for(settings)
-    everyone = [reference, *policies.values()]
-    suite = Suite(options.metrics, known(source, options), options.accept_license.split(","))
-    real = real_videos(options.real, suite)
-    model = model_for(options, source, data, everyone, trainer.strategy.root_device)
-    place = settings.accelerator
-    described = describe(options, policies, reference, model, data, suite, real, place)
-    enough(trainer.world_size, data.total)
-    run = RunDirectory(options.out)
-    if is_first():
-        device = str(trainer.strategy.root_device)
-        told = about(options, policies, reference, model, data.total, suite, device)
-        run.open(fingerprint(described), described, told)
-        write_atomic(run.config, config_yaml(options))
-        read_real(run, real, suite.encoders())  # what is damaged is better known before
-    task = Evaluate(options, model, policies, reference, suite, run)
-    task.pictured = set(data.keys()[: options.videos])
-    if run.path.is_dir():
-        data.finished = task.recorder.finished(task.names, task.pictured)
-    try:
-        trainer.test(task, datamodule=data, verbose=False)
-    finally:
-        task.close()
-    trainer.strategy.barrier("records are written")
-    if not trainer.is_global_zero:
-        return {}
-    return conclude(run)
-
-
-def model_for(
-    options: EvaluateOptions,
-    source: Source,
-    data: PromptData,
-    policies: list[CachePolicy],
-    device: torch.device,
-) -> VideoModel:
-    """The model, once everything that can be known before has been checked."""
-    if source.config is not None:  # before gigabytes are read
-        check_options(options, source.config, False, policies)
-        check_memory(source.config, options.precision, device)
-        check_text(options, source)
-    guided = source.config is not None and source.config.guidance != 1
-    model = load_model(
-        options.model,
-        precision=options.precision,
-        text=options.text,
-        vae=options.vae,
-        decode=options.decode,
-        prompts=data.prompt_texts() + [options.negative] * guided,
-    )
-    if source.config is None:
-        check_options(options, model.network.config, True, policies)
-    return model
-
-
-def trainer_for(settings: TrainerOptions) -> L.Trainer:
-    """A Trainer that only runs; what it would write or show is ours."""
-    return L.Trainer(
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        num_nodes=settings.num_nodes,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-
-
-def enough(world: int, prompts: int) -> None:
-    """Refuse more ranks than prompts before any process is started.
-
-    Raises:
-        ValueError: Says both numbers.
-    """
-    if world > prompts:
-        raise ValueError(
-            f"{world} ranks share {prompts} prompts, so some would have nothing to do. "
-            f"Use --trainer.devices {prompts} or fewer, or more --prompts."
+    def _roll(self, policy: CachePolicy, prompts: list[str], frames: int, **given: Any) -> Rollout:
+        return rollout(
+            self.model,
+            policy,
+            prompts,
+            frames,
+            seed=self.settings.seed,
+            latent_size=self.latent_size,
+            negative=self.settings.negative,
+            backend=self.settings.backend,
+            **({"decode": False} | given),
         )
 
 
-def config_yaml(options: EvaluateOptions) -> str:
-    """The effective settings, readable by ``-c``."""
-    import yaml
+def known(world: bool, decode: bool) -> set[str]:
+    """What metrics can know of a rollout."""
+    found = {"latents", "reference_latents", "attention", "prompt", "fps"}
+    if decode:
+        found |= {"pixels", "reference_pixels"}
+    return found | ({"scene"} if world else set())
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
 
-    return yaml.safe_dump(plain(asdict(options)), sort_keys=False)
+def pixels_of(out: Rollout | None, index: int) -> Tensor | None:
+    """Pixels of one clip, where there are any."""
+    return None if out is None or out.frames is None else out.frames[index]

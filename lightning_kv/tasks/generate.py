@@ -29,7 +29,7 @@ from lightning_kv.tasks.launch import resolved
 from lightning_kv.tasks.options import GenerateOptions
 from lightning_kv.tasks.progress import RolloutProgress
 from lightning_kv.tasks.results import broken, picture
-from lightning_kv.tasks.settle import check_negative
+from lightning_kv.tasks.settings import check_negative
 
 WIDTH = 320  # pixels that a smaller video is enlarged to, about
 LENGTH = 6.0  # seconds, where the model was trained for as many
@@ -274,8 +274,7 @@ def check_numbers(options: GenerateOptions) -> None:
             raise ValueError(f"--{name} {value:g} makes no video. Give {unit} above 0, such as 8.")
     if options.threads < 1:
         raise ValueError(f"--threads {options.threads} leaves nobody to work. Use 1 or more.")
-    if options.accelerator == "gpu" and not torch.cuda.is_available():
-        raise ValueError("--accelerator gpu: there is no CUDA GPU here. Use cpu or auto.")
+    resolved(options.accelerator)
 
 
 def read_policy(text: str) -> CachePolicy:

@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from lightning_kv.tasks.options import TrainerOptions
 
+if TYPE_CHECKING:  # it takes seconds
+    from lightning import Callback, Trainer
+    from lightning.pytorch.loggers import Logger
+
 
 def resolved(accelerator: str) -> str:
-    """``auto`` as a CUDA GPU if there is one, else the CPU (other devices lack float64)."""
+    """``auto`` as a CUDA GPU if there is one, else the CPU (other devices lack float64).
+
+    Raises:
+        ValueError: A GPU is asked for, and there is none.
+    """
+    there = torch.cuda.is_available()
+    if accelerator == "gpu" and not there:
+        raise ValueError(
+            "There is no GPU that torch can use: the accelerator gpu was given, and torch "
+            f"{torch.__version__} sees no CUDA device. Give cpu or auto, or look at "
+            "`lightning-kv doctor`."
+        )
     if accelerator != "auto":
         return accelerator
-    return "gpu" if torch.cuda.is_available() else "cpu"
+    return "gpu" if there else "cpu"
 
 
 def launched(options: TrainerOptions) -> TrainerOptions:
@@ -90,3 +108,57 @@ def is_first() -> bool:
     if _under_srun():
         return os.environ.get("SLURM_PROCID", "0") == "0"
     return os.environ.get("LOCAL_RANK", "0") == os.environ.get("NODE_RANK", "0") == "0"
+
+
+def trainer_for(
+    settings: TrainerOptions, callbacks: list[Callback], logger: Logger | bool = False
+) -> Trainer:
+    """A Trainer that only runs; what it would write or show is ours."""
+    from lightning import Trainer
+
+    return Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        callbacks=callbacks,
+        logger=logger,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def logger_of(name: str | None, out: Path) -> Logger | bool:
+    """A logger by name, which writes below a run directory.
+
+    Args:
+        name: ``csv``, ``tensorboard``, or the address ``package.module:Class`` of another, which
+            is made with ``save_dir``.
+        out: The run directory.
+
+    Raises:
+        ValueError: There is no such logger.
+    """
+    from lightning.pytorch import loggers
+
+    if name is None:
+        return False
+    if name == "csv":
+        return loggers.CSVLogger(out, name="", version="log")
+    module, _, kind = (
+        name if name != "tensorboard" else "lightning.pytorch.loggers:TensorBoardLogger"
+    ).partition(":")
+    try:
+        found = getattr(import_module(module), kind)
+        made = found(save_dir=str(out))
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"--trainer.logger {name} is no logger that can be made ({type(error).__name__}: "
+            f"{error}). Give csv, tensorboard, or package.module:Class of one that takes save_dir."
+        ) from error
+    if not isinstance(made, loggers.Logger):
+        raise ValueError(
+            f"--trainer.logger {name} is a {type(made).__name__} and no logger of Lightning. Give "
+            "csv, tensorboard, or package.module:Class of one."
+        )
+    return made

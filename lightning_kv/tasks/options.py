@@ -17,11 +17,13 @@ class TrainerOptions:
         devices: Processes (CPU) or GPUs: a number, or a list such as 0,2.
         accelerator: cpu, gpu, or auto (a CUDA GPU if there is one).
         num_nodes: Machines.
+        logger: csv, tensorboard, or package.module:Class; logs the means at the end.
     """
 
     devices: int | str | None = None
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     num_nodes: int | None = None
+    logger: str | None = None
 
 
 @dataclass
@@ -51,6 +53,7 @@ class EvaluateOptions:
         vae: Folder of the VAE.
         data: Prompts and worlds.
         prompts: Number of prompts from the start of the set; all where not given.
+        samples: Noises per prompt; statistics count prompts.
         frames: Latent frames per clip, the context included.
         context_frames: Given frames at the start; 0 generates from the prompt alone.
         size: HEIGHTxWIDTH in pixels.
@@ -79,6 +82,7 @@ class EvaluateOptions:
     vae: Path | None = None
     data: DataOptions = field(default_factory=DataOptions)
     prompts: int | None = None
+    samples: int = 1
     frames: int | None = None
     context_frames: int | None = None
     size: str | None = None
@@ -117,7 +121,9 @@ class CompareOptions:
         accept_license: Licences of non-commercial weights that you agree to.
         strict: Stop at the first video that cannot be used, also of an earlier call.
         videos: Pairs with moving pictures.
-        threads: CPU threads.
+        threads: CPU threads per process.
+        workers: Processes per device that read ahead.
+        devices: Processes (CPU) or GPUs.
         accelerator: cpu, gpu, or auto (a CUDA GPU if there is one).
     """
 
@@ -135,6 +141,8 @@ class CompareOptions:
     strict: bool = False
     videos: int = 3
     threads: int = 1
+    workers: int = 0
+    devices: int | str | None = None
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
 
 

@@ -12,7 +12,7 @@ from lightning_kv.runs.directory import RunDirectory, write_atomic
 from lightning_kv.runs.summary import MetricInfo, summarise
 from lightning_kv.runs.verdict import verdict
 from lightning_kv.stats.bootstrap import bca_interval
-from lightning_kv.tasks.featured import distances
+from lightning_kv.tasks.distances import distances
 
 
 def open_run(path: Path) -> RunDirectory:

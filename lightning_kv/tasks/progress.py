@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_kv.cache.session import CacheSession
-from lightning_kv.metrics.base import Block
 from lightning_kv.runs.words import format_bytes
 
 
@@ -74,10 +72,11 @@ class FrameProgress:
     """Shows how many frames of video files are done, and the time left; silent as above.
 
     Args:
-        frames: All that are to be read.
+        frames: All that this rank has to read.
+        visible: Show anything at all (rank 0).
     """
 
-    def __init__(self, frames: int) -> None:
+    def __init__(self, frames: int, visible: bool) -> None:
         console = Console(stderr=True)
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -86,7 +85,7 @@ class FrameProgress:
             TextColumn("frames"),
             TimeRemainingColumn(compact=True),
             console=console,
-            disable=not console.is_terminal,
+            disable=not visible or not console.is_terminal,
         )
         self.task = self.bar.add_task("starting", total=frames)
 
@@ -97,12 +96,6 @@ class FrameProgress:
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
-    def begin(self, name: str) -> None:
-        """A video comes."""
-        self.bar.update(self.task, description=name)
-
-    def counted(self, blocks: Iterable[Block]) -> Iterator[Block]:
-        """The same blocks; their frames are counted as they go by."""
-        for block in blocks:
-            yield block
-            self.bar.update(self.task, advance=len(block[0]))
+    def count(self, name: str, frames: int) -> None:
+        """So many frames of a video are done."""
+        self.bar.update(self.task, description=name, advance=frames)

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 import lightning_kv
-from lightning_kv.data.datamodule import PromptData
-from lightning_kv.metrics import Clip, Suite
 from lightning_kv.metrics.backbones.weights import checksum
-from lightning_kv.metrics.base import noting
-from lightning_kv.models.samplers import NOISE_REVISION
-from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.plugins import sources
-from lightning_kv.policies.registry import policy_to_dict
 from lightning_kv.rollout import Rollout
+from lightning_kv.runs.directory import Record
+from lightning_kv.tasks.clip_module import ClipModule, ClipResult
 from lightning_kv.tasks.film import GAIN
-from lightning_kv.tasks.options import EvaluateOptions
 
 
 def broken(out: Rollout, reference: Rollout, index: int) -> str | None:
     """Why a clip cannot be measured; None where it can."""
     for whose, rollouts in (("the", out), ("the reference's", reference)):
-        bad = ~rollouts.latents[index].isfinite().flatten(1).all(1)
-        if bool(bad.any()):
-            return f"{whose} latents are not finite from frame {int(bad.float().argmax())} on"
+        for what, made in (("latents", rollouts.latents), ("pixels", rollouts.frames)):
+            bad = None if made is None else ~made[index].isfinite().flatten(1).all(1)
+            if bad is not None and bool(bad.any()):
+                return f"{whose} {what} are not finite from frame {int(bad.float().argmax())} on"
     return None
 
 
@@ -46,32 +42,6 @@ def fitted(pixels: Tensor, width: int = 320) -> np.ndarray:
     """A picture of at most ``width`` pixels: larger ones are averaged over whole blocks."""
     block = -(-pixels.shape[-1] // width)
     return picture(avg_pool2d(pixels, block) if block > 1 else pixels)
-
-
-def measure(
-    metrics: nn.ModuleDict, clip: Clip, problems: dict[str, str] | None = None
-) -> tuple[dict[str, float | None], dict[str, list[float | None]]]:
-    """Update each metric with a clip; its value and curve over time (null where it has none).
-
-    Args:
-        metrics: By name.
-        clip: The clip; a metric that needs what it lacks has no value.
-        problems: Where given, takes up why a metric cannot judge this clip, by name; the others
-            go on.
-
-    Raises:
-        ValueError: A metric cannot judge this clip, and ``problems`` is not given.
-    """
-    values, curves = dict.fromkeys(metrics), {name: [] for name in metrics}
-    for name, metric in metrics.items():
-        if any(getattr(clip, need) is None for need in metric.needs):
-            continue
-        with noting(problems, name):
-            curve = metric.curve(clip)
-            metric.update(clip, curve)
-            values[name] = metric.value(curve)
-            curves[name] = [None if x != x else x for x in curve.tolist()]
-    return values, curves
 
 
 def cost(out: Rollout, reference: Rollout, index: int) -> dict[str, Any]:
@@ -89,43 +59,40 @@ def cost(out: Rollout, reference: Rollout, index: int) -> dict[str, Any]:
     }
 
 
-def describe(
-    options: EvaluateOptions,
-    policies: dict[str, CachePolicy],
-    reference: CachePolicy,
-    model: VideoModel,
-    data: PromptData,
-    suite: Suite,
-    real: Mapping[str, Path],
-    accelerator: str,
-) -> dict[str, Any]:
-    """Everything the numbers depend on: the run's fingerprint is made of it."""
+def record_of(clip: ClipResult) -> Record:
+    """The record line of a clip, see :mod:`lightning_kv.runs.directory`."""
+    measured = clip.measured
     return {
-        "model": options.model,
-        "source": model.source,
-        "config": model.network.config.to_dict(),
-        "policies": {name: policy_to_dict(policy) for name, policy in policies.items()},
-        "reference": policy_to_dict(reference),
-        **plugged([reference, *policies.values()]),
-        "data": {
-            "shards": [shard.sha256 for shard in data.index.shards],
-            "seed": options.data.seed,
-            "prompts": data.total,
-        },
-        "frames": options.frames,
-        "context_frames": options.context_frames,
-        "size": options.size,
-        "fps": float(options.fps),
-        "seed": options.seed,
-        "noise_revision": NOISE_REVISION,
-        "negative": options.negative,
-        "decode": options.decode,
-        "metrics": suite.recipes(),
-        "real": {key: checksum(path) for key, path in real.items()},
-        "batch": options.batch,
-        "backend": options.backend,
-        "threads": options.threads,
-        "accelerator": accelerator,
+        "policy": clip.name,
+        "key": clip.key,
+        "unit": clip.unit,
+        "sample": clip.sample,
+        "prompt": clip.prompt,
+        **clip.extra,
+        "cost": clip.cost,
+        "metrics": measured.values,
+        "curves": {name: plain(curve) for name, curve in measured.curves.items()},
+        "failure": clip.failure,
+        "problems": measured.problems,
+    }
+
+
+def plain(curve: Tensor) -> list[float | None]:
+    """A curve as JSON has it: null where there is no value."""
+    return [None if value != value else value for value in curve.tolist()]
+
+
+def describe(trainer: L.Trainer, module: ClipModule, data: Any) -> dict[str, Any]:
+    """Everything the numbers depend on: the run's fingerprint is made of it."""
+    sums = {path: checksum(path) for path in set(module.real.values())}  # a shard holds many
+    return {
+        **module.describe(),
+        "data": data.describe(),
+        "metrics": module.suite.recipes(),
+        "real": {key: sums[path] for key, path in module.real.items()},
+        "threads": torch.get_num_threads(),
+        "accelerator": trainer.strategy.root_device.type,
+        **({} if trainer.precision == "32-true" else {"trainer_precision": trainer.precision}),
         "versions": versions(),
     }
 
@@ -136,44 +103,16 @@ def plugged(policies: Iterable[CachePolicy]) -> dict[str, Any]:
     return {"modules": found} if found else {}
 
 
-def about(
-    options: EvaluateOptions,
-    policies: dict[str, CachePolicy],
-    reference: CachePolicy,
-    model: VideoModel,
-    prompts: int,
-    suite: Suite,
-    device: str,
-) -> dict[str, Any]:
+def about(trainer: L.Trainer, module: ClipModule, data: Any) -> dict[str, Any]:
     """What a report must know that has only the run directory; see :mod:`overview`."""
-    configs = {reference.name: policy_to_dict(reference)}
-    configs |= {name: policy_to_dict(policy) for name, policy in policies.items()}
-    shown = model.network.config.pixel_frames(options.frames)
-    rate = options.fps if shown == options.frames else options.fps * options.frames / shown
-    return {
-        "reference": reference.name,
-        "policies": configs,
-        "metrics": suite.facts(),
-        "run": {
-            "prompts": prompts,
-            "hindsight": [name for name, policy in policies.items() if policy.needs],
-            "frames": options.frames,
-            "pixel_frames": shown,
-            "context_frames": options.context_frames,
-            "rate": rate,
-            "difference_gain": GAIN,
-            "size": options.size,
-            "seed": options.seed,
-            "noise_revision": NOISE_REVISION,
-            "data_seed": options.data.seed,
-            "batch": options.batch,
-            "device": device,
-            "versions": versions() | {"python": platform.python_version()},
-        },
-        "model": {"name": options.model, **model.network.config.to_dict(), **model.source},
-        "videos": prompts if options.videos is None else min(options.videos, prompts),
-        "fps": options.fps,
+    told = module.about()
+    told["run"] |= {
+        **data.about(),
+        "difference_gain": GAIN,
+        "device": str(trainer.strategy.root_device),
+        "versions": versions() | {"python": platform.python_version()},
     }
+    return {"reference": module.reference_name, "metrics": module.facts()} | told
 
 
 def versions() -> dict[str, str]:

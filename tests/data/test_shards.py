@@ -6,18 +6,14 @@ import json
 import runpy
 import tarfile
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 import webdataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
-from lightning_kv.data import shards
 from lightning_kv.data.shards import (
     PromptShards,
     prompt_key,
@@ -37,52 +33,6 @@ def numbered(count: int) -> list[tuple[str, dict[str, str]]]:
 
 def write(folder: Path, count: int = 7, per_shard: int = 3):
     return write_prompt_shards(numbered(count), folder, "set", per_shard)
-
-
-@st.composite
-def runs(draw):
-    """A set, a limit, finished prompts, and a layout of ranks and workers."""
-    samples = draw(st.integers(1, 24))
-    limit = draw(st.none() | st.integers(1, samples))
-    finished = draw(st.sets(st.integers(0, samples - 1)))
-    layout = draw(st.tuples(st.integers(1, 6), st.integers(1, 4)))
-    return samples, draw(st.integers(1, 10)), limit, finished, *layout
-
-
-@settings(deadline=None, max_examples=60)
-@given(runs(), st.integers())
-def test_every_unfinished_prompt_of_the_run_is_seen_exactly_once(run, seed):
-    samples, per_shard, limit, finished, world, workers = run
-    keys = [
-        prompt_key(record["prompt"], world_seed_of(seed, key)) for key, record in numbered(samples)
-    ]
-    expected = [key for i, key in enumerate(keys[:limit]) if i not in finished]
-    seen = {}
-    with TemporaryDirectory() as folder:
-        index = write(Path(folder), samples, per_shard)
-        for rank in range(world):
-            for worker in range(workers):
-                info = SimpleNamespace(id=worker, num_workers=workers)
-                with mock.patch.object(shards, "get_worker_info", return_value=info):
-                    part = PromptShards(
-                        index,
-                        seed=seed,
-                        limit=limit,
-                        skip={keys[i] for i in finished},
-                        rank=rank,
-                        world=world,
-                    )
-                    seen[rank * workers + worker] = [sample.key for sample in part]
-    # Dealt like cards: hand i holds every (world x workers)-th card, beginning with card i.
-    hands = world * workers
-    assert seen == {i: expected[i::hands] for i in range(hands)}
-
-
-def test_real_workers_share_the_prompts(tmp_path):
-    index = write(tmp_path)
-    loader = DataLoader(PromptShards(index), batch_size=1, collate_fn=list, num_workers=2)
-    seen = [sample.key for (sample,) in loader]
-    assert sorted(seen) == sorted(sample.key for sample in PromptShards(index))
 
 
 def test_order_limit_and_second_pass(tmp_path):

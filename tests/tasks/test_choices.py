@@ -3,7 +3,6 @@
 import pytest
 
 from lightning_kv.tasks.choices import chosen_policies, read_budgets
-from lightning_kv.tasks.options import EvaluateOptions
 
 MINE = {"name": "mine", "retain": {"part": "window", "budget": "3f"}}
 BOTH = {
@@ -14,7 +13,7 @@ BOTH = {
 
 
 def names(policies, budgets, **more):
-    found, _ = chosen_policies(EvaluateOptions(policies=policies, budgets=budgets, **more))
+    found, _ = chosen_policies(policies, budgets=budgets, **more)
     return list(found)
 
 
@@ -34,15 +33,15 @@ def test_policies_with_a_budget_are_crossed_in_order():
 
 
 def test_crossed_is_the_same_as_written_out():
-    crossed, _ = chosen_policies(EvaluateOptions(policies=["sink-window"], budgets=["6f", 0.25]))
-    written, _ = chosen_policies(EvaluateOptions(policies=["sink-window@6f", "sink-window@0.25"]))
+    crossed, _ = chosen_policies(["sink-window"], budgets=["6f", 0.25])
+    written, _ = chosen_policies(["sink-window@6f", "sink-window@0.25"])
     assert crossed == written
 
 
 def test_files_and_mappings_are_crossed_too(tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text("name: filed\nselect: {part: random, budget: 3f}\n")
-    found, _ = chosen_policies(EvaluateOptions(policies=[MINE, str(path), BOTH], budgets="6f,9f"))
+    found, _ = chosen_policies([MINE, str(path), BOTH], budgets="6f,9f")
     assert {name: amounts(policy) for name, policy in found.items()} == {
         "mine@6f": ["6f"],
         "mine@9f": ["9f"],
@@ -55,8 +54,7 @@ def test_files_and_mappings_are_crossed_too(tmp_path):
 
 
 def test_the_reference_is_not_crossed():
-    options = EvaluateOptions(policies=["top-attention"], budgets="6f", reference="sliding-window")
-    found, reference = chosen_policies(options)
+    found, reference = chosen_policies(["top-attention"], "sliding-window", "6f")
     assert list(found) == ["top-attention@6f"] and amounts(reference) == ["9f"]
 
 

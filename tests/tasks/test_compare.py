@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from lightning_kv.cli import main
+from lightning_kv.commands.compare import compare
 from lightning_kv.data.videos import VideoError, probe, read
 from lightning_kv.metrics.backbones.base import RandomBackbone
 from lightning_kv.metrics.fidelity import ssim
-from lightning_kv.metrics.frechet import frechet_distance
+from lightning_kv.metrics.functional.frechet import frechet_distance
 from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.runs.video import write_mp4
-from lightning_kv.tasks.compare import compare
 from lightning_kv.tasks.options import CompareOptions
 
 
@@ -56,17 +56,17 @@ def test_the_numbers_are_those_of_the_frames(folders):
     summary = strict_json(folders / "run" / "summary.json")
     assert list(summary["policies"]) == ["full", "near", "far"]
     for name in ("near", "far"):
-        clips = summary["policies"][name]["clips"]
+        clips = summary["policies"][name]["units"]
         assert list(clips) == ["a", "b", "c", "deep/er"]
         for key, values in clips.items():
             right, judged = (pixels(folders / who / f"{key}.mp4") for who in ("full", name))
             errors = ((judged - right) ** 2).mean((1, 2, 3)).numpy()
-            assert values["psnr"] == pytest.approx(np.mean(-10 * np.log10(errors)), abs=1e-6)
+            assert values["psnr"] == pytest.approx(-10 * np.log10(errors.mean()), abs=1e-6)
             direct = ssim(judged.float(), right.float()).mean().item()
             assert values["ssim"] == pytest.approx(direct, abs=1e-9)
         mean = np.mean([values["psnr"] for values in clips.values()])
         assert summary["policies"][name]["metrics"]["psnr"]["mean"] == pytest.approx(mean)
-    full, near = (summary["policies"][name]["clips"] for name in ("full", "near"))
+    full, near = (summary["policies"][name]["units"] for name in ("full", "near"))
     assert {values["psnr"] for values in full.values()} == {None}
     change = np.mean([near[key]["brightness"] - full[key]["brightness"] for key in full])
     paired = summary["policies"]["near"]["metrics"]["brightness"]["paired"]
@@ -98,8 +98,8 @@ def test_a_table_of_pairs(folders):
         ("reference", "second", "second"),
         ("candidate", "second", "second"),
     ]
-    clips = strict_json(folders / "run" / "summary.json")["policies"]["candidate"]["clips"]
-    assert clips["first"]["psnr"] > 20 + clips["second"]["psnr"]
+    clips = strict_json(folders / "run" / "summary.json")["policies"]["candidate"]["units"]
+    assert clips["a street"]["psnr"] > 20 + clips["second"]["psnr"]
     table.write_text(table.read_text().replace("a street", "a beach"))
     with pytest.raises(ValueError, match=r"another run.*prompts\.first \(there 'a street', asked"):
         compare(options(folders, **given))
@@ -136,7 +136,7 @@ def test_features_that_are_lost_are_made_again(folders, video):
     again = compare(asked).summary
     assert again["policies"] == whole["policies"]
     (folders / "run" / "features" / "policies" / "near" / "b.npz").write_bytes(b"PK\3\4 damaged")
-    with pytest.raises(ValueError, match=r"b\.npz cannot be read as features of random-3dconv"):
+    with pytest.raises(ValueError, match=r"b\.npz cannot be read as features of clips"):
         compare(asked)
 
 
@@ -162,7 +162,7 @@ def test_a_broken_file_in_the_middle_is_skipped_and_said(folders, who, capsys):
     policies = strict_json(folders / "run" / "summary.json")["policies"]
     metric = policies["near"]["metrics"]["psnr"]
     assert metric["n"] == 3 and "1 of 4 clips failed" in metric["status"]
-    assert policies["near"]["clips"]["b"]["psnr"] is None
+    assert policies["near"]["units"]["b"]["psnr"] is None
     assert policies["far"]["metrics"]["psnr"]["n"] == (4 if who == "near" else 3)
     assert policies["far"]["metrics"]["brightness"]["n"] == (4 if who == "near" else 3)
     assert len(lines(folders / "run")) == 12
@@ -261,7 +261,7 @@ def test_all_of_a_clip_are_cut_to_its_shortest(tmp_path, video):
     rows = found.summary["policies"]["near"]["metrics"]
     assert rows["brightness"]["paired"]["difference"] == 0
     assert rows["psnr"]["mean"] == pytest.approx(100, rel=1e-12)
-    assert (rows["fvd/random-3dconv"]["n"], rows["fvd/random-3dconv"]["n_real"]) == (12, 12)
+    assert [rows["fvd/random-3dconv"][n] for n in ("n", "windows", "n_real")] == [6, 12, 12]
     for row in rows.values():
         assert row["recipe"].endswith("; length=shortest,size=equal,fps=equal")
     assert {probe(found.run.videos / f"{key}.mp4").frames for key in "ab"} == {16}
@@ -300,7 +300,7 @@ def test_one_frame_and_one_colour(tmp_path, video):
         video(tmp_path / name / "grey.mp4", 2, frames=9, colour=128)
     found = compare(options(tmp_path, metrics=None, videos=5))
     assert found.skipped == ()
-    clips = strict_json(found.run.summary)["policies"]["near"]["clips"]
+    clips = strict_json(found.run.summary)["policies"]["near"]["units"]
     assert clips["one"]["temporal_flicker"] is None and clips["one"]["psnr"] is not None
     assert clips["grey"]["psnr"] == 100 and clips["grey"]["ssim"] == 1
     assert {path.name for path in found.run.videos.glob("*.mp4")} == {"one.mp4", "grey.mp4"}
@@ -315,7 +315,7 @@ def test_what_has_no_partner_is_named(folders):
         "1 videos of full have no partner in near and are left out: b.",
         "1 videos of near have no partner in full and are left out: c.",
     )
-    assert list(found.summary["policies"]["near"]["clips"]) == ["a", "deep/er"]
+    assert list(found.summary["policies"]["near"]["units"]) == ["a", "deep/er"]
 
 
 def test_a_metric_that_cannot_judge_a_clip_costs_itself_alone(folders, video):
@@ -364,7 +364,7 @@ def test_an_encoder_that_cannot_judge_a_clip_costs_its_metrics_alone(folders, vi
     found = compare(options(folders, metrics=("psnr", "fvd/random-3dconv")))
     rows = found.summary["policies"]["near"]["metrics"]
     assert found.skipped == () and rows["psnr"]["n"] == 4
-    assert (rows["fvd/random-3dconv"]["n"], rows["fvd/random-3dconv"]["n_real"]) == (2, 2)
+    assert [rows["fvd/random-3dconv"][n] for n in ("n", "windows", "n_real")] == [1, 2, 2]
     assert found.notes[0].startswith("fvd/random-3dconv has no value for 6 videos.")
     assert "too narrow" in found.notes[0]
 
@@ -382,13 +382,13 @@ def test_sets_without_pairs(tmp_path, video):
     for name in ("full", "near"):
         clips = [pixels(path).float() for path in sorted((tmp_path / name).glob("*.mp4"))]
         sets.append(encoder(torch.stack([c[i : i + 8] for c in clips for i in (0, 8)])))
-    assert (result["n"], result["n_real"], result["prompts"]) == (12, 12, 6)
+    assert [result[n] for n in ("n", "windows", "n_real")] == [6, 12, 12]
     assert result["mean"] == pytest.approx(frechet_distance(sets[1], sets[0]).item(), rel=1e-3)
     assert {"null", "status", "ci95", "se"} <= result.keys()
     assert result["against"] == "the clips of full" and result["paired"] is None
     assert policies["near"]["metrics"]["sharpness"]["paired"] is None
     assert policies["full"]["metrics"]["fvd/random-3dconv"]["mean"] is None
-    assert "near/other3" in policies["near"]["clips"]
+    assert "near/other3" in policies["near"]["units"]
 
 
 def test_a_real_set_tells_who_is_nearer(tmp_path, video):
@@ -474,7 +474,7 @@ def test_weights_that_are_not_here_are_a_row(folders, monkeypatch, tmp_path):
         ({"candidates": ("empty",), "unpaired": True, "metrics": None}, "There are no videos in"),
         ({"pairs": "pairs.csv"}, "--pairs .* says what is compared"),
         ({"metrics": ()}, "No metric is named"),
-        ({"metrics": ("recall",)}, "it needs the panorama world"),
+        ({"metrics": ("recall",)}, "it needs latents and the panorama world"),
         ({"metrics": ("psnr",), "unpaired": True}, "it needs pixels of a reference"),
         ({"metrics": ("psnr", "psnr")}, "named twice"),
         ({"metrics": ("pnsr",)}, "Did you mean 'psnr'"),
@@ -537,7 +537,7 @@ def test_recorded_rollouts(tmp_path, table, capsys):
     said = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert f"{candidate} against {'reference' if table else 'full'}, over 2" in said
     found = strict_json(tmp_path / "run" / "summary.json")["policies"][candidate]
-    assert list(found["clips"]) == list(KEYS)
+    assert list(found["units"]) == list(KEYS)
     shown = (read(ROLLOUTS / f"{KEYS[0]}_{ending}.mp4") for ending in names.values())
     errors = [
         error
@@ -545,8 +545,8 @@ def test_recorded_rollouts(tmp_path, table, capsys):
         for error in ((judged.float() - right) / 255).square().mean((1, 2, 3)).tolist()
     ]
     assert len(errors) == 81 and min(errors) > 1e-10
-    direct = -10 * np.log10(errors).mean()
-    assert found["clips"][KEYS[0]]["psnr"] == pytest.approx(direct, abs=1e-4)
+    direct = -10 * np.log10(np.mean(errors))
+    assert found["units"][KEYS[0]]["psnr"] == pytest.approx(direct, abs=1e-4)
 
 
 def test_folders_without_pairs_and_no_other_word(folders, capsys):
@@ -560,7 +560,7 @@ def test_folders_without_pairs_and_no_other_word(folders, capsys):
 PEAK = """
 import sys
 from pathlib import Path
-from lightning_kv.tasks import compare
+from lightning_kv.commands import compare
 from lightning_kv.tasks.options import CompareOptions
 
 compare.conclude = lambda run: {}  # the page takes more memory than any clip, so it would hide it
@@ -585,3 +585,25 @@ def test_memory_does_not_grow_with_the_length_of_clips(tmp_path, video):
     short, long = map(int, found.stdout.split()[-2:])
     # As floats, 120 frames more of both videos are 106 MB.
     assert long - short < 40, (short, long)
+
+
+@pytest.mark.parametrize("spread", [["--devices", "2"], ["--workers", "3"]], ids=lambda x: x[0])
+def test_ranks_and_workers_say_what_one_process_says(folders, video, spread):
+    metrics = "psnr,ssim,temporal_flicker,fvd/random-3dconv"
+    for name, noise in (("full", 0), ("near", 4), ("far", 30)):
+        for seed, key in enumerate("abcd"):
+            video(folders / name / f"{key}.mp4", seed, frames=9, noise=noise)
+    damage(video(folders / "far" / "c.mp4", 3, frames=40, noise=9))
+    names = [str(folders / name) for name in ("full", "near", "far")]
+    words = ["compare", *names, "--metrics", metrics, "--videos", "1", "--accelerator", "cpu"]
+    with pytest.raises(SystemExit) as one:
+        main([*words, "--out", str(folders / "one")])
+    more = [sys.executable, "-m", "lightning_kv", *words, "--out", str(folders / "more"), *spread]
+    found = subprocess.run(more, capture_output=True, text=True, timeout=200)
+    assert (one.value.code, found.returncode) == (1, 1), found.stderr
+    first, second = (strict_json(folders / run / "summary.json") for run in ("one", "more"))
+    assert first["policies"] == second["policies"]
+    assert first["policies"]["far"]["metrics"]["psnr"]["n"] == 4
+    ranks = {json.loads(line)["rank"] for line in lines(folders / "more")}
+    assert ranks == ({0, 1} if spread[0] == "--devices" else {0})
+    assert len(list((folders / "more" / "videos").glob("*.mp4"))) == 1

@@ -7,23 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "runs"))
 from test_recommend import Policy, made
 
 from lightning_kv import preset, rollout
 from lightning_kv.cache import outputs
 from lightning_kv.cli import main
-from lightning_kv.data.datamodule import PromptData
-from lightning_kv.metrics import Clip, metric_by_name
+from lightning_kv.data.datamodule import PromptDataModule
+from lightning_kv.metrics import metric_by_name
 from lightning_kv.policies.registry import load_policy
 from lightning_kv.runs.analysis import analyse
 from lightning_kv.runs.recommend import recommend
 from lightning_kv.runs.summary import hindsight
+from lightning_kv.tasks.adapter import Clip, measure
 from lightning_kv.tasks.choices import chosen_policies
-from lightning_kv.tasks.options import EvaluateOptions
-from lightning_kv.tasks.results import measure
 from lightning_kv.tasks.scenes import panorama_start
 
 ROOT = Path(__file__).parents[2]
@@ -64,9 +62,9 @@ def values(out):
 
 def test_every_clip_is_that_of_a_rollout_with_its_own_tables(single, panorama):
     found = values(single)
-    data = PromptData(SHARDS, 2)
-    metrics = nn.ModuleDict(metric_by_name(["recall"]))
-    samples = [sample for batch in data.test_dataloader() for sample in batch]
+    data = PromptDataModule(SHARDS, 2)
+    metrics = metric_by_name(["recall"])
+    samples = data.prompt_samples()
     assert len(samples) == 2
     for sample in samples:
         start = panorama_start(sample, panorama.codec, FRAMES, CONTEXT)
@@ -82,7 +80,7 @@ def test_every_clip_is_that_of_a_rollout_with_its_own_tables(single, panorama):
             mse, recall, read, scored = found[name, sample.key]
             difference = (out.latents - full.latents)[:, CONTEXT:].double().square().mean()
             assert mse == pytest.approx(float(difference), rel=1e-4, abs=1e-9), name
-            assert recall == pytest.approx(measure(metrics, clip)[0]["recall"]), name
+            assert recall == pytest.approx(measure(metrics, clip).values["recall"]), name
             assert (read, scored) == (out.costs[0].rows_read, out.costs[0].rows_scored)
     losses = {name: [found[name, sample.key][0] for sample in samples] for name in POLICIES}
     assert losses["full"] == [0, 0]
@@ -239,9 +237,8 @@ def test_a_reference_that_needs_one_itself_is_refused(tmp_path, capsys):
     assert "'oracle@6f' needs outputs of a reference rollout" in said
     assert "Give --reference full" in said
     assert not out.exists()
-    options = EvaluateOptions(policies=["full"], reference="oracle-mass@6f")
     with pytest.raises(ValueError, match="needs mass of a reference rollout"):
-        chosen_policies(options)
+        chosen_policies(["full"], "oracle-mass@6f")
 
 
 def test_policies_that_want_one_table_in_two_ways_are_refused(tmp_path, capsys):
@@ -278,6 +275,5 @@ def test_a_policy_file_with_an_oracle_is_a_bound_whatever_its_name(tmp_path):
 
 @pytest.mark.parametrize("reference", ["sliding-window@6f", "top-attention@6f"])
 def test_a_reference_that_loses_something_itself_bounds_nothing(reference):
-    options = EvaluateOptions(policies=["oracle-mass@6f", "h2o@6f"], reference=reference)
     with pytest.raises(ValueError, match=r"itself drops frames or does not read .* full"):
-        chosen_policies(options)
+        chosen_policies(["oracle-mass@6f", "h2o@6f"], reference)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SETTINGS = ["--prompts", "2", "--frames", "24", "--context_frames", "9", "--videos", "0"]
 OWN = '''
@@ -43,6 +45,7 @@ def evaluate(folder, policies, ranks):
     )
 
 
+@pytest.mark.full  # three processes: a step of .ci/run
 def test_by_address_by_entry_point_and_in_a_file_on_two_ranks(tmp_path):
     """The address is found in the current folder, the entry point where packages are installed."""
     (tmp_path / "my_pkg").mkdir()

@@ -64,6 +64,34 @@ def test_the_loss_falls_on_one_batch():
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_weights_are_averaged_slowly_only_after_a_while(tmp_path):
+    """Early steps forget faster, or the first weights would leave a trace; later ones slower."""
+    stages = [Stage(steps=6, chunks=3, batch=1, sizes=(4, 5), lr=1e-2)]
+    fit, seen = Pretrain.training_step, []
+
+    def watched(self, batch, index):
+        if not seen:
+            seen.append(weights(self.average))
+        if len(seen) == 6:
+            self.done.fill_(600)
+        fit(self, batch, index)
+        seen.append(weights(self.model))
+        watched.average = weights(self.average)
+
+    def weights(network):
+        return torch.cat([each.detach().flatten() for each in network.parameters()]).double()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pretrain, "training_step", watched)
+        pretrain(PretrainOptions(Recipe(stages, ema=(0.25, 0.5)), tmp_path / "run", threads=1))
+    average, *each = seen
+    # (1 + step) / (10 + step) until that is as much as the recipe's own
+    for decay, model in zip((1 / 10, 2 / 11, 3 / 12, 0.25, 0.25, 0.5), each, strict=True):
+        average = decay * average + (1 - decay) * model
+    assert (each[-1] - each[0]).abs().max() > 1e-3, "the weights moved"
+    assert (watched.average - average).abs().max() < 1e-6
+
+
 def test_a_stopped_run_ends_with_the_weights_of_one_that_ran_through(tmp_path):
     def run(name, stages):
         options = PretrainOptions(

@@ -5,26 +5,20 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
 from lightning_kv.metrics.backbones.base import RandomBackbone
-from lightning_kv.metrics.frechet import frechet_distance
-from lightning_kv.metrics.frechet_difference import delta_frechet
-from lightning_kv.metrics.suite import Suite
+from lightning_kv.metrics.functional.frechet import frechet_distance, frechet_error
+from lightning_kv.metrics.functional.frechet_difference import delta_frechet
+from lightning_kv.metrics.registry import Suite, set_metric
 from lightning_kv.runs.directory import RunDirectory
-from lightning_kv.tasks.featured import (
-    distances,
-    featured,
-    policy_folder,
-    read_features,
-    read_real,
-    real_folder,
-    real_videos,
-    write_features,
-)
-from lightning_kv.tasks.recording import latents_path
+from lightning_kv.runs.features import FeatureStore, part_of_path
+from lightning_kv.tasks.distances import distances
+from lightning_kv.tasks.real import encode_real, real_videos
 
-FACTS = {"fvd/random-3dconv": {"encoder": "random-3dconv", "frames": 8}}
 NAME = "fvd/random-3dconv"
+RECIPE = set_metric(NAME, num_features=4, features_name="random-3dconv", frames=8).recipe
+FACTS = {NAME: {"encoder": "random-3dconv", "frames": 8, "recipe": RECIPE}}
 
 
 def rows(seed, n=2, width=4):
@@ -33,9 +27,8 @@ def rows(seed, n=2, width=4):
 
 def keep(run, policy, clips):
     """Write the features of some clips; ``policy`` None for the real set."""
-    folder = real_folder(run) if policy is None else policy_folder(run, policy)
     for key, found in clips.items():
-        write_features(folder, key, {"random-3dconv": found})
+        FeatureStore(run.features).write(policy, key, {"random-3dconv": found.numpy()})
 
 
 @pytest.fixture
@@ -62,16 +55,19 @@ ODD = [
 
 
 def test_names_that_differ_stay_apart(run):
-    folders = [policy_folder(run, name) for name in ODD]
-    assert len(set(folders)) == len(ODD)
-    assert {folder.parent for folder in folders} == {run.features / "policies"}
-    assert len({latents_path(run, name, "k").parent for name in ODD}) == len(ODD)
+    assert len({part_of_path(name) for name in ODD}) == len(ODD)
     for place, key in enumerate(ODD):
         keep(run, "mine", {key: rows(place, 1)})
-    assert all(featured(policy_folder(run, "mine"), key) for key in ODD)
-    found, keys = read_features(policy_folder(run, "mine"), "random-3dconv")
+        keep(run, key, {"k": rows(place, 1)})
+    store = FeatureStore(run.features)
+    assert all(store.has("mine", key) and store.has(key, "k") for key in ODD)
+    assert len(list((run.features / "policies").iterdir())) == len(ODD) + 1
+    found, keys = store.rows("mine", "random-3dconv")
     assert len(found) == len(set(keys)) == len(ODD)
-    assert policy_folder(run, "focused-forcing@9f").name == "focused-forcing@9f"
+    for place, key in enumerate(ODD):
+        assert (store.read("mine", key)["random-3dconv"] == rows(place, 1).numpy()).all()
+    assert store.read("mine", "nobody") is None
+    assert part_of_path("focused-forcing@9f") == "focused-forcing@9f"
 
 
 def test_policies_with_names_that_look_alike_are_not_mixed(run):
@@ -97,7 +93,7 @@ def test_with_a_real_set_all_are_compared_with_it(run):
     for name, own in sets.items():
         result = found[name][NAME]
         assert result["mean"] == pytest.approx(frechet_distance(own, real).item())
-        assert (result["n"], result["n_real"], result["prompts"]) == (14, 14, 7)
+        assert [result[each] for each in ("n", "clips", "windows", "n_real")] == [7, 7, 14, 14]
         assert result["against"] == "the real set"
     ids = torch.arange(7).repeat_interleave(2)
     direct = delta_frechet(sets["a"], sets["full"], real, ids)
@@ -120,6 +116,59 @@ def test_clips_are_paired_with_those_of_their_prompt(run):
     real = torch.cat([rows(50 + i) for i in range(7)])
     direct = delta_frechet(own, base, real, torch.arange(5).repeat_interleave(2))
     assert paired["n"] == 5 and paired["difference"] == pytest.approx(direct.value)
+
+
+def sampled(run, prompts, samples):
+    """Features of three sets, so many samples of each prompt, and the records that say so."""
+    run.open("-", {}, {"reference": "full"})
+    keys = {
+        f"p{i}" + (f"#{s}" if s else ""): f"p{i}" for i in range(prompts) for s in range(samples)
+    }
+    for name, shift in (("full", 0), ("a", 1), (None, 0)):
+        keep(
+            run,
+            name,
+            {k: rows(9 * i + (50 if name is None else 0)) + shift for i, k in enumerate(keys)},
+        )
+    for key, unit in keys.items():
+        cost = {"seconds_per_chunk": []}
+        clip = {"policy": "a", "key": key, "unit": unit, "prompt": "-", "cost": cost}
+        run.append(0, clip | {"metrics": {}, "curves": {}})
+    return list(keys)
+
+
+def test_samples_of_a_prompt_are_left_out_and_swapped_together(run):
+    """Seven prompts of three samples: the same as calls with the prompt of every clip."""
+    keys = sampled(run, 7, 3)
+    found = distances(run, FACTS, ["full", "a"], "full")["a"][NAME]
+    assert [found[each] for each in ("n", "clips", "windows", "n_real")] == [7, 21, 42, 42]
+    order = sorted(keys)  # that of the files
+    ids = torch.tensor([int(key[1]) for key in order]).repeat_interleave(2)
+    base = torch.cat([rows(9 * keys.index(key)) for key in order])
+    real = torch.cat([rows(9 * keys.index(key) + 50) for key in order])
+    assert found["mean"] == pytest.approx(frechet_distance(base + 1, real).item())
+    assert found["se"] == pytest.approx(frechet_error(base + 1, real, "unbiased", ids))
+    direct = delta_frechet(base + 1, base, real, ids)
+    paired = found["paired"]
+    assert [paired[each] for each in ("n", "clips", "p")] == [7, 21, direct.p_value]
+    assert paired["difference"] == pytest.approx(direct.value)
+    arm = stats.t.ppf(0.975, 6) * direct.standard_error
+    assert paired["ci95"] == pytest.approx([direct.value - arm, direct.value + arm])
+
+
+@pytest.mark.parametrize("prompts", [2, 3, 5])
+def test_few_prompts_have_no_interval_however_many_samples(run, prompts):
+    sampled(run, prompts, 6)
+    paired = distances(run, FACTS, ["full", "a"], "full")["a"][NAME]["paired"]
+    assert (paired["n"], paired["clips"], paired["ci95"]) == (prompts, 6 * prompts, None)
+    assert paired["p"] >= 2.0 ** (1 - prompts)
+
+
+def test_six_samples_of_one_prompt_are_no_test_of_sets(run):
+    sampled(run, 1, 6)
+    found = distances(run, FACTS, ["full", "a"], "full")["a"][NAME]
+    assert (found["n"], found["clips"], found["se"], found["paired"]) == (1, 6, None, None)
+    assert found["mean"] is not None
 
 
 @pytest.mark.parametrize("common", [0, 1])
@@ -158,7 +207,7 @@ def test_what_has_no_distance_has_a_status(run, kind, who):
         assert result["against"] == "the clips of full"  # there is no real set then
     else:
         assert result["mean"] is None and result["status"].startswith("no value: ")
-        assert result["n"] == sum(map(len, sets["a"].values()))
+        assert result["windows"] == sum(map(len, sets["a"].values()))
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -178,15 +227,14 @@ def test_a_reference_without_a_distance_takes_none_away(run, kind):
 def test_a_damaged_file_is_said(run):
     keep(run, "full", {"k": rows(0)})
     keep(run, "a", {"k": rows(0)})
-    path = policy_folder(run, "a") / "k.npz"
+    path = run.features / "policies" / "a" / "k.npz"
     whole = path.read_bytes()
     for content in (b"", b"no archive", whole[:-40], whole[:60], b"PK\3\4" + bytes(99)):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"k\.npz cannot be read as features of random-3dconv"):
+        with pytest.raises(ValueError, match=r"k\.npz cannot be read as features of clips"):
             distances(run, FACTS, ["full", "a"], "full")
     path.write_bytes(whole)
-    with pytest.raises(ValueError, match="cannot be read as features of other"):
-        read_features(path.parent, "other")
+    assert FeatureStore(run.features).rows("a", "other")[1] == [], "it judged no clip"
 
 
 def test_an_unavailable_metric_is_left_alone(run):
@@ -202,12 +250,23 @@ def test_real_videos_are_read_once(run, tmp_path, video, monkeypatch):
     encoder, suite = RandomBackbone(3), Suite([NAME], {"pixels"})
     found = real_videos(folder, suite)
     assert sorted(found) == ["a", "deep/er/b", "in/a", "in__a"]
-    read_real(run, found, {encoder.name: encoder})
-    features, keys = read_features(real_folder(run), encoder.name)
+    store, encoders = FeatureStore(run.features), {encoder.name: encoder}
+    first = {key: encode_real(key, path, encoders, store) for key, path in found.items()}
+    features, keys = store.rows(None, encoder.name)
     assert features.shape == (8, 32) and len(set(keys)) == 4
-    monkeypatch.setattr("lightning_kv.tasks.featured.read", None)
-    read_real(run, found, {encoder.name: encoder})
+    monkeypatch.setattr("lightning_kv.tasks.real.read", None)
+    for key, path in found.items():
+        again = encode_real(key, path, encoders, store)
+        assert torch.equal(again[encoder.name], first[key][encoder.name])
     video(folder / "a.mkv", 1)
     with pytest.raises(ValueError, match="Two videos have one name"):
         real_videos(folder, suite)
     assert real_videos(None, suite) == {}
+
+
+def test_a_metric_that_was_made_in_another_way_is_not_computed_here(run):
+    for name in ("full", "a"):
+        keep(run, name, {f"k{i}": rows(i) for i in range(6)})
+    facts = FACTS[NAME] | {"recipe": RECIPE.replace("unbiased covariance", "ml covariance")}
+    found = distances(run, {NAME: facts}, ["full", "a"], "full")["a"][NAME]
+    assert found["mean"] is None and "ml covariance" in found["status"]

@@ -4,10 +4,11 @@ from fractions import Fraction
 
 import pytest
 
+from lightning_kv.commands.compare import find_videos
 from lightning_kv.data.pairs import Alignment
+from lightning_kv.data.video_pairs import PairedClip, alignable, shortest
 from lightning_kv.data.videos import VideoError, VideoInfo
 from lightning_kv.tasks.options import CompareOptions
-from lightning_kv.tasks.pairing import Clip, alignable, find_videos, shortest
 
 
 @pytest.fixture
@@ -113,11 +114,11 @@ def test_a_clip_is_cut_to_the_shortest_of_those_that_fit(tmp_path, given, able, 
         paths["wide"]: info(paths["wide"], 3, width=64),
         paths["broken"]: VideoError("It cannot be read."),
     }
-    clip = Clip("k", "", paths["full"], {name: paths[name] for name in names[1:]})
+    clip = PairedClip("k", "", paths["full"], {name: paths[name] for name in names[1:]})
     alignment = Alignment(**given)
     assert list(alignable(clip, infos, alignment)) == able
     assert shortest(clip, infos, alignment) == frames
-    alone = Clip("k", "", None, {"a": paths["a"]})
+    alone = PairedClip("k", "", None, {"a": paths["a"]})
     assert shortest(alone, infos, alignment) is None
-    unreadable = Clip("k", "", paths["broken"], {"a": paths["a"]})
+    unreadable = PairedClip("k", "", paths["broken"], {"a": paths["a"]})
     assert shortest(unreadable, infos, alignment) is None

@@ -1,0 +1,1 @@
+"""Commands: what each is told, and in which words it answers."""
