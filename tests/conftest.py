@@ -5,6 +5,18 @@ import torch
 
 torch.set_num_threads(1)
 
+# More than 15 seconds, longest first: a worker that takes one last works on alone.
+LONG = (
+    *("tests/test_readme.py", "tests/test_rollout.py", "tests/test_cli.py"),
+    *("lightning_kv/testing/test_conformance.py", "tests/test_wan_commands.py"),
+    *("tests/test_waits.py", "tests/tasks/test_compare.py", "tests/policies/test_focused.py"),
+    *("tests/tasks/test_recording.py", "tests/policies/test_oracle.py"),
+    *("tests/cache/test_decisions.py", "tests/cache/test_modes.py", "tests/tasks/test_bench.py"),
+    *("tests/policies/test_budgets.py", "tests/policies/test_future.py"),
+    *("tests/policies/test_plugins.py", "tests/testing/test_conformance.py"),
+    *("tests/report/test_page.py", "tests/test_peak_memory.py", "tests/test_parity.py"),
+)
+
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the long matrices")
@@ -12,9 +24,12 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--full"):
-        long = [item for item in items if item.get_closest_marker("full")]  # not a mere id "full"
-        config.hook.pytest_deselected(items=long)
+        long = {item for item in items if item.get_closest_marker("full")}  # not a mere id "full"
+        config.hook.pytest_deselected(items=[item for item in items if item in long])
         items[:] = [item for item in items if item not in long]
+    if config.getoption("dist", "no") != "no" or hasattr(config, "workerinput"):
+        place = {path: number for number, path in enumerate(LONG)}
+        items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +43,7 @@ def panorama():
 @pytest.fixture(scope="session")
 def tiny_wan(tmp_path_factory):
     """Folder of a tiny Wan with random weights, in the files of a published one."""
-    import subprocess
+    import runpy
     import sys
     from pathlib import Path
 
@@ -36,5 +51,10 @@ def tiny_wan(tmp_path_factory):
     pytest.importorskip("transformers", reason="the extra [wan] is not installed")
     folder = tmp_path_factory.mktemp("tiny") / "wan"
     tool = Path(__file__).parents[1] / "tools" / "make_tiny_wan.py"
-    subprocess.run([sys.executable, tool, folder], check=True, capture_output=True)
+    words, sys.argv = sys.argv, [str(tool), str(folder)]
+    try:
+        with torch.random.fork_rng():  # it sets the seed
+            runpy.run_path(str(tool), run_name="__main__")
+    finally:
+        sys.argv = words
     return folder

@@ -24,6 +24,7 @@ def check(out, *words):
     return done, found, (out / "gpu_check.txt").read_text()
 
 
+@pytest.mark.full  # five processes: a step of .ci/run
 def test_every_step_runs_without_a_gpu(tmp_path):
     done, found, text = check(tmp_path / "out")
     steps = found["steps"]

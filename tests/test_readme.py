@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -31,7 +32,8 @@ OWN = [line for line in COMMANDS if "mine.thinned" in line]
 COMMANDS = [line for line in COMMANDS if line not in (*TOUR, *MEASURES, *OWN)]
 PYTHON = [block for kind, block in BLOCKS if kind == "python" and "mine" not in block]
 OWN_FILE, OWN_PYTHON = (block for kind, block in BLOCKS if kind == "python" and "mine" in block)
-SMALLER = ["--prompts", "1", "--frames", "36", "--videos", "0", "--trainer.devices", "1"]
+SMALLER = ["--prompts", "1", "--frames", "27", "--videos", "0", "--trainer.devices", "1"]
+SMALLEST = [*SMALLER, "--frames", "18", "--metrics", "[recall,psnr]"]
 READERS = ("recommend", "report", "inspect")
 
 
@@ -40,19 +42,30 @@ def test_there_is_something_to_test():
     assert PYTHON and OWN
 
 
-@pytest.mark.parametrize("code", PYTHON)
-def test_python_runs(code, tmp_path):
-    path = tmp_path / "example.py"
-    path.write_text(code)
-    guard = "import sys; sys.modules['lightning'] = None; import runpy; runpy.run_path(sys.argv[1])"
-    found = subprocess.run(
-        [sys.executable, "-c", guard, str(path)], capture_output=True, text=True, cwd=ROOT
-    )
+UNDER_LIGHTNING = [code for code in PYTHON if "lightning_kv.tasks" in code]
+
+
+@pytest.mark.parametrize("under_lightning", [False, True], ids=["torch-alone", "lightning"])
+def test_python_runs(tmp_path, under_lightning):
+    """One example after the other; those that need no Lightning in a process that has none."""
+    examples = [code for code in PYTHON if (code in UNDER_LIGHTNING) == under_lightning]
+    assert len(examples) >= 2
+    paths = [tmp_path / f"example{number}.py" for number in range(len(examples))]
+    for path, code in zip(paths, examples, strict=True):
+        path.write_text(code)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    code = "import sys, runpy\n"
+    code += "" if under_lightning else "sys.modules['lightning'] = None\n"
+    code += "for path in sys.argv[1:]: print('==', path, flush=True); runpy.run_path(path)"
+    words = [sys.executable, "-c", code, *map(str, paths)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert found.returncode == 0, found.stderr
-    assert found.stdout
+    shown = re.split(r"^== .*\n", found.stdout, flags=re.MULTILINE)[1:]
+    assert len(shown) == len(examples) and all(shown)
 
 
-def test_a_policy_of_ones_own_from_a_folder_of_ones_own(tmp_path):
+def test_a_policy_of_ones_own_from_a_folder_of_ones_own(tmp_path, monkeypatch, capsys):
     """Exactly the file that is shown, outside the package; the commands and Python beside it."""
     assert OWN_FILE.startswith("# mine/thinned.py\n")
     assert len(OWN_FILE.splitlines()) <= 40
@@ -63,30 +76,37 @@ def test_a_policy_of_ones_own_from_a_folder_of_ones_own(tmp_path):
     console = str(
         Path(sys.executable).parent / "lightning-kv"
     )  # does not search this folder itself
-    for line in OWN:
-        found = subprocess.run(
-            [console, *shlex.split(line)[1:], *SMALLER],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-        assert found.returncode == 0, found.stderr
-    summary = json.loads((tmp_path / "runs" / "thinned" / "summary.json").read_text())
-    assert list(summary["policies"]) == ["full", "mine.thinned:Thinned@9f", "sliding-window@9f"]
+    first, *others = OWN
     found = subprocess.run(
-        [sys.executable, "-c", OWN_PYTHON], capture_output=True, text=True, cwd=tmp_path
+        [console, *shlex.split(first)[1:], *SMALLER],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert found.returncode == 0, found.stderr
-    assert "Thinned(budget=Uniform(amount='6f')" in found.stdout
+    summary = json.loads((tmp_path / "runs" / "thinned" / "summary.json").read_text())
+    assert list(summary["policies"]) == ["full", "mine.thinned:Thinned@9f", "sliding-window@9f"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        for line in others:
+            main([*shlex.split(line)[1:], *SMALLER])
+        capsys.readouterr()
+        exec(OWN_PYTHON, {})
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+            del sys.modules[name]
+    assert "Thinned(budget=Uniform(amount='6f')" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("lightning-kv evaluate")])
 def test_evaluate_commands_run(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)[1:]
-    policies, _ = chosen_policies(parse("evaluate", EvaluateOptions, words[1:]))
-    smaller = SMALLER if len(policies) <= 5 else [*SMALLER, "--frames", "30"]
+    asked = parse("evaluate", EvaluateOptions, words[1:])
+    policies, _ = chosen_policies(asked.policies, asked.reference, asked.budgets)
+    smaller = SMALLER if len(policies) <= 5 else SMALLEST
     main([*words, *smaller, "--out", str(tmp_path / "run")])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert set(policies) <= set(summary["policies"])
@@ -95,7 +115,7 @@ def test_evaluate_commands_run(line, tmp_path, monkeypatch, capsys):
 def test_the_measuring_tour_runs(tmp_path, monkeypatch, capsys):
     """On five prompts and three policies; a run checked against itself passes."""
     monkeypatch.chdir(tmp_path)
-    few = ["--prompts", "5", "--frames", "24", "--videos", "1", "--trainer.devices", "1"]
+    few = ["--prompts", "5", "--frames", "21", "--videos", "1", "--trainer.devices", "1"]
     few += ["--policies", "[full,sliding-window@9f,top-attention@9f]"]
     few += ["--data.shards", str(ROOT / "data/panorama-quick")]
     done = []
@@ -180,18 +200,37 @@ def test_other_commands_name_what_is_there(line, monkeypatch):
             assert (ROOT / word).is_file()
 
 
-def test_the_tour_of_a_real_model_runs(tmp_path):
-    """In the order of the README, in a folder with nothing but the project's own files."""
+FEWER = {
+    "evaluate": ["--prompts", "1"],
+    "generate": ["--seconds", "3"],
+    "tools/bench_rollout.py": ["--chunks", "7", "--repeats", "1"],
+}
+
+
+def test_the_tour_of_a_real_model_runs(tmp_path, monkeypatch, capsys):
+    """In the order of the README, in a folder with nothing but the project's own files; one prompt,
+    and a shorter clip and benchmark."""
     pytest.importorskip("diffusers", reason="the extra [wan] is not installed")
     for name in ("tools", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     assert len(TOUR) > 5
     for line in TOUR:
-        words = shlex.split(line)
-        words[:1] = [sys.executable, *(["-m", "lightning_kv"] if words[0] != "python" else [])]
-        found = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-        assert found.returncode == 0, f"{line}\n{found.stdout}{found.stderr}"
-    assert len(list((tmp_path / "tiny-wan" / "videos").rglob("*.mp4"))) == 3 * 5
+        kind, *words = shlex.split(line)
+        words += FEWER.get(words[0], [])
+        if kind == "lightning-kv":
+            main(words)
+            continue
+        assert kind == "python"
+        monkeypatch.setattr(sys, "argv", words)
+        code = 0
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        assert not code, line
+    assert len(list((tmp_path / "tiny-wan" / "videos").rglob("*.mp4"))) == 5
     assert json.loads((tmp_path / "tiny-wan" / "bench.json").read_text())
     summary = json.loads((tmp_path / "tiny-wan" / "run" / "summary.json").read_text())
     assert len(summary["policies"]) == 5

@@ -12,26 +12,37 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import count_waits
 
-LAYERS = 3
+from lightning_kv.policies.registry import presets
+
+LAYERS, CHUNK = 3, 4  # four chunks of three frames came before: more than any policy here reads
+CASES = count_waits.cases(LAYERS)
+# a second branch asks the same parts again: with --full of every policy
+GUIDED = ("full", "sliding-window", "h2o", "top-attention", "oracle")
 
 
-@pytest.fixture(scope="module")
-def found():
-    return {row.name: row for row in count_waits.rows(LAYERS)}
+def preset_of(case):
+    return case.name.partition("@")[0].partition(",")[0]
 
 
-def test_every_policy_is_counted(found):
-    from lightning_kv.policies.registry import presets
+def marked(case):
+    later = case.name.endswith(", guided") and preset_of(case) not in GUIDED
+    return pytest.param(case, marks=[pytest.mark.full] if later else [], id=case.name)
 
-    named = {name.partition("@")[0].partition(",")[0] for name in found}
+
+def test_every_policy_is_counted():
+    named = {preset_of(case) for case in CASES if case.sampler != "guided"}
     assert set(presets()) <= named
+    assert {f"{name}, guided" for name in GUIDED} <= {
+        case.name.replace("@6f", "") for case in CASES
+    }
 
 
-@pytest.mark.parametrize("case", count_waits.cases(LAYERS), ids=lambda case: case.name)
-def test_waits(found, case):
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
+def test_waits(case):
     """At most one at a commit, two where rows get codecs; one per layer and sample where how much
     is read depends on scores; none in any other pass."""
-    row = found[case.name]
+    row = count_waits.counted(case, LAYERS, CHUNK)
+    assert row.denoising > 0 or case.sampler == "rolling"
     assert row.commit <= (2 if case.codes else 1) + case.planned * row.replanned
     assert row.first <= case.planned
     assert row.denoise <= case.planned * row.replanned * row.denoising

@@ -57,7 +57,7 @@ def test_errors_are_said_and_nothing_is_written(words, said, tmp_path, capsys, m
     folder = tmp_path / "run"
     folder.mkdir()
     metric = {"recipe": "r", "higher_is_better": True, "against_reference": False, "status": "ok"}
-    policy = {"metrics": {"recall": metric}, "clips": {f"k{i}": {"recall": 0.5} for i in range(5)}}
+    policy = {"metrics": {"recall": metric}, "units": {f"k{i}": {"recall": 0.5} for i in range(5)}}
     summary = {"reference": "full", "policies": {"full": policy}}
     (folder / "summary.json").write_text(json.dumps(summary))
     code, text, error = run(capsys, *(word.replace("RUN", "run") for word in words))

@@ -27,7 +27,7 @@ from lightning_kv.models.wan import CausalWan, WanConfig
 from lightning_kv.policies.registry import preset, presets, sized
 from lightning_kv.tasks.waits import counting
 
-CHUNK, FRAMES, HEADS = 8, 30, 12
+CHUNK, HEADS = 8, 12
 LEVELS = (1000.0, 750.0, 500.0, 250.0)
 SAMPLERS: dict[str, dict[str, Any]] = {
     "few-step": {"timesteps": LEVELS},
@@ -126,23 +126,28 @@ def cases(layers: int) -> list[Case]:
 def rows(layers: int) -> Iterator[Row]:
     """Roll out and count."""
     torch.set_num_threads(1)
+    yield from (counted(case, layers) for case in cases(layers))
+
+
+def counted(case: Case, layers: int, chunk: int = CHUNK) -> Row:
+    """Waits of one case in a chunk; the rollout ends with the next."""
     config = WanConfig(
         dim=12 * HEADS, ffn_dim=96, layers=layers, heads=HEADS, text_dim=16, latent_size=(4, 4)
     )
-    for case in cases(layers):
-        model = random_model(replace(config, **SAMPLERS[case.sampler]))
-        prompts = [f"prompt {i}" for i in range(case.batch)]
-        policy, about = load_policy(case.policy), {"decode": False}
-        if policy.needs:
-            told = rollout(model, preset("full"), prompts, FRAMES, record=policy.needs, **about)
-            about["tables"] = told.tables
-        about["record"] = case.record
-        with counting("cpu") as waits:
-            watched = waits.watched(sampler_of(model.network.config))
-            rollout(model, policy, prompts, FRAMES, sampler=watched, **about)
-        own, passes = waits.summary(CHUNK)["by_pass"], waits.summary(CHUNK)["passes"]
-        counts = (own["first"], own["denoise"], own["commit"])
-        yield Row(case.name, *counts, passes["denoise"], case.each)
+    model = random_model(replace(config, **SAMPLERS[case.sampler]))
+    frames = 3 * (chunk + 2)
+    prompts = [f"prompt {i}" for i in range(case.batch)]
+    policy, about = load_policy(case.policy), {"decode": False}
+    if policy.needs:
+        told = rollout(model, preset("full"), prompts, frames, record=policy.needs, **about)
+        about["tables"] = told.tables
+    about["record"] = case.record
+    with counting("cpu") as waits:
+        watched = waits.watched(sampler_of(model.network.config))
+        rollout(model, policy, prompts, frames, sampler=watched, **about)
+    own, passes = waits.summary(chunk)["by_pass"], waits.summary(chunk)["passes"]
+    counts = (own["first"], own["denoise"], own["commit"])
+    return Row(case.name, *counts, passes["denoise"], case.each)
 
 
 def random_model(config: WanConfig) -> VideoModel:

@@ -6,5 +6,6 @@ extras="[dev,wan]"
 source tools/environment.sh
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
-OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile \
-  --doctest-modules lightning_kv tests "$@"
+# A file stays on one worker, so that what its tests share is made once; conftest.py puts long ones first.
+OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -n auto --maxprocesses 8 \
+  --dist loadfile --no-loadscope-reorder --doctest-modules lightning_kv tests "$@"

@@ -28,7 +28,7 @@ from lightning_kv import preset, rollout
 from lightning_kv.cache import probe as module
 from lightning_kv.cache.decisions import Retention, Selection, Sums
 from lightning_kv.cache.probe import AttentionProbe
-from lightning_kv.metrics.attention import AttentionFidelity
+from lightning_kv.metrics.functional import output_error, retained_mass
 
 LAYERS, HEADS, TOKENS, CHUNK = (
     sessions.GEOMETRY.layers,
@@ -285,19 +285,30 @@ def test_watching_changes_nothing():
 
 @pytest.mark.parametrize("name", ["full", "sink-window@4f"])
 def test_a_rollout_of_the_embedded_model(panorama, name):
-    """The last step; the metric that is told comes to the same means."""
+    """The last step; who is told of every pass comes to the same means."""
     config = panorama.network.config
     last = len(config.timesteps) - 1
-    fidelity = AttentionFidelity(config.layers, config.heads, last + 1, 4)
-    probe = AttentionProbe([last], tell=fidelity.update)
+    told = {}
+
+    def tell(lse_read, lse_full, out, out_full, layer, step, chunk):
+        mass, error = retained_mass(lse_read, lse_full), output_error(out, out_full)
+        told.setdefault((layer, step, chunk), []).append(torch.stack([mass, error]))
+
+    probe = AttentionProbe([last], tell=tell)
     rollout(panorama, preset(name), "dusk fast n10 left", 12, decode=False, watch=probe)
-    curves, heads, found = probe.curves(0), probe.heads(0), fidelity.compute()
-    for own in ("retained_mass", "attention_error"):
-        told = found[own][:, :, last]
-        assert found[own][:, :, :last].isnan().all()
-        torch.testing.assert_close(told.mean(-1), heads[own], rtol=1e-12, atol=1e-12)
+    assert {step for _, step, _ in told} == {last}
+    curves, heads = probe.curves(0), probe.heads(0)
+    found = torch.stack(
+        [
+            torch.stack([torch.cat(told[i, last, j], -1).mean(-1) for j in range(4)], -1)
+            for i in range(config.layers)
+        ],
+        1,
+    )  # [2, layers, heads, chunks]
+    for own, means in zip(("retained_mass", "attention_error"), found, strict=True):
+        torch.testing.assert_close(means.mean(-1), heads[own], rtol=1e-12, atol=1e-12)
         per_chunk = curves[own].view(4, 3).mean(1)
-        torch.testing.assert_close(told.mean((0, 1)), per_chunk, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(means.mean((0, 1)), per_chunk, rtol=1e-12, atol=1e-12)
     if name == "full":
         assert (curves["retained_mass"] - 1).abs().max() <= 1e-6
         assert curves["attention_error"].max() <= 1e-5
