@@ -100,7 +100,18 @@ def test_a_policy_of_ones_own_from_a_folder_of_ones_own(tmp_path, monkeypatch, c
     assert "Thinned(budget=Uniform(amount='6f')" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("lightning-kv evaluate")])
+# with many policies: a step of .ci/run
+MANY = ("oracle_any", "future_ablation", "future_forcing", "sink_splits", "start_anywhere")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(c, marks=[pytest.mark.full] if any(f"{n}.yaml" in c for n in MANY) else [])
+        for c in COMMANDS
+        if c.startswith("lightning-kv evaluate")
+    ],
+)
 def test_evaluate_commands_run(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)[1:]
