@@ -286,16 +286,19 @@ def networks(base: str) -> tuple[str, ...]:
     return ENCODERS[base] if base in SETS else getattr(METRICS[base], "backbones", ())
 
 
-def set_metric(name: str, encoder: Backbone | None = None, **given: Any) -> SetMetric:
+def set_metric(
+    name: str, encoder: Backbone | None = None, own: bool = True, **given: Any
+) -> SetMetric:
     """The metric of sets of this name, on an encoder or on features that it made.
 
     Args:
         name: Such as ``fvd/panorama-encoder``; or that of one of another package which was chosen.
         encoder: What the windows of clips are shown to; None where ``num_features`` and the like
             are ``given``.
+        own: Whether one of this name that was given as an object goes before ours.
         given: Of :class:`lightning_kv.metrics.sets.SetMetric`.
     """
-    if name in OWN:
+    if own and name in OWN:
         return _fresh(OWN[name]).looking(encoder, **given)
     base = Choice.parse(name).base
     form = {"form": base} if issubclass(SETS[base], VideoKernelDistance) else {}

@@ -97,14 +97,14 @@ def distance(
     }
     empty = {"mean": None, "null": None, "se": None, **counts}
     try:
-        metric = set_metric(
+        metric = metric_of(
             name,
+            facts["recipe"],
             num_features=own[0].shape[1],
             features_name=facts["encoder"],
             frames=facts["frames"],
             sync_on_compute=False,  # one process concludes, from the features of all
         )
-        check_same(metric, facts["recipe"])
         for side, rows in ((False, own), (True, real)):
             clips = by_clip(rows)
             whole = [units.get(key, key) for key in clips]
@@ -122,18 +122,21 @@ def distance(
     }
 
 
-def check_same(metric: SetMetric, recipe: str) -> None:
-    """Refuse a metric of the same name that is made in another way than the run's was.
+def metric_of(name: str, recipe: str, **given: Any) -> SetMetric:
+    """The metric of a run: ours, or one of its name that was given to this process as an object.
 
     Raises:
-        ValueError: Their recipes differ beside how features were made, which are on disk.
+        ValueError: None has the run's recipe, beside how features were made, which are on disk.
     """
-    before, _, after = metric.recipe.partition(metric.features)
-    if not (recipe.startswith(before) and recipe.endswith(after)):
-        raise ValueError(
-            f"the run measured '{recipe}', and this process knows '{metric.name}' as "
-            f"'{metric.recipe}'. Conclude where the metric was made"
-        )
+    for own in (True, False):
+        metric = set_metric(name, own=own, **given)
+        before, _, after = metric.recipe.partition(metric.features)
+        if recipe.startswith(before) and recipe.endswith(after):
+            return metric
+    raise ValueError(
+        f"the run measured '{recipe}', and this process knows '{name}' as '{metric.recipe}'. "
+        "Conclude where the metric was made"
+    )
 
 
 def by_clip(rows: Rows) -> dict[str, Tensor]:

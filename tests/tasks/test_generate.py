@@ -199,7 +199,7 @@ def test_files_are_not_lost(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_said(tmp_path):
-    assert "there is no CUDA GPU here" in refused(tmp_path, accelerator="gpu")
+    assert "There is no GPU that torch can use" in refused(tmp_path, accelerator="gpu")
 
 
 def test_more_frames_than_the_model_knows_are_said(tmp_path):
