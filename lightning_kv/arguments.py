@@ -60,12 +60,9 @@ The run must have kept its latents: evaluate --latents true.
 example:
   lightning-kv export runs/longlive -o vbench""",
     "evaluate": """\
-`lightning-kv list policies` and `list parts` say what there is and what every setting means.
-examples (what is not given is the model's own: frames, size, rate, precision, metrics):
-  lightning-kv evaluate -c configs/quickstart.yaml
-  lightning-kv evaluate -c configs/evaluate.yaml --budgets 6f,9f,15f --out runs/crossed
-  lightning-kv evaluate --policies [full,mine.yaml@9f,my_pkg.mine:Part@9f] --out runs/mine
-  lightning-kv evaluate -c configs/evaluate.yaml --trainer.devices 2""",
+What is not given is the model's own; see `lightning-kv list policies`, `list parts`. For example:
+  lightning-kv evaluate -c configs/evaluate.yaml --budgets 6f,9f,15f --trainer.devices 2
+  lightning-kv evaluate --policies [full,mine.yaml@9f,my_pkg.mine:Part@9f] --out runs/mine""",
     "generate": """\
 examples:
   lightning-kv generate "dusk fast n13 left" -o dusk.mp4
