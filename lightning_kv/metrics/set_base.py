@@ -103,7 +103,6 @@ class SetMetric(SavedMetric):
     """
 
     higher_is_better = False
-
     unit = ""
     tests_difference = False  # whether ``delta_frechet`` tests differences of it
     backbone: Backbone | None
@@ -381,8 +380,7 @@ class SetMetric(SavedMetric):
         for name, empty in self._empty().items():
             state = getattr(self, f"{name}_{side}")
             if isinstance(state, list):
-                place = state[0].device if state else self.device
-                state = torch.cat([empty.to(place), *state])
+                state = torch.cat([empty.to(state[0].device if state else self.device), *state])
             states[name] = state
         counts, ids, units = (states.pop(name).tolist() for name in LABELS)
         parts = states["features"].split(counts) if self.keep_features else None
