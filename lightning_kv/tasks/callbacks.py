@@ -241,6 +241,7 @@ class ComparisonVideos(PicturedCallback):
         rows: Rows = [("world", fitted(clip.truth))] if clip.truth is not None else []
         rows += list(shown.items())
         frames = len(rows[0][1])
+        self.run.differences.mkdir(parents=True, exist_ok=True)  # there may be no RecordWriter
         film(self.run, clip.key, lambda: iter([rows]), frames, self.fps, self.reference)
 
 
@@ -273,6 +274,7 @@ class TraceWriter(PicturedCallback):
 
     def write(self, clip: ClipResult, shown: dict[str, dict[str, np.ndarray]]) -> None:
         """Write the traces of all policies."""
+        self.run.traces.mkdir(parents=True, exist_ok=True)  # there may be no RecordWriter
         write_traces(self._file(clip.key), shown)
 
     def _file(self, key: str) -> Path:

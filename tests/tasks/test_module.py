@@ -251,6 +251,15 @@ def test_settings_of_a_metric_that_is_an_object_are_of_the_run():
     assert one != two and "scale=2" in str(two)
 
 
+def test_pictures_and_traces_need_no_records(tmp_path):
+    out = tmp_path / "run"
+    module = EvaluateModule("panorama", ["sliding-window@6f"], metrics=["recall"], **SMALL)
+    beside = [ComparisonVideos(out), TraceWriter(out)]
+    trainer(beside).test(module, datamodule=PromptDataModule(SHARDS, 1), verbose=False)
+    found = sorted(path.suffix for path in out.rglob("*.*"))
+    assert found == [".mp4", ".mp4", ".npz"]
+
+
 def test_a_run_callback_without_a_data_module_is_said(tmp_path):
     module = EvaluateModule("panorama", ["full"], metrics=["recall"], **SMALL)
     loader = PromptDataModule(SHARDS, 1).test_dataloader()
