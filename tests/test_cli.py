@@ -232,7 +232,7 @@ def test_pictures_that_are_missing_are_made_when_a_run_goes_on(single, tmp_path)
 def test_budgets_cross_policies_and_every_prompt_is_pictured(tmp_path, capsys):
     out = tmp_path / "run"
     words = ["--policies", "[full,sliding-window,random]", "--budgets", "3f,6f", "--prompts", "2"]
-    words += ["--frames", "18", "--metrics", "[recall,psnr]"]
+    words += ["--frames", "18", "--metrics", "recall,psnr"]
     main(["evaluate", *SMALL[:-2], *words, "--out", str(out)])
     names = ["full", "sliding-window@3f", "sliding-window@6f", "random@3f", "random@6f"]
     assert list(summary(out)["policies"]) == names

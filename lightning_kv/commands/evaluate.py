@@ -77,6 +77,8 @@ def settled(options: EvaluateOptions, source: Source) -> EvaluateOptions:
         "precision": "float32" if world else "reference",
         "metrics": list(Suite(None, known(world, options.decode)).choices),
     }
+    if isinstance(options.metrics, str):
+        options = replace(options, metrics=options.metrics.split(","))
     missing = {name: value for name, value in usual.items() if getattr(options, name) is None}
     data = replace(options.data, shards=shards)
     return replace(options, data=data, **vars(rollouts), **missing)

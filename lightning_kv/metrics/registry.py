@@ -12,6 +12,7 @@ from lightning_kv.metrics.base import ClipMetric
 from lightning_kv.metrics.choices import ENCODERS, METRICS, OWN, SETS, Choice, networks, set_metric
 from lightning_kv.metrics.plugins import source
 from lightning_kv.metrics.sets import SetMetric
+from lightning_kv.metrics.windows import WindowEncoder
 
 __all__ = [
     "ENCODERS",
@@ -112,6 +113,7 @@ class Suite:
                 self.made[name] = (choice.encoder if choice.of_sets else choice.metric)(accept)
             except WeightsUnavailable as error:
                 self.missing[name] = str(error)
+        self._encoders = {name: metric.encoder for name, metric in self.set_metrics().items()}
 
     def clip_metrics(self) -> dict[str, ClipMetric]:
         """Fresh metrics of clips, those that are available; networks are shared."""
@@ -130,13 +132,12 @@ class Suite:
         }
 
     def encoder_of(self, name: str) -> str:
-        """Name of what an available metric of sets looks through."""
-        return self.made[name].name
+        """Name of what an available metric of sets looks through, which features go by."""
+        return self._encoders[name].name
 
-    def encoders(self) -> dict[str, Backbone]:
+    def encoders(self) -> dict[str, WindowEncoder]:
         """What the available metrics of sets look through, each once, by its name."""
-        found = (made for name, made in self.made.items() if self.choices[name].of_sets)
-        return {encoder.name: encoder for encoder in found}
+        return {encoder.name: encoder for encoder in self._encoders.values()}
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """Unit, direction, recipe and kind of every metric, available or not."""
@@ -177,7 +178,7 @@ class Suite:
             return facts | {
                 "recipe": metric.recipe,
                 "undefined": "there is nothing to compare with",
-                "encoder": made.name,
+                "encoder": self.encoder_of(name),
                 "frames": metric.frames,
                 **_network(made),
             }

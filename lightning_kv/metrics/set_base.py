@@ -26,26 +26,13 @@ from lightning_kv.metrics.inputs import (
 from lightning_kv.metrics.saved import SavedMetric
 from lightning_kv.metrics.set_clips import as_rows, in_order, numbered_units
 from lightning_kv.metrics.set_result import SetResult
-from lightning_kv.metrics.windows import FRAMES, Windows
+from lightning_kv.metrics.windows import FRAMES, WindowEncoder
 
 SIDES = ("generated", "real")
 """Names of the two sets, by ``update``'s ``real``."""
 
 LABELS = ("windows", "ids", "units")
 """What is kept of every clip: how many windows it has, and what it was called."""
-
-
-def windows_recipe(backbone: nn.Module) -> str:
-    """How the features of the windows of clips are made, in a sentence.
-
-    Args:
-        backbone: As in :class:`SetMetric`; one whose ``clip_len`` is None sees single frames.
-    """
-    mean = "" if backbone.clip_len else ", mean over the frames of a window"
-    return (
-        f"{backbone.recipe}{mean}; consecutive windows without overlap, context and remainder left "
-        "out, pooled over clips"
-    )
 
 
 class TooFewClips(ValueError):
@@ -128,15 +115,12 @@ class SetMetric(SavedMetric):
                 "Pass a backbone, or the number of features that update_features will be given."
             )
         self.backbone = None if backbone is None else resolve(backbone, given, accept)
-        self.features_name = features_name if backbone is None else self.backbone.name
-        if features_recipe is None:
-            features_recipe = (
-                "made elsewhere" if backbone is None else windows_recipe(self.backbone)
-            )
-        self.features_recipe = features_recipe
         self.num_features = num_features if backbone is None else self.backbone.num_features
         self.keep_features, self.reset_real_features = keep_features, reset_real_features
         self.frames = self._window(frames)
+        own = "made elsewhere" if backbone is None else self.encoder.recipe
+        self.features_recipe = own if features_recipe is None else features_recipe
+        self.features_name = features_name if backbone is None else self.encoder.name
         for side in SIDES:
             for name, empty in self._empty().items():
                 listed = name in (*LABELS, "features")
@@ -157,18 +141,23 @@ class SetMetric(SavedMetric):
         other = self.clone()
         Metric.reset(other)
         other.backbone = backbone
-        if backbone is not None:
-            given = {"features_name": backbone.name, "num_features": backbone.num_features} | given
         for name, value in given.items():
             setattr(other, name, value)
+        if backbone is not None:
+            other.num_features, other.features_name = backbone.num_features, other.encoder.name
         return other
+
+    @property
+    def encoder(self) -> WindowEncoder:
+        """What the windows of clips are shown to, where there is a backbone."""
+        return WindowEncoder(self.backbone, self.frames)
 
     def _window(self, frames: int | None) -> int:
         taken = None if self.backbone is None else self.backbone.clip_len
         if frames is not None and (frames < 1 or taken not in (None, frames)):
             raise ValueError(
                 f"A window cannot have {frames} frames: "
-                + (f"'{self.features_name}' takes clips of {taken}. " if taken else "")
+                + (f"'{self.backbone.name}' takes clips of {taken}. " if taken else "")
                 + f"Pass frames={taken or FRAMES}, or leave it out."
             )
         return frames or taken or FRAMES
@@ -181,10 +170,8 @@ class SetMetric(SavedMetric):
     @property
     def features(self) -> str:
         """What is compared, as part of the recipe."""
-        return (
-            f"{self.features_name} features of clips of {self.frames} frames "
-            f"({self.features_recipe})"
-        )
+        name = self.features_name if self.backbone is None else self.backbone.name
+        return f"{name} features of clips of {self.frames} frames ({self.features_recipe})"
 
     @abstractmethod
     def value(self, generated: Tensor | Moments, real: Tensor | Moments) -> Tensor:
@@ -263,7 +250,7 @@ class SetMetric(SavedMetric):
                 f"'{self.name}/{self.features_name}' looks at {self.frames}. Pass longer videos, "
                 "or leave this one out."
             )
-        windows = Windows(self.backbone, length=self.frames)
+        windows = self.encoder.windows()
         windows.add(clip)
         return as_rows(windows.features())
 

@@ -3,11 +3,47 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_kv.metrics.backbones.base import Backbone
 
 FRAMES = 16  # of a window, where the backbone sees frames one by one
+
+
+class WindowEncoder(nn.Module):
+    """A backbone, and how many frames it is shown at a time.
+
+    Args:
+        backbone: Of clips, or of frames.
+        length: Frames of a window; of a backbone of clips those that it takes, else 16 by default.
+
+    Attributes:
+        name: That of the backbone, with the length where it is not the usual one.
+
+    Example:
+        >>> from lightning_kv.metrics.backbones.base import RandomBackbone
+        >>> WindowEncoder(RandomBackbone(2)).name, WindowEncoder(RandomBackbone(2), 4).name
+        ('random-2dconv', 'random-2dconv:4f')
+    """
+
+    def __init__(self, backbone: Backbone, length: int | None = None) -> None:
+        super().__init__()
+        usual = backbone.clip_len or FRAMES
+        self.backbone, self.length = backbone, length or usual
+        self.name = backbone.name + (f":{self.length}f" if self.length != usual else "")
+
+    @property
+    def recipe(self) -> str:
+        """How the features of the windows of clips are made, in a sentence."""
+        mean = "" if self.backbone.clip_len else ", mean over the frames of a window"
+        return (
+            f"{self.backbone.recipe}{mean}; consecutive windows without overlap, context and "
+            "remainder left out, pooled over clips"
+        )
+
+    def windows(self, skip: int = 0) -> Windows:
+        """What takes the features of one clip, whose first frames may not count."""
+        return Windows(self, skip)
 
 
 class Windows:
@@ -18,22 +54,20 @@ class Windows:
     frames gives the mean of its features over a window.
 
     Args:
-        backbone: Of clips, or of frames.
+        encoder: What they are shown to.
         skip: Leading frames that do not count.
-        length: Frames of a window; of a backbone of clips those that it takes, else 16 by default.
 
     Example:
         >>> from lightning_kv.metrics.backbones.base import RandomBackbone
-        >>> windows = Windows(RandomBackbone(3), skip=1)
+        >>> windows = Windows(WindowEncoder(RandomBackbone(3)), skip=1)
         >>> for block in torch.zeros(20, 3, 16, 16).split(6):
         ...     windows.add(block)
         >>> windows.features().shape
         torch.Size([2, 32])
     """
 
-    def __init__(self, backbone: Backbone, skip: int = 0, length: int | None = None) -> None:
-        self.backbone, self.skip = backbone, skip
-        self.length = length or backbone.clip_len or FRAMES
+    def __init__(self, encoder: WindowEncoder, skip: int = 0) -> None:
+        self.backbone, self.length, self.skip = encoder.backbone, encoder.length, skip
         self.held: list[Tensor] = []
         self.found: list[list[float]] = []  # no tensors, which would split the free memory
 

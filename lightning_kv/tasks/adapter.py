@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_kv.metrics.backbones import Backbone
 from lightning_kv.metrics.base import (
     BLOCK,
     Block,
@@ -24,7 +23,7 @@ from lightning_kv.metrics.base import (
 from lightning_kv.metrics.latents import LatentMetric
 from lightning_kv.metrics.mechanism import AttentionMetric
 from lightning_kv.metrics.panorama import Scene, WorldMetric
-from lightning_kv.metrics.windows import Windows
+from lightning_kv.metrics.windows import WindowEncoder
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Measured:
 def measure(
     metrics: Mapping[str, ClipMetric],
     clip: Clip,
-    encoders: Mapping[str, Backbone] | None = None,
+    encoders: Mapping[str, WindowEncoder] | None = None,
 ) -> Measured:
     """Value and curve of every metric that can judge a clip, and features of its windows.
 
@@ -165,15 +164,15 @@ def measure(
 
 def features(
     pixels: Tensor,
-    encoders: Mapping[str, Backbone],
+    encoders: Mapping[str, WindowEncoder],
     given: int = 0,
     problems: dict[str, str] | None = None,
 ) -> dict[str, Tensor]:
-    """Features of the windows of a clip ``[P, 3, H, W]``, by encoder; see :class:`Windows`."""
+    """Features of the windows of a clip ``[P, 3, H, W]``, by the name of an encoder."""
     found = {}
     for name, encoder in encoders.items():
         with noting(problems, name):
-            windows = Windows(encoder, given)
+            windows = encoder.windows(given)
             windows.add(pixels)
             found[name] = windows.features()
     return found

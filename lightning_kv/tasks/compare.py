@@ -17,11 +17,10 @@ from lightning_kv.data.datamodule import PIECE, VideoPairDataModule
 from lightning_kv.data.pairs import Alignment, read_pair
 from lightning_kv.data.video_pairs import PairedClip, Piece, alignable, shortest
 from lightning_kv.data.videos import VideoError
-from lightning_kv.metrics.backbones import Backbone
 from lightning_kv.metrics.base import VideoMetric
 from lightning_kv.metrics.reading import ClipReader, noting
 from lightning_kv.metrics.registry import Suite
-from lightning_kv.metrics.windows import Windows
+from lightning_kv.metrics.windows import WindowEncoder
 from lightning_kv.runs.verdict import FILES
 from lightning_kv.tasks.adapter import Measured
 from lightning_kv.tasks.callbacks import PicturedCallback
@@ -199,13 +198,13 @@ class _Reading:
     def __init__(
         self,
         metrics: Mapping[str, VideoMetric],
-        encoders: Mapping[str, Backbone],
+        encoders: Mapping[str, WindowEncoder],
         piece: Piece,
         problems: dict[str, str] | None,
     ) -> None:
         self.metrics, self.problems = metrics, problems
         self.reader = ClipReader(metrics, piece.prompt or None, piece.fps, problems)
-        self.windows = {name: Windows(encoder) for name, encoder in encoders.items()}
+        self.windows = {name: encoder.windows() for name, encoder in encoders.items()}
 
     def read(self, piece: Piece) -> None:
         """Show the frames to metrics and encoders."""

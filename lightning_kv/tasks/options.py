@@ -88,7 +88,7 @@ class EvaluateOptions:
     size: str | None = None
     seed: int = 0
     negative: str = ""
-    metrics: list[str] | None = None
+    metrics: list[str] | str | None = None
     real: Path | None = None
     accept_license: str = ""
     decode: bool = True

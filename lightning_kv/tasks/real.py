@@ -14,9 +14,8 @@ from torch import Tensor
 
 from lightning_kv.data.pairs import videos_in
 from lightning_kv.data.videos import SUFFIXES, VideoError, read
-from lightning_kv.metrics.backbones import Backbone
 from lightning_kv.metrics.registry import Suite
-from lightning_kv.metrics.windows import Windows
+from lightning_kv.metrics.windows import WindowEncoder
 from lightning_kv.runs.features import FeatureStore
 
 log = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ def real_videos(folder: Path | None, suite: Suite) -> dict[str, Path]:
 
 
 def encode_real(
-    key: str, path: Path, encoders: Mapping[str, Backbone], store: FeatureStore | None
+    key: str, path: Path, encoders: Mapping[str, WindowEncoder], store: FeatureStore | None
 ) -> dict[str, Tensor]:
     """Features of a real video by encoder, from the store where it has them.
 
@@ -62,7 +61,7 @@ def encode_real(
     """
     if store is not None and (held := store.read(None, key)) is not None:
         return {name: torch.from_numpy(each) for name, each in held.items()}
-    windows = {name: Windows(encoder) for name, encoder in encoders.items()}
+    windows = {name: encoder.windows() for name, encoder in encoders.items()}
     with on_disk(key, path) as file:
         for block in read(file):
             for each in windows.values():

@@ -21,13 +21,13 @@ from lightning_kv.metrics.backbones.base import RandomBackbone
 from lightning_kv.metrics.functional.frechet import frechet_distance, frechet_error, null_distance
 from lightning_kv.metrics.functional.kernel import JEDI, KVD, kernel_distance
 from lightning_kv.metrics.registry import set_metric
-from lightning_kv.metrics.set_base import windows_recipe
 from lightning_kv.metrics.sets import (
     FrechetVideoDistance,
     JEDi,
     VideoKernelDistance,
     check_comparable,
 )
+from lightning_kv.metrics.windows import WindowEncoder
 
 matplotlib.use("Agg")
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -176,7 +176,7 @@ def test_the_recipe_says_how_the_features_were_made():
     backbone = Colours()
     shown, stored = FrechetVideoDistance(backbone), FrechetVideoDistance(num_features=6)
     assert backbone.recipe in shown.recipe and shown.recipe != stored.recipe
-    facts = {"features_name": "colours", "features_recipe": windows_recipe(backbone)}
+    facts = {"features_name": "colours", "features_recipe": WindowEncoder(backbone).recipe}
     assert FrechetVideoDistance(num_features=6, **facts).recipe == shown.recipe
     for name, mean in (("fvd/random-2dconv", True), ("jedi-u/random-3dconv", False)):
         encoder = RandomBackbone(2 + (not mean))
@@ -185,7 +185,7 @@ def test_the_recipe_says_how_the_features_were_made():
         assert all(words in recipe for words in said)
         assert ("mean over the frames" in recipe) == mean
         stored = {"num_features": encoder.num_features, "features_name": encoder.name}
-        stored |= {"features_recipe": windows_recipe(encoder), "frames": 8}
+        stored |= {"features_recipe": WindowEncoder(encoder).recipe, "frames": 8}
         assert set_metric(name, **stored).recipe == recipe
     one, other = (made(features_recipe=size).report() for size in ("32 pixels", "64 pixels"))
     with pytest.raises(ValueError, match="different recipes"):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_kv.metrics.backbones.base import Backbone, RandomBackbone, Wrapped
-from lightning_kv.metrics.windows import FRAMES, Windows
+from lightning_kv.metrics.windows import FRAMES, WindowEncoder
 
 
 class Mean(nn.Module):
@@ -37,7 +37,7 @@ def test_windows_are_slices(data):
     sizes = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=8))
     skip = data.draw(st.integers(0, 20))
     frames = torch.rand(sum(sizes), 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    found = shown(Windows(Wrapped(Mean(clip_len)), skip), frames, sizes)
+    found = shown(WindowEncoder(Wrapped(Mean(clip_len))).windows(skip), frames, sizes)
     length = clip_len or FRAMES
     left = frames[skip:]
     starts = range(0, len(left) - length + 1, length)
@@ -51,7 +51,7 @@ def test_windows_are_slices(data):
 def test_a_network_sees_the_same_as_directly(dims):
     encoder: Backbone = RandomBackbone(dims)
     frames = torch.rand(37, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    found = shown(Windows(encoder, skip=2), frames, 5)
+    found = shown(WindowEncoder(encoder).windows(2), frames, 5)
     length = 16 if dims == 2 else 8
     clips = frames[2 : 2 + (35 // length) * length].unflatten(0, (-1, length))
     direct = encoder(clips.flatten(0, 1)).unflatten(0, (-1, 16)).mean(1) if dims == 2 else None
@@ -59,7 +59,7 @@ def test_a_network_sees_the_same_as_directly(dims):
 
 
 def test_a_clip_that_is_too_short_has_no_feature():
-    windows = Windows(RandomBackbone(3), skip=3)
+    windows = WindowEncoder(RandomBackbone(3)).windows(3)
     windows.add(torch.zeros(10, 3, 16, 16))
     assert windows.features().shape == (0, 32)
     windows.add(torch.zeros(1, 3, 16, 16))

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from lightning_kv.metrics import PSNR, ClipMetric, metric_by_name
-from lightning_kv.tasks.adapter import Clip, measure
+from lightning_kv.metrics import PSNR, ClipMetric, VideoKernelDistance, metric_by_name
+from lightning_kv.metrics.backbones.base import RandomBackbone
+from lightning_kv.metrics.registry import Suite
+from lightning_kv.tasks.adapter import Clip, features, measure
 
 
 def test_a_metric_that_cannot_judge_a_clip_costs_itself_alone():
@@ -72,3 +74,19 @@ def test_nothing_is_added_by_measuring():
 def test_a_clip_that_cannot_be_is_refused(parts, said):
     with pytest.raises(ValueError, match=said):
         Clip(**parts)
+
+
+def test_windows_have_the_length_that_each_metric_was_made_with():
+    look = RandomBackbone(2)
+    made = [VideoKernelDistance(look, frames=n) for n in (4, 7, 16)]
+    suite = Suite(made, {"pixels"})
+    names = ["kvd/random-2dconv:4f", "kvd/random-2dconv:7f", "kvd/random-2dconv"]
+    assert [*suite.choices] == names == [f"kvd/{metric.features_name}" for metric in made]
+    pixels = torch.rand(21, 3, 16, 16)
+    found = features(pixels, suite.encoders(), given=2)
+    for name, length, count in zip(names, (4, 7, 16), (4, 2, 1), strict=True):
+        starts = [2 + length * place for place in range(count)]
+        means = [look(pixels[start : start + length]).mean(0) for start in starts]
+        assert torch.allclose(found[suite.encoder_of(name)], torch.stack(means), atol=1e-6)
+        assert suite.facts()[name]["frames"] == length
+        assert suite.set_metrics()[name].recipe.count(f"clips of {length} frames") == 1

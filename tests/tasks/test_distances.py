@@ -11,6 +11,7 @@ from lightning_kv.metrics.backbones.base import RandomBackbone
 from lightning_kv.metrics.functional.frechet import frechet_distance, frechet_error
 from lightning_kv.metrics.functional.frechet_difference import delta_frechet
 from lightning_kv.metrics.registry import Suite, set_metric
+from lightning_kv.metrics.windows import WindowEncoder
 from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.runs.features import FeatureStore, part_of_path
 from lightning_kv.tasks.distances import distances
@@ -247,7 +248,7 @@ def test_real_videos_are_read_once(run, tmp_path, video, monkeypatch):
     for seed, key in enumerate(("a", "in/a", "in__a", "deep/er/b")):
         video(folder / f"{key}.mp4", seed, frames=17)
     (folder / "notes.txt").write_text("no video")
-    encoder, suite = RandomBackbone(3), Suite([NAME], {"pixels"})
+    encoder, suite = WindowEncoder(RandomBackbone(3)), Suite([NAME], {"pixels"})
     found = real_videos(folder, suite)
     assert sorted(found) == ["a", "deep/er/b", "in/a", "in__a"]
     store, encoders = FeatureStore(run.features), {encoder.name: encoder}
