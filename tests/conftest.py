@@ -1,5 +1,7 @@
 """Shared fixtures."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -18,15 +20,28 @@ LONG = (
 )
 
 
+THINNED = {"lightning_kv/testing/test_conformance.py::test_cell": 7}
+"""As the marker says; of tests that are part of the package."""
+
+
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="also run the long matrices")
+    parser.addoption("--slow", action="store_true", help="also the second step of .ci/run")
+    parser.addoption("--full", action="store_true", help="also matrices that take hours")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m and -k choose
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--full"):
-        long = {item for item in items if item.get_closest_marker("full")}  # not a mere id "full"
-        config.hook.pytest_deselected(items=[item for item in items if item in long])
-        items[:] = [item for item in items if item not in long]
+    seen = Counter()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        marker = item.get_closest_marker("thinned")
+        if seen[test] % (marker.args[0] if marker else THINNED.get(test, 1)):
+            item.add_marker(pytest.mark.slow)
+        seen[test] += 1
+    left_out = [name for name in ("slow", "full") if not config.getoption(name)]
+    later = {item for item in items if any(map(item.get_closest_marker, left_out))}
+    config.hook.pytest_deselected(items=[item for item in items if item in later])
+    items[:] = [item for item in items if item not in later]
     if config.getoption("dist", "no") != "no" or hasattr(config, "workerinput"):
         place = {path: number for number, path in enumerate(LONG)}
         items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))

@@ -152,13 +152,8 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "launcher",  # the others start as many processes again: a step of .ci/run
-    [
-        pytest.param(name, marks=[] if name == "console" else [pytest.mark.full])
-        for name in LAUNCHERS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_give_the_numbers_of_one(single, tmp_path, launcher):
     out = tmp_path / "run"
     found = run([*LAUNCHERS[launcher], *SMALL, "--out", str(out)])

@@ -24,7 +24,7 @@ def check(out, *words):
     return done, found, (out / "gpu_check.txt").read_text()
 
 
-@pytest.mark.full  # five processes: a step of .ci/run
+@pytest.mark.slow  # five processes
 def test_every_step_runs_without_a_gpu(tmp_path):
     done, found, text = check(tmp_path / "out")
     steps = found["steps"]
@@ -57,6 +57,7 @@ def test_every_step_runs_without_a_gpu(tmp_path):
     assert profile["device_ms"] is None and "device_ms" in found["null_means"]
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_does_not_stop_the_others(tmp_path):
     broken = tmp_path / "golden.safetensors"
     broken.write_bytes(b"no weights")

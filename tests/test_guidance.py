@@ -120,6 +120,7 @@ def by_hand(name, guidance, prompts=("a cat",), context=None):
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 3.0, 7.5])
 @pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.thinned(3)
 def test_latents_equal_two_sessions_kept_by_hand(name, guidance):
     out = run(name, guidance=guidance)
     torch.testing.assert_close(out.latents, by_hand(name, guidance), atol=1e-9, rtol=0)

@@ -38,6 +38,7 @@ def measured(name, buffers):
 
 
 @pytest.mark.parametrize("name", CHUNKS)
+@pytest.mark.thinned(3)
 def test_the_peak_is_what_is_held_and_a_work_buffer(name):
     one = measured(name, "remake")
     assert 0 < one.work < one.held < one.peak

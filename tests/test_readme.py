@@ -45,7 +45,13 @@ def test_there_is_something_to_test():
 UNDER_LIGHTNING = [code for code in PYTHON if "lightning_kv.tasks" in code]
 
 
-@pytest.mark.parametrize("under_lightning", [False, True], ids=["torch-alone", "lightning"])
+@pytest.mark.parametrize(
+    "under_lightning",
+    [
+        pytest.param(False, marks=pytest.mark.slow, id="torch-alone"),
+        pytest.param(True, id="lightning"),
+    ],
+)
 def test_python_runs(tmp_path, under_lightning):
     """One example after the other; those that need no Lightning in a process that has none."""
     examples = [code for code in PYTHON if (code in UNDER_LIGHTNING) == under_lightning]
@@ -65,6 +71,7 @@ def test_python_runs(tmp_path, under_lightning):
     assert len(shown) == len(examples) and all(shown)
 
 
+@pytest.mark.slow
 def test_a_policy_of_ones_own_from_a_folder_of_ones_own(tmp_path, monkeypatch, capsys):
     """Exactly the file that is shown, outside the package; the commands and Python beside it."""
     assert OWN_FILE.startswith("# mine/thinned.py\n")
@@ -100,18 +107,10 @@ def test_a_policy_of_ones_own_from_a_folder_of_ones_own(tmp_path, monkeypatch, c
     assert "Thinned(budget=Uniform(amount='6f')" in capsys.readouterr().out
 
 
-# with many policies: a step of .ci/run
-MANY = ("oracle_any", "future_ablation", "future_forcing", "sink_splits", "start_anywhere")
-
-
 @pytest.mark.parametrize(
-    "line",
-    [
-        pytest.param(c, marks=[pytest.mark.full] if any(f"{n}.yaml" in c for n in MANY) else [])
-        for c in COMMANDS
-        if c.startswith("lightning-kv evaluate")
-    ],
+    "line", [line for line in COMMANDS if line.startswith("lightning-kv evaluate")]
 )
+@pytest.mark.thinned(20)
 def test_evaluate_commands_run(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)[1:]
@@ -123,6 +122,7 @@ def test_evaluate_commands_run(line, tmp_path, monkeypatch, capsys):
     assert set(policies) <= set(summary["policies"])
 
 
+@pytest.mark.slow
 def test_the_measuring_tour_runs(tmp_path, monkeypatch, capsys):
     """On five prompts and three policies; a run checked against itself passes."""
     monkeypatch.chdir(tmp_path)
@@ -218,6 +218,7 @@ FEWER = {
 }
 
 
+@pytest.mark.slow
 def test_the_tour_of_a_real_model_runs(tmp_path, monkeypatch, capsys):
     """In the order of the README, in a folder with nothing but the project's own files; one prompt,
     and a shorter clip and benchmark."""

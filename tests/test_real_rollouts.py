@@ -103,6 +103,7 @@ def test_a_budget_in_bytes_holds_with_chunks_in_flight():
 # -- far positions ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_eleven_hundred_frames_go_by():
     """The originals end at 1024 frames, where their table of angles does."""
     made = model("frame-wise", layers=1, dim=12, ffn_dim=12, heads=1, latent_size=(2, 2))

@@ -16,28 +16,21 @@ from lightning_kv.policies.registry import presets
 
 LAYERS, CHUNK = 3, 4  # four chunks of three frames came before: more than any policy here reads
 CASES = count_waits.cases(LAYERS)
-# a second branch asks the same parts again: with --full of every policy
-GUIDED = ("full", "sliding-window", "h2o", "top-attention", "oracle")
 
 
 def preset_of(case):
     return case.name.partition("@")[0].partition(",")[0]
 
 
-def marked(case):
-    later = case.name.endswith(", guided") and preset_of(case) not in GUIDED
-    return pytest.param(case, marks=[pytest.mark.full] if later else [], id=case.name)
-
-
 def test_every_policy_is_counted():
     named = {preset_of(case) for case in CASES if case.sampler != "guided"}
     assert set(presets()) <= named
-    assert {f"{name}, guided" for name in GUIDED} <= {
-        case.name.replace("@6f", "") for case in CASES
-    }
+    guided = {preset_of(case) for case in CASES if case.name.endswith(", guided")}
+    assert {"full", "sliding-window", "h2o", "top-attention", "oracle"} <= guided
 
 
-@pytest.mark.parametrize("case", [marked(case) for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.thinned(4)
 def test_waits(case):
     """At most one at a commit, two where rows get codecs; one per layer and sample where how much
     is read depends on scores; none in any other pass."""

@@ -161,6 +161,7 @@ def test_another_precision_is_another_run(run, tiny_wan, prompts, capsys):
     assert stop.value.code == 2 and "precision" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_latents_become_videos_later(tiny_wan, run, capsys):
     main(["decode", str(run), "--vae", str(tiny_wan / "vae"), "--precision", "float32"])
     videos = sorted((run / "decoded").rglob("*.mp4"))
@@ -216,6 +217,7 @@ def test_without_pixels_no_vae_is_needed(tiny_wan, prompts, tmp_path):
 
 
 @pytest.mark.parametrize("like", ["self-forcing", "causal-forcing-2step", "rolling-forcing"])
+@pytest.mark.thinned(3)
 def test_a_video_and_its_latents(tiny_wan, tmp_path, like, capsys):
     folder = tmp_path / "model"
     shutil.copytree(tiny_wan, folder)
@@ -387,6 +389,7 @@ def test_the_list_of_models_says_what_to_type(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("like", CATALOGUE)
+@pytest.mark.thinned(2)
 def test_every_published_model_runs_as_its_authors_run_it(tiny_wan, tmp_path, like, capsys):
     """No option but the model: its own length, sampler and policy."""
     path = changed(tiny_wan, tmp_path, like=like, lora=None)

@@ -80,6 +80,7 @@ class NearBoth(NearScript, ParityScript, RaggedScript):
     ],
     ids=["all", "ragged", "chosen", "ragged and chosen"],
 )
+@pytest.mark.thinned(2)
 def test_each_query_frame_meets_rows_at_other_times(parts, script, settings):
     made = policy(**parts, positions=Near())
     assert_same_rows(*assert_both_agree(made, script(), **settings))
@@ -289,6 +290,7 @@ class BlendScript(Script):
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("align", ["raw", "relative"])
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.thinned(3)
 def test_sums_read_memory_and_archive(storage, align, weighted):
     """One source feeds two rows at places and times between tokens; then a frame is forgotten."""
     made = policy(

@@ -241,6 +241,7 @@ class MovedInForce(Contiguous, InForce):
     ],
     ids=["full", "raw", "ragged", "chosen", "chosen and moved", "merged"],
 )
+@pytest.mark.thinned(5)
 def test_a_scratch_pass_reads_what_is_held_and_its_own_rows(parts, script, frames, backend):
     """By the plan in force where there is one for these frames; else all."""
     session, twin = session_of(policy(**parts), 2, backend=backend), Twin(GEOMETRY, 2, script())
@@ -276,6 +277,7 @@ GRADIENTS = {
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 @pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.thinned(3)
 def test_gradients_of_a_pass_are_right(name, backend):
     """Against finite differences in float64; the values are those of a run-mode pass."""
     parts, script = GRADIENTS[name]

@@ -114,6 +114,7 @@ class AdaptiveScript(Script):
         ("frame", "4f", 16, 0, 1.0),
     ],
 )
+@pytest.mark.thinned(2)
 def test_heads_share_what_scores_best_over_all_of_them(over, granularity, amount, rows, sink, safe):
     """A safe share of each head's own best, then the best of all, up to heads x amount."""
     budget = build_budget({"part": "adaptive", "amount": amount, "over": over, "safe": safe})

@@ -153,6 +153,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.thinned(3)
 def test_every_decision_is_the_twins(case):
     """Over 14 chunks; in float64, where rounding tells no two heads apart."""
     settings, steps, world = CASES[case]

@@ -178,6 +178,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.thinned(3)
 def test_every_decision_is_the_twins(case):
     """Over 14 chunks; in float64, so that only what is equal on purpose comes near a tie."""
     budget, settings, steps, world = CASES[case]

@@ -421,6 +421,7 @@ RULES = {
 
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize(("name", "rule"), RULES.items(), ids=RULES)
+@pytest.mark.thinned(3)
 def test_a_drive_equals_the_slow_twin(name, rule, storage):
     """Outputs and rows; held rotated or raw, the decisions are the same."""
     script = FutureScript(rule)

@@ -292,6 +292,7 @@ def slow_oracle(rule, recorded):
 
 @pytest.mark.parametrize("steps", TAPES)
 @pytest.mark.parametrize("name", RULES)
+@pytest.mark.thinned(3)
 def test_it_keeps_what_a_slow_oracle_keeps(name, steps):
     rule = {"budget": "4f"} | RULES[name]
     recorded = tape(TAPES[steps](), seed=3, gain=2.0, loud=0.5)
@@ -453,6 +454,7 @@ def test_a_budget_for_everything_is_the_full_cache(name, sampler, branches):
 @pytest.mark.parametrize("branches", ["each", "shared"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.thinned(5)
 def test_samples_of_a_batch_use_their_own_tables(name, sampler, branches):
     model, made = tiny(**SAMPLERS[sampler]), replace(preset(f"{name}@4f"), branches=branches)
     both = roll(model, preset("full"), ["one", "two"], record=made.needs)

@@ -334,6 +334,7 @@ def test_an_installed_package_is_found_by_its_entry_point(package, tmp_path, ent
         ("x = nowhere.mine", "No module named 'nowhere'"),
     ],
 )
+@pytest.mark.thinned(4)
 def test_an_entry_point_that_brings_nothing_is_said_and_the_others_go_on(
     package, tmp_path, entry, said
 ):

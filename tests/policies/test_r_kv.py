@@ -90,6 +90,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.thinned(3)
 def test_every_decision_is_that_of_the_slow_twin(case):
     """In float64, so that no rounding decides between two rows."""
     steps, grid, heads, batch, budget, frames, settings = CASES[case]

@@ -518,6 +518,7 @@ KEYS = ("longlive_5s_01", "self_forcing_5s_01")
 
 @pytest.mark.skipif(not ROLLOUTS.is_dir(), reason=f"no recorded rollouts in {ROLLOUTS}")
 @pytest.mark.parametrize("table", [False, True])
+@pytest.mark.thinned(2)
 def test_recorded_rollouts(tmp_path, table, capsys):
     names = {"full": "baseline", "forcing": "forcingkv"}
     words = ["--out", str(tmp_path / "run"), "--metrics", "[psnr]", "--videos", "0"]
@@ -576,6 +577,7 @@ for frames in ("40", "160"):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc to read memory from")
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length_of_clips(tmp_path, video):
     for frames in (40, 160):
         for name, noise in (("full", 0), ("near", 3)):
@@ -588,6 +590,7 @@ def test_memory_does_not_grow_with_the_length_of_clips(tmp_path, video):
 
 
 @pytest.mark.parametrize("spread", [["--devices", "2"], ["--workers", "3"]], ids=lambda x: x[0])
+@pytest.mark.slow
 def test_ranks_and_workers_say_what_one_process_says(folders, video, spread):
     metrics = "psnr,ssim,temporal_flicker,fvd/random-3dconv"
     for name, noise in (("full", 0), ("near", 4), ("far", 30)):

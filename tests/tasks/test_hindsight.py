@@ -93,6 +93,7 @@ def test_every_clip_is_that_of_a_rollout_with_its_own_tables(single, panorama):
 @pytest.mark.parametrize(
     "how", [["--batch", "2"], ["--trainer.devices", "2"]], ids=["batch", "ranks"]
 )
+@pytest.mark.thinned(2)
 def test_batches_and_ranks_use_the_tables_of_their_samples(single, tmp_path, how):
     words = [
         *WORDS,

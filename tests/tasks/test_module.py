@@ -113,6 +113,7 @@ def test_samples_are_other_noise_of_the_same_world(single):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 5, 8])
+@pytest.mark.thinned(2)
 def test_what_was_cut_off_goes_on_and_logs_the_whole(single, tmp_path, kept):
     out = tmp_path / "run"
     shutil.copytree(single, out)
@@ -130,6 +131,7 @@ def test_what_was_cut_off_goes_on_and_logs_the_whole(single, tmp_path, kept):
 
 
 @pytest.mark.parametrize("lost", ["real", "policies/full", "policies/sliding-window@6f"])
+@pytest.mark.thinned(2)
 def test_features_that_are_lost_are_logged_again(single, tmp_path, lost):
     out = tmp_path / "run"
     shutil.copytree(single, out)
@@ -176,6 +178,7 @@ def launched(how, out, processes):
 
 
 @pytest.mark.parametrize(("how", "processes"), [("trainer", 3), ("torchrun", 2), ("fabric", 2)])
+@pytest.mark.slow
 def test_any_number_of_processes_logs_what_one_logs(single, tmp_path, how, processes):
     out = tmp_path / "run"
     launched(how, out, processes)
@@ -184,6 +187,7 @@ def test_any_number_of_processes_logs_what_one_logs(single, tmp_path, how, proce
     assert ranks == set(range(min(processes, 4)))
 
 
+@pytest.mark.slow
 def test_a_rank_without_work_logs_and_ends_like_the_others(tmp_path):
     """Three ranks for the last unfinished item of a run that was cut off."""
     out = tmp_path / "run"

@@ -45,7 +45,7 @@ def evaluate(folder, policies, ranks):
     )
 
 
-@pytest.mark.full  # three processes: a step of .ci/run
+@pytest.mark.slow  # three processes
 def test_by_address_by_entry_point_and_in_a_file_on_two_ranks(tmp_path):
     """The address is found in the current folder, the entry point where packages are installed."""
     (tmp_path / "my_pkg").mkdir()

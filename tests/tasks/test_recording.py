@@ -95,6 +95,7 @@ def equal(first, second):
 
 
 @pytest.mark.parametrize("kind", ["policies/full", "policies/sliding-window@6f", "real"])
+@pytest.mark.thinned(3)
 def test_features_that_are_lost_are_made_again(single, tmp_path, kind):
     out = tmp_path / "run"
     shutil.copytree(single, out)
