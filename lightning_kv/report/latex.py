@@ -11,6 +11,7 @@ from lightning_kv.report.differences import families_words, n_text
 from lightning_kv.report.entries import Entry, PageRun, entries_of, metric_facts, run_names
 from lightning_kv.report.table import NOTHING
 from lightning_kv.runs.directory import write_atomic
+from lightning_kv.runs.intervals import interval_note
 from lightning_kv.runs.verdict import extent
 
 ACROSS = 8  # columns of values that a page can hold
@@ -84,6 +85,8 @@ def _comment(entries: Sequence[Entry], runs: Sequence[PageRun]) -> Iterator[str]
         f"{bounds} left out; star: differs from the reference after correction. "
         "Needs \\usepackage{booktabs}."
     )
+    if note := interval_note(run.summary for run in runs):
+        yield _line(note)
     yield from map(_line, families_words(runs))
     for name, fact in metric_facts(entries).items():
         values = [entry.result["metrics"].get(name, {"n": 0}) for entry in entries]

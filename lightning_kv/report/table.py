@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lightning_kv.runs.intervals import interval_note
 from lightning_kv.runs.summary import hindsight
 from lightning_kv.runs.verdict import extent
 from lightning_kv.runs.words import counted, format_bytes
@@ -234,7 +235,7 @@ def _names(summary: dict[str, Any]) -> list[str]:
 
 
 def quality_notes(summary: dict[str, Any]) -> list[str]:
-    """What a star and brackets mean; why values are missing, and of which policies."""
+    """What intervals, a star and brackets mean; why values are missing, and of which policies."""
     policies = summary["policies"]
     reasons: dict[tuple[str, str], list[str]] = {}
     for policy, result in policies.items():
@@ -250,7 +251,7 @@ def quality_notes(summary: dict[str, Any]) -> list[str]:
         whose = "" if len(names) == len(policies) else f" ({', '.join(names)})"
         found.setdefault(reason + whose, []).append(metric)
     values = [value for result in policies.values() for value in result["metrics"].values()]
-    notes = []
+    notes = [note] if (note := interval_note([summary])) else []
     if any(_differs(value, summary) for value in values):
         family = summary["family"]
         notes.append(

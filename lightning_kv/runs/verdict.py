@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightning_kv.runs.directory import Record
+from lightning_kv.runs.intervals import interval_words
 from lightning_kv.runs.recommend import recommend
 from lightning_kv.runs.words import counted, number, planned
 
@@ -92,7 +93,7 @@ def drifting(summary: dict[str, Any], name: str) -> Iterator[str]:
             low, high = sorted(map(abs, ends["ci95"]))
             if ends["ci95"][0] <= 0 <= ends["ci95"][1]:
                 continue
-            spread = f"95 % interval {number(low)} to {number(high)}"
+            spread = interval_words(number(low), number(high), ends.get("n", 0))
         way = "falls" if ends["mean"] > 0 else "rises"
         yield (
             f"{name}: {metric} {way} by {number(abs(ends['mean']))} from the first to the last "

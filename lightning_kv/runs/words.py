@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from lightning_kv.runs.candidates import EQUAL, LEVEL, Candidate, Recommendation
+from lightning_kv.runs.intervals import interval_words
 from lightning_kv.runs.margins import Loss
 from lightning_kv.stats.bootstrap import ceiling
 
@@ -150,7 +151,7 @@ def loss_words(loss: Loss, reference: str) -> str:
     spread = ""
     if loss.ci95 and loss.ci95[0] != loss.ci95[1]:
         low, high = loss.ci95
-        spread = f" (95 % interval of the loss {number(low)} to {number(high)})"
+        spread = f" ({interval_words(number(low), number(high), loss.n, ' of the loss')})"
     said = f"{loss.metric} is {against}, {change}{spread} over {counted(loss.n, loss.clips)}"
     margin = number(loss.margin)
     if not loss.within:
