@@ -20,11 +20,9 @@ def in_words(found: Recommendation) -> list[str]:
         said.insert(1, f"The run is not finished: {found.measured} of {planned(found.run)}.")
     keeping = [one for one in found.candidates if one.keeps and one.policy != found.policy]
     if keeping:
-        bars = " and ".join(f"{number(m)} {name}" for name, m in found.margins.items())
-        also = " either" if found.policy else ""
+        also = " also" if found.policy else ""
         said.append(
-            f"Not worse than {found.reference} by more than {bars}{also}: "
-            f"{', '.join(map(cheaply, keeping))}."
+            f"Surely{also} keeping {kept_words(found)}: {', '.join(map(cheaply, keeping))}."
         )
     named_above = (found.closest, found.beyond)
     out = [one for one in found.candidates if one.out and one.policy not in named_above]
@@ -85,18 +83,29 @@ def why_none(found: Recommendation) -> str:
             f"{prompts} cannot give {sureness(LEVEL)} confidence, so no policy is recommended yet: "
             "it takes 5 or more."
         )
-    bars = " and ".join(f"{name} within {number(m)}" for name, m in found.margins.items())
+    bars = kept_words(found)
     where = f" in {format_bytes(found.memory)}" if found.memory else ""
     idle = [one.policy for one in found.candidates if one.keeps and one.out == "saves nothing"]
     if idle:
         return (
-            f"No policy both saves something and keeps {bars} of {found.reference}{where}: "
+            f"No policy both saves something and keeps {bars}{where}: "
             f"{', '.join(idle)} would keep it, but read and score as much as {found.reference} "
             "reads, and free no memory."
         )
     return (
-        f"No policy keeps {bars} of {found.reference}{where} with {sureness(LEVEL)} confidence, so "
-        "none is recommended."
+        f"No policy keeps {bars}{where} with {sureness(LEVEL)} confidence, so none is recommended."
+    )
+
+
+def kept_words(found: Recommendation) -> str:
+    """What all margins ask for."""
+    losses = [loss for one in found.candidates for loss in one.losses]
+    limits = {loss.metric: loss.limit for loss in losses if loss.limit is not None}
+    return " and ".join(
+        f"{name} at {number(limits[name])} or better"
+        if name in limits
+        else f"{name} within {number(margin)} of {found.reference}"
+        for name, margin in found.margins.items()
     )
 
 
@@ -145,6 +154,11 @@ def effort(one: Candidate, found: Recommendation) -> list[str]:
 def loss_words(loss: Loss, reference: str) -> str:
     """One metric: both means, the loss with its interval, and how sure the margin is."""
     against = f"{number(loss.value)} against {number(loss.reference)} of {reference}"
+    if loss.limit is not None:
+        alike = number(loss.reference)
+        against = (
+            f"{number(loss.value)} against {reference}, where two identical clips have {alike}"
+        )
     change = "no loss" if loss.mean == 0 else f"a loss of {number(loss.mean)}"
     if loss.mean < 0:
         change = f"a gain of {number(-loss.mean)}"
