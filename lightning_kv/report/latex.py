@@ -13,6 +13,7 @@ from lightning_kv.report.table import NOTHING
 from lightning_kv.runs.directory import write_atomic
 from lightning_kv.runs.intervals import interval_note
 from lightning_kv.runs.verdict import extent
+from lightning_kv.runs.words import sets_words
 
 ACROSS = 8  # columns of values that a page can hold
 ESCAPED = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {
@@ -91,7 +92,8 @@ def _comment(entries: Sequence[Entry], runs: Sequence[PageRun]) -> Iterator[str]
     for name, fact in metric_facts(entries).items():
         values = [entry.result["metrics"].get(name, {"n": 0}) for entry in entries]
         most = max(values, key=lambda value: value["n"])
-        yield _line(f"{name} (n = {n_text(most)}): {fact['recipe'] or fact['status']}")
+        counts = sets_words(most) if most.get("windows") else f"n = {n_text(most)}"
+        yield _line(f"{name} ({counts}): {fact['recipe'] or fact['status']}")
 
 
 def _line(text: str) -> str:

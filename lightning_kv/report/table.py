@@ -14,7 +14,7 @@ from rich.text import Text
 from lightning_kv.runs.intervals import interval_note
 from lightning_kv.runs.summary import hindsight
 from lightning_kv.runs.verdict import extent
-from lightning_kv.runs.words import counted, format_bytes
+from lightning_kv.runs.words import counted, format_bytes, sets_words
 
 NOTHING = "\N{EN DASH}"
 SCREEN = 120  # characters of a line
@@ -235,7 +235,7 @@ def _names(summary: dict[str, Any]) -> list[str]:
 
 
 def quality_notes(summary: dict[str, Any]) -> list[str]:
-    """What intervals, a star and brackets mean; why values are missing, and of which policies."""
+    """What intervals, stars and brackets mean, what sets are made of, why values are missing."""
     policies = summary["policies"]
     reasons: dict[tuple[str, str], list[str]] = {}
     for policy, result in policies.items():
@@ -246,6 +246,8 @@ def quality_notes(summary: dict[str, Any]) -> list[str]:
             elif value["n"] < most and not value.get("sets"):
                 over = f"over {counted(value['n'], value.get('clips'))} only"
                 reasons.setdefault((metric, over), []).append(policy)
+            if value.get("sets") and value["mean"] is not None:
+                reasons.setdefault((metric, sets_words(value)), []).append(policy)
     found: dict[str, list[str]] = {}
     for (metric, reason), names in reasons.items():
         whose = "" if len(names) == len(policies) else f" ({', '.join(names)})"

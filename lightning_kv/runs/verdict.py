@@ -8,7 +8,7 @@ from typing import Any
 from lightning_kv.runs.directory import Record
 from lightning_kv.runs.intervals import interval_words
 from lightning_kv.runs.recommend import recommend
-from lightning_kv.runs.words import counted, number, planned
+from lightning_kv.runs.words import counted, number, planned, sets_words
 
 FILES = "video files"  # the model of a comparison of videos that somebody else made
 
@@ -75,7 +75,7 @@ def compared(summary: dict[str, Any], name: str) -> Iterator[str]:
             null = (
                 "" if value["null"] is None else f"; equal sets would show {number(value['null'])}"
             )
-            yield f"{name}: {metric} {number(value['mean'])} from {value['against']}{null}."
+            yield f"{name}: {metric} {number(value['mean'])}, {sets_words(value)}{null}."
     yield from drifting(summary, name)
 
 

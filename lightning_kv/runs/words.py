@@ -197,7 +197,7 @@ def why_out(one: Candidate) -> str:
         one.policy
         + {
             "no values": " (not measured)",
-            "failed": f" ({one.failed} clip{'s' if one.failed > 1 else ''} failed)",
+            "failed": f" ({several(one.failed, 'clip')} failed)",
             "memory": f" (holds {format_bytes(one.bytes_peak or 0)})",
             "saves nothing": " (saves nothing)",
             "margin": f" ({losses})",
@@ -229,7 +229,33 @@ def counted(prompts: int, clips: int | None = None) -> str:
     ('1 prompt', '3 prompts', '1 prompt (6 samples)')
     """
     samples = "" if clips is None or clips == prompts else f" ({clips} samples)"
-    return ("1 prompt" if prompts == 1 else f"{prompts} prompts") + samples
+    return several(prompts, "prompt") + samples
+
+
+def sets_words(found: dict[str, Any]) -> str:
+    """The two sets of a distance: what each is made of, as far as a summary says.
+
+    >>> sides = {"n": 3, "clips": 6, "windows": 12, "against": "the real set", "windows_real": 8}
+    >>> sets_words(sides | {"n_real": 4, "clips_real": 4})
+    '12 windows of 3 prompts (6 samples) against the real set (8 windows of 4 clips)'
+    """
+    if "windows_real" in found:
+        clips, prompts = found["clips_real"], found["n_real"]
+        other = f"{several(found['windows_real'], 'window')} of {several(clips, 'clip')}"
+        other += "" if clips == prompts else f" of {counted(prompts)}"
+    else:  # of a version that called the number of windows so
+        other = several(found["n_real"], "window")
+    own = f"{several(found['windows'], 'window')} of {counted(found['n'], found.get('clips'))}"
+    return f"{own} against {found['against']} ({other})"
+
+
+def several(count: int, what: str) -> str:
+    """A number of things.
+
+    >>> several(1, "clip"), several(2, "clip")
+    ('1 clip', '2 clips')
+    """
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def planned(run: dict[str, Any]) -> str:

@@ -63,8 +63,12 @@ def test_drift_of_one_prompt_says_how_many_samples_it_is_of():
 
 def test_distances_of_sets():
     far = metric(12.5, against=False, sets=True, null=2.0) | {"against": "the real set"}
+    far |= {"clips": 8, "windows": 16, "n_real": 1, "clips_real": 1, "windows_real": 5}
     words = said({"fvd": far, "kvd": far | {"mean": None}})
-    assert words == ["mine: fvd 12.5 from the real set; equal sets would show 2."]
+    assert words == [
+        "mine: fvd 12.5, 16 windows of 8 prompts against the real set (5 windows of 1 clip); equal "
+        "sets would show 2."
+    ]
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.5, 1.5), (-1.5, -0.5), (-0.5, 0.5)])

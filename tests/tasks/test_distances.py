@@ -18,6 +18,7 @@ from lightning_kv.tasks.real import encode_real, real_videos
 
 NAME = "fvd/random-3dconv"
 RECIPE = set_metric(NAME, num_features=4, features_name="random-3dconv", frames=8).recipe
+COUNTS = ("n", "clips", "windows", "n_real", "clips_real", "windows_real")
 FACTS = {NAME: {"encoder": "random-3dconv", "frames": 8, "recipe": RECIPE}}
 
 
@@ -87,13 +88,14 @@ def test_with_a_real_set_all_are_compared_with_it(run):
     keep(run, "full", clips)
     keep(run, "a", {key: each + 2 for key, each in list(clips.items())[::-1]})
     keep(run, None, {f"r{i}": rows(50 + i) for i in range(7)})
+    keep(run, None, {"r7": rows(57, 3)})
     found = distances(run, FACTS, ["full", "a"], "full")
     sets = {name: torch.cat([c + d for c in clips.values()]) for name, d in (("full", 0), ("a", 2))}
-    real = torch.cat([rows(50 + i) for i in range(7)])
+    real = torch.cat([*(rows(50 + i) for i in range(7)), rows(57, 3)])
     for name, own in sets.items():
         result = found[name][NAME]
         assert result["mean"] == pytest.approx(frechet_distance(own, real).item())
-        assert [result[each] for each in ("n", "clips", "windows", "n_real")] == [7, 7, 14, 14]
+        assert [result[each] for each in COUNTS] == [7, 7, 14, 8, 8, 17]
         assert result["against"] == "the real set"
     ids = torch.arange(7).repeat_interleave(2)
     direct = delta_frechet(sets["a"], sets["full"], real, ids)
@@ -141,7 +143,7 @@ def test_samples_of_a_prompt_are_left_out_and_swapped_together(run):
     """Seven prompts of three samples: the same as calls with the prompt of every clip."""
     keys = sampled(run, 7, 3)
     found = distances(run, FACTS, ["full", "a"], "full")["a"][NAME]
-    assert [found[each] for each in ("n", "clips", "windows", "n_real")] == [7, 21, 42, 42]
+    assert [found[each] for each in COUNTS] == [7, 21, 42, 7, 21, 42]
     order = sorted(keys)  # that of the files
     ids = torch.tensor([int(key[1]) for key in order]).repeat_interleave(2)
     base = torch.cat([rows(9 * keys.index(key)) for key in order])
