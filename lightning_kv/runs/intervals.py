@@ -40,6 +40,17 @@ def interval_words(low: str, high: str, prompts: int, whose: str = "") -> str:
     return f"{100 * LEVEL:.0f} % interval{whose} {low} to {high}"
 
 
+def interval_kind(prompts: int) -> str:
+    """What intervals over so many prompts are.
+
+    >>> interval_kind(8), interval_kind(3)
+    ('95 % intervals', 'intervals sure to at most 75 %')
+    """
+    if too_few(prompts):
+        return f"intervals sure to {limit_words(prompts)}"
+    return f"{100 * LEVEL:.0f} % intervals"
+
+
 def interval_note(summaries: Iterable[dict[str, Any]]) -> str:
     """A sentence about intervals over too few prompts; empty where there are none.
 

@@ -162,8 +162,8 @@ def default_margins(
     for metric, margin in defaults.items():
         if metric in able:
             return {metric: margin}
-    given = "; ".join(f"{metric}: {why}" for metric, why in (unable or {}).items())
-    given = f" What it has values of cannot be judged: {given}." if given else ""
+    given = ", ".join(f"{metric} ({why})" for metric, why in (unable or {}).items())
+    given = f" It has values that cannot be judged: {given}." if given else ""
     raise ValueError(
         "There is no margin to judge the loss by: defaults are known for "
         f"{', '.join(defaults)}, and the run can be judged by none of these.{given} {works(able)}"

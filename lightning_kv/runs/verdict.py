@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightning_kv.runs.directory import Record
-from lightning_kv.runs.intervals import interval_words
+from lightning_kv.runs.intervals import interval_kind, interval_words
 from lightning_kv.runs.recommend import recommend
 from lightning_kv.runs.words import counted, number, planned, sets_words
 
@@ -54,7 +54,8 @@ def compared(summary: dict[str, Any], name: str) -> Iterator[str]:
     most = max(alone, key=lambda value: value["n"], default={"n": 0})
     if near:
         over = counted(most["n"], most.get("clips"))
-        yield f"{name} against {reference}, over {over}: {', '.join(near)}."
+        brackets = f" ({interval_kind(most['n'])} in brackets)" if "[" in near[0] else ""
+        yield f"{name} against {reference}, over {over}: {', '.join(near)}{brackets}."
     tested = {m: v["paired"] for m, v in metrics.items() if v["paired"]}
     level = summary["family"]["level"]
     sure = {m: t for m, t in tested.items() if t["p_holm"] is not None and t["p_holm"] <= level}
@@ -68,7 +69,8 @@ def compared(summary: dict[str, Any], name: str) -> Iterator[str]:
     if rest:
         family = summary["family"]
         enough = family["prompts"] >= family["prompts_needed"]
-        few = "" if enough else f"; it takes {family['prompts_needed']} or more to be sure of any"
+        needed = family["prompts_needed"]
+        few = "" if enough else f"; it takes {counted(needed)} or more to be sure of any"
         yield f"{name}: no sure difference in {', '.join(rest)}{few}."
     for metric, value in metrics.items():
         if value["sets"] and value["mean"] is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import count
 from typing import Any
 
 from lightning_kv.runs.candidates import EQUAL, LEVEL, Candidate, Recommendation
@@ -79,9 +80,10 @@ def why_none(found: Recommendation) -> str:
     most = max(losses, key=lambda loss: loss.n, default=None)
     if most is None or ceiling(most.n) < LEVEL:
         prompts = counted(most.n, most.clips) if most else counted(0)
+        enough = next(n for n in count(1) if ceiling(n) >= LEVEL)
         return (
             f"{prompts} cannot give {sureness(LEVEL)} confidence, so no policy is recommended yet: "
-            "it takes 5 or more."
+            f"it takes {counted(enough)} or more."
         )
     bars = kept_words(found)
     where = f" in {format_bytes(found.memory)}" if found.memory else ""
@@ -171,7 +173,9 @@ def loss_words(loss: Loss, reference: str) -> str:
     if not loss.within:
         return f"{said}: more than the margin of {margin}."
     sure = sureness(loss.confidence)
-    most = ", about the most that so few can give" if ceiling(loss.n) < LEVEL else ""
+    most = ""
+    if ceiling(loss.n) < LEVEL:
+        most = f" ({sureness(ceiling(loss.n))} is the most that so few can give)"
     return f"{said}: within the margin of {margin} with {sure} confidence{most}."
 
 
@@ -249,13 +253,13 @@ def sets_words(found: dict[str, Any]) -> str:
     return f"{own} against {found['against']} ({other})"
 
 
-def several(count: int, what: str) -> str:
+def several(number: int, what: str) -> str:
     """A number of things.
 
     >>> several(1, "clip"), several(2, "clip")
     ('1 clip', '2 clips')
     """
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def planned(run: dict[str, Any]) -> str:
@@ -301,15 +305,15 @@ def number(value: float) -> str:
     return f"{value:.3f}".rstrip("0").rstrip(".")
 
 
-def format_bytes(count: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes with a binary prefix.
 
     >>> format_bytes(3_355_443)
     '3.20 MiB'
     """
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1000 or unit == "GiB":
+        if size < 1000 or unit == "GiB":
             break
-        count /= 1024
-    digits = 0 if unit == "B" else max(0, 2 - int(math.log10(max(count, 1.0))))
-    return f"{count:.{digits}f} {unit}"
+        size /= 1024
+    digits = 0 if unit == "B" else max(0, 2 - int(math.log10(max(size, 1.0))))
+    return f"{size:.{digits}f} {unit}"

@@ -174,7 +174,9 @@ def test_few_prompts_recommend_nothing(prompts, sure):
     if not sure:
         assert found.closest == "a"
         assert "cannot give 95 % confidence" in found.words[0]
-        assert "the most that so few can give" in " ".join(found.words)
+        assert "takes 5 prompts or more" in found.words[0]
+        most = {1: "50 %", 4: "93 %"}[prompts]
+        assert f"({most} is the most that so few can give)" in " ".join(found.words)
 
 
 def test_a_metric_where_less_is_better():
@@ -365,9 +367,9 @@ def test_without_what_identical_clips_have_psnr_alone_says_what_is_missing():
     run = only("psnr", 30.0, None)
     with pytest.raises(ValueError) as error:
         recommend(*run)
-    wrong, given, works = re.split(r"(?<=\.) (?=What|Evaluate)", str(error.value))
+    wrong, given, works = re.split(r"(?<=\.) (?=It has|Evaluate)", str(error.value))
     assert wrong.startswith("There is no margin to judge the loss by")
-    assert "psnr: it compares with full, and what two identical clips have" in given
+    assert "psnr (it compares with full, and what two identical clips have" in given
     assert works == "Evaluate with another metric too, such as --metrics [recall,ssim]."
     assert "no metric" not in str(error.value).lower(), "psnr has values"
     assert str(error.value) in verdict(analyse(*run), run[1])
@@ -380,9 +382,9 @@ def test_every_reason_why_values_cannot_be_judged_is_said(monkeypatch):
     summary["policies"]["a"]["metrics"]["fvd"]["mean"] = 3.0
     with pytest.raises(ValueError) as error:
         recommend(summary, records)
-    assert "brightness: neither more nor less of it is better" in str(error.value)
-    assert "fvd: it compares sets, so no prompt has a value" in str(error.value)
-    assert "psnr:" not in str(error.value), "it has no values"
+    assert "brightness (neither more nor less of it is better)" in str(error.value)
+    assert "fvd (it compares sets, so no prompt has a value)" in str(error.value)
+    assert "psnr (" not in str(error.value), "it has no values"
 
 
 def test_a_metric_without_a_default_is_named_with_how_to_ask_for_it(monkeypatch):
