@@ -16,7 +16,7 @@ from lightning_kv.report.entries import (
     with_values,
 )
 from lightning_kv.report.table import NOTHING, format_estimate, format_number
-from lightning_kv.runs.words import counted, format_bytes
+from lightning_kv.runs.words import counted, format_bytes, sets_words
 
 COSTS: tuple[tuple[str, str, bool, Callable[[float], str]], ...] = (
     # field, head, whether more is better, how it is shown
@@ -150,14 +150,10 @@ def _quality(entry: Entry, metric: str) -> Cell:
 
 def _set_words(found: dict[str, Any]) -> str:
     """What a distance between sets is made of."""
-    counts = counted(found["n"], found.get("clips"))
-    sides = (
-        f"{found['windows']} windows of {counts} against {found['n_real']} of {found['against']}"
-    )
     spread = "" if found.get("se") is None else f", standard error {found['se']:.3g}"
     null = "" if found.get("null") is None else f"; equal sets would show {found['null']:.4g}"
     status = "" if found["status"] == "ok" else f"; {found['status']}"
-    return f"{found['mean']:.6g} from {sides}{spread}{null}{status}"
+    return f"{found['mean']:.6g} from {sets_words(found)}{spread}{null}{status}"
 
 
 def _marked(

@@ -11,7 +11,9 @@ from lightning_kv.report.differences import families_words, n_text
 from lightning_kv.report.entries import Entry, PageRun, entries_of, metric_facts, run_names
 from lightning_kv.report.table import NOTHING
 from lightning_kv.runs.directory import write_atomic
+from lightning_kv.runs.intervals import interval_note
 from lightning_kv.runs.verdict import extent
+from lightning_kv.runs.words import sets_words
 
 ACROSS = 8  # columns of values that a page can hold
 ESCAPED = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {
@@ -84,11 +86,14 @@ def _comment(entries: Sequence[Entry], runs: Sequence[PageRun]) -> Iterator[str]
         f"{bounds} left out; star: differs from the reference after correction. "
         "Needs \\usepackage{booktabs}."
     )
+    if note := interval_note(run.summary for run in runs):
+        yield _line(note)
     yield from map(_line, families_words(runs))
     for name, fact in metric_facts(entries).items():
         values = [entry.result["metrics"].get(name, {"n": 0}) for entry in entries]
         most = max(values, key=lambda value: value["n"])
-        yield _line(f"{name} (n = {n_text(most)}): {fact['recipe'] or fact['status']}")
+        counts = sets_words(most) if most.get("windows") else f"n = {n_text(most)}"
+        yield _line(f"{name} ({counts}): {fact['recipe'] or fact['status']}")
 
 
 def _line(text: str) -> str:

@@ -30,6 +30,7 @@ from lightning_kv.report.entries import (
 )
 from lightning_kv.report.fronts import front_axes, front_rows
 from lightning_kv.runs.directory import write_atomic
+from lightning_kv.runs.intervals import interval_note
 from lightning_kv.runs.verdict import FILES, extent
 
 ESCAPED = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;", "*": "\\*", "`": "\\`", "\n": " "})
@@ -46,7 +47,7 @@ def write_markdown(path: Path, runs: Sequence[PageRun], verdict: list[str]) -> N
     entries = entries_of(runs)
     parts = [
         *_head(runs, verdict),
-        *_comparison(entries),
+        *_comparison(entries, runs),
         *_differences(entries, runs),
         *_fronts(entries),
         *_drift(entries),
@@ -97,12 +98,14 @@ def _head(runs: Sequence[PageRun], verdict: list[str]) -> Iterator[str]:
     yield "\n".join(f"- {escaped(sentence)}" for sentence in verdict) or "Nothing to compare yet."
 
 
-def _comparison(entries: Sequence[Entry]) -> Iterator[str]:
+def _comparison(entries: Sequence[Entry], runs: Sequence[PageRun]) -> Iterator[str]:
     first, more = comparison(entries)
     for title, columns in (("Comparison", first), ("More metrics", more)):
         if columns:
             yield f"## {title}"
             yield _results(entries, columns)
+    if note := interval_note(run.summary for run in runs):
+        yield note
     shown = first + more
     if any(cell.differs for column in shown for cell in column.cells):
         yield f"(+) or ({MINUS}): surely more or less than the reference."

@@ -30,6 +30,7 @@ from lightning_kv.report.players import filmed, player
 from lightning_kv.report.prompts import extremes, finished, ranked
 from lightning_kv.report.styles import styles
 from lightning_kv.runs.directory import Record, write_atomic
+from lightning_kv.runs.intervals import interval_note
 from lightning_kv.runs.verdict import FILES
 
 FILTERS = (
@@ -94,6 +95,7 @@ def _quality(entries: Sequence[Entry], runs: Sequence[PageRun]) -> dict[str, Any
         "first": first,
         "more": more,
         "across": WIDE - 1,
+        "intervals": interval_note(run.summary for run in runs),
         "nulls": any(
             cell.small.startswith("null") for column in first + more for cell in column.cells
         ),

@@ -11,9 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lightning_kv.runs.intervals import interval_note
 from lightning_kv.runs.summary import hindsight
 from lightning_kv.runs.verdict import extent
-from lightning_kv.runs.words import counted, format_bytes
+from lightning_kv.runs.words import counted, format_bytes, sets_words
 
 NOTHING = "\N{EN DASH}"
 SCREEN = 120  # characters of a line
@@ -234,7 +235,7 @@ def _names(summary: dict[str, Any]) -> list[str]:
 
 
 def quality_notes(summary: dict[str, Any]) -> list[str]:
-    """What a star and brackets mean; why values are missing, and of which policies."""
+    """What intervals, stars and brackets mean, what sets are made of, why values are missing."""
     policies = summary["policies"]
     reasons: dict[tuple[str, str], list[str]] = {}
     for policy, result in policies.items():
@@ -245,12 +246,14 @@ def quality_notes(summary: dict[str, Any]) -> list[str]:
             elif value["n"] < most and not value.get("sets"):
                 over = f"over {counted(value['n'], value.get('clips'))} only"
                 reasons.setdefault((metric, over), []).append(policy)
+            if value.get("sets") and value["mean"] is not None:
+                reasons.setdefault((metric, sets_words(value)), []).append(policy)
     found: dict[str, list[str]] = {}
     for (metric, reason), names in reasons.items():
         whose = "" if len(names) == len(policies) else f" ({', '.join(names)})"
         found.setdefault(reason + whose, []).append(metric)
     values = [value for result in policies.values() for value in result["metrics"].values()]
-    notes = []
+    notes = [note] if (note := interval_note([summary])) else []
     if any(_differs(value, summary) for value in values):
         family = summary["family"]
         notes.append(

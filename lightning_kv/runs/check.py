@@ -12,11 +12,14 @@ from typing import Any
 
 from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.runs.margins import check_margin, default_margins
-from lightning_kv.runs.words import counted, number
+from lightning_kv.runs.words import counted, number, several
 from lightning_kv.stats.inference import NonInferiority, non_inferiority, prompts_needed
 
 PASS, REGRESSION, THIN = 0, 1, 2
 """Exit codes."""
+
+ENDLESS = 1_000_000
+"""Prompts that nobody runs: a test that needs more is settled by no number of them."""
 
 SETTINGS = ("frames", "context_frames", "size", "seed", "samples", "data_seed", "alignment")
 """Of a run, without which its values are others; ``samples`` are 1 where it says nothing."""
@@ -103,30 +106,44 @@ class Checked:
     @property
     def words(self) -> list[str]:
         """The verdict in three lines."""
-        first = self.tests[0]
         kind = {PASS: "not worse", REGRESSION: "worse", THIN: "unclear"}[self.code]
         same = [test for test in self.tests if test.verdict == kind]
-        head = {
-            PASS: f"PASS: nothing is worse than the baseline by more than its margin "
-            f"({len(self.tests)} tests, {100 * self.level:g} % confidence each).",
-            REGRESSION: f"REGRESSION: {len(same)} of {len(self.tests)} tests are worse than the "
-            f"baseline by more than their margin.",
-            THIN: f"TOO FEW PROMPTS: {len(same)} of {len(self.tests)} tests could be either."
-            if same
-            else "INCOMPLETE: what was measured passes, but part of the baseline is missing.",
-        }[self.code]
-        nearest = "Nearest to its margin" if self.code == PASS else "First"
+        passes = kind == "not worse" or not same
+        named = (
+            "Nearest to its margin" if passes else "Worst" if kind == "worse" else "Worst so far"
+        )
         lacks = f"; {counted(self.missing)} of the baseline missing" if self.missing else ""
         if self.absent:
             lacks += f"; the run lacks {', '.join(self.absent)} (name --policies to leave them out)"
         advice = self._advice(same or self.tests)
-        return [head, f"{nearest}: {first.words}.", f"{advice}{lacks}."]
+        return [self._head(same), f"{named}: {self.tests[0].words}.", f"{advice}{lacks}."]
+
+    def _head(self, same: Sequence[Judgement]) -> str:
+        """The verdict itself."""
+        tests = several(len(self.tests), "test")
+        share = f"{len(same)} of {len(self.tests)} tests"
+        if self.code == REGRESSION:
+            lost = " or has lost a value" if any(test.failed for test in same) else ""
+            return (
+                f"REGRESSION: in {share} the run is worse than the baseline by more than the "
+                f"margin{lost}."
+            )
+        if self.code == PASS:
+            return (
+                "PASS: nothing is worse than the baseline by more than its margin "
+                f"({tests}, {100 * self.level:g} % confidence each)."
+            )
+        if same:
+            return f"TOO FEW PROMPTS: {share} may turn out either way, within the margin or beyond."
+        return "INCOMPLETE: what was measured passes, but part of the baseline is missing."
 
     def _advice(self, same: Sequence[Judgement]) -> str:
         """What the numbers rest on, and what would help."""
         fewest = min(same, key=lambda test: test.prompts)
-        several = len({test.prompts for test in same}) > 1
-        said = f"Over {counted(fewest.prompts, fewest.clips)}" + (" or more" if several else "")
+        differ = len({test.prompts for test in same}) > 1
+        said = f"Over {counted(fewest.prompts, fewest.clips)}" + (" or more" if differ else "")
+        if not fewest.prompts and not differ:
+            return "No prompt has a value in both the run and the baseline"
         if all(test.verdict != "unclear" for test in same):
             return f"{said}, paired with the baseline's"
         needed = [test.needed for test in same]
@@ -301,7 +318,9 @@ def more_prompts(losses: list[float], margin: float, level: float) -> int | None
         losses, margin = [-loss for loss in losses], -margin
     # One prompt has no spread; the planned test and the bootstrap differ by a prompt or two.
     needed = prompts_needed(losses if len(losses) > 1 else 2 * losses, margin, level=level)
-    return None if needed is None else max(needed, len(losses) + 1)
+    if needed is None or needed > ENDLESS:
+        return None
+    return max(needed, len(losses) + 1)
 
 
 def same_metric(

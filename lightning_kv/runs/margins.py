@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -11,8 +11,12 @@ from typing import Any
 from lightning_kv.runs.units import Clips, Paired, metric_of, paired_units
 from lightning_kv.stats.bootstrap import confidence_below, paired_interval
 
-MARGINS = {"recall": 0.02, "revisit_error": 0.002, "ssim": 0.02}
+MARGINS = {"recall": 0.02, "revisit_error": 0.002, "ssim": 0.02, "psnr": 0.5}
 """The margin where none is given: of the first of these that the run has values for."""
+
+FROM_IDENTICAL = {"psnr": 70.0}
+"""The same where the loss is against clips that equal the reference: they have 100 dB, and of two
+videos that differ a psnr of 30 dB counts as near."""
 
 Facts = dict[str, dict[str, Any]]
 """What a summary says about each metric: which way is good, whether it needs the reference."""
@@ -32,6 +36,8 @@ class Loss:
         confidence: That the mean loss is within the margin.
         n: Number of prompts.
         clips: Number of clips that their values are means of.
+        limit: The worst value within the margin, where the reference's is that of two identical
+            clips, as the metric compares with the reference.
     """
 
     metric: str
@@ -43,6 +49,7 @@ class Loss:
     confidence: float
     n: int
     clips: int | None = None
+    limit: float | None = None
 
     @property
     def within(self) -> bool:
@@ -69,7 +76,8 @@ def loss_of(own: Clips, base: Clips, metric: str, facts: Facts, margin: float) -
     values, others = pairs.values, pairs.others
     if not values:
         return None
-    good, bad = (others, values) if facts[metric]["higher_is_better"] else (values, others)
+    fact = facts[metric]
+    good, bad = (others, values) if fact["higher_is_better"] else (values, others)
     losses = [a - b for a, b in zip(good, bad, strict=True)]
     return Loss(
         metric=metric,
@@ -81,7 +89,13 @@ def loss_of(own: Clips, base: Clips, metric: str, facts: Facts, margin: float) -
         confidence=confidence_below(losses, margin),
         n=len(values),
         clips=pairs.clips,
+        limit=_limit(fact, margin) if fact["against_reference"] else None,
     )
+
+
+def _limit(fact: dict[str, Any], margin: float) -> float:
+    """The worst value that is within a margin of that of two identical clips."""
+    return fact["identical"] + (-margin if fact["higher_is_better"] else margin)
 
 
 def paired_values(own: Clips, base: Clips, metric: str, facts: Facts) -> Paired:
@@ -102,21 +116,57 @@ def usable(clips: dict[str, Clips], reference: str, facts: Facts) -> list[str]:
     return [m for m in better if any(paired_values(own, base, m, facts).values for own in rivals)]
 
 
-def default_margins(able: Sequence[str]) -> dict[str, float]:
+def unusable(summary: dict[str, Any], clips: dict[str, Clips]) -> dict[str, str]:
+    """Metrics that have values and still cannot be judged, and why, in a clause.
+
+    Args:
+        summary: Content of ``summary.json``.
+        clips: Records by policy and key.
+    """
+    reference = summary["reference"]
+    facts = summary["policies"][reference]["metrics"]
+    able, found = usable(clips, reference, facts), {}
+    for metric, fact in facts.items():
+        means = (policy["metrics"][metric]["mean"] for policy in summary["policies"].values())
+        if metric in able or all(mean is None for mean in means):
+            continue
+        if fact["sets"]:
+            found[metric] = "it compares sets, so no prompt has a value"
+        elif fact["higher_is_better"] is None:
+            found[metric] = "neither more nor less of it is better"
+        elif fact["against_reference"] and fact["identical"] is None:
+            found[metric] = (
+                f"it compares with {reference}, and what two identical clips have, which the loss "
+                "would be counted from, is not known"
+            )
+        else:
+            found[metric] = f"no prompt has one under both {reference} and another policy"
+    return found
+
+
+def default_margins(
+    able: Sequence[str],
+    unable: Mapping[str, str] | None = None,
+    defaults: Mapping[str, float] = MARGINS,
+) -> dict[str, float]:
     """The margin where none was given.
 
     Args:
         able: Metrics that can be judged.
+        unable: Others that have values, and why they cannot be.
+        defaults: Margins by metric; the first that can be judged counts.
 
     Raises:
         ValueError: There is a default for none of them.
     """
-    for metric, margin in MARGINS.items():
+    for metric, margin in defaults.items():
         if metric in able:
             return {metric: margin}
+    given = ", ".join(f"{metric} ({why})" for metric, why in (unable or {}).items())
+    given = f" It has values that cannot be judged: {given}." if given else ""
     raise ValueError(
         "There is no margin to judge the loss by: defaults are known for "
-        f"{', '.join(MARGINS)}, and the run has values of none of these. {works(able)}"
+        f"{', '.join(defaults)}, and the run can be judged by none of these.{given} {works(able)}"
     )
 
 
@@ -140,8 +190,8 @@ def check_margins(margins: dict[str, float], facts: Facts, able: Sequence[str]) 
         if facts[metric]["against_reference"] and facts[metric]["identical"] is None:
             raise ValueError(
                 f"The margin {metric}={margin:g} means nothing: {metric} compares with the "
-                "reference rollout, so the reference itself has no finite value that could be "
-                f"lost. {works(able)}"
+                "reference rollout, and what two identical clips have, which the loss would be "
+                f"counted from, is not known. {works(able)}"
             )
         if metric not in able:
             raise ValueError(
@@ -171,9 +221,11 @@ def check_margin(metric: str, margin: float, fact: dict[str, Any]) -> None:
 def works(able: Sequence[str]) -> str:
     """The part of an error that says what would work."""
     if not able:
-        return "No metric of this run has values so far: evaluate with others, such as recall."
-    usual = next((metric for metric in MARGINS if metric in able), able[0])
-    return f"Metrics that work here: {', '.join(able)}. Write --margin {usual}=0.02."
+        return "Evaluate with another metric too, such as --metrics [recall,ssim]."
+    known = MARGINS | FROM_IDENTICAL
+    usual = next((metric for metric in known if metric in able), None)
+    example = f"{usual}={known[usual]:g}" if usual else f"{able[0]}=NUMBER"
+    return f"Metrics that work here: {', '.join(able)}. Write --margin {example}."
 
 
 def read_margins(text: str | None) -> dict[str, float] | None:

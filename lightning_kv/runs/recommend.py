@@ -18,10 +18,13 @@ from typing import Any
 from lightning_kv.runs.candidates import Candidate, Recommendation, candidate
 from lightning_kv.runs.directory import Record
 from lightning_kv.runs.margins import (
+    FROM_IDENTICAL,
+    MARGINS,
     Loss,
     check_margins,
     default_margins,
     loss_of,
+    unusable,
     usable,
 )
 from lightning_kv.runs.summary import hindsight
@@ -42,7 +45,8 @@ def recommend(
         summary: Content of ``summary.json``, of a finished run or not.
         records: The run's records.
         memory: Bytes that the cache of one clip may take.
-        margins: Largest mean loss per metric, in its unit; see `margins.MARGINS` where None.
+        margins: Largest mean loss per metric, in its unit; see `margins.MARGINS` and
+            `margins.FROM_IDENTICAL` where None.
 
     Raises:
         ValueError: There is nothing to compare, or a margin cannot be judged.
@@ -146,7 +150,8 @@ def judged(
     """The margins, or the default one; refused where they cannot be judged."""
     facts = summary["policies"][summary["reference"]]["metrics"]
     able = usable(clips, summary["reference"], facts)
-    margins = default_margins(able) if margins is None else margins
+    if margins is None:
+        margins = default_margins(able, unusable(summary, clips), MARGINS | FROM_IDENTICAL)
     check_margins(margins, facts, able)
     return margins
 

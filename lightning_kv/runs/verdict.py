@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightning_kv.runs.directory import Record
+from lightning_kv.runs.intervals import interval_kind, interval_words
 from lightning_kv.runs.recommend import recommend
-from lightning_kv.runs.words import counted, number, planned
+from lightning_kv.runs.words import counted, number, planned, sets_words
 
 FILES = "video files"  # the model of a comparison of videos that somebody else made
 
@@ -53,7 +54,8 @@ def compared(summary: dict[str, Any], name: str) -> Iterator[str]:
     most = max(alone, key=lambda value: value["n"], default={"n": 0})
     if near:
         over = counted(most["n"], most.get("clips"))
-        yield f"{name} against {reference}, over {over}: {', '.join(near)}."
+        brackets = f" ({interval_kind(most['n'])} in brackets)" if "[" in near[0] else ""
+        yield f"{name} against {reference}, over {over}: {', '.join(near)}{brackets}."
     tested = {m: v["paired"] for m, v in metrics.items() if v["paired"]}
     level = summary["family"]["level"]
     sure = {m: t for m, t in tested.items() if t["p_holm"] is not None and t["p_holm"] <= level}
@@ -67,14 +69,15 @@ def compared(summary: dict[str, Any], name: str) -> Iterator[str]:
     if rest:
         family = summary["family"]
         enough = family["prompts"] >= family["prompts_needed"]
-        few = "" if enough else f"; it takes {family['prompts_needed']} or more to be sure of any"
+        needed = family["prompts_needed"]
+        few = "" if enough else f"; it takes {counted(needed)} or more to be sure of any"
         yield f"{name}: no sure difference in {', '.join(rest)}{few}."
     for metric, value in metrics.items():
         if value["sets"] and value["mean"] is not None:
             null = (
                 "" if value["null"] is None else f"; equal sets would show {number(value['null'])}"
             )
-            yield f"{name}: {metric} {number(value['mean'])} from {value['against']}{null}."
+            yield f"{name}: {metric} {number(value['mean'])}, {sets_words(value)}{null}."
     yield from drifting(summary, name)
 
 
@@ -92,7 +95,7 @@ def drifting(summary: dict[str, Any], name: str) -> Iterator[str]:
             low, high = sorted(map(abs, ends["ci95"]))
             if ends["ci95"][0] <= 0 <= ends["ci95"][1]:
                 continue
-            spread = f"95 % interval {number(low)} to {number(high)}"
+            spread = interval_words(number(low), number(high), ends.get("n", 0))
         way = "falls" if ends["mean"] > 0 else "rises"
         yield (
             f"{name}: {metric} {way} by {number(abs(ends['mean']))} from the first to the last "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from itertools import count
 from typing import Any
 
 from lightning_kv.runs.candidates import EQUAL, LEVEL, Candidate, Recommendation
+from lightning_kv.runs.intervals import interval_words
 from lightning_kv.runs.margins import Loss
 from lightning_kv.stats.bootstrap import ceiling
 
@@ -19,11 +21,9 @@ def in_words(found: Recommendation) -> list[str]:
         said.insert(1, f"The run is not finished: {found.measured} of {planned(found.run)}.")
     keeping = [one for one in found.candidates if one.keeps and one.policy != found.policy]
     if keeping:
-        bars = " and ".join(f"{number(m)} {name}" for name, m in found.margins.items())
-        also = " either" if found.policy else ""
+        also = " also" if found.policy else ""
         said.append(
-            f"Not worse than {found.reference} by more than {bars}{also}: "
-            f"{', '.join(map(cheaply, keeping))}."
+            f"Surely{also} keeping {kept_words(found)}: {', '.join(map(cheaply, keeping))}."
         )
     named_above = (found.closest, found.beyond)
     out = [one for one in found.candidates if one.out and one.policy not in named_above]
@@ -80,22 +80,34 @@ def why_none(found: Recommendation) -> str:
     most = max(losses, key=lambda loss: loss.n, default=None)
     if most is None or ceiling(most.n) < LEVEL:
         prompts = counted(most.n, most.clips) if most else counted(0)
+        enough = next(n for n in count(1) if ceiling(n) >= LEVEL)
         return (
             f"{prompts} cannot give {sureness(LEVEL)} confidence, so no policy is recommended yet: "
-            "it takes 5 or more."
+            f"it takes {counted(enough)} or more."
         )
-    bars = " and ".join(f"{name} within {number(m)}" for name, m in found.margins.items())
+    bars = kept_words(found)
     where = f" in {format_bytes(found.memory)}" if found.memory else ""
     idle = [one.policy for one in found.candidates if one.keeps and one.out == "saves nothing"]
     if idle:
         return (
-            f"No policy both saves something and keeps {bars} of {found.reference}{where}: "
+            f"No policy both saves something and keeps {bars}{where}: "
             f"{', '.join(idle)} would keep it, but read and score as much as {found.reference} "
             "reads, and free no memory."
         )
     return (
-        f"No policy keeps {bars} of {found.reference}{where} with {sureness(LEVEL)} confidence, so "
-        "none is recommended."
+        f"No policy keeps {bars}{where} with {sureness(LEVEL)} confidence, so none is recommended."
+    )
+
+
+def kept_words(found: Recommendation) -> str:
+    """What all margins ask for."""
+    losses = [loss for one in found.candidates for loss in one.losses]
+    limits = {loss.metric: loss.limit for loss in losses if loss.limit is not None}
+    return " and ".join(
+        f"{name} at {number(limits[name])} or better"
+        if name in limits
+        else f"{name} within {number(margin)} of {found.reference}"
+        for name, margin in found.margins.items()
     )
 
 
@@ -144,19 +156,26 @@ def effort(one: Candidate, found: Recommendation) -> list[str]:
 def loss_words(loss: Loss, reference: str) -> str:
     """One metric: both means, the loss with its interval, and how sure the margin is."""
     against = f"{number(loss.value)} against {number(loss.reference)} of {reference}"
+    if loss.limit is not None:
+        alike = number(loss.reference)
+        against = (
+            f"{number(loss.value)} against {reference}, where two identical clips have {alike}"
+        )
     change = "no loss" if loss.mean == 0 else f"a loss of {number(loss.mean)}"
     if loss.mean < 0:
         change = f"a gain of {number(-loss.mean)}"
     spread = ""
     if loss.ci95 and loss.ci95[0] != loss.ci95[1]:
         low, high = loss.ci95
-        spread = f" (95 % interval of the loss {number(low)} to {number(high)})"
+        spread = f" ({interval_words(number(low), number(high), loss.n, ' of the loss')})"
     said = f"{loss.metric} is {against}, {change}{spread} over {counted(loss.n, loss.clips)}"
     margin = number(loss.margin)
     if not loss.within:
         return f"{said}: more than the margin of {margin}."
     sure = sureness(loss.confidence)
-    most = ", about the most that so few can give" if ceiling(loss.n) < LEVEL else ""
+    most = ""
+    if ceiling(loss.n) < LEVEL:
+        most = f" ({sureness(ceiling(loss.n))} is the most that so few can give)"
     return f"{said}: within the margin of {margin} with {sure} confidence{most}."
 
 
@@ -182,7 +201,7 @@ def why_out(one: Candidate) -> str:
         one.policy
         + {
             "no values": " (not measured)",
-            "failed": f" ({one.failed} clip{'s' if one.failed > 1 else ''} failed)",
+            "failed": f" ({several(one.failed, 'clip')} failed)",
             "memory": f" (holds {format_bytes(one.bytes_peak or 0)})",
             "saves nothing": " (saves nothing)",
             "margin": f" ({losses})",
@@ -214,7 +233,33 @@ def counted(prompts: int, clips: int | None = None) -> str:
     ('1 prompt', '3 prompts', '1 prompt (6 samples)')
     """
     samples = "" if clips is None or clips == prompts else f" ({clips} samples)"
-    return ("1 prompt" if prompts == 1 else f"{prompts} prompts") + samples
+    return several(prompts, "prompt") + samples
+
+
+def sets_words(found: dict[str, Any]) -> str:
+    """The two sets of a distance: what each is made of, as far as a summary says.
+
+    >>> sides = {"n": 3, "clips": 6, "windows": 12, "against": "the real set", "windows_real": 8}
+    >>> sets_words(sides | {"n_real": 4, "clips_real": 4})
+    '12 windows of 3 prompts (6 samples) against the real set (8 windows of 4 clips)'
+    """
+    if "windows_real" in found:
+        clips, prompts = found["clips_real"], found["n_real"]
+        other = f"{several(found['windows_real'], 'window')} of {several(clips, 'clip')}"
+        other += "" if clips == prompts else f" of {counted(prompts)}"
+    else:  # of a version that called the number of windows so
+        other = several(found["n_real"], "window")
+    own = f"{several(found['windows'], 'window')} of {counted(found['n'], found.get('clips'))}"
+    return f"{own} against {found['against']} ({other})"
+
+
+def several(number: int, what: str) -> str:
+    """A number of things.
+
+    >>> several(1, "clip"), several(2, "clip")
+    ('1 clip', '2 clips')
+    """
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def planned(run: dict[str, Any]) -> str:
@@ -260,15 +305,15 @@ def number(value: float) -> str:
     return f"{value:.3f}".rstrip("0").rstrip(".")
 
 
-def format_bytes(count: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes with a binary prefix.
 
     >>> format_bytes(3_355_443)
     '3.20 MiB'
     """
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1000 or unit == "GiB":
+        if size < 1000 or unit == "GiB":
             break
-        count /= 1024
-    digits = 0 if unit == "B" else max(0, 2 - int(math.log10(max(count, 1.0))))
-    return f"{count:.{digits}f} {unit}"
+        size /= 1024
+    digits = 0 if unit == "B" else max(0, 2 - int(math.log10(max(size, 1.0))))
+    return f"{size:.{digits}f} {unit}"

@@ -21,7 +21,8 @@ def bca_interval(
     See :class:`MeanConfidence` for the method. An interval of 95 % holds the true mean in 93 to
     97 % of all normal and uniform data sets of 8 to 64 clips, and in 92 to 94 % of exponential
     ones and of Student's t with 5 degrees of freedom (``tools/simulate_statistics.py``). Neither
-    end leaves the range of the data, so fewer than 8 clips still get too narrow an interval.
+    end leaves the range of the data, so fewer than 8 clips still get too narrow an interval, and
+    that of 2 to 5 never holds the mean more often than :func:`coverage_limit`.
 
     Args:
         values: One finite number per clip; clips are independent.
@@ -123,6 +124,19 @@ def ceiling(clips: int) -> float:
     [0.0, 0.5, 0.9375, 0.96875]
     """
     return 1 - 0.5**clips
+
+
+def coverage_limit(clips: int) -> float:
+    """How often an interval within the range of so many values holds the mean at most.
+
+    All n values lie on one side of the mean with a chance of ``p**n + (1 - p)**n``, where p is that
+    of one value to lie below it: ``2 * 0.5**n`` or more, whatever the distribution (if no value is
+    the mean itself). So an interval of 95 % that stays within the data needs 6 clips or more.
+
+    >>> [coverage_limit(n) for n in (1, 2, 3, 4, 5, 6)]
+    [0.0, 0.5, 0.75, 0.875, 0.9375, 0.96875]
+    """
+    return 1 - 2 * 0.5**clips
 
 
 class MeanConfidence:

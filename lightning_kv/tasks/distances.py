@@ -42,8 +42,8 @@ def distances(
 
     Returns:
         Policy, then metric, then ``mean``, ``null``, ``se``, how many prompts ``n``,
-        ``clips`` and ``windows`` there are, the other set's windows ``n_real``, ``against``,
-        ``status`` and ``paired``.
+        ``clips`` and ``windows`` there are, the same of the other set, ``n_real``, ``clips_real``
+        and ``windows_real``, and ``against``, ``status`` and ``paired``.
     """
     store = FeatureStore(run.features)
     units = {part_of_path(record["key"]): unit_of(record) for record in run.records()}
@@ -90,10 +90,9 @@ def distance(
     """
     units = units or {}
     counts = {
-        "n": len({units.get(key, key) for key in own[1]}),
-        "clips": len(set(own[1])),
-        "windows": len(own[0]),
-        "n_real": len(real[0]),
+        f"{what}{side}": count
+        for side, rows in (("", own), ("_real", real))
+        for what, count in counted(rows, units).items()
     }
     empty = {"mean": None, "null": None, "se": None, **counts}
     try:
@@ -119,6 +118,16 @@ def distance(
         **counts,
         "status": result["status"],
         "paired": versus(own, base, real[0], units) if base and metric.tests_difference else None,
+    }
+
+
+def counted(rows: Rows, units: Mapping[str, str]) -> dict[str, int]:
+    """What a set is made of: what counts, its clips, and their windows."""
+    clips = set(rows[1])
+    return {
+        "n": len({units.get(key, key) for key in clips}),
+        "clips": len(clips),
+        "windows": len(rows[0]),
     }
 
 

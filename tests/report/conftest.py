@@ -176,7 +176,9 @@ def add_metrics() -> Callable[[PageRun], PageRun]:
                 "sets": True,
                 "n": 48,
                 "windows": 96,
-                "n_real": 64,
+                "n_real": 32,
+                "clips_real": 32,
+                "windows_real": 64,
                 "se": 2.0,
                 "against": "the real set",
             }

@@ -69,6 +69,8 @@ def test_comments_name_the_run_the_reference_and_the_recipes(text: str) -> None:
     comments = [line for line in text.splitlines() if line.startswith("%")]
     assert comments[0].startswith("% Run my run: panorama, 3 prompts, 12 frames, reference full")
     assert "% recall (n = 3): share of columns that come back" in comments
+    sides = "96 windows of 48 prompts against the real set (64 windows of 32 clips)"
+    assert f"% fvd/panorama-encoder ({sides}): how" in comments
     assert any("booktabs" in line for line in comments)
     assert any("Holm" in line for line in comments)
 

@@ -282,7 +282,9 @@ def test_many_metrics_stay_readable(tmp_path: Path, run: PageRun, add_metrics) -
     assert not re.search("brightness [↑↓]", heads)
     assert "brightness neither way is better" in page.text("dt")
     assert "null 88.2" in page.text("td", "span")
-    assert "121.5 from 96 windows of 48 prompts against 64 of the real set" in str(page.all("td"))
+    assert (
+        "121.5 from 96 windows of 48 prompts against the real set (64 windows of 32 clips)"
+    ) in str(page.all("td"))
     assert "fvd/i3d : unavailable: no <weights> here" in page.text("ul", "li")
     assert "fvd/i3d" not in heads, "no empty column"
     best = {attrs["data-value"] for attrs in page.all("td") if "best" in attrs.get("class", "")}

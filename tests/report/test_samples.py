@@ -68,7 +68,14 @@ def test_a_distance_between_sets(run: PageRun) -> None:
     value |= {"sets": True, "windows": 24, "n_real": 9, "against": "the real set", "se": None}
     first, _ = comparison(entries_of([run]))
     note = next(column for column in first if column.name == "recall").cells[1].note
-    assert note.startswith(f"0.5 from 24 windows of {WORDS} against 9 of the real set")
+    older = f"24 windows of {WORDS} against the real set (9 windows)"
+    assert note.startswith(f"0.5 from {older}")
+    value |= {"n_real": 2, "clips_real": 3, "windows_real": 9}
+    sides = f"24 windows of {WORDS} against the real set (9 windows of 3 clips of 2 prompts)"
+    first, _ = comparison(entries_of([run]))
+    note = next(column for column in first if column.name == "recall").cells[1].note
+    assert note.startswith(f"0.5 from {sides}")
+    assert f"recall: {sides} (w@3f)" in " ".join(drawn(render_tables(run.summary)).split())
 
 
 def test_the_markdown(run: PageRun, tmp_path: Path) -> None:

@@ -218,7 +218,8 @@ def test_a_star_marks_what_differs_and_brackets_hold_the_null() -> None:
     for name, p in (("sliding-window@9f", 0.05), ("top-attention@9f", 0.051)):
         summary["policies"][name]["metrics"]["recall"]["paired"] = {"p_holm": p}
     distance = {"mean": 150.5, "ci95": None, "null": 88.25, "unit": "", "sets": True, "n": 9}
-    distance |= {"higher_is_better": False, "recipe": "", "status": "ok"}
+    distance |= {"higher_is_better": False, "recipe": "", "status": "ok", "windows": 18}
+    distance |= {"against": "the real set", "n_real": 7, "clips_real": 7, "windows_real": 14}
     for name, policy in summary["policies"].items():
         empty = {"mean": None, "null": None} if name == "full" else {}
         policy["metrics"]["fvd/i3d"] = distance | empty
@@ -231,6 +232,8 @@ def test_a_star_marks_what_differs_and_brackets_hold_the_null() -> None:
     text = drawn(render_tables(summary))
     assert "* differs from full: p at most 0.05 after Holm's correction over 7 tests" in text
     assert "In brackets: the distance that equal sets would show" in text
+    sides = "18 windows of 9 prompts against the real set (14 windows of 7 clips)"
+    assert f"fvd/i3d: {sides} (sliding-window@9f, " in text
 
 
 def test_costs_that_nobody_knows_have_no_table() -> None:

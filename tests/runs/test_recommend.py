@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -173,7 +174,9 @@ def test_few_prompts_recommend_nothing(prompts, sure):
     if not sure:
         assert found.closest == "a"
         assert "cannot give 95 % confidence" in found.words[0]
-        assert "the most that so few can give" in " ".join(found.words)
+        assert "takes 5 prompts or more" in found.words[0]
+        most = {1: "50 %", 4: "93 %"}[prompts]
+        assert f"({most} is the most that so few can give)" in " ".join(found.words)
 
 
 def test_a_metric_where_less_is_better():
@@ -316,6 +319,80 @@ def test_a_run_that_says_nothing_is_said_to():
         recommend(summary, [r for r in records if r["policy"] == "full"])
     assert verdict(*made({}))[0].startswith("There is nothing to recommend")
     assert verdict(analyse(summary, records), records) == recommend(summary, records).words
+
+
+def only(metric, values, identical, prompts=8, **more):
+    """A run whose one metric with values compares with the reference, as a summary holds it."""
+    other = {metric: values}
+    summary, records = made(
+        {
+            "full": Policy(recall=None),
+            "a": Policy(1.0, recall=None, other=other, **more),
+        },
+        prompts=prompts,
+    )
+    for policy in summary["policies"].values():
+        policy["metrics"][metric]["identical"] = identical
+    return summary, records
+
+
+def test_psnr_alone_is_judged_against_what_identical_clips_have():
+    """100 dB for identical clips: of 30 dB or more 70 dB or less are lost."""
+    values = [33.0, 36.0, 34.0, 35.0, 33.5, 34.5, 35.5, 34.5]
+    found = recommend(*only("psnr", values, 100.0))
+    assert (found.policy, found.margins) == ("a", {"psnr": 70.0})
+    (loss,) = found.of("a").losses
+    assert loss.reference == 100 and loss.limit == 30
+    assert loss.value == pytest.approx(sum(values) / 8)
+    assert loss.mean == pytest.approx(100 - sum(values) / 8)
+    assert "psnr is 34.5 against full, where two identical clips have 100, a loss of 65.5" in (
+        " ".join(found.words)
+    )
+    far = recommend(*only("psnr", [value - 8 for value in values], 100.0))
+    assert far.policy is None and far.closest == "a"
+    assert far.words[0] == (
+        "No policy keeps psnr at 30 or better with 95 % confidence, so none is recommended."
+    )
+    assert recommend(*only("psnr", values, 100.0), margins={"psnr": 64.0}).policy is None
+    assert recommend(*only("psnr", values, 100.0), margins={"psnr": 67.0}).policy == "a"
+
+
+def test_the_limit_of_a_metric_where_less_is_better_is_above(monkeypatch):
+    monkeypatch.setitem(INFO, "lpips", MetricInfo("", False, "-", against_reference=True))
+    (loss,) = recommend(*only("lpips", 0.05, 0.0), margins={"lpips": 0.1}).of("a").losses
+    assert loss.limit == pytest.approx(0.1) and loss.mean == pytest.approx(0.05)
+
+
+def test_without_what_identical_clips_have_psnr_alone_says_what_is_missing():
+    run = only("psnr", 30.0, None)
+    with pytest.raises(ValueError) as error:
+        recommend(*run)
+    wrong, given, works = re.split(r"(?<=\.) (?=It has|Evaluate)", str(error.value))
+    assert wrong.startswith("There is no margin to judge the loss by")
+    assert "psnr (it compares with full, and what two identical clips have" in given
+    assert works == "Evaluate with another metric too, such as --metrics [recall,ssim]."
+    assert "no metric" not in str(error.value).lower(), "psnr has values"
+    assert str(error.value) in verdict(analyse(*run), run[1])
+
+
+def test_every_reason_why_values_cannot_be_judged_is_said(monkeypatch):
+    monkeypatch.setitem(INFO, "brightness", MetricInfo("", None, "-"))
+    monkeypatch.setitem(INFO, "fvd", MetricInfo("", False, "-", sets=True))
+    summary, records = only("brightness", 0.5, None)
+    summary["policies"]["a"]["metrics"]["fvd"]["mean"] = 3.0
+    with pytest.raises(ValueError) as error:
+        recommend(summary, records)
+    assert "brightness (neither more nor less of it is better)" in str(error.value)
+    assert "fvd (it compares sets, so no prompt has a value)" in str(error.value)
+    assert "psnr (" not in str(error.value), "it has no values"
+
+
+def test_a_metric_without_a_default_is_named_with_how_to_ask_for_it(monkeypatch):
+    monkeypatch.setitem(INFO, "psnr_mean", MetricInfo("dB", True, "-", against_reference=True))
+    run = only("psnr_mean", 35.0, 100.0)
+    with pytest.raises(ValueError, match=r"psnr_mean\. Write --margin psnr_mean=NUMBER"):
+        recommend(*run)
+    assert recommend(*run, margins={"psnr_mean": 70.0}).policy == "a"
 
 
 def test_margins_and_memory_as_people_write_them():

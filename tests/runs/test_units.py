@@ -278,7 +278,7 @@ def test_six_samples_of_one_prompt_recommend_nothing(one):
     assert found.policy is None and found.measured == 1
     assert found.words[0] == (
         "1 prompt (6 samples) cannot give 95 % confidence, so no policy is recommended yet: it "
-        "takes 5 or more."
+        "takes 5 prompts or more."
     )
     assert any("over 1 prompt (6 samples)" in word for word in found.words)
     six = clips(6, 1, ("full", "a"))

@@ -35,24 +35,31 @@ def test_what_is_near_what_differs_and_what_does_not():
         }
     )
     assert words == [
-        "mine against full, over 8 prompts: psnr 31.2 dB [30, 32.5].",
+        "mine against full, over 8 prompts: psnr 31.2 dB [30, 32.5] (95 % intervals in brackets).",
         "mine differs from full in sharpness by -0.3 [-0.4, -0.2] (corrected p = 0.01) "
         "(sign-flip test, 5 % over 3 tests by Holm).",
         "mine: no sure difference in colour, flicker.",
     ]
 
 
+def test_intervals_of_few_prompts_are_not_said_to_be_of_95_percent():
+    (word,) = said({"psnr": metric(31.2, n=3, ci95=[30.0, 32.5])})
+    assert word.endswith("psnr 31.2 [30, 32.5] (intervals sure to at most 75 % in brackets).")
+
+
 def test_few_prompts_are_named_as_the_reason():
     colour = metric(0.5, n=3, against=False, paired=change(0.2, 0.25))
     (word,) = said({"colour": colour}, prompts=6)
-    assert word == "mine: no sure difference in colour; it takes 7 or more to be sure of any."
+    assert (
+        word == "mine: no sure difference in colour; it takes 7 prompts or more to be sure of any."
+    )
 
 
 @pytest.mark.parametrize(("prompts", "few"), [(6, True), (7, False)])
 def test_as_many_prompts_as_it_takes_are_not_few(prompts, few):
     colour = metric(0.5, n=prompts, against=False, paired=change(0.2, 0.25))
     (word,) = said({"colour": colour}, prompts=prompts)
-    assert ("it takes 7 or more" in word) == few
+    assert ("it takes 7 prompts or more" in word) == few
 
 
 def test_drift_of_one_prompt_says_how_many_samples_it_is_of():
@@ -63,8 +70,12 @@ def test_drift_of_one_prompt_says_how_many_samples_it_is_of():
 
 def test_distances_of_sets():
     far = metric(12.5, against=False, sets=True, null=2.0) | {"against": "the real set"}
+    far |= {"clips": 8, "windows": 16, "n_real": 1, "clips_real": 1, "windows_real": 5}
     words = said({"fvd": far, "kvd": far | {"mean": None}})
-    assert words == ["mine: fvd 12.5 from the real set; equal sets would show 2."]
+    assert words == [
+        "mine: fvd 12.5, 16 windows of 8 prompts against the real set (5 windows of 1 clip); equal "
+        "sets would show 2."
+    ]
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.5, 1.5), (-1.5, -0.5), (-0.5, 0.5)])

@@ -261,7 +261,7 @@ def test_all_of_a_clip_are_cut_to_its_shortest(tmp_path, video):
     rows = found.summary["policies"]["near"]["metrics"]
     assert rows["brightness"]["paired"]["difference"] == 0
     assert rows["psnr"]["mean"] == pytest.approx(100, rel=1e-12)
-    assert [rows["fvd/random-3dconv"][n] for n in ("n", "windows", "n_real")] == [6, 12, 12]
+    assert [rows["fvd/random-3dconv"][n] for n in ("n", "windows", "windows_real")] == [6, 12, 12]
     for row in rows.values():
         assert row["recipe"].endswith("; length=shortest,size=equal,fps=equal")
     assert {probe(found.run.videos / f"{key}.mp4").frames for key in "ab"} == {16}
@@ -364,7 +364,7 @@ def test_an_encoder_that_cannot_judge_a_clip_costs_its_metrics_alone(folders, vi
     found = compare(options(folders, metrics=("psnr", "fvd/random-3dconv")))
     rows = found.summary["policies"]["near"]["metrics"]
     assert found.skipped == () and rows["psnr"]["n"] == 4
-    assert [rows["fvd/random-3dconv"][n] for n in ("n", "windows", "n_real")] == [1, 2, 2]
+    assert [rows["fvd/random-3dconv"][n] for n in ("n", "windows", "windows_real")] == [1, 2, 2]
     assert found.notes[0].startswith("fvd/random-3dconv has no value for 6 videos.")
     assert "too narrow" in found.notes[0]
 
@@ -382,7 +382,7 @@ def test_sets_without_pairs(tmp_path, video):
     for name in ("full", "near"):
         clips = [pixels(path).float() for path in sorted((tmp_path / name).glob("*.mp4"))]
         sets.append(encoder(torch.stack([c[i : i + 8] for c in clips for i in (0, 8)])))
-    assert [result[n] for n in ("n", "windows", "n_real")] == [6, 12, 12]
+    assert [result[n] for n in ("n", "windows", "windows_real")] == [6, 12, 12]
     assert result["mean"] == pytest.approx(frechet_distance(sets[1], sets[0]).item(), rel=1e-3)
     assert {"null", "status", "ci95", "se"} <= result.keys()
     assert result["against"] == "the clips of full" and result["paired"] is None
@@ -429,7 +429,9 @@ def test_a_bad_real_file_is_skipped_and_said(tmp_path, video, capsys):
     for _ in range(2):
         found = compare(asked)
         assert [said.partition(":")[0] for said in found.skipped] == ["real bad", "real short"]
-        assert found.summary["policies"]["near"]["metrics"]["fvd/random-3dconv"]["n_real"] == 7
+        assert (
+            found.summary["policies"]["near"]["metrics"]["fvd/random-3dconv"]["windows_real"] == 7
+        )
     with pytest.raises(ValueError, match=r"--strict does not allow.*real bad"):
         compare(replace(asked, strict=True))
 

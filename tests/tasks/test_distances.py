@@ -2,11 +2,13 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from scipy import stats
 
+from lightning_kv.cache.session import Cost
 from lightning_kv.metrics.backbones.base import RandomBackbone
 from lightning_kv.metrics.functional.frechet import frechet_distance, frechet_error
 from lightning_kv.metrics.functional.frechet_difference import delta_frechet
@@ -14,11 +16,16 @@ from lightning_kv.metrics.registry import Suite, set_metric
 from lightning_kv.metrics.windows import WindowEncoder
 from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.runs.features import FeatureStore, part_of_path
+from lightning_kv.tasks.adapter import Measured
+from lightning_kv.tasks.callbacks import RecordWriter
+from lightning_kv.tasks.clip_module import ClipModule, ClipResult
 from lightning_kv.tasks.distances import distances
 from lightning_kv.tasks.real import encode_real, real_videos
+from lightning_kv.tasks.results import cost
 
 NAME = "fvd/random-3dconv"
 RECIPE = set_metric(NAME, num_features=4, features_name="random-3dconv", frames=8).recipe
+COUNTS = ("n", "clips", "windows", "n_real", "clips_real", "windows_real")
 FACTS = {NAME: {"encoder": "random-3dconv", "frames": 8, "recipe": RECIPE}}
 
 
@@ -88,13 +95,14 @@ def test_with_a_real_set_all_are_compared_with_it(run):
     keep(run, "full", clips)
     keep(run, "a", {key: each + 2 for key, each in list(clips.items())[::-1]})
     keep(run, None, {f"r{i}": rows(50 + i) for i in range(7)})
+    keep(run, None, {"r7": rows(57, 3)})
     found = distances(run, FACTS, ["full", "a"], "full")
     sets = {name: torch.cat([c + d for c in clips.values()]) for name, d in (("full", 0), ("a", 2))}
-    real = torch.cat([rows(50 + i) for i in range(7)])
+    real = torch.cat([*(rows(50 + i) for i in range(7)), rows(57, 3)])
     for name, own in sets.items():
         result = found[name][NAME]
         assert result["mean"] == pytest.approx(frechet_distance(own, real).item())
-        assert [result[each] for each in ("n", "clips", "windows", "n_real")] == [7, 7, 14, 14]
+        assert [result[each] for each in COUNTS] == [7, 7, 14, 8, 8, 17]
         assert result["against"] == "the real set"
     ids = torch.arange(7).repeat_interleave(2)
     direct = delta_frechet(sets["a"], sets["full"], real, ids)
@@ -142,7 +150,7 @@ def test_samples_of_a_prompt_are_left_out_and_swapped_together(run):
     """Seven prompts of three samples: the same as calls with the prompt of every clip."""
     keys = sampled(run, 7, 3)
     found = distances(run, FACTS, ["full", "a"], "full")["a"][NAME]
-    assert [found[each] for each in ("n", "clips", "windows", "n_real")] == [7, 21, 42, 42]
+    assert [found[each] for each in COUNTS] == [7, 21, 42, 7, 21, 42]
     order = sorted(keys)  # that of the files
     ids = torch.tensor([int(key[1]) for key in order]).repeat_interleave(2)
     base = torch.cat([rows(9 * keys.index(key)) for key in order])
@@ -271,3 +279,84 @@ def test_a_metric_that_was_made_in_another_way_is_not_computed_here(run):
     facts = FACTS[NAME] | {"recipe": RECIPE.replace("unbiased covariance", "ml covariance")}
     found = distances(run, {NAME: facts}, ["full", "a"], "full")["a"][NAME]
     assert found["mean"] is None and "ml covariance" in found["status"]
+
+
+def clip_of(name, key, unit, features):
+    """A clip of which nothing but features is known."""
+    return ClipResult(name, key, unit, unit, Measured({}, {}, features))
+
+
+def test_states_of_sets_count_prompts_whatever_the_samples():
+    """Two prompts of two samples: four clips on both sides, two units."""
+    suite = Suite([NAME], {"pixels"})
+    module = ClipModule(suite, ["full", "a"], "full")
+    for place, key in enumerate(("p", "p#1", "q", "q#1")):
+        for name, shift in (("full", 0), ("a", 50)):
+            features = {suite.encoder_of(NAME): rows(place + shift, 2, 32)}
+            module.add(clip_of(name, key, key[0], features))
+    found = module.sets_of("a")[NAME].report()
+    assert (found.n, found.units, found.windows) == (4, 2, 8)
+    assert (found.n_real, found.units_real, found.windows_real) == (4, 2, 8)
+
+
+def test_reads_and_scored_keys_are_shares_of_what_the_reference_reads():
+    """The counts of all four kinds differ, so that no other quotient gives these numbers."""
+
+    def rollouts(*counts):
+        costs = [Cost(read, scored, 9999, [7, 9], 11) for read, scored in counts]
+        return SimpleNamespace(costs=costs, seconds_per_chunk=[0.5])
+
+    own, base = rollouts((5, 7), (30, 60)), rollouts((11, 13), (120, 17))
+    found = cost(own, base, 1)
+    assert (found["kv_read_fraction"], found["kv_scored_fraction"]) == (30 / 120, 60 / 120)
+    assert (found["kv_rows_read"], found["kv_rows_scored"]) == (30, 60)
+    assert (found["kv_bytes_peak"], found["kv_bytes_mean"]) == (11, 8)
+    full = cost(base, base, 0)
+    assert (full["kv_read_fraction"], full["kv_scored_fraction"]) == (1, 13 / 11)
+    nothing = cost(own, rollouts((0, 3), (0, 3)), 0)
+    assert nothing["kv_read_fraction"] is nothing["kv_scored_fraction"] is None
+
+
+TWO = FACTS | {"kvd/other": FACTS[NAME] | {"encoder": "other"}}
+
+
+def test_a_clip_that_one_of_two_encoders_refuses_counts_for_the_other(run, monkeypatch):
+    """Its file lacks that encoder, and that of a clip that both refuse holds nothing."""
+    store, seen = FeatureStore(run.features), {}
+    clips = {f"k{i}": rows(i) for i in range(6)}
+    for name, shift in (("full", 0), ("a", 2)):
+        for key, found in clips.items():
+            kept = {"random-3dconv": found.numpy() + shift, "other": found.numpy() + 9}
+            if key == "k0":
+                del kept["other"]
+            store.write(name, key, kept)
+        store.write(name, "refused", {})
+    assert store.has("a", "refused") and store.read("a", "refused") == {}
+
+    def noted(name, facts, own, *others):
+        seen[name, len(seen)] = own
+        return {"windows": len(own[0])}
+
+    monkeypatch.setattr("lightning_kv.tasks.distances.distance", noted)
+    distances(run, TWO, ["full", "a"], "full")
+    monkeypatch.undo()
+    by_name = {name: own for (name, _), own in seen.items()}
+    assert sorted(set(by_name[NAME][1])) == sorted(clips)
+    assert sorted(set(by_name["kvd/other"][1])) == sorted(set(clips) - {"k0"})
+    result = distances(run, FACTS, ["full", "a"], "full")["a"][NAME]
+    assert (result["n"], result["n_real"]) == (6, 6)
+    assert result["mean"] == pytest.approx(4 * 4, rel=1e-4), "4 numbers, each 2 further"
+
+
+@pytest.mark.parametrize("features", [{}, {"other": rows(0)}])
+def test_a_clip_that_an_encoder_refused_is_finished(tmp_path, features):
+    """A run that is taken up again does not roll it out for features that cannot be had."""
+    writer = RecordWriter(tmp_path / "run")
+    writer.there, writer.failed, writer.firsts = {("full", "k"), ("a", "k")}, set(), frozenset("k")
+    writer.wanted = lambda key: ["full", "a"]
+    module = SimpleNamespace(encoders={"e": None, "other": None}, real={}, shows_truth=False)
+    assert writer.lacking(None, module, ["k"]) == {"k"}
+    for name in ("full", "a"):
+        clips = {"clips": [clip_of(name, "k", "k", features)]}
+        writer.on_test_batch_end(SimpleNamespace(global_rank=0), module, clips)
+    assert writer.lacking(None, module, ["k"]) == set()
