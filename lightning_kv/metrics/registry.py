@@ -13,6 +13,7 @@ from lightning_kv.metrics.choices import ENCODERS, METRICS, OWN, SETS, Choice, n
 from lightning_kv.metrics.plugins import source
 from lightning_kv.metrics.sets import SetMetric
 from lightning_kv.metrics.windows import WindowEncoder
+from lightning_kv.stats.vbench import METRICS as VBENCH_METRICS
 
 __all__ = [
     "ENCODERS",
@@ -28,6 +29,9 @@ __all__ = [
     "networks",
     "set_metric",
 ]
+
+VBENCH = "vbench_quality"
+"""Name of VBench's quality score, which is derived from the values of seven metrics."""
 
 USUAL = (
     *("psnr", "ssim", "latent_mse", "revisit_error", "recall", "recall_far", "ruler_error"),
@@ -87,7 +91,7 @@ class Suite:
                 "[psnr,recall], or leave them out for the usual ones."
             )
         self.accept = accept
-        chosen = [Choice.parse(name) for name in (USUAL if names is None else names)]
+        chosen = [Choice.parse(name) for name in (USUAL if names is None else whole(names))]
         if names is None:
             chosen = [choice for choice in chosen if choice.needs <= set(known)]
         for choice in chosen:
@@ -209,6 +213,22 @@ def settings_of(metric: Any) -> str:
         if isinstance(value, str | int | float) and not name.startswith("_") and name not in usual
     }
     return " ".join(f"{name}={value!r}" for name, value in plain.items())
+
+
+def whole(names: Iterable[Any]) -> list[Any]:
+    """The names, and instead of ``vbench_quality`` what it is computed from.
+
+    Example:
+        >>> whole(["psnr", "vbench_quality"])[:2], len(whole(["vbench_quality"]))
+        (['psnr', 'subject_consistency/dino-vitb16'], 7)
+    """
+    names = list(names)
+    if VBENCH not in names:
+        return names
+    place = names.index(VBENCH)
+    others = names[:place] + names[place + 1 :]
+    parts = [name for name in VBENCH_METRICS.values() if name not in others]
+    return [*names[:place], *parts, *names[place + 1 :]]
 
 
 def able(known: Collection[str]) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_kv.stats.vbench import METRICS as VBENCH
 from lightning_kv.stats.vbench import vbench_quality
 
 Metrics = Mapping[str, "float | None"]
@@ -41,17 +42,6 @@ class Derived:
         except ValueError:
             return None
 
-
-VBENCH = {
-    "subject_consistency": "subject_consistency/dino-vitb16",
-    "background_consistency": "background_consistency/clip-vit-b32",
-    "temporal_flickering": "temporal_flicker",
-    "motion_smoothness": "motion_smoothness/amt-s",
-    "dynamic_degree": "dynamic_degree/raft-large",
-    "aesthetic_quality": "aesthetic_quality/clip-vit-l14",
-    "imaging_quality": "imaging_quality/musiq-spaq",
-}
-"""VBench's dimensions of quality, and the metrics that compute them on VBench's networks."""
 
 DERIVED = (
     Derived(

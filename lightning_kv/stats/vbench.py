@@ -16,6 +16,17 @@ SCALES: dict[str, tuple[float, float, float]] = {
 }
 """Lowest and highest score, and weight, of each dimension of quality."""
 
+METRICS = {
+    "subject_consistency": "subject_consistency/dino-vitb16",
+    "background_consistency": "background_consistency/clip-vit-b32",
+    "temporal_flickering": "temporal_flicker",
+    "motion_smoothness": "motion_smoothness/amt-s",
+    "dynamic_degree": "dynamic_degree/raft-large",
+    "aesthetic_quality": "aesthetic_quality/clip-vit-l14",
+    "imaging_quality": "imaging_quality/musiq-spaq",
+}
+"""The metric that computes each dimension on VBench's networks."""
+
 
 def vbench_quality(scores: Mapping[str, float], flickering: bool = True) -> float:
     """Weighted mean of the dimensions of quality, each on its own scale.

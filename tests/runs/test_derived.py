@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lightning_kv.listing import metrics
-from lightning_kv.metrics.registry import Choice
+from lightning_kv.metrics.registry import Choice, Suite
 from lightning_kv.runs.derived import DERIVED, VBENCH, derivable, with_derived
 from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.runs.summary import MetricInfo, summarise
@@ -18,6 +18,15 @@ def test_the_metrics_are_those_of_vbench_on_its_networks():
     assert list(VBENCH) == list(SCALES)
     for name in VBENCH.values():
         assert Choice.parse(name).name == name, "as in results, with its network"
+
+
+def test_its_name_asks_for_all_that_it_is_made_of():
+    known = {"pixels", "fps"}
+    asked = Suite(["sharpness", "vbench_quality", "temporal_flicker", "contrast"], known)
+    rest = [name for name in VBENCH.values() if name != "temporal_flicker"]
+    assert list(asked.choices) == ["sharpness", *rest, "temporal_flicker", "contrast"]
+    assert derivable(asked.choices) == [QUALITY]
+    assert asked.missing.keys() <= {*rest}, "what has no weights here says so by itself"
 
 
 def test_a_clip_has_it_where_all_dimensions_are_measured():
