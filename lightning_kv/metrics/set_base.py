@@ -365,7 +365,7 @@ class SetMetric(SavedMetric):
 
     def _empty(self) -> dict[str, Tensor]:
         """States of an empty set."""
-        none = torch.zeros(0, self.num_features)
+        none = torch.zeros(0, self.num_features, dtype=torch.float32)
         kept = {"features": none} if self.keep_features else vars(Moments.of(none))
         kept = {name: torch.as_tensor(state) for name, state in kept.items()}
         return {name: torch.zeros(0, dtype=torch.int64) for name in LABELS} | kept
