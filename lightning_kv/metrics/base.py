@@ -59,8 +59,8 @@ class ClipMetric(SavedMetric):
     * ``higher_is_better``: which way is good; None where neither is.
     * ``recipe``: one exact sentence; values of different recipes must not be compared.
     * ``needs``: what it must know of a clip, such as ``pixels`` or ``latents``.
-    * ``identical``: its value for a clip that equals its target, where it compares and the value
-      is finite.
+    * ``identical``: its value for a clip that equals its target, where it compares and that is one
+      finite number for all clips.
     * ``plot_lower_bound``, ``plot_upper_bound``: ends of its scale, where it has any.
 
     Args:

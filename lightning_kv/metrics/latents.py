@@ -183,6 +183,7 @@ class LatentSNR(LatentMetric):
         "1e-10)), r = |latent - reference| / |reference|, float64; frames with a zero reference "
         "have no value"
     )
+    identical = 100.0
     plot_upper_bound = 100.0
     measure = staticmethod(latent_snr)
 
