@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_kv.metrics.backbones.base import ask, in_float32
 from lightning_kv.metrics.backbones.weights import load_state, locate, published, verified
 from lightning_kv.metrics.features import FeatureMetric
 from lightning_kv.metrics.functional.consistency import directions
@@ -68,8 +69,8 @@ class AestheticQuality(FeatureMetric):
 
     def frame_values(self, preds: Tensor, target: Tensor | None = None) -> Tensor:
         """Rating of every frame, a tenth of it."""
-        features = directions(self.backbone.features(preds)).float()
-        return self.head(features).double().squeeze(-1) / 10
+        features = directions(self.backbone.features(preds))
+        return ask(self.head, self.head, features).double().squeeze(-1) / 10
 
 
 def linear_head(path: Path | str | None, width: int) -> tuple[nn.Linear, str]:
@@ -93,6 +94,7 @@ def linear_head(path: Path | str | None, width: int) -> tuple[nn.Linear, str]:
             f"{file} is not a linear layer for features of width {width}: it holds {shapes}. "
             f"Pass {published(HEAD).file} of {published(HEAD).page} and its backbone clip-vit-l14."
         )
-    head = nn.Linear(width, 1)
+    with in_float32():
+        head = nn.Linear(width, 1)
     head.load_state_dict(state)
     return head, sha256

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_kv.metrics.backbones.base import ask
 from lightning_kv.metrics.base import Reader
 from lightning_kv.metrics.features import FeatureMetric
 from lightning_kv.metrics.functional.consistency import cosine, directions
@@ -64,7 +65,7 @@ class TextAlignment(FeatureMetric):
                 f"The backbone '{self.backbone.name}' reads no text. Choose one of "
                 f"{', '.join(self.backbones)}, or give the module a method text_features."
             )
-        wanted = directions(encode([prompt]))[0]
+        wanted = directions(ask(self.backbone, encode, [prompt]))[0]
 
         def read(pixels: Tensor, reference: Tensor | None) -> Tensor:
             return cosine(directions(self.backbone.features(pixels)), wanted)

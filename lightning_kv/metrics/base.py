@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from lightning_kv.metrics.inputs import (
+    NOBODY,
     Labels,
     Videos,
     clips_of,
-    labels,
     missing_target,
     number_of,
+    numbered,
     per_clip,
     refuse_resampled,
+    told,
 )
 from lightning_kv.metrics.reading import BLOCK, Block, Reader, noting, read_clip
 from lightning_kv.metrics.saved import SavedMetric
@@ -37,9 +39,6 @@ __all__ = [
     "noting",
     "read_clip",
 ]
-
-NOBODY = -1
-"""Id, or unit, of a clip that was given none: it is never another's, and counts alone."""
 
 SAME = 1e-6
 """Share by which the value of a clip may differ when it is measured again."""
@@ -60,8 +59,8 @@ class ClipMetric(SavedMetric):
     * ``higher_is_better``: which way is good; None where neither is.
     * ``recipe``: one exact sentence; values of different recipes must not be compared.
     * ``needs``: what it must know of a clip, such as ``pixels`` or ``latents``.
-    * ``identical``: its value for a clip that equals its target, where it compares and the value
-      is finite.
+    * ``identical``: its value for a clip that equals its target, where it compares and that is one
+      finite number for all clips.
     * ``plot_lower_bound``, ``plot_upper_bound``: ends of its scale, where it has any.
 
     Args:
@@ -124,14 +123,18 @@ class ClipMetric(SavedMetric):
 
         Returns:
             The clip's value; None, and nothing is added, where no frame counts.
-        """
-        self._filled()
-        return self._add(curve, id, unit)
 
-    def _add(self, curve: Tensor, id: int | str | None, unit: int | str | None) -> float | None:
+        Raises:
+            ValueError: An id or a unit is no text and no whole number of 64 bits.
+        """
+        numbers = number_of(id), number_of(unit)
+        self._filled()
+        return self._add(curve, *numbers)
+
+    def _add(self, curve: Tensor, number: int, unit: int) -> float | None:
         value = self.value(curve)
         if value is not None:
-            self._keep(value, curve, number_of(id), number_of(unit))
+            self._keep(value, curve, number, unit)
         return value
 
     def _keep(self, value: float, curve: Tensor, number: int, unit: int) -> None:
@@ -146,9 +149,9 @@ class ClipMetric(SavedMetric):
     def _add_all(self, curves: Iterable[Tensor], ids: Labels, units: Labels, clips: int) -> None:
         """Add a batch of clips, whose labels are checked first."""
         refuse_resampled(self.name, {"ids": ids, "units": units})
-        named = labels("ids", ids, clips), labels("units", units, clips)
-        for curve, *names in zip(curves, *named, strict=True):
-            self._add(curve, *names)
+        numbers = numbered("ids", ids, clips), numbered("units", units, clips)
+        for curve, *number in zip(curves, *numbers, strict=True):
+            self._add(curve, *number)
 
     def compute(self) -> Tensor:
         """Mean over units, a float64 scalar; NaN if no clip had a value.
@@ -327,7 +330,7 @@ class VideoMetric(ClipMetric):
             target: What they are compared with, of the same shapes; metrics that do not compare
                 leave it alone, so that they fit into one collection with those that do.
             prompts: What the model was told, one text per video; or int64 ``[B]``, places in
-                ``prompt_table``.
+                ``prompt_table``, which stand for the texts there.
             fps: Frames per second, one number or one per video.
             ids: What tells the videos apart: int64 ``[B]``, or one text or number per video. One
                 that comes twice counts once; without ids all count.
@@ -343,26 +346,17 @@ class VideoMetric(ClipMetric):
         targets: Sequence[Tensor | None] = [None] * len(clips)
         if self.against_reference():
             targets = clips_of("target", target, self.device, like=clips, of=self.name)
-        texts = self._texts(prompts, len(clips))
+        needed = "prompt" in self.needs
+        prompts = told(self.name, prompts, self.prompt_table, len(clips), needed)
+        texts = [one if isinstance(one, str) else None for one in prompts]
         rates = per_clip("fps", fps, len(clips))
         curves = (
             self.curve(one, other, prompt=text, fps=rate)
             for one, other, text, rate in zip(clips, targets, texts, rates, strict=True)
         )
-        self._add_all(curves, ids, prompts if units is None else units, len(clips))
-
-    def _texts(self, prompts: Labels, clips: int) -> list[str | None]:
-        if not isinstance(prompts, Tensor):
-            return labels("prompts", prompts, clips)
-        places = labels("prompts", prompts, clips)
-        if self.prompt_table is None:
-            if "prompt" not in self.needs:
-                return [None] * clips
-            raise ValueError(
-                f"'{self.name}' was given prompts as places in a table, int64 {clips}, and has "
-                "none. Make it with prompt_table=[...], or pass the texts."
-            )
-        return [self.prompt_table[place] for place in places]
+        if units is None and None not in prompts:
+            units = prompts
+        self._add_all(curves, ids, units, len(clips))
 
 
 def clip_value(curve: Tensor) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from lightning_kv.metrics.aesthetic import AestheticQuality
 from lightning_kv.metrics.alignment import TextAlignment
@@ -42,7 +42,7 @@ from lightning_kv.metrics.mechanism import AttentionError, RetainedMass
 from lightning_kv.metrics.motion import FrameChange, TemporalFlicker
 from lightning_kv.metrics.panorama import CameraRule, Recall, RecallFar, RevisitError, RulerError
 from lightning_kv.metrics.perceptual import LPIPS
-from lightning_kv.metrics.plugins import imported
+from lightning_kv.metrics.plugins import imported, usable
 from lightning_kv.metrics.sets import FrechetVideoDistance, JEDi, SetMetric, VideoKernelDistance
 
 METRICS: dict[str, type[ClipMetric]] = {
@@ -95,7 +95,10 @@ SETS |= dict.fromkeys(("jedi", "jedi-u"), JEDi)
 OWN: dict[str, type[ClipMetric] | type[SetMetric] | SetMetric] = {}
 """Metrics of other packages by their name, and those of sets that a :class:`Suite` was given."""
 
-NAME = re.compile(r"[\w.-]+")
+NAME = re.compile(r"[\w-]+")
+
+RESERVED = frozenset(dir(MetricCollection([])))
+"""What no metric can be called, as a collection has it by its own names for another thing."""
 
 ENCODERS = {
     "fvd": ("i3d", "i3d-torchscript", "videomae-ssv2", "panorama-encoder"),
@@ -125,15 +128,15 @@ class Choice:
     )
 
     @classmethod
-    def parse(cls, text: str | ClipMetric | SetMetric) -> Choice:
+    def parse(cls, text: str | Metric | type[Metric]) -> Choice:
         """Read a name, or the address ``package.module:Class`` of a metric of another package.
 
         Args:
-            text: Name or address; or a metric, which goes by its own name.
+            text: Name or address; or a metric, which goes by its own name, or its class.
 
         Raises:
             ValueError: There is no such metric, or it looks through no network, or not this one;
-                or an address cannot be imported or is no metric; or its name is taken.
+                or an address cannot be imported; or it is no metric, or its name is no good.
 
         Example:
             >>> Choice.parse("lpips/vgg=vgg16.pth").network
@@ -143,6 +146,11 @@ class Choice:
         """
         if isinstance(text, ClipMetric | SetMetric):
             return cls(_full_name(text), own=text)
+        if not isinstance(text, str):
+            kind = usable(text)
+            name = _free(kind)
+            ours = kind in (METRICS.get(name), SETS.get(name))
+            return cls.parse(name) if ours else cls(name, own=kind)
         if ":" in text.partition("=")[0]:
             kind = imported(text)
             return cls(_free(kind), own=kind)
@@ -227,37 +235,57 @@ def _full_name(metric: ClipMetric | SetMetric) -> str:
     Raises:
         ValueError: It is one of another package, and the name is another metric's.
     """
-    if isinstance(metric, ClipMetric):
-        _free(type(metric))
-        return metric.name
     _free(type(metric))
+    if isinstance(metric, ClipMetric):
+        return _key(metric.name, type(metric))
+    _key(metric.features_name, type(metric), "the features of ")  # for its encoder has one too
     name = f"{metric.name}/{metric.features_name}"
     OWN[name] = metric
     return name
+
+
+def _key(name: str, kind: type, of: str = "") -> str:
+    """A name, if a collection of metrics can have it for a key.
+
+    Raises:
+        ValueError: It is an attribute of every collection, or has a dot.
+    """
+    if "." in name or name in RESERVED:
+        why = "has a dot" if "." in name else "is one of what every MetricCollection has"
+        raise ValueError(
+            f"The name of a metric is its key in collections, and that of {of}{_where(kind)}, "
+            f"{name!r}, {why}. Give {'them' if of else 'it'} another `name`, such as "
+            f"'my_{name.replace('.', '_')}'."
+        )
+    return name
+
+
+def _where(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def _free(kind: type[ClipMetric] | type[SetMetric]) -> str:
     """Name of a metric's class, if it is no other's.
 
     Raises:
-        ValueError: It is, or no word.
+        ValueError: It is, or no word, or a collection cannot have it for a key.
     """
     ours = {**METRICS, **SETS}
     taken = ours.get(kind.name) or OWN.get(kind.name)
     if kind in ours.values() or taken is kind:
         return kind.name
-    where = f"{kind.__module__}:{kind.__qualname__}"
-    again = taken is not None and where == f"{taken.__module__}:{taken.__qualname__}"
-    if taken is not None and not again:
+    where = _where(kind)
+    if taken is not None and where != _where(taken):
         raise ValueError(
             f"The name of a metric is taken: {where} is called '{kind.name}', and so is "
-            f"{taken.__module__}:{taken.__qualname__}. Give it another `name`."
+            f"{_where(taken)}. Give it another `name`."
         )
     if not NAME.fullmatch(kind.name):
         raise ValueError(
             f"The name of a metric is its key in results, and that of {where} is {kind.name!r}. "
-            "Give it a `name` of letters, digits, '_', '-' and '.'."
+            "Give it a `name` of letters, digits, '_' and '-'."
         )
+    _key(kind.name, kind)
     OWN[kind.name] = kind
     return kind.name
 

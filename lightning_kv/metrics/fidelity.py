@@ -38,6 +38,7 @@ class PSNRMean(VideoMetric):
         "10 log10(1/max(mse,1e-10)), range [0,1]"
     )
     paired = True
+    identical = 100.0  # dB of the smallest error that is told from none
     plot_lower_bound = 0.0
     plot_upper_bound = 100.0
 

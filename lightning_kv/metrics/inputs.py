@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import reprlib
 import sys
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Videos = Tensor | Sequence[Tensor]
 """``[B, T, 3, H, W]``, uint8 or float in [0, 1]; or videos ``[T, 3, H, W]`` of any lengths."""
 
-Labels = Sequence["str | int"] | Tensor | None
-"""One per video: texts, numbers, or int64 ``[B]``; None where nobody knows."""
+Labels = Sequence["str | int"] | Tensor | np.ndarray | None
+"""One per video: texts, whole numbers, or int64 ``[B]``; None where nobody knows."""
+
+NOBODY = -(2**63)
+"""Number of a clip, or unit, that was given none: nobody's own, and it counts alone."""
 
 AXES = "[videos, frames, 3, height, width]"
 LATENT_AXES = "[clips, frames, channels, height, width]"
@@ -47,10 +54,9 @@ def clips_of(
         raise missing_target(of, what)
     batched = isinstance(videos, Tensor)
     if (batched and videos.ndim != 5) or (not batched and not isinstance(videos, list | tuple)):
-        given = tuple(videos.shape) if batched else type(videos).__name__
         raise ValueError(
-            f"These are no videos: {what} is {given}. Pass a tensor {AXES}, or a list of videos "
-            "[frames, 3, height, width]."
+            f"These are no videos: {what} is {shown(videos)}. Pass a tensor {AXES}, or a list of "
+            f"videos [frames, 3, height, width].{hint(videos)}"
         )
     clips = [_pixels(what, place, video, device) for place, video in enumerate(videos)]
     if not clips:
@@ -69,11 +75,11 @@ def missing_target(metric: str, what: str) -> ValueError:
 
 
 def _pixels(what: str, place: int, video: Any, device: torch.device) -> Tensor:
-    shape = tuple(video.shape) if isinstance(video, Tensor) else type(video).__name__
+    shape = shown(video)
     if not isinstance(video, Tensor) or video.ndim != 4 or not video.numel():
         raise ValueError(
             f"This is no video: number {place} of {what} is {shape}. Pass [frames, 3, height, "
-            "width]."
+            f"width].{hint(video)}"
         )
     if video.shape[1] != 3:
         turned = " It looks like channels last: permute(0, 3, 1, 2)." * (video.shape[3] == 3)
@@ -94,6 +100,21 @@ def _pixels(what: str, place: int, video: Any, device: torch.device) -> Tensor:
             "decoder overshoots."
         )
     return video.to(device)
+
+
+def shown(given: Any) -> str:
+    """What stands in the place of a tensor, in short."""
+    if isinstance(given, Tensor):
+        return str(tuple(given.shape))
+    if isinstance(given, np.ndarray):
+        return f"a numpy array {given.shape}"
+    return type(given).__name__
+
+
+def hint(given: Any) -> str:
+    """What to do with a numpy array in the place of a tensor; else nothing."""
+    array = isinstance(given, np.ndarray)
+    return " An array becomes a tensor with torch.from_numpy(array)." * array
 
 
 def _same(what: str, clips: Sequence[Tensor], like: Sequence[Tensor]) -> None:
@@ -129,18 +150,19 @@ def latents_of(
         >>> [len(clip) for clip in latents_of("preds", torch.zeros(2, 5, 16, 4, 4), "cpu")]
         [5, 5]
     """
-    if not isinstance(latents, Tensor | list | tuple) or not len(latents):
-        given = "missing" if latents is None else type(latents).__name__
+    several = isinstance(latents, list | tuple) or (isinstance(latents, Tensor) and latents.ndim)
+    if not several or not len(latents):
+        given = "missing" if latents is None else shown(latents)
         raise ValueError(
             f"These are no latents: {what} is {given}. Pass a tensor {LATENT_AXES}, or a list of "
-            "[frames, channels, height, width]."
+            f"[frames, channels, height, width].{hint(latents)}"
         )
     for place, clip in enumerate(latents):
-        shape = tuple(clip.shape) if isinstance(clip, Tensor) else type(clip).__name__
         if not isinstance(clip, Tensor) or clip.ndim != 4 or not clip.numel():
             raise ValueError(
-                f"These are no latents of a clip: number {place} of {what} is {shape}. Pass a "
-                f"tensor {LATENT_AXES}, or a list of [frames, channels, height, width]."
+                f"These are no latents of a clip: number {place} of {what} is {shown(clip)}. Pass "
+                f"a tensor {LATENT_AXES}, or a list of [frames, channels, height, width]."
+                f"{hint(clip)}"
             )
         if not clip.is_floating_point() or not clip.isfinite().all():
             raise ValueError(
@@ -155,7 +177,7 @@ def latents_of(
 
 
 def labels(what: str, given: Labels, clips: int) -> list[Any]:
-    """One label per video, as texts and numbers; Nones where none are given.
+    """One label per video, as texts and whole numbers; Nones where none are given.
 
     Raises:
         ValueError: Their number or type does not fit.
@@ -166,54 +188,122 @@ def labels(what: str, given: Labels, clips: int) -> list[Any]:
     """
     if given is None:
         return [None] * clips
-    if isinstance(given, Tensor):
-        whole = given.ndim == 1 and not given.is_floating_point() and given.dtype != torch.bool
-        shown = f"{given.dtype} {tuple(given.shape)}"
-        found = given.tolist()
+    found = None
+    if isinstance(given, Tensor | np.ndarray):
+        came = f"{given.dtype} {tuple(given.shape)}"
+        found = given.tolist() if given.ndim == 1 else None
+    elif isinstance(given, Sequence) and not isinstance(given, str | bytes):
+        came, found = f"{len(given)} of them", list(given)
     else:
-        whole = not isinstance(given, str) and all(
-            isinstance(one, str | int) and not isinstance(one, bool) for one in given
-        )
-        shown = repr(given) if isinstance(given, str) else f"{len(given)} of them"
-        found = list(given)
-    if not whole or len(found) != clips:
+        came = reprlib.repr(given)
+    other = [one for one in found or () if not isinstance(one, str) and not _whole(one)]
+    if other:
+        came += f", {reprlib.repr(other[0])} among them"
+    if found is None or other or len(found) != clips:
         raise ValueError(
-            f"The {what} do not fit {clips} videos: {shown}. Pass one text or whole number for "
+            f"The {what} do not fit {clips} videos: {came}. Pass one text or whole number for "
             f"each, or int64 [{clips}]."
         )
-    return found
+    return [one if isinstance(one, str) else int(one) for one in found]
+
+
+def numbered(what: str, given: Labels, clips: int) -> list[int]:
+    """:func:`labels` as numbers; see :func:`number_of`.
+
+    Raises:
+        ValueError: They do not fit, or a number has more than 64 bits.
+    """
+    return [number_of(one) for one in labels(what, given, clips)]
+
+
+def told(
+    metric: str, prompts: Labels, table: Sequence[str] | None, clips: int, needed: bool
+) -> list[Any]:
+    """What the model was told for each video: texts, also of those that are places in a table.
+
+    Args:
+        metric: Its name, for errors.
+        prompts: Texts, or places in the table; None where nobody knows.
+        table: Of texts; without it places are left as they are.
+        clips: How many videos there are.
+        needed: Whether the texts must be known.
+
+    Raises:
+        ValueError: They do not fit, or there is no such place, or no table.
+
+    Example:
+        >>> told("mine", torch.tensor([1]), ["a dog", "a cat"], 1, needed=True)
+        ['a cat']
+    """
+    found = labels("prompts", prompts, clips)
+    places = [one for one in found if isinstance(one, int)]
+    if not places or (table is None and not needed):
+        return found
+    if table is None:
+        raise ValueError(
+            f"'{metric}' was given prompts as places in a table, int64 [{len(places)}], and has "
+            "none. Make it with prompt_table=[...], or pass the texts."
+        )
+    if wrong := [place for place in places if not 0 <= place < len(table)]:
+        raise ValueError(
+            f"'{metric}' was given prompts as places in a table, and there is no place {wrong[0]} "
+            f"in one of {len(table)} texts. Pass places from 0 to {len(table) - 1}, or the texts."
+        )
+    return [table[one] if isinstance(one, int) else one for one in found]
 
 
 def per_clip(what: str, given: Any, clips: int) -> list[float | None]:
     """One number per video.
 
     Raises:
-        ValueError: Their number does not fit, or one is not above 0.
+        ValueError: Their number does not fit, or one is no number above 0.
     """
-    if isinstance(given, Tensor):
+    came = reprlib.repr(given)
+    if isinstance(given, Tensor | np.ndarray):
         given = given.tolist()
-    several = isinstance(given, list | tuple)
-    found = list(given) if several else [given] * clips
-    if len(found) != clips or not all(one is None or one > 0 for one in found):
+    found = list(given) if isinstance(given, list | tuple) else [given] * clips
+    if len(found) != clips or not all(one is None or _positive(one) for one in found):
         raise ValueError(
-            f"{what} does not fit {clips} videos: {given}. Pass one number above 0, or one for "
+            f"{what} does not fit {clips} videos: {came}. Pass one number above 0, or one for "
             "each video."
         )
     return [None if one is None else float(one) for one in found]
 
 
+def _whole(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def _positive(number: Any) -> bool:
+    return isinstance(number, Real) and not isinstance(number, bool) and 0 < number < math.inf
+
+
 def number_of(label: str | int | None) -> int:
-    """A label as a number that is the same in every process; -1 for none.
+    """A label as a number that is the same in every process; ``NOBODY`` for none.
+
+    Raises:
+        ValueError: It is neither a text nor a whole number of 64 bits.
 
     Example:
-        >>> number_of(7), number_of(None), number_of("a red fox") == number_of("a red fox")
-        (7, -1, True)
+        >>> number_of(7), number_of("a red fox") == number_of("a red fox")
+        (7, True)
+        >>> number_of(None) == NOBODY
+        True
     """
     if label is None:
-        return -1
+        return NOBODY
     if isinstance(label, str):
         return int.from_bytes(hashlib.blake2b(label.encode(), digest_size=8).digest(), "big") >> 1
-    return label
+    if not _whole(label):
+        raise ValueError(
+            f"An id or a unit is a text or a whole number: {label!r} was given. Pass one of these."
+        )
+    if not NOBODY < label < -NOBODY:
+        raise ValueError(
+            f"An id or a unit does not fit 64 bits: {label} was given. Pass a number between "
+            f"{NOBODY} and {-NOBODY}, both left out, or a text such as '{label}'."
+        )
+    return int(label)
 
 
 def refuse_resampled(metric: str, given: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from lightning_kv.metrics.functional.latents import (
     latent_snr,
 )
 from lightning_kv.metrics.inputs import Labels, latents_of
+from lightning_kv.metrics.reading import per_frame
 from lightning_kv.stats.divergence import ONSET
 
 
@@ -49,8 +50,11 @@ class LatentMetric(ClipMetric):
         Args:
             preds: ``[F, C, h, w]``.
             target: The same shape.
+
+        Raises:
+            ValueError: ``measure`` does not say one value per frame.
         """
-        return type(self).measure(preds, target)
+        return per_frame(self.name, type(self).measure(preds, target), len(preds), "its measure")
 
     def update(
         self,
@@ -179,6 +183,7 @@ class LatentSNR(LatentMetric):
         "1e-10)), r = |latent - reference| / |reference|, float64; frames with a zero reference "
         "have no value"
     )
+    identical = 100.0
     plot_upper_bound = 100.0
     measure = staticmethod(latent_snr)
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_kv.metrics.base import ClipMetric
-from lightning_kv.metrics.inputs import Labels
+from lightning_kv.metrics.inputs import Labels, hint, shown
 
 PROBED = (
     "the last denoising pass of every frame, 16 queries per frame, mean over layers and heads, "
@@ -52,13 +52,14 @@ class AttentionMetric(ClipMetric):
         Raises:
             ValueError: These are no curves, or labels do not fit.
         """
-        clips = list(curves) if isinstance(curves, Tensor | list | tuple) else [curves]
+        several = isinstance(curves, list | tuple) or (isinstance(curves, Tensor) and curves.ndim)
+        clips = list(curves) if several else [curves]
         for place, clip in enumerate(clips):
             if not isinstance(clip, Tensor) or clip.ndim != 1 or not clip.is_floating_point():
-                shown = tuple(clip.shape) if isinstance(clip, Tensor) else type(clip).__name__
                 raise ValueError(
-                    f"'{self.name}' takes curves of clips, and number {place} is {shown}. Pass "
-                    "floating point numbers [clips, frames], or a list of [frames]."
+                    f"'{self.name}' takes curves of clips, and number {place} is {shown(clip)}. "
+                    "Pass floating point numbers [clips, frames], or a list of [frames]."
+                    f"{hint(clip)}"
                 )
         self._add_all((self.curve(clip) for clip in clips), ids, units, len(clips))
 

@@ -79,24 +79,34 @@ class WorldMetric(ClipMetric):
             ValueError: Shapes, types, ranges or numbers do not fit.
         """
         clips = latents_of("latents", latents, self.device)
-        shown = clips_of("pixels", pixels, self.device)
+        frames = clips_of("pixels", pixels, self.device)
         worlds = [scenes] * len(clips) if isinstance(scenes, Scene) else scenes
         if not isinstance(worlds, list | tuple) or not all(isinstance(w, Scene) for w in worlds):
             raise ValueError(
                 f"'{self.name}' must know the world, a scene of every clip, and was given "
                 f"{type(scenes).__name__}. Pass one Scene, or a list of them."
             )
-        starts = [given] * len(clips) if isinstance(given, int) else list(given)
-        if not len(clips) == len(shown) == len(worlds) == len(starts):
+        starts = self._starts(given, len(clips))
+        if not len(clips) == len(frames) == len(worlds) == len(starts):
             raise ValueError(
-                f"The parts of a batch differ: {len(clips)} latents, {len(shown)} pixels, "
+                f"The parts of a batch differ: {len(clips)} latents, {len(frames)} pixels, "
                 f"{len(worlds)} scenes, {len(starts)} numbers of given frames. Pass as many of "
                 "each."
             )
-        for place, clip in enumerate(zip(clips, shown, worlds, starts, strict=True)):
+        for place, clip in enumerate(zip(clips, frames, worlds, starts, strict=True)):
             _check_lengths(place, *clip)
-        curves = map(self.curve, clips, shown, (w.to(self.device) for w in worlds), starts)
+        curves = map(self.curve, clips, frames, (w.to(self.device) for w in worlds), starts)
         self._add_all(curves, ids, units, len(clips))
+
+    def _starts(self, given: int | Sequence[int] | Tensor, clips: int) -> list[int]:
+        found = given.tolist() if isinstance(given, Tensor) else given
+        found = [found] * clips if isinstance(found, int) else found
+        if not isinstance(found, list | tuple) or not all(isinstance(n, int) for n in found):
+            raise ValueError(
+                f"'{self.name}' must know how many leading frames were given: given is {given!r}. "
+                "Pass one whole number, or a list of them."
+            )
+        return list(found)
 
 
 def _check_lengths(place: int, latents: Tensor, pixels: Tensor, scene: Scene, given: int) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torchmetrics import Metric, MetricCollection
 
 from lightning_kv.metrics.base import ClipMetric, VideoMetric
 from lightning_kv.metrics.latents import LatentMetric
@@ -44,18 +46,61 @@ def imported(text: str) -> type[ClipMetric] | type[SetMetric]:
             ) from error
     for piece in name.split("."):
         found = getattr(found, piece, None)
+    return usable(found, repr(text))
+
+
+def usable(found: Any, what: str = "This") -> type[ClipMetric] | type[SetMetric]:
+    """The class, if it is one of a metric.
+
+    Args:
+        found: What was given.
+        what: What it is called, for errors.
+
+    Raises:
+        ValueError: It is no metric, or has no value for a frame.
+    """
     if not isinstance(found, type) or not issubclass(found, BASES) or found in BASES:
         raise ValueError(
-            f"{text!r} is no metric of clips or of sets: it is {_what(found)}. Give a class that "
+            f"{what} is no metric of clips or of sets: it is {_what(found)}. Give a class that "
             "derives from VideoMetric of lightning_kv.metrics; or from LatentMetric, "
             "AttentionMetric, WorldMetric or SetMetric, where it looks at something else."
         )
     if issubclass(found, VideoMetric) and not _says_something(found):
         raise ValueError(
-            f"{text!r} has no value for a frame: the class {found.__name__} writes neither "
+            f"{what} has no value for a frame: the class {found.__name__} writes neither "
             "frame_values nor reader. Write one of the two."
         )
     return found
+
+
+def in_a_list(metrics: Any) -> list[Any]:
+    """The metrics that were asked for, one by one.
+
+    Args:
+        metrics: A list of them; or one text, names with commas between, as on the command line.
+
+    Raises:
+        ValueError: It is something else.
+
+    Example:
+        >>> in_a_list("psnr,recall") == in_a_list("[psnr, recall]") == ["psnr", "recall"]
+        True
+    """
+    if isinstance(metrics, str):
+        named = metrics.strip().removeprefix("[").removesuffix("]").split(",")
+        return [name.strip() for name in named if name.strip()]
+    one = isinstance(metrics, Metric) or (isinstance(metrics, type) and issubclass(metrics, Metric))
+    several = isinstance(metrics, MetricCollection | Mapping)
+    if isinstance(metrics, Iterable) and not one and not several:
+        return list(metrics)
+    how = "Pass a list, such as metrics=['psnr', Mine()]."
+    if isinstance(metrics, MetricCollection):
+        how = "Pass its metrics in a list: list(collection.values())."
+    elif isinstance(metrics, Mapping):
+        how = "Pass its metrics in a list: list(metrics.values())."
+    elif one:
+        how = "Pass it in a list: metrics=[...]."
+    raise ValueError(f"The metrics of a run are a list, and this is {_what(metrics)}. {how}")
 
 
 def _says_something(kind: type[VideoMetric]) -> bool:
@@ -85,8 +130,13 @@ def _foreign(module: str) -> bool:
 def _what(found: Any) -> str:
     if found is None:
         return "nothing"
-    if found in BASES:
+    if isinstance(found, type) and found in BASES:
         return f"the base class {found.__name__} itself"
+    if isinstance(found, MetricCollection):
+        return "a MetricCollection"
+    if isinstance(found, Metric):
+        home = type(found).__module__.partition(".")[0]
+        return f"a metric {type(found).__name__} of {home}"
     if isinstance(found, type):
         bases = ", ".join(base.__name__ for base in found.__bases__)
         return f"the class {found.__name__}, which derives from {bases}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class ClipReader:
         for name, metric in metrics.items():
             with noting(problems, name):
                 self.readers[name] = metric.reader(prompt, fps)
+        self.names = {name: metric.name for name, metric in metrics.items()}
         self.places = {name: metrics[name].device for name in self.readers}
         # Numbers and not tensors: small tensors that stay, between large ones that go, split the
         # free memory into pieces that fit no block, and the process grows with the clip.
@@ -60,7 +62,8 @@ class ClipReader:
         }
         for name in list(self.found):
             with noting(self.problems, name):
-                self.found[name] += self.readers[name](*moved[self.places[name]]).tolist()
+                values = self.readers[name](*moved[self.places[name]])
+                self.found[name] += per_frame(self.names[name], values, len(block[0])).tolist()
                 continue
             del self.found[name]
 
@@ -70,6 +73,35 @@ class ClipReader:
         Nothing for a metric with a problem.
         """
         return {name: torch.tensor(x, dtype=torch.float64) for name, x in self.found.items()}
+
+
+FROM = "its frame_values, or from what its reader returns"
+
+
+def per_frame(metric: str, values: Any, frames: int, source: str = FROM) -> Tensor:
+    """The values of frames, if they are one for each.
+
+    Args:
+        metric: Its name.
+        values: What it said of the frames.
+        frames: How many it was shown.
+        source: What has to say them.
+
+    Raises:
+        ValueError: They are others.
+    """
+    if isinstance(values, Tensor) and values.shape == (frames,) and not values.is_complex():
+        return values
+    raise ValueError(
+        f"'{metric}' must say one value per frame: it was shown {frames} frames, and said "
+        f"{_said(values)}. Return a tensor [{frames}] from {source}."
+    )
+
+
+def _said(values: Any) -> str:
+    if isinstance(values, Tensor):
+        return f"a tensor {tuple(values.shape)} of {values.dtype}"
+    return f"{type(values).__name__} {reprlib.repr(values)}"
 
 
 def read_clip(

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from lightning_kv.metrics.backbones import Backbone, WeightsUnavailable
 from lightning_kv.metrics.base import ClipMetric
 from lightning_kv.metrics.choices import ENCODERS, METRICS, OWN, SETS, Choice, networks, set_metric
-from lightning_kv.metrics.plugins import source
+from lightning_kv.metrics.plugins import in_a_list, source
 from lightning_kv.metrics.sets import SetMetric
 from lightning_kv.metrics.windows import WindowEncoder
 from lightning_kv.stats.vbench import METRICS as VBENCH_METRICS
@@ -51,7 +51,7 @@ def metric_by_name(names: Iterable[str], accept: Collection[str] = ()) -> dict[s
         >>> {name: metric.unit for name, metric in metric_by_name(["psnr", "recall"]).items()}
         {'psnr': 'dB', 'recall': 'share'}
     """
-    choices = [Choice.parse(name) for name in names]
+    choices = [Choice.parse(name) for name in in_a_list(names)]
     if sets := [choice.name for choice in choices if choice.of_sets]:
         raise ValueError(
             f"{', '.join(sets)} compares sets of clips and has no value for one. Use "
@@ -64,8 +64,8 @@ class Suite:
     """The metrics of a run.
 
     Args:
-        names: What was asked for: names, addresses ``package.module:Class``, or metrics;
-            ``USUAL`` where None.
+        names: What was asked for, a list of names, addresses ``package.module:Class``, metrics or
+            their classes; or names with commas between. ``USUAL`` where None.
         known: Fields of a clip that the run has; what needs others is refused, or left out of
             the usual ones.
         accept: Licences accepted for weights that forbid commercial use.
@@ -81,10 +81,11 @@ class Suite:
 
     def __init__(
         self,
-        names: Sequence[str | ClipMetric | SetMetric] | None,
+        names: Sequence[str | Metric | type[Metric]] | str | None,
         known: Collection[str],
         accept: Collection[str] = (),
     ) -> None:
+        names = None if names is None else in_a_list(names)
         if names is not None and not names:
             raise ValueError(
                 "No metric is named: 0 were given. Name one or more, such as --metrics "

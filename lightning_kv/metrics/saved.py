@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from lightning_kv.metrics.backbones.base import same_kind
 
 
 class SavedMetric(Metric):
@@ -17,6 +20,8 @@ class SavedMetric(Metric):
       that it looks through are its submodules, so they move with it, and are not saved.
     * A ``MetricCollection`` takes two metrics for one where their states are alike after the first
       batch, as they are where that equals its target. These are never alike.
+    * States and networks keep their dtype, whatever is asked of the metric or of what holds it
+      (``half()``, ``to(torch.bfloat16)``, ``set_dtype``, a Trainer's ``precision``).
     """
 
     full_state_update = False
@@ -78,6 +83,9 @@ class SavedMetric(Metric):
             Metric.reset(self)  # all of it, whatever a subclass keeps
             raise
         self._filled()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> SavedMetric:
+        return super()._apply(same_kind(fn), *args, **kwargs)
 
     def _networks(self, prefix: str) -> tuple[str, ...]:
         return tuple(f"{prefix}{name}." for name in self._modules)

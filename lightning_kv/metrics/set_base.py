@@ -20,11 +20,10 @@ from lightning_kv.metrics.inputs import (
     Videos,
     bootstrapped,
     clips_of,
-    labels,
-    number_of,
+    numbered,
 )
 from lightning_kv.metrics.saved import SavedMetric
-from lightning_kv.metrics.set_clips import as_rows, in_order, numbered_units
+from lightning_kv.metrics.set_clips import as_rows, in_order, numbered_units, rows_of
 from lightning_kv.metrics.set_result import SetResult
 from lightning_kv.metrics.windows import FRAMES, WindowEncoder
 
@@ -239,9 +238,7 @@ class SetMetric(SavedMetric):
         """
         self._check_call(real)
         self._filled()
-        if isinstance(features, Tensor):
-            features = as_rows(features).split(1)
-        self._keep([as_rows(rows) for rows in features], real, ids, units)
+        self._keep(rows_of(features), real, ids, units)
 
     def _cut(self, place: int, clip: Tensor) -> Tensor:
         if len(clip) < self.frames:
@@ -258,8 +255,7 @@ class SetMetric(SavedMetric):
         """Add features of clips, ``[windows, d]`` each."""
         for rows in clips:
             check_widths(rows.shape[1], self.num_features)
-        names = labels("ids", ids, len(clips)), labels("units", units, len(clips))
-        numbers = ([number_of(name) for name in given] for given in names)
+        numbers = numbered("ids", ids, len(clips)), numbered("units", units, len(clips))
         rows = [rows.to(self.device) for rows in (*clips, torch.zeros(0, self.num_features))]
         rows = torch.cat(rows)
         batch = {
@@ -352,7 +348,7 @@ class SetMetric(SavedMetric):
 
     def _empty(self) -> dict[str, Tensor]:
         """States of an empty set."""
-        none = torch.zeros(0, self.num_features)
+        none = torch.zeros(0, self.num_features, dtype=torch.float32)
         kept = {"features": none} if self.keep_features else vars(Moments.of(none))
         kept = {name: torch.as_tensor(state) for name, state in kept.items()}
         return {name: torch.zeros(0, dtype=torch.int64) for name in LABELS} | kept

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_kv.metrics.base import NOBODY
 from lightning_kv.metrics.functional.moments import as_features
+from lightning_kv.metrics.inputs import NOBODY, hint, shown
 
 SAME = 1e-3
 """Share of its length by which a clip's features may differ when it is measured again."""
@@ -59,6 +59,20 @@ def _refuse(name: str, ids: list[int], what: str) -> None:
         )
 
 
+def rows_of(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Features of the windows of each clip, ``[windows, d]``, checked.
+
+    Args:
+        features: ``[B, d]``, one row for each clip; or a list of ``[windows, d]``.
+
+    Raises:
+        ValueError: As :func:`as_rows`.
+    """
+    if isinstance(features, list | tuple):
+        return [as_rows(rows) for rows in features]
+    return list(as_rows(features).split(1))
+
+
 def as_rows(features: Tensor) -> Tensor:
     """Features as they are kept, float32 ``[N, d]``, checked.
 
@@ -67,8 +81,8 @@ def as_rows(features: Tensor) -> Tensor:
     """
     if not isinstance(features, Tensor):
         raise ValueError(
-            f"These are no features of clips: {type(features).__name__}. Pass a tensor [clips, d], "
-            "or a list of [windows, d]."
+            f"These are no features of clips: {shown(features)}. Pass a tensor [clips, d], or a "
+            f"list of [windows, d].{hint(features)}"
         )
     if features.dtype == torch.float64:
         raise ValueError(

@@ -91,9 +91,6 @@ class Windows:
     def _feature(self, frames: Tensor) -> Tensor:
         place = next((p.device for p in self.backbone.parameters()), frames.device)
         frames = frames.to(place)
-        with torch.autocast(frames.device.type, enabled=False):  # sets must go one way
-            if self.backbone.clip_len is None:
-                found = self.backbone(frames).mean(0)
-            else:
-                found = self.backbone(frames.unsqueeze(0))[0]
-        return found.float()
+        if self.backbone.clip_len is None:
+            return self.backbone(frames).float().mean(0)
+        return self.backbone(frames.unsqueeze(0))[0].float()

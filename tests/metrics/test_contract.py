@@ -428,6 +428,27 @@ def test_labels_that_do_not_fit_are_refused(labels, said):
     assert not metric.values
 
 
+@pytest.mark.parametrize(
+    "name", [name for name, kind in METRICS.items() if kind.against_reference()]
+)
+def test_a_clip_that_equals_its_target_has_the_value_that_is_said_of_it(name):
+    found = []
+    for seed, frames in ((0, 3), (1, 5)):
+        metric = made(name)
+        if name in PIXELS:
+            clips = videos(2, frames, LARGE, seed)[0]
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            clips = torch.randn(2, frames, 1, 4, 4, generator=generator)
+        metric.update(clips, clips)
+        found.append(metric.compute().item())
+    if METRICS[name].identical is None:
+        assert found == [3.0, 5.0], "not one number: all of its frames"
+        assert name == "divergence_onset"
+    else:
+        assert found == pytest.approx([METRICS[name].identical] * 2, abs=1e-6)
+
+
 def test_a_plain_lightning_module_of_a_user():
     """The loop that somebody who trains a model of their own writes."""
     pytest.importorskip("lpips")

@@ -8,9 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchmetrics import MetricCollection
+from torchmetrics.image import PeakSignalNoiseRatio
 
 import lightning_kv.metrics as package
 from lightning_kv.metrics import (
+    LPIPS,
     METRICS,
     PSNR,
     SETS,
@@ -21,7 +24,7 @@ from lightning_kv.metrics import (
     VideoMetric,
     metric_by_name,
 )
-from lightning_kv.metrics.backbones import BACKBONES
+from lightning_kv.metrics.backbones import BACKBONES, RandomBackbone
 from lightning_kv.metrics.registry import (
     ENCODERS,
     OWN,
@@ -328,3 +331,102 @@ def test_metrics_themselves_can_be_given():
     assert metric.compute() == plain.compute() and metric.backbone is None
     with pytest.raises(ValueError, match="'fvd/given' has no backbone"):
         Suite([FrechetVideoDistance(num_features=4)], ALL)
+
+
+class Shine(VideoMetric):
+    """A metric of somebody's own that can be made without arguments."""
+
+    def frame_values(self, preds, target=None):
+        return preds.double().mean((1, 2, 3))
+
+
+@pytest.fixture
+def own():
+    known = dict(OWN)
+    yield
+    OWN.clear()
+    OWN.update(known)
+
+
+def test_a_class_is_a_metric_as_its_address_is(own, monkeypatch, tmp_path):
+    monkeypatch.setenv("LIGHTNING_KV_MODELS", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    suite = Suite([PSNR, Shine, "ssim", FrechetVideoDistance, LPIPS], ALL)
+    assert list(suite.choices) == ["psnr", "shine", "ssim", "fvd/i3d", "lpips/alex"]
+    named = Suite(["psnr", "ssim"], ALL).facts()
+    assert {name: suite.facts()[name] for name in named} == named, "one of ours is as its name says"
+    metric = suite.clip_metrics()["shine"]
+    metric.update(torch.full((1, 2, 3, 4, 4), 0.5))
+    assert metric.compute() == 0.5
+
+    class Picky(Shine):
+        def __init__(self, radius):
+            super().__init__()
+
+    with pytest.raises(ValueError, match=r"Picky cannot be made without arguments: .*radius"):
+        Suite([Picky], ALL)
+
+
+def test_one_text_is_a_list_as_on_the_command_line():
+    for text in ("psnr,recall", "[psnr,recall]", " [psnr, recall] "):
+        assert list(Suite(text, ALL).choices) == ["psnr", "recall"]
+    assert list(Suite("psnr", ALL).choices) == list(metric_by_name("psnr")) == ["psnr"]
+    for names in (("psnr",), iter(["psnr"]), {"psnr": 1}.keys()):
+        assert list(Suite(names, ALL).choices) == ["psnr"]
+    for nothing in ("", "[]"):
+        with pytest.raises(ValueError, match="No metric is named: 0"):
+            Suite(nothing, ALL)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "given", "works"),
+    [
+        (lambda: PSNR(), "this is a metric PSNR of lightning_kv", "Pass it in a list"),
+        (lambda: PSNR, "the class PSNR", "Pass it in a list"),
+        (
+            lambda: MetricCollection([PSNR()]),
+            "a MetricCollection",
+            r"list\(collection.values\(\)\)",
+        ),
+        (lambda: {"psnr": PSNR()}, "'dict'", r"list\(metrics.values\(\)\)"),
+        (lambda: 3, "'int'", "Pass a list, such as metrics="),
+        (lambda: [3], "it is 'int'", "derives from VideoMetric"),
+        (lambda: [None], "it is nothing", "derives from VideoMetric"),
+        (
+            lambda: [PeakSignalNoiseRatio(1.0)],
+            "PeakSignalNoiseRatio of torchmetrics",
+            "VideoMetric",
+        ),
+        (lambda: [PeakSignalNoiseRatio], "class PeakSignalNoiseRatio, which", "VideoMetric"),
+        (lambda: [MetricCollection([PSNR()])], "it is a MetricCollection", "VideoMetric"),
+        (lambda: [VideoMetric], "the base class VideoMetric itself", "VideoMetric"),
+        (lambda: [[PSNR()]], "it is 'list'", "VideoMetric"),
+    ],
+)
+def test_what_is_no_list_of_metrics_is_refused_in_words(metrics, given, works):
+    with pytest.raises(ValueError, match=f"{given}.*{works}"):
+        Suite(metrics(), ALL)
+
+
+@pytest.mark.parametrize(
+    "taken", ["train", "keys", "forward", "update", "prefix", "training", "a.b"]
+)
+def test_a_name_that_a_collection_cannot_have_is_refused(own, taken):
+    with pytest.raises(KeyError):
+        MetricCollection({taken: PSNR()})
+    kind = type("Glow", (Shine,), {"name": taken})
+    named = Shine()
+    named.name = taken
+    for metric in (kind, kind(), named):
+        with pytest.raises(ValueError, match=r"key in .*Give it a(nother)? `name`"):
+            Suite([metric], ALL)
+    assert taken not in OWN
+    encoder = RandomBackbone(3)
+    encoder.name = taken
+    with pytest.raises(ValueError, match=r"features of .*Give them another `name`"):
+        Suite([FrechetVideoDistance(encoder)], ALL)
+
+
+def test_every_name_of_ours_can_be_a_key():
+    metrics = {Choice.parse(name).name: PSNR() for name in [*METRICS, *SETS]}
+    assert len(MetricCollection(metrics, compute_groups=False)) == len(METRICS) + len(SETS)

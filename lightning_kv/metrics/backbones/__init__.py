@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
-from lightning_kv.metrics.backbones.base import Backbone, RandomBackbone, Wrapped
+from lightning_kv.metrics.backbones.base import Backbone, RandomBackbone, Wrapped, in_float32
 from lightning_kv.metrics.backbones.weights import WEIGHTS, WeightsUnavailable, locate
 
 __all__ = ["BACKBONES", "Backbone", "RandomBackbone", "WeightsUnavailable", "Wrapped", "backbone"]
@@ -98,7 +98,8 @@ def _build(name: str, path: Path | None) -> nn.Module:
         WeightsUnavailable: A package is missing.
     """
     try:
-        return BACKBONES[name](path)
+        with in_float32():
+            return BACKBONES[name](path)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing == __name__.partition(".")[0]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +15,99 @@ from torch import Tensor, nn
 SHOWN = 2  # blocks whose features are remembered: one of a clip and one of its reference
 
 
-class Backbone(nn.Module):
+def same_kind(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What ``_apply`` does to a tensor without its change of dtype: to another device alone.
+
+    Args:
+        change: What ``to``, ``half``, ``type`` and the like do to every tensor of a module.
+
+    Example:
+        >>> same_kind(Tensor.half)(torch.ones(1)).dtype
+        torch.float32
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        found = change(tensor)
+        return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+    return moved
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """Build networks in float32, also inside a Trainer that builds modules in its own precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class Frozen(nn.Module):
+    """A network that nobody trains, and whose numbers do not depend on who holds it.
+
+    It is always in evaluation mode and shared by its copies. Its weights change their device and
+    never their dtype, whatever a Trainer's ``precision``, ``half()`` or ``set_dtype`` asks of a
+    module that holds it; autocast does not reach it; and what it is shown is brought to the dtype
+    of its weights, or to float32 where it has none.
+
+    Example:
+        >>> network = Frozen()
+        >>> network.layer = nn.Linear(2, 1)
+        >>> network.half().layer.weight.dtype
+        torch.float32
+    """
+
+    def train(self, mode: bool = True) -> Frozen:
+        """Stay in evaluation mode, whatever is asked."""
+        return super().train(False)
+
+    def __deepcopy__(self, memo: object) -> Frozen:
+        return self  # it is frozen, so what is copied may share it
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Frozen:
+        return super()._apply(same_kind(fn), *args, **kwargs)
+
+    def __call__(self, *shown: Any, **kwargs: Any) -> Any:
+        """What ``forward`` says, see :func:`ask`."""
+        return ask(self, super().__call__, *shown, **kwargs)
+
+
+def ask(network: nn.Module, call: Callable[..., Any], *shown: Any, **kwargs: Any) -> Any:
+    """What a network says in the precision of its weights, whatever that of the caller is.
+
+    Args:
+        network: Whose weights say the dtype; float32 where it has none.
+        call: The network itself, or a method of it.
+        shown: Taken by ``call``; tensors of floating point numbers are brought to that dtype.
+        kwargs: Taken by ``call`` as they are.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> ask(layer, layer, torch.ones(1, 2, dtype=torch.float64)).dtype
+        torch.float32
+    """
+    weights = chain(network.parameters(), network.buffers())
+    weight = next((x for x in weights if x.is_floating_point()), None)
+    kind = torch.float32 if weight is None else weight.dtype
+    tensors = [x for x in (weight, *shown) if isinstance(x, Tensor)]
+    shown = tuple(
+        x.to(kind) if isinstance(x, Tensor) and x.is_floating_point() else x for x in shown
+    )
+    with torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
+        return call(*shown, **kwargs)
+
+
+class Backbone(Frozen):
     """A frozen network that turns frames, or clips, into features.
 
     A frame backbone maps ``[N, 3, H, W]`` in [0, 1] to ``[N, d]``; a clip backbone maps
-    ``[B, T, 3, H, W]`` in [0, 1] to ``[B, d]`` and says its T in ``clip_len``. It is always in
-    evaluation mode and has no gradients. A subclass writes ``forward`` and calls :meth:`freeze`
-    at the end of its ``__init__``; one that is found by name also writes :meth:`load`; one that
-    takes both frames and clips tells them by their dimensions and sets ``takes_frames = True``.
+    ``[B, T, 3, H, W]`` in [0, 1] to ``[B, d]`` and says its T in ``clip_len``. It has no gradients,
+    and is asked in the precision of its weights, see :class:`Frozen`. A subclass writes ``forward``
+    and calls :meth:`freeze` at the end of its ``__init__``; one that is found by name also writes
+    :meth:`load`; one that takes both frames and clips tells them by their dimensions and sets
+    ``takes_frames = True``.
 
     Attributes:
         name: What it is called in results.
@@ -70,13 +159,6 @@ class Backbone(nn.Module):
         """Evaluation mode, no gradients; for good."""
         self.eval()
         self.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> Backbone:
-        """Stay in evaluation mode, whatever is asked."""
-        return super().train(False)
-
-    def __deepcopy__(self, memo: object) -> Backbone:
-        return self  # it is frozen, so what is copied may share it
 
     @torch.no_grad()
     def features(self, block: Tensor) -> Tensor:
@@ -182,7 +264,7 @@ class RandomBackbone(Backbone):
         self.clip_len = None if dims == 2 else 8
         convolution = nn.Conv2d if dims == 2 else nn.Conv3d
         pool = nn.AdaptiveAvgPool2d if dims == 2 else nn.AdaptiveAvgPool3d
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), in_float32():
             torch.manual_seed(seed)
             self.net = nn.Sequential(
                 convolution(3, 16, 3, stride=2, padding=1),

@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from lightning_kv.metrics.backbones.base import Frozen, in_float32
 from lightning_kv.metrics.backbones.i3d import load_exactly
 from lightning_kv.metrics.backbones.weights import (
     WeightsUnavailable,
@@ -30,7 +31,7 @@ TRUNKS = {
 _built: WeakValueDictionary[tuple[str, Path], LPIPSNetwork] = WeakValueDictionary()
 
 
-class LPIPSNetwork(nn.Module):
+class LPIPSNetwork(Frozen):
     """The network of the package ``lpips``, version 0.1, with a trunk from elsewhere.
 
     That package downloads the trunk when asked for a trained one; here nothing is downloaded. Its
@@ -72,13 +73,6 @@ class LPIPSNetwork(nn.Module):
         self.comparable, self.weights_sha256 = sha256 is not None, sha256
         self.requires_grad_(False)
         self.train(False)
-
-    def train(self, mode: bool = True) -> LPIPSNetwork:
-        """Stay in evaluation mode, whatever is asked."""
-        return super().train(False)
-
-    def __deepcopy__(self, memo: object) -> LPIPSNetwork:
-        return self  # it is frozen, so what is copied may share it
 
     @torch.no_grad()
     def forward(self, preds: Tensor, target: Tensor) -> Tensor:
@@ -135,7 +129,7 @@ def torchvision_trunk(net: str) -> nn.Module:
         from torchvision import models
     except ModuleNotFoundError as error:
         raise _missing("torchvision") from error
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), in_float32():
         return getattr(models, TRUNKS[net][1])(weights=None).eval()
 
 
@@ -151,7 +145,7 @@ def _lpips(net: str) -> nn.Module:
         from lpips import LPIPS as Network
     except ModuleNotFoundError as error:
         raise _missing("lpips") from error
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), in_float32():
         warnings.filterwarnings("ignore", module="torchvision")  # it uses an old argument
         torch.random.default_generator.manual_seed(0)  # and no other device's
         return Network(net=net, version="0.1", pnet_rand=True, verbose=False)

@@ -118,4 +118,4 @@ def _swaps(prompts: int, permutations: int, seed: int) -> Tensor:
         ways = list(itertools.product((False, True), repeat=prompts - 1))
         return torch.tensor([(False, *way) for way in ways])
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(permutations, prompts, generator=generator) < 0.5
+    return torch.rand(permutations, prompts, generator=generator, dtype=torch.float32) < 0.5
