@@ -223,13 +223,12 @@ def whole(names: Iterable[Any]) -> list[Any]:
         >>> whole(["psnr", "vbench_quality"])[:2], len(whole(["vbench_quality"]))
         (['psnr', 'subject_consistency/dino-vitb16'], 7)
     """
-    names = list(names)
-    if VBENCH not in names:
-        return names
-    place = names.index(VBENCH)
-    others = names[:place] + names[place + 1 :]
-    parts = [name for name in VBENCH_METRICS.values() if name not in others]
-    return [*names[:place], *parts, *names[place + 1 :]]
+    named = {name for name in names if isinstance(name, str)}  # a metric has an == of its own
+    parts = [name for name in VBENCH_METRICS.values() if name not in named]
+    found = []
+    for name in names:
+        found += parts if isinstance(name, str) and name == VBENCH else [name]
+    return found
 
 
 def able(known: Collection[str]) -> list[str]:

@@ -146,7 +146,9 @@ def test_facts_fit_a_summary(monkeypatch, tmp_path):
     assert all(isinstance(metric, VideoMetric) for metric in suite.clip_metrics().values())
     assert sorted(suite.encoders()) == ["random-2dconv", "random-3dconv"]
     assert suite.recipes()["lpips/alex"].startswith("unavailable")
-    recipe = set_metric("fvd/random-3dconv", suite.encoders()["random-3dconv"], frames=8).recipe
+    recipe = set_metric(
+        "fvd/random-3dconv", suite.encoders()["random-3dconv"].backbone, frames=8
+    ).recipe
     assert suite.recipes()["fvd/random-3dconv"] == recipe
 
 
