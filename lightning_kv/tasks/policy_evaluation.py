@@ -32,6 +32,7 @@ from lightning_kv.models.wan import CausalWan
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.tasks.choices import chosen_policies
 from lightning_kv.tasks.evaluate import EvaluateModule
+from lightning_kv.tasks.unmeasured import warn_missing
 
 SHARDING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 """Strategies under which no process need hold all parameters."""
@@ -86,7 +87,7 @@ class PolicyEvaluation(L.Callback):
             )
         check_prompts(prompts, samples)
         check_settings(settings)
-        self.names = checked_policies(policies, settings)
+        self.names = list(chosen_policies(policies, settings.get("reference", "full"))[0])
         self.policies, self.prompts, self.every = policies, prompts, every_n_steps
         self.samples = samples or 1
         self.model, self.prefix, self.settings = model or video_model, prefix, settings
@@ -109,6 +110,7 @@ class PolicyEvaluation(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check model, strategy and prompts before the first step."""
         self.module = self._made(trainer, pl_module)
+        warn_missing(self.module.suite.missing)
         if isinstance(self.prompts, PromptDataModule):
             self.prompts.keys()
 
@@ -254,19 +256,6 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         )
     for metric in metrics or ():
         Choice.parse(metric)
-
-
-def checked_policies(policies: Any, settings: Mapping[str, Any]) -> list[str]:
-    """Names of the policies, all of which are known.
-
-    Raises:
-        ValueError: One is not, or they are no list.
-    """
-    if isinstance(policies, str | dict | CachePolicy):
-        raise ValueError(
-            f"Policies come in a list: policies={policies!r} was given. Write [{policies!r}]."
-        )
-    return list(chosen_policies(policies, settings.get("reference", "full"))[0])
 
 
 def check_strategy(strategy: Strategy) -> None:

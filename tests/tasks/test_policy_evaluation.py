@@ -175,7 +175,7 @@ def test_a_module_without_a_model_is_refused_before_the_first_step():
     ("policies", "more", "said"),
     [
         (["sliding-windw@6f"], {}, "Did you mean 'sliding-window"),
-        ("full", {}, r"come in a list: policies='full' was given\. Write \['full'\]"),
+        ("full", {}, r"come in a list: 'full' was given\. Write \['full'\]"),
         ([], {}, "No policies"),
         (["full"], {"frame": 24}, r"no setting 'frame': frame=24 .*mean 'frames'\?.*context_fra"),
         (["full"], {"sample": 2}, r"no setting 'sample': .*mean 'samples'\?"),
