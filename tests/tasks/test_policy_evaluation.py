@@ -207,6 +207,14 @@ def test_a_data_module_that_cannot_be_read_is_refused_before_the_first_step(tmp_
         watch.on_fit_start(SimpleNamespace(strategy=DDPStrategy()), Tuning())
 
 
+def test_a_metric_that_is_unavailable_is_named_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_KV_MODELS", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    watch = PolicyEvaluation(["full"], ["mist fast n7 left"], 1, metrics=["recall", "lpips"])
+    with pytest.warns(UserWarning, match="'lpips/alex' is unavailable and will have no value"):
+        watch.on_fit_start(SimpleNamespace(strategy=DDPStrategy()), Tuning())
+
+
 SPREAD = [FSDPStrategy(), ModelParallelStrategy(), object.__new__(DeepSpeedStrategy)]
 
 
