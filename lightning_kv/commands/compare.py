@@ -63,6 +63,7 @@ def compare(options: CompareOptions) -> Compared:
         accept_license=options.accept_license,
         strict=options.strict,
     )
+    module.warns = False  # the table and the notes say it
     writer = RecordWriter(options.out)
     pictures = PairVideos(options.out, options.videos)
     trainer = trainer_for(settings, [writer, pictures, FrameProgressBar()], logger=False)

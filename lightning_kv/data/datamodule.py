@@ -16,7 +16,15 @@ from lightning_kv.data.shards import PromptSample, PromptShards, ShardIndex, rea
 from lightning_kv.data.video_pairs import Infos, PairedClip, Piece, Videos, pieces, shortest
 from lightning_kv.data.videos import VideoError, VideoInfo, checksum, probe
 
-__all__ = ["PromptDataModule", "PromptSample", "RolloutItem", "VideoPairDataModule", "dealt"]
+__all__ = [
+    "PromptDataModule",
+    "PromptSample",
+    "RolloutItem",
+    "VideoPairDataModule",
+    "dealt",
+    "each_sample",
+    "in_batches",
+]
 
 PIECE = 4  # frames of a video in hand: metrics make several float64 copies of them
 
@@ -158,9 +166,7 @@ class PromptDataModule(lightning.LightningDataModule):
         return PromptShards(self.index, seed=self.seed, limit=self.total)
 
     def _items(self) -> Iterator[RolloutItem]:
-        for prompt in self._prompts():
-            for sample in range(self.samples):
-                yield RolloutItem(prompt, sample)
+        return each_sample(self._prompts(), self.samples)
 
     def setup(self, stage: str | None = None) -> None:
         """Check the set before the first prompt is run.
@@ -199,9 +205,7 @@ class _Rollouts(IterableDataset):
         unfinished = (item for item in self.data._items() if item.key not in finished)
         # Left out before dealing: who did the rest does not depend on the ranks of the run before.
         mine = dealt(unfinished, self.rank, self.world)
-        while batch := list(islice(mine, self.data.batch)):
-            for policy in self.policies:
-                yield [RolloutItem(item.prompt, item.sample, policy) for item in batch]
+        yield from in_batches(mine, self.data.batch, self.policies)
 
 
 class VideoPairDataModule(lightning.LightningDataModule):
@@ -292,6 +296,21 @@ class _Pieces(IterableDataset):
         data = self.data
         for clip in dealt(data._unfinished(), self.rank, self.world):
             yield from pieces(clip, data.videos, data.infos, data.alignment, PIECE)
+
+
+def each_sample(prompts: Iterable[PromptSample], samples: int) -> Iterator[RolloutItem]:
+    """An item for every noise of every prompt, of no policy so far."""
+    return (RolloutItem(prompt, sample) for prompt in prompts for sample in range(samples))
+
+
+def in_batches(
+    items: Iterable[RolloutItem], batch: int, policies: Sequence[str]
+) -> Iterator[list[RolloutItem]]:
+    """Items by up to ``batch``, all of them under one policy after the other."""
+    left = iter(items)
+    while together := list(islice(left, batch)):
+        for policy in policies:
+            yield [item._replace(policy=policy) for item in together]
 
 
 def _probed(path: Path) -> VideoInfo | VideoError:

@@ -18,6 +18,7 @@ from lightning_kv.runs.directory import RunDirectory, fingerprint
 from lightning_kv.runs.features import FeatureStore, part_of_path
 from lightning_kv.runs.traces import write_traces
 from lightning_kv.runs.video import Frames
+from lightning_kv.tasks.checks import check_data
 from lightning_kv.tasks.clip_module import ClipModule, ClipResult
 from lightning_kv.tasks.clips import SUFFIX, write_clip
 from lightning_kv.tasks.decode import FOLDER
@@ -78,7 +79,7 @@ class RecordWriter(RunCallback):
         """Take up what an earlier start has left."""
         if stage != "test":
             return
-        check_data(trainer, self)
+        check_data(trainer, self, "describe", "about", "first")
         if trainer.is_global_zero and not self.opened:
             self.open(trainer, pl_module, trainer.datamodule)
         trainer.strategy.barrier("the run directory is there")
@@ -103,6 +104,12 @@ class RecordWriter(RunCallback):
         self.opened = False
         if trainer.datamodule is not None:
             trainer.datamodule.finished = ()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: ClipModule, exception: BaseException
+    ) -> None:
+        """After an error or an interrupt too: there is no teardown then."""
+        self.teardown(trainer, pl_module, "test")
 
     def lacking(self, trainer: L.Trainer, module: ClipModule, keys: Collection[str]) -> set[str]:
         """Clips whose latents or features are missing."""
@@ -180,9 +187,32 @@ class PicturedCallback(RunCallback):
         return frozenset(trainer.datamodule.first(self.prompts))
 
     def setup(self, trainer: L.Trainer, pl_module: ClipModule, stage: str) -> None:
+        """Know which clips, once the directory is no other run's.
+
+        Raises:
+            ValueError: It is.
+        """
+        if stage != "test":
+            return
+        check_data(trainer, self, "describe", "first")
+        if trainer.is_global_zero and self._holds_run() and not self._recorded(trainer):
+            described = describe(trainer, pl_module, trainer.datamodule)
+            self.run.open(fingerprint(described), described)
+        self.begin(trainer, pl_module)
+
+    def _holds_run(self) -> bool:
+        """Whether there is something that could be another run."""
+        path = self.run.path
+        return (path / "run.json").exists() or (path.exists() and not path.is_dir())
+
+    def _recorded(self, trainer: L.Trainer) -> bool:
+        """Whether a writer of records looks after the directory."""
+        writers = [each for each in trainer.callbacks if isinstance(each, RecordWriter)]
+        return self.run.path.resolve() in {each.run.path.resolve() for each in writers}
+
+    def begin(self, trainer: L.Trainer, module: ClipModule) -> None:
         """Know which clips."""
-        check_data(trainer, self)
-        self.keys = self.pictured(trainer, pl_module)
+        self.keys = self.pictured(trainer, module)
         self.pending.clear()
 
     def take(self, clips: Iterable[ClipResult]) -> None:
@@ -222,10 +252,10 @@ class ComparisonVideos(PicturedCallback):
         """As of all; none where no pixels are made."""
         return super().pictured(trainer, module) if module.settings.decode else ()
 
-    def setup(self, trainer: L.Trainer, pl_module: ClipModule, stage: str) -> None:
+    def begin(self, trainer: L.Trainer, module: ClipModule) -> None:
         """Know which clips, and what they are compared with."""
-        super().setup(trainer, pl_module, stage)
-        self.reference, self.fps = pl_module.reference_name, pl_module.settings.fps
+        super().begin(trainer, module)
+        self.reference, self.fps = module.reference_name, module.settings.fps
 
     def lacking(self, trainer: L.Trainer, module: ClipModule, keys: Collection[str]) -> set[str]:
         """Clips whose moving picture is missing."""
@@ -268,6 +298,13 @@ class TraceWriter(PicturedCallback):
         if self.trace is not None:
             pl_module.watching.append(self.trace)
 
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: ClipModule, exception: BaseException
+    ) -> None:
+        """Watch no longer."""
+        if self.trace in getattr(pl_module, "watching", ()):
+            pl_module.watching.remove(self.trace)
+
     def shown(self, clip: ClipResult, index: int) -> dict[str, np.ndarray]:
         """Arrays of one clip."""
         return self.trace.arrays(index)
@@ -279,19 +316,6 @@ class TraceWriter(PicturedCallback):
 
     def _file(self, key: str) -> Path:
         return self.run.traces / f"{key}.npz"
-
-
-def check_data(trainer: L.Trainer, callback: L.Callback) -> None:
-    """Refuse a Trainer that was given dataloaders alone.
-
-    Raises:
-        ValueError: There is no data module.
-    """
-    if trainer.datamodule is None:
-        raise ValueError(
-            f"{type(callback).__name__} must know what the run is about, and the Trainer was given "
-            "no data module. Call trainer.test(module, datamodule=PromptDataModule(...))."
-        )
 
 
 class RolloutProgressBar(ProgressBar):
@@ -312,7 +336,7 @@ class RolloutProgressBar(ProgressBar):
 
     def on_test_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
         """Begin the line."""
-        check_data(trainer, self)
+        check_data(trainer, self, "left")
         plan = pl_module.network.config.plan(
             pl_module.settings.frames, pl_module.settings.context_frames
         )

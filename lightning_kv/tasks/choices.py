@@ -26,9 +26,11 @@ def chosen_policies(
         budgets: Crossed with every policy whose budget is not named.
 
     Raises:
-        ValueError: One is unknown, a budget cannot be crossed, or another policy is called like
-            the reference.
+        ValueError: They are no list, one is unknown, a budget cannot be crossed, or another policy
+            is called like the reference.
     """
+    if isinstance(policies, str | dict | CachePolicy):
+        raise ValueError(f"Policies come in a list: {policies!r} was given. Write [{policies!r}].")
     if not policies:
         raise ValueError(
             "No policies to evaluate: [] was given. Try --policies [sliding-window@9f]."

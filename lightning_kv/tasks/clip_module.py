@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_kv.data.datamodule import PromptDataModule, RolloutItem
 from lightning_kv.data.videos import VideoError
 from lightning_kv.metrics.base import ClipMetric
 from lightning_kv.metrics.registry import Suite
@@ -21,6 +23,7 @@ from lightning_kv.metrics.set_base import SetMetric, TooFewClips
 from lightning_kv.runs.features import Features, FeatureStore
 from lightning_kv.tasks.adapter import Measured
 from lightning_kv.tasks.real import encode_real
+from lightning_kv.tasks.unmeasured import Problem, gathered, warn_lacking, warn_missing
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +78,13 @@ class ClipModule(L.LightningModule):
             with what the world really shows, or else with the clips of the reference.
         reference: Name that the others are compared with.
         names: All names in the order of the tables, the reference first.
+
+    Attributes:
+        warns: Whether metrics without any value are said at the start and the end of a test.
     """
+
+    data_kind: type[L.LightningDataModule] = PromptDataModule
+    warns = True
 
     def __init__(
         self,
@@ -98,6 +107,8 @@ class ClipModule(L.LightningModule):
         self.featured: set[tuple[str | None, str]] = set()
         self.store: FeatureStore | None = None  # where a callback keeps features, if one does
         self.skipped: list[str] = []
+        self.problems: Counter[Problem] = Counter()
+        self._taken_up: L.Trainer | None = None  # by whose callback records were taken up
 
     @property
     def shows_truth(self) -> bool:
@@ -120,22 +131,34 @@ class ClipModule(L.LightningModule):
 
     def add(self, result: ClipResult) -> None:
         """Let the metrics know of a clip, as far as they do not."""
+        name, key, unit = result.name, result.key, result.unit
+        fresh = (name, key) not in self.known
+        self.known.add((name, key))
+        if fresh:
+            self._note(name, result.failure, result.measured.problems)
         if result.failure:
             return
-        name, key, unit = result.name, result.key, result.unit
-        if (name, key) not in self.known:
-            self.known.add((name, key))
+        if fresh:
             for metric, curve in result.measured.curves.items():
                 self.metrics_of(name)[metric].add(curve, id=key, unit=unit)
         self._add_features(name, key, unit, result.measured.features)
         self.add_real(key, unit, result.real)
+
+    def _note(self, name: str, failure: str | None, problems: Mapping[str, str] | None) -> None:
+        """Count why a clip has no values, or not all."""
+        found = {"": failure} if failure else (problems or {})
+        self.problems.update((name, what, why) for what, why in found.items())
 
     def _add_features(self, name: str, key: str, unit: str, features: Mapping[str, Tensor]) -> None:
         if not features or (name, key) in self.featured:
             return
         self.featured.add((name, key))
         for metric, each in self.sets_of(name).items():
-            self._update(each, features.get(self.suite.encoder_of(metric)), False, key, unit)
+            found = features.get(self.suite.encoder_of(metric))
+            self._update(each, found, False, key, unit)
+            if found is not None and not len(found):
+                why = f"shorter than its window of {each.frames} frames"
+                self.problems[name, metric, why] += 1
         if name == self.reference_name and not (self.real or self.shows_truth):
             self.add_real(key, unit, features)
 
@@ -164,11 +187,14 @@ class ClipModule(L.LightningModule):
             records: Of the run.
             store: Features of its clips.
         """
-        self.store = store
+        self.forget()  # a test that was interrupted has not
+        self.store, self._taken_up = store, self._trainer
         for record in records:
             name, key = record["policy"], record["key"]
             if name not in self.names:
                 continue
+            if self.global_rank == 0:
+                self._note(name, record.get("failure"), record.get("problems"))
             if self.global_rank == 0 and not record.get("failure"):
                 self._restore(record, store)
             self.known.add((name, key))
@@ -193,23 +219,52 @@ class ClipModule(L.LightningModule):
         Raises:
             ValueError: None of them can be used.
         """
-        used = 0
+        if self._taken_up is not self._trainer:
+            self.forget()  # a test that was interrupted has not
+        if self.warns:
+            warn_missing(self.suite.missing)
+        skipped = []
         for key in sorted(self.real)[self.global_rank :: self.trainer.world_size]:
             try:
                 found = encode_real(key, self.real[key], self.encoders, self.store)
             except VideoError as error:
-                self.skipped.append(f"real {key}: {error}")
-                log.warning("Skipped: %s", self.skipped[-1])
+                skipped.append(f"real {key}: {error}")
                 continue
             self.add_real(key, key, found)
-            used += 1
-        count = torch.tensor(used, device=self.device)
-        if self.real and not int(self.trainer.strategy.reduce(count, reduce_op="sum")):
+        self.skipped = gathered(skipped, self.trainer) if self.real else []
+        if self.trainer.is_global_zero:
+            for each in self.skipped:
+                log.warning("Skipped: %s", each)
+        if self.real and len(self.skipped) == len(self.real):
             raise ValueError(
-                f"None of {len(self.real)} real videos can be used. "
-                f"{self.skipped[0] if self.skipped else 'Another rank says why'}. Give others to "
-                "--real."
+                f"None of {len(self.real)} real videos can be used. {self.skipped[0]}. Give others "
+                "to --real."
             )
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Refuse what this module cannot measure.
+
+        Raises:
+            ValueError: It is no item of its kind of data module.
+        """
+        if why := self.misfit(batch):
+            kind = type(self).data_kind.__name__
+            raise ValueError(
+                f"{type(self).__name__} cannot measure what the dataloader gives: {why}. Call "
+                f"trainer.test(module, datamodule={kind}(...))."
+            )
+
+    def misfit(self, batch: Any) -> str | None:
+        """What is wrong with a batch; None where nothing is."""
+        listed = batch if isinstance(batch, list) else [batch]
+        if listed is not batch or not all(isinstance(each, RolloutItem) for each in listed):
+            kinds = sorted({type(each).__name__ for each in listed})
+            return f"not a list of RolloutItem, but {', '.join(kinds)}"
+        wanted = {each.policy for each in batch}
+        if len(wanted) != 1 or not wanted <= set(self.names):
+            given = ", ".join(map(repr, sorted(wanted))) or "none"
+            return f"items of one of the policies {', '.join(self.names)} are due, not of {given}"
+        return None
 
     def forget(self) -> None:
         """Start anew: no clip is known."""
@@ -217,6 +272,8 @@ class ClipModule(L.LightningModule):
             metrics.reset()
         self.known.clear()
         self.featured.clear()
+        self.problems.clear()
+        self._taken_up = None
 
     def results(self) -> dict[str, Metric]:
         """Every metric that has a value, as ``NAME/METRIC``; every rank has to call this."""
@@ -239,8 +296,37 @@ class ClipModule(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of all ranks together."""
-        for name, metric in self.results().items():
+        found = self.results()
+        for name, metric in found.items():
             self.log(name, metric)
+        if self.warns:
+            self._warn(found)
+
+    def _warn(self, found: Mapping[str, Metric]) -> None:
+        """Say which metrics have no value; every rank has to call this."""
+        problems: Counter[Problem] = Counter()
+        for problem, clips in gathered(self.problems.items(), self.trainer):
+            problems[problem] += clips
+        seen = set(gathered({name for name, _ in self.known}, self.trainer))
+        facts = self.facts()
+        for metric in self.suite.made:
+            of_sets = facts[metric]["sets"]
+            names = [
+                name
+                for name in self.names
+                if name in seen and f"{name}/{metric}" not in found and self._due(metric, name)
+            ]
+            if names:
+                usual = "a set needs 2 clips or more" if of_sets else facts[metric]["undefined"]
+                kinds = [metric, *([self.suite.encoder_of(metric)] if of_sets else [])]
+                warn_lacking(metric, names, kinds, problems, usual)
+
+    def _due(self, metric: str, name: str) -> bool:
+        """Whether a metric should have a value for a name: not for what it compares with."""
+        if name != self.reference_name:
+            return True
+        own = self.metrics_of(name)
+        return not own[metric].against_reference() if metric in own else bool(self.sets_of(name))
 
     def on_test_end(self) -> None:
         """Start anew next time: the Trainer has reset what was logged."""

@@ -24,6 +24,7 @@ from lightning_kv.metrics.windows import WindowEncoder
 from lightning_kv.runs.verdict import FILES
 from lightning_kv.tasks.adapter import Measured
 from lightning_kv.tasks.callbacks import PicturedCallback
+from lightning_kv.tasks.checks import check_data
 from lightning_kv.tasks.clip_module import ClipModule, ClipResult
 from lightning_kv.tasks.film import Rows, film, filmed
 from lightning_kv.tasks.progress import FrameProgress
@@ -63,6 +64,8 @@ class CompareModule(ClipModule):
     Raises:
         ValueError: A metric is unknown, or needs what videos do not have.
     """
+
+    data_kind = VideoPairDataModule
 
     def __init__(
         self,
@@ -127,6 +130,14 @@ class CompareModule(ClipModule):
                 f"{len(self.skipped)} real videos cannot be used, which --strict does not allow. "
                 f"The first: {self.skipped[0]}. Repair or remove them, or leave --strict out."
             )
+
+    def misfit(self, batch: Any) -> str | None:
+        """What is wrong with a batch; None where nothing is."""
+        if not isinstance(batch, Piece):
+            return f"not a Piece, but {type(batch).__name__}"
+        if batch.name not in self.names:
+            return f"videos of {', '.join(self.names)} are due, not of {batch.name!r}"
+        return None
 
     def forget(self) -> None:
         """Start anew: no clip is known, and none is half read."""
@@ -232,9 +243,9 @@ class PairVideos(PicturedCallback):
         prompts: How many clips get one; None for all.
     """
 
-    def setup(self, trainer: L.Trainer, pl_module: CompareModule, stage: str) -> None:
+    def begin(self, trainer: L.Trainer, module: CompareModule) -> None:
         """Know which."""
-        super().setup(trainer, pl_module, stage)
+        super().begin(trainer, module)
         self.data: VideoPairDataModule = trainer.datamodule
         self.clips = {clip.key: clip for clip in self.data.videos.clips}
 
@@ -310,6 +321,7 @@ class FrameProgressBar(ProgressBar):
 
     def on_test_start(self, trainer: L.Trainer, pl_module: CompareModule) -> None:
         """Begin the line."""
+        check_data(trainer, self, "frames_left")
         self.bar = FrameProgress(trainer.datamodule.frames_left(), trainer.is_global_zero)
         self.bar.__enter__()
 
