@@ -34,10 +34,6 @@ LABELS = ("windows", "ids", "units")
 """What is kept of every clip: how many windows it has, and what it was called."""
 
 
-class TooFewClips(ValueError):
-    """A set has too few clips for a distance."""
-
-
 @dataclass(frozen=True)
 class _Side:
     """One set: its features in their order, or its moments, and the unit of each row."""
@@ -369,7 +365,7 @@ class SetMetric(SavedMetric):
         parts = states["features"].split(counts) if self.keep_features else None
         order = in_order(self.name, ids, units, parts)
         if len(order) < 2:
-            raise TooFewClips(
+            raise ValueError(
                 f"The metric '{self.name}' has {len(order)} {side} clips. Add 2 or more with "
                 f"update(videos, real={side == SIDES[1]})."
             )

@@ -122,7 +122,7 @@ class RecordWriter(RunCallback):
             return True
         if not module.encoders:
             return False
-        truth = whole and key in self.firsts and module.shows_truth and not module.real
+        truth = module.reference_name in whole and self._truth_of(module, key)
         sets = [*whole, *([None] if truth else [])]
         return not all(self.store.has(name, key) for name in sets)
 
@@ -133,12 +133,23 @@ class RecordWriter(RunCallback):
         for clip in outputs["clips"]:
             if self.latents:
                 self._keep(pl_module, clip)
-            for name, found in ((clip.name, clip.measured.features), (None, clip.real)):
-                due = found or (name is not None and pl_module.encoders and not clip.failure)
-                if due and not self.store.has(name, clip.key):
+            for name, found in self._features(pl_module, clip).items():
+                if not self.store.has(name, clip.key):
                     self.store.write(name, clip.key, {k: x.numpy() for k, x in found.items()})
             if (clip.name, clip.key) not in self.there:  # else finished before
                 self.run.append(trainer.global_rank, record_of(clip))
+
+    def _features(self, module: ClipModule, clip: ClipResult) -> dict[str | None, Any]:
+        """What is kept of a clip, by set; an empty file where an encoder could not judge it."""
+        if clip.failure or not module.encoders:
+            return {}
+        shows_truth = clip.name == module.reference_name and self._truth_of(module, clip.key)
+        real = {None: clip.real} if clip.real or shows_truth else {}
+        return {clip.name: clip.measured.features, **real}
+
+    def _truth_of(self, module: ClipModule, key: str) -> bool:
+        """Whether this clip brings what its world really shows."""
+        return key in self.firsts and module.shows_truth and not module.real
 
     def _keep(self, module: ClipModule, clip: ClipResult) -> None:
         """Latents of one clip, for a later ``lightning-kv decode``."""

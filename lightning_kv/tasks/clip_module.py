@@ -19,7 +19,7 @@ from lightning_kv.data.datamodule import PromptDataModule, RolloutItem
 from lightning_kv.data.videos import VideoError
 from lightning_kv.metrics.base import ClipMetric
 from lightning_kv.metrics.registry import Suite
-from lightning_kv.metrics.set_base import SetMetric, TooFewClips
+from lightning_kv.metrics.set_base import SetMetric
 from lightning_kv.runs.features import Features, FeatureStore
 from lightning_kv.tasks.adapter import Measured
 from lightning_kv.tasks.real import encode_real
@@ -108,6 +108,7 @@ class ClipModule(L.LightningModule):
         self.store: FeatureStore | None = None  # where a callback keeps features, if one does
         self.skipped: list[str] = []
         self.problems: Counter[Problem] = Counter()
+        self.unable: dict[tuple[str, str], str] = {}  # why a set has no value, by name and metric
         self._taken_up: L.Trainer | None = None  # by whose callback records were taken up
 
     @property
@@ -278,6 +279,7 @@ class ClipModule(L.LightningModule):
     def results(self) -> dict[str, Metric]:
         """Every metric that has a value, as ``NAME/METRIC``; every rank has to call this."""
         found: dict[str, Metric] = {}
+        self.unable.clear()
         with warnings.catch_warnings():  # that a metric without clips has no value is no news
             warnings.filterwarnings("ignore", ".*was called before the ``update`` method.*")
             for name in self.names:
@@ -287,7 +289,8 @@ class ClipModule(L.LightningModule):
                 for metric, each in self.sets_of(name).items():
                     try:
                         each.compute()
-                    except TooFewClips:  # on all ranks alike
+                    except ValueError as error:  # on all ranks alike
+                        self.unable[name, metric] = str(error).partition(". ")[0]
                         if each._is_synced:
                             each.unsync()
                         continue
@@ -317,7 +320,7 @@ class ClipModule(L.LightningModule):
                 if name in seen and f"{name}/{metric}" not in found and self._due(metric, name)
             ]
             if names:
-                usual = "a set needs 2 clips or more" if of_sets else facts[metric]["undefined"]
+                usual = self.unable.get((names[0], metric), facts[metric]["undefined"])
                 kinds = [metric, *([self.suite.encoder_of(metric)] if of_sets else [])]
                 warn_lacking(metric, names, kinds, problems, usual)
 

@@ -20,6 +20,7 @@ from lightning_kv.commands.compare import find_videos
 from lightning_kv.data.datamodule import PromptDataModule, VideoPairDataModule
 from lightning_kv.data.pairs import Alignment
 from lightning_kv.metrics import VideoMetric
+from lightning_kv.metrics.backbones.panorama_encoder import PanoramaEncoder
 from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.tasks.callbacks import (
     ComparisonVideos,
@@ -154,7 +155,7 @@ def test_nothing_is_said_where_all_have_values_or_what_they_lack_is_plain():
         short = trainer(limit_test_batches=1)  # the reference alone
         short.test(module(), datamodule=PromptDataModule(SHARDS, 1), verbose=False)
     assert said(found) == []
-    with pytest.warns(UserWarning, match="no value for full, .* a set needs 2 clips or more"):
+    with pytest.warns(UserWarning, match="no value for full, .* has 1 generated clips"):
         measured(module([FVD], frames=24))
 
 
@@ -267,6 +268,24 @@ def test_a_clip_that_failed_is_not_rolled_out_again_for_its_features(tmp_path, m
     monkeypatch.setattr("lightning_kv.tasks.evaluate.rollout", None)
     writer = RecordWriter(out, report=False)
     assert f"{POLICY}/{FVD}" in measured(module([FVD, "recall"], **own), [writer], 3, batch=3)
+
+
+def test_worlds_that_an_encoder_refuses_are_not_rolled_out_again(tmp_path, monkeypatch):
+    out, own = tmp_path / "run", {"frames": 24}
+    monkeypatch.setattr("lightning_kv.tasks.evaluate.features", lambda *world: {})
+    measured(module([FVD, "recall"], **own), [RecordWriter(out, report=False)], 2)
+    kept = [len(np.load(path).files) for path in sorted((out / "features").rglob("*.npz"))]
+    assert sorted(kept) == [0, 0, 1, 1, 1, 1]
+    monkeypatch.setattr("lightning_kv.tasks.evaluate.rollout", None)
+    measured(module([FVD, "recall"], **own), [RecordWriter(out, report=False)], 2)
+
+
+def test_a_set_without_a_distance_ends_nothing(monkeypatch):
+    monkeypatch.setattr(
+        PanoramaEncoder, "forward", lambda self, clips: clips.new_ones(len(clips), 64)
+    )
+    with pytest.warns(UserWarning, match=rf"'{FVD}' has no value for full, {POLICY}. .* the same"):
+        assert f"{POLICY}/recall" in measured(module([FVD, "recall"], frames=24), prompts=2)
 
 
 def test_the_progress_bar_counts_prompts_and_not_clips():
