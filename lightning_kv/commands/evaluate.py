@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lightning_kv.data.datamodule import PromptDataModule
+from lightning_kv.metrics.plugins import in_a_list
 from lightning_kv.metrics.registry import Suite
 from lightning_kv.models.embeddings import INDEX
 from lightning_kv.models.loading import check_memory, load_model
@@ -79,7 +80,7 @@ def settled(options: EvaluateOptions, source: Source) -> EvaluateOptions:
         "metrics": list(Suite(None, known(world, options.decode)).choices),
     }
     if isinstance(options.metrics, str):
-        options = replace(options, metrics=options.metrics.split(","))
+        options = replace(options, metrics=in_a_list(options.metrics))
     missing = {name: value for name, value in usual.items() if getattr(options, name) is None}
     data = replace(options.data, shards=shards)
     return replace(options, data=data, **vars(rollouts), **missing)

@@ -26,6 +26,7 @@ from lightning_kv.data.datamodule import (
 )
 from lightning_kv.data.shards import prompt_key, world_seed_of
 from lightning_kv.metrics.choices import Choice
+from lightning_kv.metrics.plugins import in_a_list
 from lightning_kv.models.nearest import hint
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan
@@ -250,11 +251,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             "sets are compared with what the world shows, or the clips of the reference."
         )
     metrics = settings.get("metrics")
-    if isinstance(metrics, str):
-        raise ValueError(
-            f"Metrics come in a list: metrics={metrics!r} was given. Write metrics=[{metrics!r}]."
-        )
-    for metric in metrics or ():
+    for metric in () if metrics is None else in_a_list(metrics):
         Choice.parse(metric)
 
 

@@ -181,11 +181,8 @@ def test_a_module_without_a_model_is_refused_before_the_first_step():
         (["full"], {"sample": 2}, r"no setting 'sample': .*mean 'samples'\?"),
         (["full"], {"samples": 0}, "at least one noise: samples=0"),
         (["full"], {"samples": 1.5}, "at least one noise: samples=1.5"),
-        (
-            ["full"],
-            {"metrics": "recall"},
-            r"metrics='recall' was given\. Write metrics=\['recall'\]",
-        ),
+        (["full"], {"metrics": {"psnr": 1}}, r"are a list, and this is .*metrics.values\(\)"),
+        (["full"], {"metrics": "recall,psrn"}, "Did you mean 'psnr'"),
         (["full"], {"metrics": ["recal"]}, "Did you mean 'recall'"),
         (["full"], {"reference": "ful"}, "Did you mean 'full'"),
         (["full"], {"real": "videos"}, "real=videos is not read while a model trains"),
