@@ -46,6 +46,7 @@ def test_the_peak_is_what_is_held_and_a_work_buffer(name):
 
 
 @pytest.mark.parametrize("name", ["sliding-window@9f", "infinity-rope@9f"])
+@pytest.mark.thinned(2)
 def test_buffers_that_are_kept_hold_at_least_as_much(name):
     kept, remade = measured(name, "keep"), measured(name, "remake")
     assert kept.held >= remade.held

@@ -162,6 +162,7 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize(
     "line", [c for c in COMMANDS if c.split()[1:2] and c.split()[1] in READERS]
 )
+@pytest.mark.thinned(2)
 def test_commands_on_runs_run(line, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     copies = iter(range(9))

@@ -65,7 +65,7 @@ def exactly(exact):
 @pytest.mark.parametrize(
     "prompts", [PROMPTS[1:3], pytest.param(PROMPTS, marks=pytest.mark.slow)], ids=len
 )
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_a_batch_equals_one_by_one(exact, exactly, name, prompts):
     """At the default seed: norms of float64 input work in float64, so nothing rounds to float32."""
     together = rollout(exact, preset(name), prompts, length(name))

@@ -76,6 +76,7 @@ def test_text_states_on_disk_are_the_encoders(tiny_wan, prompts):
     assert (states[1:] - states[:-1]).abs().amax((1, 2)).min() > 1
 
 
+@pytest.mark.slow
 def test_an_evaluation_measures_the_rollouts_it_ran(tiny_wan, prompts, run):
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary["policies"]) == {"full", "sliding-window@6f", "longlive"}

@@ -16,7 +16,7 @@ from test_contract import LARGE, PIXELS, batch, made, told, videos
 
 from lightning_kv.metrics import METRICS, FrechetVideoDistance, JEDi, VideoMetric
 from lightning_kv.metrics.backbones import RandomBackbone, Wrapped, backbone
-from lightning_kv.metrics.windows import Windows
+from lightning_kv.metrics.windows import WindowEncoder
 
 CHANGES = {
     "half": lambda module: module.half(),
@@ -178,7 +178,7 @@ def test_windows_look_in_the_precision_of_the_network(name):
     frames = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     found = []
     for kind in (None, torch.bfloat16):
-        windows = Windows(backbone(name))
+        windows = WindowEncoder(backbone(name)).windows()
         if kind is None:
             windows.add(frames)
         else:

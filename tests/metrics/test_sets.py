@@ -71,6 +71,7 @@ def two(tmp_path_factory):
 
 
 @pytest.mark.parametrize("share", ["uneven", "empty"])
+@pytest.mark.slow
 def test_two_processes_say_the_same_of_clips_to_rounding(two, share):
     one = ranks.clip_results(ALL)
     assert one.keys() == {"psnr", "recall", "named", "interval"} and 0 < one["recall"][0] < 1

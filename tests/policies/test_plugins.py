@@ -316,6 +316,7 @@ def list_policies(site):
 
 
 @pytest.mark.parametrize("entry", ["thin = {p}.mine:Thinned", "all = {p}.mine"])
+@pytest.mark.thinned(2)
 def test_an_installed_package_is_found_by_its_entry_point(package, tmp_path, entry):
     installed(tmp_path, package, entry.format(p=package))
     found = list_policies(tmp_path)

@@ -323,6 +323,7 @@ def test_a_film_ends_where_the_clip_was_cut(tmp_path, video):
             assert sum(1 for _ in film.decode(video=0)) == 40
 
 
+@pytest.mark.slow
 def test_real_videos_that_another_rank_skipped_are_said(tmp_path, video):
     """Of four, the second and the last are on the second rank."""
     for seed in range(2):

@@ -520,7 +520,7 @@ KEYS = ("longlive_5s_01", "self_forcing_5s_01")
 
 @pytest.mark.skipif(not ROLLOUTS.is_dir(), reason=f"no recorded rollouts in {ROLLOUTS}")
 @pytest.mark.parametrize("table", [False, True])
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 def test_recorded_rollouts(tmp_path, table, capsys):
     names = {"full": "baseline", "forcing": "forcingkv"}
     words = ["--out", str(tmp_path / "run"), "--metrics", "[psnr]", "--videos", "0"]

@@ -355,6 +355,7 @@ def test_a_clip_that_an_encoder_refused_is_finished(tmp_path, features):
     writer.there, writer.failed, writer.firsts = {("full", "k"), ("a", "k")}, set(), frozenset("k")
     writer.wanted = lambda key: ["full", "a"]
     module = SimpleNamespace(encoders={"e": None, "other": None}, real={}, shows_truth=False)
+    module.reference_name = "full"
     assert writer.lacking(None, module, ["k"]) == {"k"}
     for name in ("full", "a"):
         clips = {"clips": [clip_of(name, "k", "k", features)]}

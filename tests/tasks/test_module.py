@@ -113,7 +113,7 @@ def test_samples_are_other_noise_of_the_same_world(single):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 5, 8])
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_what_was_cut_off_goes_on_and_logs_the_whole(single, tmp_path, kept):
     out = tmp_path / "run"
     shutil.copytree(single, out)

@@ -92,6 +92,7 @@ def test_weights_are_averaged_slowly_only_after_a_while(tmp_path):
     assert (watched.average - average).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_weights_of_one_that_ran_through(tmp_path):
     def run(name, stages):
         options = PretrainOptions(

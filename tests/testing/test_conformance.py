@@ -174,6 +174,7 @@ def test_policies_are_named_on_the_command_line(tmp_path):
     assert "mine.yaml-runs_everywhere-recorded" in text
 
 
+@pytest.mark.slow
 def test_an_unknown_policy_is_an_error(tmp_path):
     code, text = run("--policy", "h3o", cwd=tmp_path)
     assert code != 0 and "--policy h3o: No policy 'h3o'. Did you mean 'h2o'?" in text
