@@ -16,6 +16,7 @@ RULES = {
     "testing": {"cache", "policies", "models", "rollout", "testing"},
     "data": {"data"},
     "stats": {"stats"},
+    "shipped": {"shipped"},
     "metrics": {"metrics", "stats"},
     "runs": {"runs", "stats"},
     "report": {"report", "runs", "stats"},
@@ -30,6 +31,7 @@ FROM_OUTSIDE = {
     "rollout": {"torch"},
     "testing": {"torch", "pytest"},
     "stats": {"numpy", "scipy"},
+    "shipped": set(),
     "runs": {"numpy", "av", "PIL"},
 }
 
