@@ -10,8 +10,18 @@ LONGEST = 16 * 2**10  # bytes of a prompt: text encoders read some hundred words
 
 
 def as_json(record: Mapping[str, Any]) -> bytes:
-    """A record as a shard holds it: its fields sorted."""
-    return json.dumps(record, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+    """A record as a shard holds it: its fields sorted.
+
+    Raises:
+        ValueError: There is something in it that JSON in UTF-8 has no word for.
+    """
+    try:
+        return json.dumps(record, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"A record cannot be written as JSON. Given {str(record)[:200]} ({error}). Give texts, "
+            "finite numbers, lists and objects."
+        ) from error
 
 
 def record_of(content: bytes, where: str) -> Any:

@@ -23,7 +23,7 @@ import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from lightning_kv.data.records import as_json, record_of, text_of
-from lightning_kv.data.tars import grouped
+from lightning_kv.data.tars import grouped, is_hidden
 from lightning_kv.data.videos import checksum
 
 SCHEMA = 1
@@ -314,7 +314,7 @@ class PromptShards(webdataset.DataPipeline):
     ) -> None:
         super().__init__(
             partial(_open_shards, index.paths),
-            tar_file_expander,
+            partial(tar_file_expander, select_files=_is_read),
             group_by_keys,
             partial(_first, limit=limit),
             partial(_prompts, seed=seed),
@@ -333,6 +333,10 @@ def _open_shards(paths: Iterable[Path]) -> Iterator[dict[str, str | BinaryIO]]:
     for path in paths:
         with path.open("rb") as stream:
             yield {"url": str(path), "stream": stream}
+
+
+def _is_read(name: str) -> bool:
+    return not is_hidden(name)
 
 
 def _first(source: Iterable[Any], limit: int | None) -> Iterator[Any]:

@@ -18,7 +18,7 @@ from webdataset.tariterators import base_plus_ext
 
 BLOCK = tarfile.BLOCKSIZE
 WHOLE = "Copy the file again from where it came, or pack it again with lightning-kv shards make."
-META = re.compile(r"__[^/]*__($|/)")  # what webdataset keeps to itself; __MACOSX is among it
+META = re.compile(r"__[^/]*__($|/)")  # what webdataset keeps to itself
 
 
 @dataclass(frozen=True, order=True)
@@ -89,8 +89,7 @@ class _Range(io.RawIOBase):
 def members(tar: Path) -> list[Member]:
     """List the files of a tar, after looking at all of its heads.
 
-    Hidden files (``._000.mp4`` of macOS) and those of webdataset's own are left out, as webdataset
-    leaves them out.
+    Hidden files (``._000.mp4`` of macOS) and those of webdataset's own are left out.
 
     Args:
         tar: The file.
@@ -148,8 +147,15 @@ def grouped(tar: Path) -> dict[str, dict[str, Member]]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether webdataset leaves a member out."""
-    return base_plus_ext(name)[0] is None or META.match(name) is not None
+    """Whether a member is left out: it is hidden, has no extension, or is webdataset's own."""
+    parts = PurePosixPath(name).parts
+    return (
+        not parts
+        or any(part.startswith(".") for part in parts)
+        or parts[0] == "__MACOSX"
+        or META.match(name) is not None
+        or base_plus_ext(name)[0] is None
+    )
 
 
 def hidden(tar: Path) -> list[str]:

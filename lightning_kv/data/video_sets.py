@@ -204,6 +204,17 @@ class Cut:
         return video if self.length is None else f"{video}@{start}"
 
 
+def keys_of(sample: VideoSample, cut: Cut) -> list[str]:
+    """Keys of the clips of a video in their order; with a length it is walked through.
+
+    Raises:
+        VideoError: It cannot be read.
+    """
+    if cut.length is None:
+        return [sample.key]
+    return [cut.key(sample.key, start) for start in cut.starts(probe(sample.video).frames)]
+
+
 def clips_of(
     sample: VideoSample, cut: Cut, finished: Collection[str] = frozenset()
 ) -> Iterator[VideoClip]:

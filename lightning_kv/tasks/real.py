@@ -37,6 +37,8 @@ def real_videos(folder: Path | None, suite: Suite) -> dict[str, VideoFile]:
         )
     found: dict[str, VideoFile] = dict(videos_in(folder))
     for shard in sorted(folder.rglob("*.tar")):
+        if shard.name.startswith("."):  # hidden, as videos of a folder may be
+            continue
         key = shard.relative_to(folder).with_suffix("").as_posix()
         videos = (each for each in members(shard) if each.suffix.lower() in SUFFIXES)
         found |= {f"{key}::{each.name}": each for each in videos}

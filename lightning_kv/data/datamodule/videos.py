@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_kv.data.datamodule.dealing import dealt_by_bytes, place
 from lightning_kv.data.shards import Shard, check_shard
 from lightning_kv.data.tars import Member
-from lightning_kv.data.video_sets import Cut, VideoClip, VideoSample, clips_of, find_videos
-from lightning_kv.data.videos import checksum, probe
+from lightning_kv.data.video_sets import (
+    Cut,
+    VideoClip,
+    VideoSample,
+    clips_of,
+    find_videos,
+    keys_of,
+)
+from lightning_kv.data.videos import checksum
 
 
 class VideoDataModule(lightning.LightningDataModule):
@@ -80,16 +88,12 @@ class VideoDataModule(lightning.LightningDataModule):
     def keys(self) -> list[str]:
         """Keys of all clips in the order of the set, finished ones included.
 
-        Every video is walked through for its number of frames.
+        Where there is a length, every video is walked through for its number of frames.
 
         Raises:
             VideoError: One of them cannot be read.
         """
-        return [
-            self.cut.key(sample.key, start)
-            for sample in self.samples
-            for start in self.cut.starts(probe(sample.video).frames)
-        ]
+        return [key for sample in self.samples for key in keys_of(sample, self.cut)]
 
     def prompt_texts(self) -> list[str]:
         """What is said about the videos, in their order; empty where nothing is."""
@@ -115,11 +119,11 @@ class VideoDataModule(lightning.LightningDataModule):
         Raises:
             ValueError: They cannot be used, or a training would leave a worker without any.
         """
-        hands = place(self.trainer)[1] * max(1, self.workers)
-        if stage == "fit" and len(self.samples) < hands:
+        found, hands = len(self.samples), place(self.trainer)[1] * max(1, self.workers)
+        if stage == "fit" and found < hands:
             raise ValueError(
-                f"There are fewer videos than processes that read them. Given {len(self.samples)} "
-                f"videos for {hands} workers of all ranks. Use fewer ranks or workers."
+                f"There are fewer videos than processes that read them. Given {found} videos for "
+                f"{hands} workers of all ranks. Use fewer ranks or workers."
             )
 
     def train_dataloader(self) -> DataLoader[VideoClip]:
@@ -188,4 +192,7 @@ def _together(clips: list[VideoClip]) -> VideoClip:
             f"Clips of a batch have different shapes. Given {shapes}. Give a size and a length, or "
             "a batch of 1."
         )
-    return default_collate(clips)
+    keys, prompts, rates, starts, pixels = zip(*clips, strict=True)
+    return VideoClip(
+        list(keys), list(prompts), torch.tensor(rates), torch.tensor(starts), torch.stack(pixels)
+    )
