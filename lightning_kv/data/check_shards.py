@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning_kv.data.records import text_of
 from lightning_kv.data.shards import Shard, check_shard, load_index
 from lightning_kv.data.tars import Member, grouped, hidden
-from lightning_kv.data.video_sets import read_record, video_of
+from lightning_kv.data.video_shards import read_record, video_of
 from lightning_kv.data.videos import VideoError, probe
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -14,34 +14,11 @@ from torch import Tensor
 
 from lightning_kv.data.pairs import pair_csv, videos_in
 from lightning_kv.data.prompt_lists import read_captions
-from lightning_kv.data.records import record_of, text_of
-from lightning_kv.data.shards import INDEX, Shard, read_index
-from lightning_kv.data.tars import Member, grouped
-from lightning_kv.data.videos import SUFFIXES, VideoError, VideoFile, VideoInfo, probe, read
+from lightning_kv.data.shards import INDEX
+from lightning_kv.data.video_shards import VideoSample, videos_in_shards
+from lightning_kv.data.videos import SUFFIXES, VideoError, VideoInfo, probe, read
 
-RECORD = 2**20  # bytes of a record, at most
 BLOCK = 8  # frames that are decoded at a time
-
-
-@dataclass(frozen=True)
-class VideoSample:
-    """A video of a set.
-
-    Args:
-        key: Its name in the set.
-        video: The file, or the member of a tar.
-        prompt: What it shows; empty where nothing is said.
-        bytes: Its length as stored.
-        shard: What the index says about its tar; None for a file of its own.
-        files: The other files of its sample by extension, such as `latents.safetensors`.
-    """
-
-    key: str
-    video: VideoFile
-    prompt: str
-    bytes: int
-    shard: Shard | None = None
-    files: Mapping[str, Member] = field(default_factory=dict)
 
 
 def find_videos(source: str | Path, column: str = "reference") -> tuple[VideoSample, ...]:
@@ -71,7 +48,7 @@ def find_videos(source: str | Path, column: str = "reference") -> tuple[VideoSam
             for pair in pair_csv(path).pairs
         )
     elif path.name == INDEX or (path / INDEX).is_file() or any(path.glob("*.tar")):
-        found = tuple(_in_shards(path))
+        found = videos_in_shards(path)
     else:
         videos = videos_in(path)
         said = read_captions(videos)
@@ -88,59 +65,6 @@ def find_videos(source: str | Path, column: str = "reference") -> tuple[VideoSam
 
 def _size(file: Path) -> int:
     return file.stat().st_size
-
-
-def _in_shards(folder: Path) -> Iterator[VideoSample]:
-    index = read_index(folder, contents=False)
-    known: dict[str, Path] = {}
-    for shard, path in zip(index.shards, index.paths, strict=True):
-        samples = grouped(path)
-        if len(samples) != shard.samples:
-            raise ValueError(
-                "The index of shards tells another number of samples than its shard holds. "
-                f"{path} holds {len(samples)}, the index says {shard.samples}. Write the set again."
-            )
-        for key, files in samples.items():
-            if key in known:
-                raise ValueError(
-                    f"Two shards hold one key. Given {key!r} in {known[key]} and {path}. Give "
-                    "every sample of a set its own key, and write it again."
-                )
-            known[key] = path
-            yield _sample(f"{key!r} of {path}", key, files, shard)
-
-
-def _sample(where: str, key: str, files: Mapping[str, Member], shard: Shard) -> VideoSample:
-    videos = video_of(files)
-    if len(videos) != 1:
-        raise ValueError(
-            f"A sample has not one video. {where} has {', '.join(files)}. Give every sample of a "
-            f"set one file of {', '.join(SUFFIXES)}; prompts alone go to PromptDataModule."
-        )
-    prompt = ""
-    if "json" in files:
-        prompt = text_of(read_record(files["json"]), where, needed=False)
-    rest = {name: file for name, file in files.items() if file not in videos and name != "json"}
-    return VideoSample(key, videos[0], prompt, videos[0].size, shard, rest)
-
-
-def video_of(sample: Mapping[str, Member]) -> list[Member]:
-    """The videos among the files of a sample."""
-    return [member for extension, member in sample.items() if f".{extension}" in SUFFIXES]
-
-
-def read_record(member: Member) -> object:
-    """What the record of a sample holds.
-
-    Raises:
-        ValueError: It is no JSON in UTF-8, or larger than any record.
-    """
-    if member.size > RECORD:
-        raise ValueError(
-            f"A record is too large. {member} has {member.size} bytes. Give {RECORD} at most."
-        )
-    with member.open() as file:
-        return record_of(file.read(), str(member))
 
 
 class VideoClip(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch.utils.data import get_worker_info
 
-from lightning_kv.data.video_sets import VideoSample
+from lightning_kv.data.video_shards import VideoSample
 
 Item = TypeVar("Item")
 

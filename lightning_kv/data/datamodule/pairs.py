@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -12,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_kv.data.datamodule.dealing import dealt, place
 from lightning_kv.data.pairs import Alignment
 from lightning_kv.data.video_pairs import Infos, PairedClip, Piece, Videos, pieces, shortest
-from lightning_kv.data.videos import VideoError, VideoInfo, checksum, probe
+from lightning_kv.data.videos import VideoError, VideoFile, VideoInfo, checksum, probe
 
 PIECE = 4  # frames of a video in hand: metrics make several float64 copies of them
 
@@ -115,7 +114,7 @@ class _Pieces(IterableDataset):
             yield from pieces(clip, data.videos, data.infos, data.alignment, PIECE)
 
 
-def _probed(path: Path) -> VideoInfo | VideoError:
+def _probed(path: VideoFile) -> VideoInfo | VideoError:
     """What a file holds, or why it cannot be read."""
     try:
         return probe(path)

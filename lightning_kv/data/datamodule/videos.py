@@ -19,11 +19,11 @@ from lightning_kv.data.tars import Member
 from lightning_kv.data.video_sets import (
     Cut,
     VideoClip,
-    VideoSample,
     clips_of,
     find_videos,
     keys_of,
 )
+from lightning_kv.data.video_shards import VideoSample
 from lightning_kv.data.videos import checksum
 
 
