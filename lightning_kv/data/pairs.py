@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_kv.data.videos import SUFFIXES, VideoError, VideoInfo, probe, read
+from lightning_kv.data.shards import INDEX
+from lightning_kv.data.video_shards import videos_in_shards
+from lightning_kv.data.videos import SUFFIXES, VideoError, VideoFile, VideoInfo, probe, read
 
 COLUMNS = ("reference", "candidate", "key", "prompt")
 CHOICES = {
@@ -33,8 +35,8 @@ class Pair(NamedTuple):
     """
 
     key: str
-    reference: Path
-    candidate: Path
+    reference: VideoFile
+    candidate: VideoFile
     prompt: str = ""
 
 
@@ -148,10 +150,24 @@ def videos_in(folder: Path) -> dict[str, Path]:
     return found
 
 
-def pair_folders(reference: str | Path, candidate: str | Path) -> Pairs:
-    """Pair the videos of two folders by name.
+def videos_of(folder: Path) -> dict[str, VideoFile]:
+    """The videos of a folder of videos or of shards by key, in their order.
 
-    What counts as a video, and the key that pairs two of them, says :func:`videos_in`.
+    A folder is one of shards where it has an ``index.json`` and tars; every shard is compared with
+    its checksum.
+
+    Raises:
+        ValueError: As `videos_in` and `videos_in_shards`.
+    """
+    if (folder / INDEX).is_file() and any(folder.glob("*.tar")):
+        return {sample.key: sample.video for sample in videos_in_shards(folder, contents=True)}
+    return dict(videos_in(folder))
+
+
+def pair_folders(reference: str | Path, candidate: str | Path) -> Pairs:
+    """Pair the videos of two folders, of files or of shards, by name.
+
+    What counts as a video, and the key that pairs two of them, says :func:`videos_of`.
 
     Args:
         reference: Folder of the videos that are right.
@@ -163,7 +179,7 @@ def pair_folders(reference: str | Path, candidate: str | Path) -> Pairs:
     Raises:
         ValueError: A folder is not there, has a key twice (two suffixes), or no key is in both.
     """
-    ours, theirs = videos_in(Path(reference)), videos_in(Path(candidate))
+    ours, theirs = videos_of(Path(reference)), videos_of(Path(candidate))
     common = sorted(ours.keys() & theirs.keys())
     if not common:
         raise ValueError(
@@ -213,8 +229,8 @@ def pair_csv(path: str | Path) -> Pairs:
 
 
 def read_pair(
-    reference: str | Path | VideoInfo,
-    candidate: str | Path | VideoInfo,
+    reference: str | VideoFile | VideoInfo,
+    candidate: str | VideoFile | VideoInfo,
     alignment: Alignment | None = None,
     block: int = 8,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -301,7 +317,7 @@ def _pair(where: str, folder: Path, row: dict[str | None, str | None]) -> Pair:
     return Pair(cells.get("key") or files[0].stem, *files, cells.get("prompt", ""))
 
 
-def _some(videos: dict[str, Path]) -> str:
+def _some(videos: dict[str, VideoFile]) -> str:
     """A few names, and how many there are."""
     names = [repr(name) for name in islice(videos, 3)]
     return f"{len(videos)} videos ({', '.join([*names, '...'][: len(videos)])})"

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_kv.data.pairs import Alignment, Pairs, read_pair, videos_in
-from lightning_kv.data.videos import SUFFIXES, VideoError, VideoInfo, read
+from lightning_kv.data.pairs import Alignment, Pairs, read_pair, videos_of
+from lightning_kv.data.videos import SUFFIXES, VideoError, VideoFile, VideoInfo, read
 
-Infos = Mapping[Path, "VideoInfo | VideoError"]
+Infos = Mapping[VideoFile, "VideoInfo | VideoError"]
 """What every file holds, or why it cannot be read."""
 
 
@@ -31,8 +31,8 @@ class PairedClip:
 
     key: str
     prompt: str
-    reference: Path | None
-    candidates: Mapping[str, Path]
+    reference: VideoFile | None
+    candidates: Mapping[str, VideoFile]
 
     @property
     def unit(self) -> str:
@@ -64,9 +64,9 @@ class Videos:
         return [self.reference, *self.candidates]
 
     @property
-    def files(self) -> dict[str, dict[str, Path]]:
+    def files(self) -> dict[str, dict[str, VideoFile]]:
         """Paths by name and key."""
-        found: dict[str, dict[str, Path]] = {self.reference: {}}
+        found: dict[str, dict[str, VideoFile]] = {self.reference: {}}
         for clip in self.clips:
             if clip.reference is not None:
                 found[self.reference][clip.key] = clip.reference
@@ -75,7 +75,7 @@ class Videos:
         return found
 
     @property
-    def paths(self) -> list[Path]:
+    def paths(self) -> list[VideoFile]:
         """Every file once."""
         return list(dict.fromkeys(path for own in self.files.values() for path in own.values()))
 
@@ -111,10 +111,11 @@ def apart(names: Sequence[str], folders: Sequence[Path]) -> Videos:
     """
     clips = []
     for name, folder in zip(names, folders, strict=True):
-        found = videos_in(folder)
+        found = videos_of(folder)
         if not found:
             raise ValueError(
-                f"There are no videos in {folder}. Give a folder of {', '.join(SUFFIXES)} files."
+                f"There are no videos in {folder}. Give a folder of {', '.join(SUFFIXES)} files, "
+                "or of shards."
             )
         for key, path in sorted(found.items()):
             own = {} if name == names[0] else {name: path}
@@ -218,7 +219,7 @@ def pieces(
 
 def _frames(
     info: VideoInfo | VideoError,
-    reference: Path | None,
+    reference: VideoFile | None,
     infos: Infos,
     alignment: Alignment,
     frames: int,

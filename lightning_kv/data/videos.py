@@ -8,8 +8,9 @@ torchvision, wrote into it. Chroma is upsampled bilinearly at its declared site 
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -28,6 +29,10 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_kv.data.tars import Member
+
+VideoFile = Path | Member
+"""A video: a file, or a member of a tar."""
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 CONTAINERS = ("mov", "matroska", "avi")  # demuxers; others also open texts, images and playlists
 # Colour matrix as H.273 numbers it: its name, and what swscale calls it.
@@ -62,7 +67,7 @@ class VideoInfo:
     """What a video file holds.
 
     Args:
-        path: The file.
+        path: The file, or the member of a tar.
         width: Pixels across, as shown (after rotation). Pixels are taken as square.
         height: Pixels down, as shown.
         fps: Frames per second, on average.
@@ -76,7 +81,7 @@ class VideoInfo:
         full_range: Whether 0 is black and the largest value white.
     """
 
-    path: Path
+    path: VideoFile
     width: int
     height: int
     fps: Fraction
@@ -95,23 +100,28 @@ class VideoInfo:
         return f"decoded:{self.codec}"
 
 
-def checksum(path: str | Path) -> str:
+def checksum(path: str | VideoFile) -> str:
     """SHA-256 of a file, 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with _file(path).open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
 
 
-def probe(path: str | Path) -> VideoInfo:
+def _file(path: str | VideoFile) -> VideoFile:
+    return path if isinstance(path, Member) else Path(path)
+
+
+def probe(path: str | VideoFile) -> VideoInfo:
     """Say what a video file holds, after walking through it; only its first frame is decoded.
 
     Of several video streams the first counts. A file made to be cut anywhere (a live recording:
     Matroska without a duration, fragments of mp4) cannot always be seen to end early.
 
     Args:
-        path: A file of one of the kinds in ``SUFFIXES``; what it holds counts, not its name.
+        path: A file of one of the kinds in ``SUFFIXES``, or such a member of a tar; what it holds
+            counts, not its name.
 
     Returns:
         Its size, rate, count of frames and colours.
@@ -126,14 +136,14 @@ def probe(path: str | Path) -> VideoInfo:
         ...
         lightning_kv.data.videos.VideoError: Cannot read no/such.mp4. Given 'No such file or ...
     """
-    path = Path(path)
+    path = _file(path)
     with _opened(path) as (container, stream):
         first, shown, hidden = _walk(path, container, stream)
         return _described(path, stream, first, shown, hidden)
 
 
 def read(
-    video: str | Path | VideoInfo, block: int = 8, size: tuple[int, int] | None = None
+    video: str | VideoFile | VideoInfo, block: int = 8, size: tuple[int, int] | None = None
 ) -> Iterator[Tensor]:
     """Read a video in presentation order, a few frames at a time.
 
@@ -141,7 +151,7 @@ def read(
     left out or repeated. Damage that still decodes (most codecs have no checksums) is not seen.
 
     Args:
-        video: The file, or what :func:`probe` said about it.
+        video: The file or member, or what :func:`probe` said about it.
         block: Frames in a piece; the last may have fewer. No more are held.
         size: Height and width (pixels) to resize to: bicubic with antialias, rounded. None: as
             shown.
@@ -208,13 +218,15 @@ def _rgb(convert: VideoReformatter, frame: VideoFrame) -> NDArray[np.uint8]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    try:
-        # A relative "a:b.mp4" would be taken for a protocol.
-        container = av.open(str(path.absolute()))
-    except (av.error.FFmpegError, OSError) as error:
-        raise _refused(path, repr(error.strerror)) from error
-    with container:
+def _opened(path: VideoFile) -> Iterator[tuple[InputContainer, VideoStream]]:
+    with ExitStack() as stack:
+        try:
+            # A relative "a:b.mp4" would be taken for a protocol.
+            member = isinstance(path, Member)
+            source = stack.enter_context(path.open()) if member else str(path.absolute())
+            container = stack.enter_context(av.open(source))
+        except (av.error.FFmpegError, OSError) as error:
+            raise _refused(path, repr(error.strerror)) from error
         if container.format.name.split(",")[0] not in CONTAINERS:
             raise _refused(path, f"the format {container.format.name!r}")
         cover = Disposition.attached_pic
@@ -228,7 +240,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def _walk(
-    path: Path, container: InputContainer, stream: VideoStream
+    path: VideoFile, container: InputContainer, stream: VideoStream
 ) -> tuple[VideoFrame | None, int, int]:
     """The first frame, and how many pictures are stored to be shown and hidden."""
     first, shown, hidden, end = None, 0, 0, 0
@@ -259,10 +271,11 @@ def _is_hidden(packet: Packet) -> bool:
     return packet.is_discard or (alone and not bytes(packet)[0] & 0x10)  # RFC 6386, 9.1
 
 
-def _check_boxes(path: Path, shown: int) -> None:
+def _check_boxes(path: VideoFile, shown: int) -> None:
     """Refuse an mp4 or mov whose last box (ISO 14496-12, 4.2) goes on beyond the file."""
-    at, size = 0, path.stat().st_size
+    at = 0
     with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
         while at < size:
             file.seek(at)
             head = file.read(16)
@@ -277,7 +290,7 @@ def _check_boxes(path: Path, shown: int) -> None:
 
 
 def _check_length(
-    path: Path, container: InputContainer, stream: VideoStream, shown: int, end: Fraction
+    path: VideoFile, container: InputContainer, stream: VideoStream, shown: int, end: Fraction
 ) -> None:
     """Refuse a file that ends before its head says, or that has a hole."""
     name, rate = container.format.name, stream.average_rate
@@ -309,7 +322,7 @@ def _declared_end(container: InputContainer, stream: VideoStream) -> Fraction | 
 
 
 def _described(
-    path: Path, stream: VideoStream, first: VideoFrame | None, shown: int, hidden: int
+    path: VideoFile, stream: VideoStream, first: VideoFrame | None, shown: int, hidden: int
 ) -> VideoInfo:
     rate = stream.average_rate or stream.guessed_rate
     if first is None or not rate:
@@ -333,7 +346,7 @@ def _described(
     )
 
 
-def _check_pixels(path: Path, frame: VideoFrame, stream: VideoStream) -> None:
+def _check_pixels(path: VideoFile, frame: VideoFrame, stream: VideoStream) -> None:
     """Refuse pixels that have no plain way to 8-bit RGB."""
     layout, curve = frame.format, int(stream.codec_context.color_trc)
     webm_alpha = stream.metadata.get("alpha_mode") or stream.metadata.get("ALPHA_MODE")
@@ -345,7 +358,7 @@ def _check_pixels(path: Path, frame: VideoFrame, stream: VideoStream) -> None:
         raise _refused(path, f"high dynamic range ({HIGH_DYNAMIC_RANGE[curve]})")
 
 
-def _rotation(path: Path, frame: VideoFrame) -> int:
+def _rotation(path: VideoFile, frame: VideoFrame) -> int:
     try:
         data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
     except ValueError as error:  # PyAV does not know every kind that FFmpeg knows
@@ -362,14 +375,14 @@ def _is_full(frame: VideoFrame) -> bool:
     return int(frame.color_range) == ColorRange.JPEG or frame.format.name.startswith("yuvj")
 
 
-def _damaged(path: Path, found: str, instead: str | None) -> VideoError:
+def _damaged(path: VideoFile, found: str, instead: str | None) -> VideoError:
     return VideoError(
         f"{path} is damaged or cut short. Given {found} whole frames before {instead!r}. Copy the "
         "file again from where it came, or encode it again."
     )
 
 
-def _refused(path: Path, given: str) -> VideoError:
+def _refused(path: VideoFile, given: str) -> VideoError:
     return VideoError(
         f"Cannot read {path}. Given {given}. Give a whole video in mp4, mov, mkv, webm or avi, "
         "without alpha, in colour, of standard dynamic range and turned by right angles at most."

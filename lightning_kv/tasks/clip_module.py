@@ -7,7 +7,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_kv.data.datamodule import PromptDataModule, RolloutItem
-from lightning_kv.data.videos import VideoError
+from lightning_kv.data.videos import VideoError, VideoFile
 from lightning_kv.metrics.base import ClipMetric
 from lightning_kv.metrics.registry import Suite
 from lightning_kv.metrics.set_base import SetMetric
@@ -91,7 +90,7 @@ class ClipModule(L.LightningModule):
         suite: Suite,
         names: Sequence[str],
         reference: str,
-        real: Mapping[str, Path] | None = None,
+        real: Mapping[str, VideoFile] | None = None,
     ) -> None:
         super().__init__()
         self.suite, self.names, self.reference_name = suite, list(names), reference

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from lightning_kv.data.shards import INDEX, PromptShards, read_index, write_prompt_shards
+from lightning_kv.data.make_shards import make_prompt_shards
+from lightning_kv.data.shards import INDEX, PromptShards, read_index
 from lightning_kv.models.embeddings import held_prompts, remove_embeddings, write_embeddings
 from lightning_kv.models.text import LENGTH, WanText, text_fingerprint
-
-PER_SHARD = 512  # prompts per tar file of a set made from a list
 
 
 @dataclass(frozen=True)
@@ -175,10 +173,4 @@ def _write_shards(source: Path, texts: list[str], out: Path) -> None:
                 f"{source}, or other texts. Give another --out."
             )
         return
-    slug = re.sub(r"[^a-z0-9_-]+", "-", source.stem.lower()).strip("-")
-    name = slug[:80] or "prompts"
-    samples = [
-        (f"{name}-{number:06d}", {"prompt": prompt, "source": source.name})
-        for number, prompt in enumerate(texts)
-    ]
-    write_prompt_shards(samples, out, name, PER_SHARD)
+    make_prompt_shards(source, out)

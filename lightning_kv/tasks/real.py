@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import tarfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from lightning_kv.data.pairs import videos_in
-from lightning_kv.data.videos import SUFFIXES, VideoError, read
+from lightning_kv.data.tars import Member, members
+from lightning_kv.data.videos import SUFFIXES, VideoError, VideoFile, read
 from lightning_kv.metrics.registry import Suite
 from lightning_kv.metrics.windows import WindowEncoder
 from lightning_kv.runs.features import FeatureStore
@@ -21,13 +19,14 @@ from lightning_kv.runs.features import FeatureStore
 log = logging.getLogger(__name__)
 
 
-def real_videos(folder: Path | None, suite: Suite) -> dict[str, Path]:
+def real_videos(folder: Path | None, suite: Suite) -> dict[str, VideoFile]:
     """The videos of ``--real`` by their key; none without a folder.
 
-    A shard, a tar file of videos, gives a key ``SHARD::NAME`` for each, and its own path.
+    A shard, a tar file of videos, gives a key ``SHARD::NAME`` for each.
 
     Raises:
-        ValueError: There are none in the folder, two of one name, or no metric looks at them.
+        ValueError: There are none in the folder, two of one name, a tar cannot be read, or no
+            metric looks at them.
     """
     if folder is None:
         return {}
@@ -36,13 +35,13 @@ def real_videos(folder: Path | None, suite: Suite) -> dict[str, Path]:
             f"--real {folder} does nothing: no metric compares sets. Leave it out, or name one: "
             "--metrics [fvd/i3d]."
         )
-    found = videos_in(folder)
+    found: dict[str, VideoFile] = dict(videos_in(folder))
     for shard in sorted(folder.rglob("*.tar")):
-        with tarfile.open(shard) as content:
-            names = [member.name for member in content if member.isfile()]
+        if shard.name.startswith("."):  # hidden, as videos of a folder may be
+            continue
         key = shard.relative_to(folder).with_suffix("").as_posix()
-        videos = (name for name in names if Path(name).suffix.lower() in SUFFIXES)
-        found |= {f"{key}::{name}": shard for name in videos}
+        videos = (each for each in members(shard) if each.suffix.lower() in SUFFIXES)
+        found |= {f"{key}::{each.name}": each for each in videos}
     if found:
         return found
     raise ValueError(
@@ -51,8 +50,13 @@ def real_videos(folder: Path | None, suite: Suite) -> dict[str, Path]:
     )
 
 
+def on_disk(video: VideoFile) -> Path:
+    """The file that a video lies in: itself, or its shard."""
+    return video.tar if isinstance(video, Member) else video
+
+
 def encode_real(
-    key: str, path: Path, encoders: Mapping[str, WindowEncoder], store: FeatureStore | None
+    key: str, video: VideoFile, encoders: Mapping[str, WindowEncoder], store: FeatureStore | None
 ) -> dict[str, Tensor]:
     """Features of a real video by encoder, from the store where it has them.
 
@@ -62,10 +66,9 @@ def encode_real(
     if store is not None and (held := store.read(None, key)) is not None:
         return {name: torch.from_numpy(each) for name, each in held.items()}
     windows = {name: encoder.windows() for name, encoder in encoders.items()}
-    with on_disk(key, path) as file:
-        for block in read(file):
-            for each in windows.values():
-                each.add(block.float() / 255)
+    for block in read(video):
+        for each in windows.values():
+            each.add(block.float() / 255)
     found = {name: each.features() for name, each in windows.items()}
     if not all(len(rows) for rows in found.values()):
         longest = max(each.length for each in windows.values())
@@ -73,16 +76,3 @@ def encode_real(
     if store is not None:
         store.write(None, key, {name: each.numpy() for name, each in found.items()})
     return found
-
-
-@contextmanager
-def on_disk(key: str, path: Path) -> Iterator[Path]:
-    """A video as a file of its own: itself, or a copy of what a shard holds."""
-    if path.suffix != ".tar":
-        yield path
-        return
-    name = key.partition("::")[2]
-    with tarfile.open(path) as shard, TemporaryDirectory() as place:
-        copy = Path(place) / f"video{Path(name).suffix}"
-        copy.write_bytes(shard.extractfile(name).read())
-        yield copy

@@ -20,6 +20,7 @@ from lightning_kv.rollout import Rollout
 from lightning_kv.runs.directory import Record
 from lightning_kv.tasks.clip_module import ClipModule, ClipResult
 from lightning_kv.tasks.film import GAIN
+from lightning_kv.tasks.real import on_disk
 
 
 def broken(out: Rollout, reference: Rollout, index: int) -> str | None:
@@ -84,12 +85,13 @@ def plain(curve: Tensor) -> list[float | None]:
 
 def describe(trainer: L.Trainer, module: ClipModule, data: Any) -> dict[str, Any]:
     """Everything the numbers depend on: the run's fingerprint is made of it."""
-    sums = {path: checksum(path) for path in set(module.real.values())}  # a shard holds many
+    files = {key: on_disk(video) for key, video in module.real.items()}
+    sums = {path: checksum(path) for path in set(files.values())}  # a shard holds many
     return {
         **module.describe(),
         "data": data.describe(),
         "metrics": module.suite.recipes(),
-        "real": {key: sums[path] for key, path in module.real.items()},
+        "real": {key: sums[path] for key, path in files.items()},
         "threads": torch.get_num_threads(),
         "accelerator": trainer.strategy.root_device.type,
         **({} if trainer.precision == "32-true" else {"trainer_precision": trainer.precision}),

@@ -154,14 +154,14 @@ def test_index_that_makes_no_sense_is_refused(change, tmp_path):
     write(tmp_path)
     path = tmp_path / "index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match="index of prompt shards cannot be used"):
+    with pytest.raises(ValueError, match="index of shards cannot be used"):
         read_index(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])
 def test_index_that_is_no_record_is_refused(text, tmp_path):
     (tmp_path / "index.json").write_text(text)
-    with pytest.raises(ValueError, match="index of prompt shards cannot be used"):
+    with pytest.raises(ValueError, match="index of shards cannot be used"):
         read_index(tmp_path)
 
 

@@ -5,8 +5,10 @@ from fractions import Fraction
 import pytest
 
 from lightning_kv.commands.compare import find_videos
-from lightning_kv.data.pairs import Alignment
-from lightning_kv.data.video_pairs import PairedClip, alignable, shortest
+from lightning_kv.data.datamodule import VideoPairDataModule
+from lightning_kv.data.make_shards import make_video_shards
+from lightning_kv.data.pairs import Alignment, pair_folders
+from lightning_kv.data.video_pairs import PairedClip, alignable, apart, joined, shortest
 from lightning_kv.data.videos import VideoError, VideoInfo
 from lightning_kv.tasks.options import CompareOptions
 
@@ -122,3 +124,25 @@ def test_a_clip_is_cut_to_the_shortest_of_those_that_fit(tmp_path, given, able, 
     assert shortest(alone, infos, alignment) is None
     unreadable = PairedClip("k", "", paths["broken"], {"a": paths["a"]})
     assert shortest(unreadable, infos, alignment) is None
+
+
+def test_shards_are_compared_as_their_folder_is(tmp_path, films):
+    """A folder of shards stands for the videos that it was made of."""
+    for name in ("a", "b", "d"):
+        (tmp_path / "films").mkdir(exist_ok=True)
+        (tmp_path / f"films/{name}.mp4").write_bytes((films / f"{name}.mp4").read_bytes())
+    make_video_shards(tmp_path / "films", tmp_path / "shards", shard_videos=2)
+    seen = []
+    for reference, candidate in (("films", "films"), ("films", "shards"), ("shards", "films")):
+        pairs = pair_folders(tmp_path / reference, tmp_path / candidate)
+        assert [pair.key for pair in pairs.pairs] == ["a", "b", "d"]
+        data = VideoPairDataModule(joined("ours", {"theirs": pairs}))
+        sums = data.describe()["files"]
+        assert sums["ours"] == sums["theirs"] and None not in sums["ours"].values()
+        seen.append([(p.name, p.key, p.ends, p.pixels.sum()) for p in data.test_dataloader()])
+        assert all(p.target is None or p.pixels.equal(p.target) for p in data.test_dataloader())
+    assert seen[0] == seen[1] == seen[2]
+    assert len(apart(["a", "b"], [tmp_path / "films", tmp_path / "shards"]).clips) == 6
+    next((tmp_path / "shards").glob("*-000001.tar")).unlink()
+    with pytest.raises(ValueError, match="missing or damaged"):
+        pair_folders(tmp_path / "films", tmp_path / "shards")

@@ -1,5 +1,6 @@
 """Features on disk, and the distances that come of them."""
 
+import gzip
 import json
 import math
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import torch
 from scipy import stats
 
 from lightning_kv.cache.session import Cost
+from lightning_kv.data.make_shards import make_video_shards
 from lightning_kv.metrics.backbones.base import RandomBackbone
 from lightning_kv.metrics.functional.frechet import frechet_distance, frechet_error
 from lightning_kv.metrics.functional.frechet_difference import delta_frechet
@@ -16,11 +18,12 @@ from lightning_kv.metrics.registry import Suite, set_metric
 from lightning_kv.metrics.windows import WindowEncoder
 from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.runs.features import FeatureStore, part_of_path
+from lightning_kv.tasks import real
 from lightning_kv.tasks.adapter import Measured
 from lightning_kv.tasks.callbacks import RecordWriter
 from lightning_kv.tasks.clip_module import ClipModule, ClipResult
 from lightning_kv.tasks.distances import distances
-from lightning_kv.tasks.real import encode_real, real_videos
+from lightning_kv.tasks.real import encode_real, on_disk, real_videos
 from lightning_kv.tasks.results import cost
 
 NAME = "fvd/random-3dconv"
@@ -361,3 +364,34 @@ def test_a_clip_that_an_encoder_refused_is_finished(tmp_path, features):
         clips = {"clips": [clip_of(name, "k", "k", features)]}
         writer.on_test_batch_end(SimpleNamespace(global_rank=0), module, clips)
     assert writer.lacking(None, module, ["k"]) == set()
+
+
+def test_real_videos_of_shards_have_the_features_of_their_folder(tmp_path, video, monkeypatch):
+    """Each shard is looked through once, and no video is copied out of it."""
+    for seed, key in enumerate(("a", "b", "in/a", "d")):
+        video(tmp_path / f"real/{key}.mp4", seed, frames=17)
+    make_video_shards(tmp_path / "real", tmp_path / "shards", "set", shard_videos=2)
+    (tmp_path / "shards/._set-000000.tar").write_bytes(b"Mac OS X")
+    encoder, suite = WindowEncoder(RandomBackbone(3)), Suite([NAME], {"pixels"})
+    opened = []
+    listed = real.members
+    monkeypatch.setattr(real, "members", lambda shard: opened.append(shard.name) or listed(shard))
+    monkeypatch.setattr("tempfile.mkdtemp", None)
+    features = []
+    for folder in (tmp_path / "real", tmp_path / "shards"):
+        found = real_videos(folder, suite)
+        encoded = [encode_real(key, each, {"e": encoder}, None)["e"] for key, each in found.items()]
+        features.append(torch.cat(encoded))
+        assert {on_disk(each).suffix for each in found.values()} == {
+            ".mp4" if folder.name == "real" else ".tar"
+        }
+    assert torch.equal(*features) and len(features[0]) == 8
+    assert opened == ["set-000000.tar", "set-000001.tar"]
+    assert next(iter(found)) == "set-000000::a.mp4"
+
+
+@pytest.mark.parametrize("content", [b"", b"<html></html>", gzip.compress(bytes(10240))])
+def test_real_shards_that_are_none_are_refused(tmp_path, content):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=r"no whole, uncompressed tar\. Given "):
+        real_videos(tmp_path, Suite([NAME], {"pixels"}))

@@ -1,4 +1,4 @@
-"""What a run is about, dealt out to ranks: prompts and their rollouts, or pairs of videos."""
+"""Prompts, and the rollouts that a run does of each."""
 
 from __future__ import annotations
 
@@ -6,29 +6,13 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import lightning
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_kv.data.pairs import Alignment
+from lightning_kv.data.datamodule.dealing import dealt, place
 from lightning_kv.data.shards import PromptSample, PromptShards, ShardIndex, read_index
-from lightning_kv.data.video_pairs import Infos, PairedClip, Piece, Videos, pieces, shortest
-from lightning_kv.data.videos import VideoError, VideoInfo, checksum, probe
-
-__all__ = [
-    "PromptDataModule",
-    "PromptSample",
-    "RolloutItem",
-    "VideoPairDataModule",
-    "dealt",
-    "each_sample",
-    "in_batches",
-]
-
-PIECE = 4  # frames of a video in hand: metrics make several float64 copies of them
-
-Item = TypeVar("Item")
 
 
 class RolloutItem(NamedTuple):
@@ -178,14 +162,22 @@ class PromptDataModule(lightning.LightningDataModule):
 
     def left(self) -> int:
         """Items that this rank has before it, each under every policy."""
-        rank, world = _place(self.trainer)
+        rank, world = place(self.trainer)
         unfinished = (item for item in self._items() if item.key not in self.finished)
         return sum(1 for _ in dealt(unfinished, rank, world))
 
     def test_dataloader(self) -> DataLoader[list[RolloutItem]]:
         """Rollouts of this rank, as lists of up to ``batch`` items of one policy."""
-        rollouts = _Rollouts(self, self._policies(), *_place(self.trainer))
+        rollouts = _Rollouts(self, self._policies(), *place(self.trainer))
         return DataLoader(rollouts, batch_size=None, num_workers=0)
+
+    def val_dataloader(self) -> DataLoader[list[RolloutItem]]:
+        """The same, for a training that looks at them in between."""
+        return self.test_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[list[RolloutItem]]:
+        """The same, for a module that records nothing."""
+        return self.test_dataloader()
 
     def _policies(self) -> Sequence[str]:
         module = None if self.trainer is None else self.trainer.lightning_module
@@ -208,96 +200,6 @@ class _Rollouts(IterableDataset):
         yield from in_batches(mine, self.data.batch, self.policies)
 
 
-class VideoPairDataModule(lightning.LightningDataModule):
-    """Videos that somebody made, each beside the one that it is compared with, piece by piece.
-
-    All videos of a clip come on one rank and from one worker, the reference first. See
-    :class:`~lightning_kv.data.video_pairs.Piece`.
-
-    Args:
-        videos: Which; see :mod:`lightning_kv.data.video_pairs`.
-        alignment: What is done where two videos differ; None: they must be alike.
-        workers: Processes that read ahead; 0 reads where it is measured.
-
-    Attributes:
-        finished: Keys of clips to leave out.
-        infos: What every file holds, or why it cannot be read.
-    """
-
-    finished: Collection[str]
-
-    def __init__(
-        self, videos: Videos, alignment: Alignment | None = None, workers: int = 0
-    ) -> None:
-        super().__init__()
-        self.videos, self.alignment, self.workers = videos, alignment or Alignment(), workers
-        self.finished = ()
-        self.infos: Infos = {path: _probed(path) for path in videos.paths}
-
-    def names_of(self, key: str) -> list[str]:
-        """Names that have a video of a clip."""
-        return [name for name, own in self.videos.files.items() if key in own]
-
-    def first(self, clips: int | None = None) -> list[str]:
-        """Keys of the first clips; of all where None."""
-        return sorted({clip.key for clip in self.videos.clips})[:clips]
-
-    def describe(self) -> dict[str, Any]:
-        """Everything that decides what is compared; of what cannot be read there is no checksum."""
-        files = self.videos.files.items()
-        able = {path for path, info in self.infos.items() if isinstance(info, VideoInfo)}
-        return {
-            "files": {
-                name: {key: checksum(path) if path in able else None for key, path in own.items()}
-                for name, own in files
-            },
-            "prompts": {clip.key: clip.prompt for clip in self.videos.clips if clip.prompt},
-            "alignment": self.alignment.recipe,
-        }
-
-    def about(self) -> dict[str, Any]:
-        """What a report must know."""
-        known = [info for info in self.infos.values() if isinstance(info, VideoInfo)]
-        return {
-            "prompts": len({clip.unit for clip in self.videos.clips}),
-            "frames": max(info.frames for info in known),
-            "rate": min(float(info.fps) for info in known),
-            "size": " ".join(sorted({f"{info.height}x{info.width}" for info in known})),
-            "source": " ".join(sorted({info.source for info in known})),
-        }
-
-    def frames_left(self) -> int:
-        """Frames that this rank has to read, references included."""
-        left = dealt(self._unfinished(), *_place(self.trainer))
-        return sum(self._length(clip) for clip in left)
-
-    def _length(self, clip: PairedClip) -> int:
-        limit = shortest(clip, self.infos, self.alignment)
-        own = [clip.reference, *clip.candidates.values()]
-        infos = (self.infos.get(path) for path in own)
-        return sum(limit or info.frames for info in infos if isinstance(info, VideoInfo))
-
-    def _unfinished(self) -> Iterator[PairedClip]:
-        finished = frozenset(self.finished)
-        return (clip for clip in self.videos.clips if clip.key not in finished)
-
-    def test_dataloader(self) -> DataLoader[Piece]:
-        """Pieces of the videos of this rank."""
-        return DataLoader(
-            _Pieces(self, *_place(self.trainer)), batch_size=None, num_workers=self.workers
-        )
-
-
-class _Pieces(IterableDataset):
-    def __init__(self, data: VideoPairDataModule, rank: int, world: int) -> None:
-        self.data, self.rank, self.world = data, rank, world
-
-    def __iter__(self) -> Iterator[Piece]:
-        data = self.data
-        for clip in dealt(data._unfinished(), self.rank, self.world):
-            yield from pieces(clip, data.videos, data.infos, data.alignment, PIECE)
-
-
 def each_sample(prompts: Iterable[PromptSample], samples: int) -> Iterator[RolloutItem]:
     """An item for every noise of every prompt, of no policy so far."""
     return (RolloutItem(prompt, sample) for prompt in prompts for sample in range(samples))
@@ -311,33 +213,3 @@ def in_batches(
     while together := list(islice(left, batch)):
         for policy in policies:
             yield [item._replace(policy=policy) for item in together]
-
-
-def _probed(path: Path) -> VideoInfo | VideoError:
-    """What a file holds, or why it cannot be read."""
-    try:
-        return probe(path)
-    except VideoError as error:
-        return error
-
-
-def _place(trainer: Any) -> tuple[int, int]:
-    """Rank and number of ranks: the trainer's, or a single process where there is none."""
-    return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
-
-
-def dealt(source: Iterable[Item], rank: int, world: int) -> Iterator[Item]:
-    """Every item to exactly one of all workers of all ranks, in turn.
-
-    Args:
-        source: The same items in the same order everywhere.
-        rank: Number of this process; given, not looked up, because not every launcher sets the
-            environment before the first item is read.
-        world: Number of processes.
-
-    >>> list(dealt("abcde", rank=1, world=2))
-    ['b', 'd']
-    """
-    worker = get_worker_info()
-    number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-    return islice(source, rank * workers + number, None, world * workers)
