@@ -45,7 +45,7 @@ class ProgressLine:
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
-    def advance(self, count: int, label: str | None = None, note: str = "") -> None:
+    def advance(self, count: float, label: str | None = None, note: str = "") -> None:
         """So many more units are done; what is going on, and a remark behind the bar."""
         self.bar.update(self.task, advance=count, description=label, note=note)
 
