@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.callbacks import ProgressBar
 
 from lightning_kv.cache.trace import Trace
 from lightning_kv.runs.directory import RunDirectory, fingerprint
@@ -25,6 +24,7 @@ from lightning_kv.tasks.decode import FOLDER
 from lightning_kv.tasks.film import Rows, film, filmed
 from lightning_kv.tasks.overview import conclude
 from lightning_kv.tasks.progress import RolloutProgress
+from lightning_kv.tasks.progress_bars import LineProgressBar
 from lightning_kv.tasks.results import about, describe, fitted, record_of
 
 
@@ -329,21 +329,11 @@ class TraceWriter(PicturedCallback):
         return self.run.traces / f"{key}.npz"
 
 
-class RolloutProgressBar(ProgressBar):
+class RolloutProgressBar(LineProgressBar):
     """A line with prompts, chunks, time left, frames per second and the size of the cache.
 
     Silent where standard error is no terminal.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bar: RolloutProgress | None = None
-
-    def disable(self) -> None:
-        """Show nothing: ranks above 0."""
-
-    def enable(self) -> None:
-        """Show again."""
 
     def on_test_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
         """Begin the line."""
@@ -353,10 +343,10 @@ class RolloutProgressBar(ProgressBar):
         )
         rollouts = len(pl_module.names) + pl_module.rolls_first
         left = trainer.datamodule.left()
-        self.bar = RolloutProgress(left, rollouts * plan.count, plan.chunk, trainer.is_global_zero)
-        self.bar.__enter__()
-        pl_module.begun.append(self.bar.begin)
-        pl_module.heard.append(self.bar.chunk)
+        bar = RolloutProgress(left, rollouts * plan.count, plan.chunk, trainer.is_global_zero)
+        self.begin(bar)
+        pl_module.begun.append(bar.begin)
+        pl_module.heard.append(bar.chunk)
 
     def on_test_batch_end(
         self, trainer: L.Trainer, pl_module: ClipModule, outputs: Any, *_: Any
@@ -364,20 +354,13 @@ class RolloutProgressBar(ProgressBar):
         """Count prompts."""
         self.bar.end(sum(clip.last for clip in outputs["clips"]))
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
-        """Leave the terminal tidy."""
-        self._close(pl_module)
-
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: ClipModule, exception: BaseException
-    ) -> None:
-        """Leave the terminal tidy, after an error too."""
-        self._close(pl_module)
-
-    def _close(self, module: ClipModule) -> None:
+    def close(self, pl_module: ClipModule) -> None:
+        """Leave the terminal tidy, and the module without listeners."""
         if self.bar is not None:
-            self.bar.__exit__()
-            for listening, own in ((module.begun, self.bar.begin), (module.heard, self.bar.chunk)):
+            for listening, own in (
+                (pl_module.begun, self.bar.begin),
+                (pl_module.heard, self.bar.chunk),
+            ):
                 if own in listening:
                     listening.remove(own)
-            self.bar = None
+        super().close(pl_module)

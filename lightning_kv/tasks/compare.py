@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor
 
 from lightning_kv.data.datamodule import PIECE, VideoPairDataModule
@@ -27,7 +26,8 @@ from lightning_kv.tasks.callbacks import PicturedCallback
 from lightning_kv.tasks.checks import check_data
 from lightning_kv.tasks.clip_module import ClipModule, ClipResult
 from lightning_kv.tasks.film import Rows, film, filmed
-from lightning_kv.tasks.progress import FrameProgress
+from lightning_kv.tasks.progress import ProgressLine
+from lightning_kv.tasks.progress_bars import LineProgressBar
 from lightning_kv.tasks.real import real_videos
 from lightning_kv.tasks.results import fitted
 
@@ -306,45 +306,20 @@ def panels(names: Sequence[str], shown: Sequence[Tensor], frames: int) -> Rows:
     ]
 
 
-class FrameProgressBar(ProgressBar):
+class FrameProgressBar(LineProgressBar):
     """A line with the frames that are read, and the time left; silent without a terminal."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bar: FrameProgress | None = None
-
-    def disable(self) -> None:
-        """Show nothing: ranks above 0."""
-
-    def enable(self) -> None:
-        """Show again."""
 
     def on_test_start(self, trainer: L.Trainer, pl_module: CompareModule) -> None:
         """Begin the line."""
         check_data(trainer, self, "frames_left")
-        self.bar = FrameProgress(trainer.datamodule.frames_left(), trainer.is_global_zero)
-        self.bar.__enter__()
+        left = trainer.datamodule.frames_left()
+        self.begin(ProgressLine(left, "frames", visible=trainer.is_global_zero))
 
     def on_test_batch_end(
         self, trainer: L.Trainer, pl_module: CompareModule, outputs: Any, batch: Piece, *_: Any
     ) -> None:
         """Count frames."""
-        self.bar.count(f"{batch.name} {batch.key}", len(batch.pixels))
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: CompareModule) -> None:
-        """Leave the terminal tidy."""
-        self._close()
-
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: CompareModule, exception: BaseException
-    ) -> None:
-        """Leave the terminal tidy, after an error too."""
-        self._close()
-
-    def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.__exit__()
-            self.bar = None
+        self.bar.advance(len(batch.pixels), f"{batch.name} {batch.key}")
 
 
 def usual(paired: bool) -> list[str]:

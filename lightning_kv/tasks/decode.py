@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from lightning_kv.models.embedded import load_embedded
 from lightning_kv.models.loading import vae_source
@@ -18,6 +16,7 @@ from lightning_kv.models.video import Codec
 from lightning_kv.runs.video import write_mp4
 from lightning_kv.tasks.clips import SUFFIX, read_clip
 from lightning_kv.tasks.generate import shown
+from lightning_kv.tasks.progress import ProgressLine
 
 FOLDER = "latents"
 """Where a run keeps the latents of its clips."""
@@ -92,15 +91,15 @@ def decode_all(
     if precision is not None:
         known_profile(precision)
     codecs: dict[str, Codec] = {}
-    console = Console(stderr=True)
-    quiet = silent or not console.is_terminal
-    for clip, video in track(pairs, "decoding", console=console, disable=quiet, transient=True):
-        latents, about = read_clip(clip)
-        name = about["model"]
-        if name not in codecs:
-            codecs[name] = _codec(name, vae, device, precision or about.get("precision"))
-        video.parent.mkdir(parents=True, exist_ok=True)
-        write_mp4(video, shown(codecs[name].stream(latents.float().to(device))), about["fps"])
+    with ProgressLine(len(pairs), "clips", "decoding", visible=not silent) as line:
+        for clip, video in pairs:
+            latents, about = read_clip(clip)
+            name = about["model"]
+            if name not in codecs:
+                codecs[name] = _codec(name, vae, device, precision or about.get("precision"))
+            video.parent.mkdir(parents=True, exist_ok=True)
+            write_mp4(video, shown(codecs[name].stream(latents.float().to(device))), about["fps"])
+            line.advance(1)
 
 
 def latents_of(run: Path) -> list[Path]:

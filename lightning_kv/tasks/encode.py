@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from lightning_kv.data.make_shards import make_prompt_shards
 from lightning_kv.data.shards import INDEX, PromptShards, read_index
 from lightning_kv.models.embeddings import held_prompts, remove_embeddings, write_embeddings
 from lightning_kv.models.text import LENGTH, WanText, text_fingerprint
+from lightning_kv.tasks.progress import ProgressLine
 
 
 @dataclass(frozen=True)
@@ -99,20 +98,11 @@ def _states(
     """Prompts and their states behind a progress line, silent where there is no terminal."""
     if encoder is None:
         return
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("encoding"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("prompts"),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("encoding", total=len(prompts))
+    with ProgressLine(len(prompts), "prompts", "encoding") as line:
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
             yield from zip(part, encoder.states(part), strict=True)
-            bar.advance(task, len(part))
+            line.advance(len(part))
 
 
 def _read_list(path: Path) -> _Prompts:

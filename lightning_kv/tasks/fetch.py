@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
+from lightning_kv.metrics.backbones.weights import first_line
 from lightning_kv.models.catalogue import Download, entry, free_disk
+from lightning_kv.runs.words import format_bytes
+from lightning_kv.tasks.download import DownloadFailed, download_from_hub, need_hub
 
 
 def fetch(name: str, force: bool = False) -> list[str]:
@@ -26,7 +27,7 @@ def fetch(name: str, force: bool = False) -> list[str]:
     if root is not None and not force:
         return [*words, f"{name} is already here, in {root}. Nothing was downloaded."]
     size = _download(found, force)
-    return [*words, f"{name} is in {found.folder}: {_gigabytes(size)} GB."]
+    return [*words, f"{name} is in {found.folder}: {format_bytes(size)}."]
 
 
 def notice(found: Download) -> str:
@@ -36,24 +37,14 @@ def notice(found: Download) -> str:
 
 def _download(found: Download, force: bool) -> int:
     """Bring the files here; returns their size in bytes."""
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise ValueError(
-            f"{found.name} cannot be downloaded: huggingface_hub is not installed. "
-            'Install it with `pip install "lightning_kv[wan]"`, or run this elsewhere and copy the '
-            f"folder here: `{found.command}`."
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError
-
     patterns = [f"{file}*" if file.endswith("/") else file for file in found.files]
     try:
+        need_hub()
         size = _size(found)
         _check_disk(found, size)
-        snapshot_download(
-            found.repo, local_dir=found.folder, allow_patterns=patterns, force_download=force
-        )
-    except (OSError, HTTPError) as error:
-        raise ValueError(_failed(found, _first_line(error))) from error
+        download_from_hub(found.repo, found.folder, patterns, force)
+    except DownloadFailed as error:
+        raise ValueError(_failed(found, str(error))) from error
     if found.root is None:
         raise ValueError(_failed(found, f"files are missing in {found.folder} afterwards"))
     return size
@@ -64,10 +55,15 @@ def _size(found: Download) -> int:
 
     Raises:
         ValueError: The repository does not have one of them.
+        DownloadFailed: The hub does not answer.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
 
-    listed = HfApi().model_info(found.repo, files_metadata=True).siblings
+    try:
+        listed = HfApi().model_info(found.repo, files_metadata=True).siblings
+    except (OSError, HTTPError) as error:
+        raise DownloadFailed(first_line(error)) from error
     sizes = {item.rfilename: item.size for item in listed}
     total = 0
     for file in found.files:
@@ -85,7 +81,7 @@ def _check_disk(found: Download, size: int) -> None:
     free = free_disk()
     if size > free:
         raise ValueError(
-            f"{found.name} takes {_gigabytes(size)} GB, and {_gigabytes(free)} GB are free for "
+            f"{found.name} takes {format_bytes(size)}, and {format_bytes(free)} are free for "
             f"{found.folder}. Free some space, or set LIGHTNING_KV_MODELS to a folder on a larger "
             "disk."
         )
@@ -96,18 +92,3 @@ def _failed(found: Download, why: str) -> str:
         f"{found.name} was not downloaded from {found.repo}: {why}. Try again, or run this where "
         f"there is a network and copy the folder here: `{found.command}`."
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(". ")
-
-
-def _gigabytes(count: int) -> str:
-    """Bytes in units of 1e9, two significant digits for what is small.
-
-    >>> _gigabytes(5_676_000_000), _gigabytes(4_200_000)
-    ('5.7', '0.0042')
-    """
-    value = count / 1e9
-    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from lightning.pytorch.loggers import Logger
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from lightning_kv.cache.passes import Pass
-from lightning_kv.data.panorama import draw_prompt, draw_world, phrase_table
+from lightning_kv.data.panorama import SIZES, draw_prompt, draw_world, phrase_table
 from lightning_kv.models.codec import PatchCodec, PhraseEncoder
 from lightning_kv.models.embedded import save_embedded
 from lightning_kv.models.sizes import PRESETS
@@ -22,8 +23,16 @@ from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan
 from lightning_kv.tasks.forcing import ForcingSession
 from lightning_kv.tasks.launch import resolved
-from lightning_kv.tasks.muon import Muon
-from lightning_kv.tasks.options import PretrainOptions, Recipe
+from lightning_kv.tasks.optimizers import JoinedOptimizer, Muon
+from lightning_kv.tasks.options import PretrainOptions, Recipe, Stage
+from lightning_kv.tasks.training import (
+    Training,
+    check_numbers,
+    check_options,
+    commit,
+    stamp,
+    train,
+)
 
 
 @dataclass
@@ -146,43 +155,53 @@ def new_model(seed: int) -> VideoModel:
     return VideoModel(model, PatchCodec.fit(torch.cat(patches), config.channels), encoder)
 
 
-class Pretrain(L.LightningModule):
+class Pretrain(Training):
     """Trains :class:`~lightning_kv.models.wan.CausalWan` to predict clean panorama chunks.
 
     Args:
         recipe: What to train, and how long.
         out: Directory for sample pictures.
-        picture_every: Steps between two pictures.
+        picture_every: Steps between two pictures; 0 for none.
+
+    Raises:
+        ValueError: A recipe that trains nothing.
     """
 
     def __init__(self, recipe: Recipe, out: Path, picture_every: int = 100) -> None:
-        super().__init__()
-        self.automatic_optimization = False
+        check_recipe(recipe)
+        super().__init__(recipe.steps)
         self.recipe, self.out, self.picture_every = recipe, out, picture_every
         embedded = new_model(recipe.seed)
         self.model, self.codec, self.encoder = embedded.network, embedded.codec, embedded.encoder
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.register_buffer("done", torch.zeros((), dtype=torch.int64))
-        self.losses: dict[str, float] = {}
+        self.average = self.averaged(self.model)
 
-    def train_dataloader(self) -> DataLoader:
-        """Batches from the step this run has reached."""
+    def data(self, start: int) -> PanoramaBatches:
+        """Worlds, noise and visible history of each step."""
         config = self.model.config
         codec = copy.deepcopy(self.codec).cpu()  # worlds are drawn on the CPU
-        data = PanoramaBatches(
-            self.recipe, codec, (config.layers, config.heads), int(self.done), self.global_rank
-        )
-        return DataLoader(data, batch_size=None)
+        heads = (config.layers, config.heads)
+        return PanoramaBatches(self.recipe, codec, heads, start, self.global_rank)
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+    def optimizer(self) -> JoinedOptimizer:
         """Muon for the matrices of the blocks, AdamW for everything else."""
         matrices = [p for p in self.model.blocks.parameters() if p.ndim == 2]
         held = {id(p) for p in matrices}
         rest = [p for p in self.model.parameters() if id(p) not in held]
-        return [
-            Muon(matrices, weight_decay=self.recipe.weight_decay),
-            torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
-        ]
+        return JoinedOptimizer(
+            [
+                Muon(matrices, lr=1.0, weight_decay=self.recipe.weight_decay),
+                torch.optim.AdamW(rest, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0),
+            ]
+        )
+
+    def rate(self, step: int) -> float:
+        """That of the stage."""
+        stage, within = self.recipe.at(step)
+        return stage.rate(within)
+
+    def decay(self, step: int) -> float:
+        """That of the recipe, once it is less than what a first few steps keep."""
+        return min(self.recipe.ema[step >= 500], (1 + step) / (10 + step))
 
     def predict(self, batch: Batch, network: CausalWan) -> Tensor:
         """Clean estimates of all noisy chunks, ``[B * M, F, C, h, w]``."""
@@ -202,43 +221,43 @@ class Pretrain(L.LightningModule):
         moving = Pass("denoise", ids, (0.0,) * frames, chunk=0)
         return network.x0(network(noisy, times, doubled, session, moving), noisy, times)
 
-    def training_step(self, batch: Batch, _: int) -> None:
-        """One step of both optimisers and of the averaged weights."""
-        step = int(self.done)
-        stage, within = self.recipe.at(step)
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As the base does, but sum the norm in the order of the network, not of the groups.
+
+        The shipped weights were trained so, and another order gives other last digits.
+        """
+        if gradient_clip_algorithm in (None, "norm"):
+            nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val or 1.0)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """The loss, and the error of blind estimates of frames that were and were not seen."""
+        stage, _ = self.recipe.at(self.global_step)
         estimate = self.predict(batch, self.model)
         target = batch.latents.repeat_interleave(self.recipe.streams, 0)
         error = (estimate - target).square()
         loss = (error / spread(batch.t).clamp_min(stage.floor) ** 2).mean()
-        optimizers = self.optimizers()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-            for group in optimizer.param_groups:
-                group["lr"] = stage.rate(within)
-        self.manual_backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        decay = self.recipe.ema[step >= 500]
-        decay = min(decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(
-            list(self.average.parameters()), list(self.model.parameters()), 1 - decay
-        )
-        self.done += 1
-        self._report(batch, error.detach(), loss.detach(), stage.rate(within))
-        if self.picture_every and step % self.picture_every == 0 and self.global_rank == 0:
-            self._picture(batch, estimate.detach())
-
-    def _report(self, batch: Batch, error: Tensor, loss: Tensor, rate: float) -> None:
-        frames = error.mean((2, 3, 4))
+        self.estimate = estimate.detach()
+        frames = error.detach().mean((2, 3, 4))
         blind = (batch.t > 0.8).repeat_interleave(3, 1)
         seen = batch.revisited.repeat_interleave(self.recipe.streams, 0)
-        values = {"loss": loss, "lr": rate, "step": float(self.done)}
+        values = {"loss": loss}
         for name, mask in (("mse_revisit", blind & seen), ("mse_new", blind & ~seen)):
             if mask.any():
                 values[name] = frames[mask].mean()
-        self.log_dict(values, prog_bar=True)
-        self.losses = {name: float(value) for name, value in values.items()}
+        return values
+
+    def on_train_batch_end(self, outputs: dict, batch: Batch, index: int) -> None:
+        """Paint a picture now and then."""
+        step = self.global_step - 1
+        if self.picture_every and step % self.picture_every == 0 and self.global_rank == 0:
+            self._picture(batch, self.estimate)
 
     def _picture(self, batch: Batch, estimate: Tensor) -> None:
         """Truth above the one-step estimates of its noisiest stream, for one sequence."""
@@ -248,92 +267,91 @@ class Pretrain(L.LightningModule):
         strip = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # [2 * 32, F * 32, 3]
         folder = self.out / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        imsave(folder / f"step-{int(self.done):05d}.png", strip.clamp(0, 1).cpu().numpy())
+        imsave(folder / f"step-{self.global_step:05d}.png", strip.clamp(0, 1).cpu().numpy())
 
 
-def stamp(out: Path, recipe: object) -> str:
-    """Make the directory of a training run, or check that it holds one of this recipe.
-
-    Returns:
-        The recipe as JSON.
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse a recipe that trains nothing, or comes to nothing on the way.
 
     Raises:
-        ValueError: It holds another.
+        ValueError: Names the setting, what it is and what it may be.
     """
-    described = json.dumps(asdict(recipe), indent=2)
-    file = out / "recipe.json"
-    if file.exists() and file.read_text() != described:
+    whose = "The panorama model"
+    if not recipe.stages:
         raise ValueError(
-            f"{out} holds a training run with another recipe. "
-            "Give another --out, or the recipe in its recipe.json."
+            f"{whose} cannot be trained with: stages is {recipe.stages!r}. Give one stage or more, "
+            "as in configs/pretrain_panorama.yaml."
         )
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(described)
-    return described
+    one = vars(recipe)
+    check_numbers(whose, {"seed": recipe.seed}, 0, 2**63 - 1, whole=True)
+    check_numbers(whose, {"streams": recipe.streams}, 1, whole=True)
+    check_numbers(whose, {"shift": recipe.shift}, 0, above=True)
+    check_numbers(whose, {n: one[n] for n in ("history_noise", "weight_decay")}, 0)
+    check_numbers(whose, {n: one[n] for n in ("history_dropout", "slow")}, 0, 1)
+    early, late = _pair(whose, "ema", recipe.ema)
+    check_numbers(whose, {"ema[0]": early, "ema[1]": late}, 0, 1)
+    for place, stage in enumerate(recipe.stages):
+        _check_stage(whose, f"stages[{place}].", stage)
 
 
-def pretrain(options: PretrainOptions) -> Path:
+def _check_stage(whose: str, at: str, stage: Stage) -> None:
+    """Refuse one stage of a recipe."""
+
+    def named(*names: str) -> dict[str, object]:
+        return {at + name: getattr(stage, name) for name in names}
+
+    check_numbers(whose, named("steps", "chunks", "batch"), 1, whole=True)
+    check_numbers(whose, named("lr"), 0, above=True)
+    check_numbers(whose, named("warmup"), 0, whole=True)
+    check_numbers(whose, named("floor"), 0, 1, above=True)
+    check_numbers(whose, named("hold", "final"), 0, 1)
+    check_numbers(whose, named("head_dropout"), 0, 0.99)  # what is left is scaled up
+    low, high = _pair(whose, f"{at}sizes", stage.sizes)
+    check_numbers(whose, {f"{at}sizes[0]": low}, SIZES[0], SIZES[-1], whole=True)
+    check_numbers(whose, {f"{at}sizes[1]": high}, low, SIZES[-1], whole=True)
+
+
+def _pair(whose: str, name: str, value: Sequence) -> Sequence:
+    """Refuse what is no two numbers."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError(
+            f"{whose} cannot be trained with: {name} is {value!r}. Give two numbers, as in "
+            "configs/pretrain_panorama.yaml."
+        )
+    return value
+
+
+def pretrain(
+    options: PretrainOptions,
+    logger: Logger | Sequence[Logger] | bool | None = None,
+    callbacks: Sequence[L.Callback] = (),
+) -> Path:
     """Train, or go on from the last checkpoint in ``out``; returns the weights file.
 
+    Args:
+        options: What to train, where and how.
+        logger: Of Lightning; CSV files in the run directory where None is given.
+        callbacks: Of Lightning, beside the run's own.
+
     Raises:
-        ValueError: ``out`` holds a run with another recipe.
+        ValueError: Settings that train nothing, ``out`` holds another run, or the training has come
+            to nothing.
     """
+    out, accelerator = options.out, resolved(options.accelerator)
+    check_options(options)
+    check_numbers("The panorama model", {"picture_every": options.picture_every}, 0, whole=True)
+    check_recipe(options.recipe)
     torch.set_num_threads(options.threads)
-    out = options.out
     described = stamp(out, options.recipe)
     task = Pretrain(options.recipe, out, options.picture_every)
-    last = out / "last.ckpt"
-    trainer_for(options).fit(task, ckpt_path=last if last.exists() else None, weights_only=False)
-    if int(task.done) < options.recipe.steps:
-        raise RuntimeError(
-            f"Stopped at step {int(task.done)} of {options.recipe.steps}. "
-            "Give the same command again to go on."
-        )
+    train(task, out, options.checkpoint_every, accelerator, logger, callbacks)
     target = out / "panorama.safetensors"
     metadata = {
         "recipe": described,
         "commit": commit(),
-        "steps": str(int(task.done)),
+        "steps": str(task.steps),
         "final_losses": json.dumps(task.losses),
         "reproduce": "lightning-kv pretrain, with the recipe in this metadata",
     }
     save_embedded(target, VideoModel(task.average, task.codec, task.encoder), metadata)
     return target
-
-
-def trainer_for(options: PretrainOptions) -> L.Trainer:
-    """A Trainer that saves checkpoints and logs losses in the run directory."""
-    from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-    from lightning.pytorch.loggers import CSVLogger
-
-    saver = ModelCheckpoint(
-        options.out,
-        filename="last",
-        every_n_train_steps=options.checkpoint_every * 2,  # two optimisers step each time
-        save_top_k=1,
-        enable_version_counter=False,
-    )
-    return L.Trainer(
-        accelerator=resolved(options.accelerator),
-        devices=1,
-        max_epochs=1,
-        callbacks=[saver, RichProgressBar()],
-        logger=CSVLogger(options.out, name="", version="log"),
-        log_every_n_steps=10,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-
-
-def commit() -> str:
-    """Commit of the code that is running, ``-dirty`` if changed; ``unknown`` outside a checkout."""
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

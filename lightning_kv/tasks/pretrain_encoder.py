@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import Logger
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from lightning_kv.data.panorama import (
     CODES,
@@ -31,7 +33,14 @@ from lightning_kv.models.codec import PatchCodec
 from lightning_kv.models.embedded import WEIGHTS, load_embedded
 from lightning_kv.tasks.artefacts import KINDS, PAINTS, STEERS, Shot, draw, pick, take
 from lightning_kv.tasks.encoder_options import EncoderRecipe, PretrainEncoderOptions
-from lightning_kv.tasks.pretrain import commit, stamp
+from lightning_kv.tasks.training import (
+    Training,
+    check_numbers,
+    check_options,
+    commit,
+    stamp,
+    train,
+)
 
 FIRST_WORLD = 10**9
 """World seeds of the training are this one and the following; 0 to 9999 are left to evaluations."""
@@ -107,15 +116,19 @@ class Lessons(IterableDataset):
         return shot
 
 
-class PretrainEncoder(L.LightningModule):
+class PretrainEncoder(Training):
     """Trains a :class:`PanoramaNetwork` on facts of worlds and on artefacts.
 
     Args:
         recipe: What to train, and how long.
+
+    Raises:
+        ValueError: A recipe that trains nothing.
     """
 
     def __init__(self, recipe: EncoderRecipe) -> None:
-        super().__init__()
+        check_recipe(recipe)
+        super().__init__(recipe.steps)
         self.recipe = recipe
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -128,44 +141,27 @@ class PretrainEncoder(L.LightningModule):
             self.present = nn.Linear(FEATURES, len(KINDS))
             self.amount = nn.Linear(FEATURES, len(KINDS))
         self.codec = load_embedded(WEIGHTS / "panorama.safetensors", "cpu", "float32").codec
-        self.losses: dict[str, float] = {}
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Keep the last losses, which the weights file names."""
-        checkpoint["losses"] = self.losses
+    def data(self, start: int) -> Lessons:
+        """Clips of each step."""
+        return Lessons(self.recipe, self.codec, start)
 
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Take up the last losses."""
-        self.losses = checkpoint["losses"]
-
-    def train_dataloader(self) -> DataLoader:
-        """Lessons from the step this run has reached."""
-        return DataLoader(
-            Lessons(self.recipe, self.codec, self.trainer.global_step), batch_size=None
-        )
-
-    def configure_optimizers(self) -> dict:
-        """AdamW, with warm-up and a half cosine."""
-        recipe = self.recipe
+    def optimizer(self) -> torch.optim.AdamW:
+        """AdamW; only matrices decay."""
         matrices = [p for p in self.parameters() if p.ndim > 1]
         rest = [p for p in self.parameters() if p.ndim == 1]
         groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
-            groups, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
+        return torch.optim.AdamW(
+            groups, lr=1.0, betas=(0.9, 0.98), weight_decay=self.recipe.weight_decay
         )
 
-        def rate(step: int) -> float:
-            late = math.cos(math.pi / 2 * min(step / recipe.steps, 1)) ** 2
-            return min((step + 1) / recipe.warmup, 1) * late
+    def rate(self, step: int) -> float:
+        """Warm-up and a half cosine."""
+        late = math.cos(math.pi / 2 * min(step / self.steps, 1)) ** 2
+        return self.recipe.lr * (min((step + 1) / self.recipe.warmup, 1) * late)
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
-
-    def training_step(self, lesson: Lesson, _: int) -> Tensor:
-        """Sum of all losses of a lesson."""
+    def measure(self, lesson: Lesson) -> dict[str, Tensor]:
+        """All losses of a lesson, and their sum."""
         net, (clips, length) = self.network, lesson.frames.shape[:2]
         tokens = net.tokens(lesson.frames.flatten(0, 1))
         movement = net.movement(tokens.unflatten(0, (clips, length)))
@@ -179,10 +175,7 @@ class PretrainEncoder(L.LightningModule):
             # A distance between sets is as sharp as its features of clean clips are alike.
             "spread": 0.5 * features[: clips // 2].var(0).sum() / features.var(0).sum(),
         }
-        loss = sum(losses.values())
-        self.losses = {name: float(v.detach()) for name, v in {"loss": loss, **losses}.items()}
-        self.log_dict(self.losses)
-        return loss
+        return {"loss": sum(losses.values()), **losses}
 
     def _column_losses(self, tokens: Tensor, lesson: Lesson) -> dict[str, Tensor]:
         """What each column of the clean clips is, and where."""
@@ -233,50 +226,45 @@ def steps(x: Tensor) -> Tensor:
     return (x.diff(dim=1) // STEP).clamp(-WIDEST, WIDEST).flatten() + WIDEST
 
 
-def pretrain_encoder(options: PretrainEncoderOptions) -> Path:
-    """Train, or go on from the last checkpoint in ``out``; returns the weights file.
+def check_recipe(recipe: EncoderRecipe) -> None:
+    """Refuse a recipe that trains nothing, or comes to nothing on the way.
 
     Raises:
-        ValueError: ``out`` holds a run with another recipe.
+        ValueError: Names the setting, what it is and what it may be.
     """
+    whose = "The panorama encoder"
+    check_numbers(whose, {"seed": recipe.seed}, 0, 2**63 - 1, whole=True)
+    check_numbers(whose, {"steps": recipe.steps, "warmup": recipe.warmup}, 1, whole=True)
+    check_numbers(whose, {"worlds": recipe.worlds}, 2, whole=True)  # clips are told apart
+    check_numbers(whose, {"lr": recipe.lr}, 0, above=True)
+    check_numbers(whose, {"weight_decay": recipe.weight_decay}, 0)
+
+
+def pretrain_encoder(
+    options: PretrainEncoderOptions,
+    logger: Logger | Sequence[Logger] | bool | None = None,
+    callbacks: Sequence[L.Callback] = (),
+) -> Path:
+    """Train, or go on from the last checkpoint in ``out``; returns the weights file.
+
+    Args:
+        options: What to train, and where.
+        logger: Of Lightning; CSV files in the run directory where None is given.
+        callbacks: Of Lightning, beside the run's own.
+
+    Raises:
+        ValueError: Settings that train nothing, ``out`` holds another run, or the training has come
+            to nothing.
+    """
+    check_options(options)
+    check_recipe(options.recipe)
     torch.set_num_threads(options.threads)
-    out = options.out
-    described = stamp(out, options.recipe)
-    task, trainer, last = PretrainEncoder(options.recipe), trainer_for(options), out / "last.ckpt"
-    trainer.fit(task, ckpt_path=last if last.exists() else None, weights_only=False)
-    if trainer.global_step < options.recipe.steps:
-        raise RuntimeError(
-            f"Stopped at step {trainer.global_step} of {options.recipe.steps}. "
-            "Give the same command again to go on."
-        )
-    target = out / "panorama_encoder.safetensors"
+    described = stamp(options.out, options.recipe)
+    task = PretrainEncoder(options.recipe)
+    train(task, options.out, options.checkpoint_every, logger=logger, callbacks=callbacks)
+    target = options.out / "panorama_encoder.safetensors"
     write(target, task, described)
     return target
-
-
-def trainer_for(options: PretrainEncoderOptions) -> L.Trainer:
-    """A Trainer on one CPU that saves checkpoints and logs losses in the run directory."""
-    from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-    from lightning.pytorch.loggers import CSVLogger
-
-    saver = ModelCheckpoint(
-        options.out,
-        filename="last",
-        every_n_train_steps=options.checkpoint_every,
-        save_top_k=1,
-        enable_version_counter=False,
-    )
-    return L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        gradient_clip_val=1.0,
-        callbacks=[saver, RichProgressBar()],
-        logger=CSVLogger(options.out, name="log", flush_logs_every_n_steps=10),
-        log_every_n_steps=10,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
 
 
 def write(target: Path, task: PretrainEncoder, recipe: str) -> None:

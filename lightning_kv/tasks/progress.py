@@ -1,4 +1,4 @@
-"""A progress line for rollouts: prompts, chunks, time left, frames per second, cache size."""
+"""Progress lines: how much is done, the time left, and what is going on."""
 
 from __future__ import annotations
 
@@ -11,8 +11,47 @@ from lightning_kv.cache.session import CacheSession
 from lightning_kv.runs.words import format_bytes
 
 
-class RolloutProgress:
-    """Shows how far one rank is. Silent where standard error is no terminal.
+class ProgressLine:
+    """One line with a bar and the time left; silent where standard error is no terminal.
+
+    Args:
+        total: What is to be done, in units.
+        unit: Its name, such as ``frames``.
+        label: What is going on at first.
+        done: What was done before.
+        visible: Show anything at all (rank 0).
+    """
+
+    def __init__(
+        self, total: int, unit: str, label: str = "starting", done: int = 0, visible: bool = True
+    ) -> None:
+        console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not visible or not console.is_terminal,
+        )
+        self.task = self.bar.add_task(label, total=total, completed=done, note="")
+
+    def __enter__(self) -> ProgressLine:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def advance(self, count: float, label: str | None = None, note: str = "") -> None:
+        """So many more units are done; what is going on, and a remark behind the bar."""
+        self.bar.update(self.task, advance=count, description=label, note=note)
+
+
+class RolloutProgress(ProgressLine):
+    """Chunks of rollouts, with frames per second and the size of the cache of this rank.
 
     Args:
         prompts: Prompts this rank has before it.
@@ -22,27 +61,10 @@ class RolloutProgress:
     """
 
     def __init__(self, prompts: int, chunks: int, chunk_frames: int, visible: bool) -> None:
+        super().__init__(prompts * chunks, "chunks", visible=visible)
         self.prompts, self.chunk_frames = prompts, chunk_frames
         self.prompt = 0
         self.label, self.began, self.frames = "", time.perf_counter(), 0
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("chunks"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[rate]}"),
-            console=Console(stderr=True),
-            disable=not visible or not Console(stderr=True).is_terminal,
-        )
-        self.task = self.bar.add_task("starting", total=prompts * chunks, rate="")
-
-    def __enter__(self) -> RolloutProgress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
 
     def begin(self, policy: str, clips: int) -> None:
         """A rollout of ``clips`` prompts under a policy starts."""
@@ -56,46 +78,8 @@ class RolloutProgress:
         held = format_bytes(session.held_bytes(0))
         place = f"prompt {min(self.prompt + 1, self.prompts)}/{self.prompts} "
         place = place if self.prompts > 1 else ""
-        self.bar.update(
-            self.task,
-            advance=self.clips,
-            description=place + self.label,
-            rate=f"{rate:.1f} frames/s  cache {held}",
-        )
+        self.advance(self.clips, place + self.label, f"{rate:.1f} frames/s  cache {held}")
 
     def end(self, clips: int) -> None:
         """All policies of ``clips`` prompts are done."""
         self.prompt += clips
-
-
-class FrameProgress:
-    """Shows how many frames of video files are done, and the time left; silent as above.
-
-    Args:
-        frames: All that this rank has to read.
-        visible: Show anything at all (rank 0).
-    """
-
-    def __init__(self, frames: int, visible: bool) -> None:
-        console = Console(stderr=True)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("frames"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not visible or not console.is_terminal,
-        )
-        self.task = self.bar.add_task("starting", total=frames)
-
-    def __enter__(self) -> FrameProgress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def count(self, name: str, frames: int) -> None:
-        """So many frames of a video are done."""
-        self.bar.update(self.task, description=name, advance=frames)

@@ -170,7 +170,7 @@ def test_a_full_disk_is_said_before_anything_is_written(hub, monkeypatch):
     one = CATALOGUE["self-forcing"]
     hub.repos[one.repo] = {one.files[0]: b"w" * 3000}
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2999))
-    with pytest.raises(ValueError, match=r"3e-06 GB, and 3e-06 GB are free.*LIGHTNING_KV_MODELS"):
+    with pytest.raises(ValueError, match=r"2.93 KiB, and 2.93 KiB are free.*LIGHTNING_KV_MODELS"):
         fetch("self-forcing")
     assert not one.folder.exists() and not any("resolve" in path for _, path in hub.asked)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3000))
