@@ -6,7 +6,7 @@ import re
 import pytest
 
 from lightning_kv.cli import main
-from lightning_kv.yardstick import read_list
+from lightning_kv.commands.parsing import as_list
 
 COMMANDS = {
     "compare": ("--out", "--pairs", "--metrics", "--unpaired", "--length", "--resize", "--strict"),
@@ -39,7 +39,10 @@ def test_help(command, capsys):
         (["check", "RUN"], "required: --baseline"),
         (["check"], "required: RUN, --baseline"),
         (["check", "RUN", "--baseline", "RUN", "--levle", "0.9"], "Did you mean 'level'?"),
-        (["check", "RUN", "--baseline", "RUN", "--level", "much"], "invalid float value"),
+        (
+            ["check", "RUN", "--baseline", "RUN", "--level", "much"],
+            "--level much does not fit. It takes a number",
+        ),
         (["check", "RUN", "--baseline", "RUN", "--level", "95"], "level of 95"),
         (["check", "RUN", "--baseline", "RUN", "--margin", "psnr:1"], "METRIC=NUMBER"),
         (["check", "RUN", "--baseline", "RUN", "--margin", "psnr=1,psnr=2"], "twice"),
@@ -47,7 +50,10 @@ def test_help(command, capsys):
         (["compare", "RUN", "RUN"], "required: -o/--out"),
         (["compare", "--out", "new"], "Nothing to compare: 0 folder"),
         (["compare", "RUN", "nowhere", "--out", "new"], "There is no such folder of videos"),
-        (["compare", "RUN", "nowhere", "--out", "new", "--videos", "few"], "invalid int value"),
+        (
+            ["compare", "RUN", "nowhere", "--out", "new", "--videos", "few"],
+            "--videos few does not fit. It takes a whole number",
+        ),
         (["compare", "RUN", "x", "--out", "new", "--length", "longest"], "'equal', 'shortest'"),
         (["compare", "RUN", "x", "--out", "new", "--unpared"], "Did you mean 'unpaired'?"),
     ],
@@ -79,4 +85,4 @@ def test_errors_are_said_and_nothing_is_written(words, said, tmp_path, capsys, m
     ],
 )
 def test_lists(text, names):
-    assert read_list(text) == names
+    assert as_list(text) == names
