@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = command(words[0]).run(options)
     except ValueError as error:
         fail(str(error))
-    if code:
+    if code is not None:
         raise SystemExit(code)
 
 

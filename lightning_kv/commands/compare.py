@@ -56,7 +56,7 @@ class CompareOptions:
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
 
 
-def run(options: CompareOptions) -> int:
+def run(options: CompareOptions) -> int | None:
     """Compare, and show the table; exit code 1 where a video was skipped."""
     from lightning_kv.report.table import render_tables
     from lightning_kv.runs.verdict import verdict
@@ -64,13 +64,13 @@ def run(options: CompareOptions) -> int:
     quiet()
     found, out = compare(options), console()
     if not found.summary:  # another rank tells
-        return 0
+        return None
     out.print(render_tables(found.summary))
     say(out, verdict(found.summary, found.run.records()))
     if notes := [*found.notes, *(f"Skipped: {why}" for why in found.skipped)]:
         tell(notes)
     out.print(f"Results are in {found.run.path}: {found.run.report.name}, summary.json, records/")
-    return 1 if found.skipped else 0
+    return 1 if found.skipped else None
 
 
 @dataclass(frozen=True)

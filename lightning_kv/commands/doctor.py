@@ -21,7 +21,7 @@ class DoctorOptions:
     json: bool = False
 
 
-def run(options: DoctorOptions) -> int:
+def run(options: DoctorOptions) -> int | None:
     """Look, and say; exit code 1 where something needed does not work."""
     from lightning_kv.tasks.doctor import doctor, render
 
@@ -30,7 +30,7 @@ def run(options: DoctorOptions) -> int:
         sys.stdout.write(json.dumps(found.to_dict(), indent=1) + "\n")
     else:
         console().print(render(found))
-    return 0 if found.healthy else 1
+    return None if found.healthy else 1
 
 
 COMMAND = Command(

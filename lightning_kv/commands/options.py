@@ -22,7 +22,7 @@ class Command:
     Args:
         name: What is typed for it.
         options: Dataclass of its options; its docstring is the beginning of ``--help``.
-        run: What it does with them; returns an exit code where that is not 0.
+        run: What it does with them; may return an exit code.
         after: The end of ``--help``: what else to know, and examples.
         positional: Options that are typed without their name, in order, and what stands for them.
         metavars: What stands for a value in ``--help``, where its kind does not say it.

@@ -220,7 +220,8 @@ def explain(command: Command, known: Sequence[Option], text: str) -> str:
         inside = item_fields(one)
         if not inside:
             return unknown(command, known, found[1])
-        return f"No setting {found[1]!r} in {key[1]}.{hint(found[1], inside)} It has {', '.join(inside)}."
+        near, names = hint(found[1], inside), ", ".join(inside)
+        return f"No setting {found[1]!r} in {key[1]}.{near} It has {names}."
     if found := re.search(r"File does not exist: '(.*)'", text):
         return f"There is no settings file {found[1]}. Give -c a YAML file that is there."
     if "parsing config" in text:

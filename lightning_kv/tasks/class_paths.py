@@ -36,9 +36,10 @@ def instance(spec: Address, base: type, option: str, usual: Mapping[str, Any] | 
     path, init = divided(spec, option)
     kind = class_of(path, base, option)
     taken = taken_by(kind)
-    extra = {name: value for name, value in (usual or {}).items() if name in taken - set(init)}
+    known = {name: value for name, value in (usual or {}).items() if value is not None}
+    extra = {name: value for name, value in known.items() if name in taken}
     try:
-        return kind(**extra, **checked(kind, init))
+        return kind(**checked(kind, extra | init))
     except Exception as error:  # somebody else's class may raise anything
         given = ", ".join(f"{name}={value!r}" for name, value in init.items()) or "nothing"
         said = " ".join(str(error).split())

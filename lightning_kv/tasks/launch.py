@@ -136,8 +136,7 @@ def trainer_for(settings: TrainerOptions, callbacks: list[Callback], out: Path) 
     plugins = [instance(each, object, "--trainer.plugins") for each in settings.plugins or ()]
     strategy = settings.strategy or "auto"
     if is_address(strategy):
-        usual = {"accelerator": None, "parallel_devices": None}
-        strategy = instance(strategy, Strategy, "--trainer.strategy", usual)
+        strategy = instance(strategy, Strategy, "--trainer.strategy")
     given = {
         "strategy": strategy,
         "precision": settings.precision,

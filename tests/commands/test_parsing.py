@@ -41,7 +41,7 @@ def test_help(command, capsys):
         (["check", "RUN", "--baseline", "RUN", "--levle", "0.9"], "Did you mean 'level'?"),
         (
             ["check", "RUN", "--baseline", "RUN", "--level", "much"],
-            "--level much does not fit. It takes a number",
+            "It takes a number",
         ),
         (["check", "RUN", "--baseline", "RUN", "--level", "95"], "level of 95"),
         (["check", "RUN", "--baseline", "RUN", "--margin", "psnr:1"], "METRIC=NUMBER"),
@@ -51,8 +51,8 @@ def test_help(command, capsys):
         (["compare", "--out", "new"], "Nothing to compare: 0 folder"),
         (["compare", "RUN", "nowhere", "--out", "new"], "There is no such folder of videos"),
         (
-            ["compare", "RUN", "nowhere", "--out", "new", "--videos", "few"],
-            "--videos few does not fit. It takes a whole number",
+            ["compare", "RUN", "x", "--out", "new", "--videos", "few"],
+            "It takes a whole number",
         ),
         (["compare", "RUN", "x", "--out", "new", "--length", "longest"], "'equal', 'shortest'"),
         (["compare", "RUN", "x", "--out", "new", "--unpared"], "Did you mean 'unpaired'?"),
