@@ -222,8 +222,10 @@ def explain(command: Command, known: Sequence[Option], text: str) -> str:
             return unknown(command, known, found[1])
         near, names = hint(found[1], inside), ", ".join(inside)
         return f"No setting {found[1]!r} in {key[1]}.{near} It has {names}."
-    if found := re.search(r"File does not exist: '(.*)'", text):
-        return f"There is no settings file {found[1]}. Give -c a YAML file that is there."
+    if found := re.search(r"(?:File does not exist|Path is not a file|not readable): '(.*)'", text):
+        return (
+            f"{found[1]} is no settings file that can be read. Give -c a YAML file that is there."
+        )
     if "parsing config" in text:
         return f"The file of -c is no YAML. {' '.join(text.split())}. Write `option: value` lines."
     value = re.search(r"(?:Got|Given) value: (.*)", text, re.DOTALL)
@@ -274,7 +276,7 @@ def as_list(value: Any) -> list[Any]:
             return yaml.safe_load(f"[{inside}]")
         except yaml.YAMLError as error:
             raise ValueError(
-                f"The list {value!r} cannot be read: {error}. Write YAML, such as "
+                f"The list {value!r} cannot be read: {' '.join(str(error).split())}. Write YAML, such as "
                 "[a, {name: b, key: value}]."
             ) from error
     return [name.strip() for name in inside.split(",") if name.strip()]
