@@ -275,9 +275,9 @@ def as_list(value: Any) -> list[Any]:
         try:
             return yaml.safe_load(f"[{inside}]")
         except yaml.YAMLError as error:
+            why = " ".join(str(error).split())
             raise ValueError(
-                f"The list {value!r} cannot be read: {' '.join(str(error).split())}. Write YAML, such as "
-                "[a, {name: b, key: value}]."
+                f"The list {value!r} cannot be read: {why}. Write [a, {{name: b, key: value}}]."
             ) from error
     return [name.strip() for name in inside.split(",") if name.strip()]
 
