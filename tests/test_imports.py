@@ -23,7 +23,7 @@ RULES = {
     "tasks": {"cache", "policies", "models", "rollout", "testing", "data", "metrics", "stats"}
     | {"runs", "report", "tasks"},
 }
-COMMAND_LINE = {"arguments", "commands", "listing", "terminal", "workshop", "yardstick"}
+COMMAND_LINE = {"commands"}
 FROM_OUTSIDE = {
     "cache": {"torch"},
     "policies": {"torch", "yaml"},
@@ -61,9 +61,7 @@ def test_a_module_imports_only_what_it_may(path):
         if top == "lightning_kv" and rest[:1] == ["cli"]:
             assert floor == "__main__", f"{floor} imports the command line"
         if top == "lightning_kv" and rest[:1] and rest[0] in COMMAND_LINE:
-            assert floor in ("cli", "workshop", "yardstick", "commands"), (
-                f"{floor} imports what belongs to the command line"
-            )
+            assert floor in ("cli", "commands"), f"{floor} imports what belongs to the command line"
         if top == "lightning":
             assert floor in ("tasks", "commands", "cli") or "datamodule" in path.parts, (
                 f"{floor} imports lightning"

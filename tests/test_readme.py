@@ -14,7 +14,6 @@ import pytest
 
 from lightning_kv.cli import main, parse
 from lightning_kv.tasks.choices import chosen_policies
-from lightning_kv.tasks.options import EvaluateOptions, PretrainOptions
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -114,7 +113,7 @@ def test_a_policy_of_ones_own_from_a_folder_of_ones_own(tmp_path, monkeypatch, c
 def test_evaluate_commands_run(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)[1:]
-    asked = parse("evaluate", EvaluateOptions, words[1:])
+    asked = parse("evaluate", words[1:])
     policies, _ = chosen_policies(asked.policies, asked.reference, asked.budgets)
     smaller = SMALLER if len(policies) <= 5 else SMALLEST
     main([*words, *smaller, "--out", str(tmp_path / "run")])
@@ -201,12 +200,12 @@ def test_other_commands_name_what_is_there(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)
     if words[:2] == ["lightning-kv", "pretrain"]:
-        options = parse("pretrain", PretrainOptions, words[2:])
+        options = parse("pretrain", words[2:])
         assert options.recipe.steps > 1000
         return
     if "-c" in words:  # launchers: test_cli runs them
         assert words[0] in ("python", "fabric", "torchrun")
-        parse("evaluate", EvaluateOptions, words[words.index("-c") :][:2])
+        parse("evaluate", words[words.index("-c") :][:2])
     for word in words:
         if word.startswith(("tools/", "configs/")):
             assert (ROOT / word).is_file()

@@ -15,7 +15,7 @@ import json
 import re
 from pathlib import Path
 
-from lightning_kv.listing import policies
+from lightning_kv.commands.list import policies
 from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.runs.units import metric_of, unit_means
 from lightning_kv.stats.bootstrap import paired_interval

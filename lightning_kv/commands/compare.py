@@ -3,21 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from lightning_kv.commands.options import Command
+from lightning_kv.commands.terminal import console, quiet, say, tell
+from lightning_kv.tasks.options import TrainerOptions
 
-from lightning_kv.data.datamodule import VideoPairDataModule
-from lightning_kv.data.pairs import Alignment, pair_csv, pair_folders
-from lightning_kv.data.video_pairs import Videos, apart, joined
-from lightning_kv.data.videos import VideoError
-from lightning_kv.report.entries import run_names
-from lightning_kv.runs.directory import Record, RunDirectory
-from lightning_kv.tasks.callbacks import RecordWriter
-from lightning_kv.tasks.compare import CompareModule, FrameProgressBar, PairVideos
-from lightning_kv.tasks.launch import is_first, launched, trainer_for
-from lightning_kv.tasks.options import CompareOptions, TrainerOptions
+if TYPE_CHECKING:  # they take seconds
+    from lightning_kv.data.datamodule import VideoPairDataModule
+    from lightning_kv.data.video_pairs import Videos
+    from lightning_kv.runs.directory import Record, RunDirectory
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """The metrics and statistics of a run, for videos you already have.
+
+    Args:
+        folders: Reference, then candidates (see --pairs).
+        out: Run directory; an unfinished comparison goes on there.
+        pairs: Instead of folders: reference,candidate[,key] (none).
+        metrics: See `list metrics`, or package.module:Class (all without weights).
+        length: Equal, or shortest: cut a clip's videos to the shortest.
+        resize: Bring candidates to the size of the reference.
+        fps: Equal, or ignore: compare frame by frame all the same.
+        unpaired: Names do not match: compare sets, each video alone.
+        real: Real videos that sets are compared with (the reference).
+        accept_license: Agree to that of non-commercial weights, such as cc-by-nc-4.0.
+        strict: Stop at the first video that cannot be used.
+        videos: Pairs with moving pictures.
+        threads: CPU threads per process.
+        workers: Processes per device that read ahead.
+        trainer: Where it runs.
+    """
+
+    out: Path
+    folders: tuple[Path, ...] = ()
+    pairs: Path | None = None
+    metrics: tuple[str | dict[str, Any], ...] | None = None
+    length: str = "equal"
+    resize: bool = False
+    fps: str = "equal"
+    unpaired: bool = False
+    real: Path | None = None
+    accept_license: tuple[str, ...] = ()
+    strict: bool = False
+    videos: int = 3
+    threads: int = 1
+    workers: int = 0
+    trainer: TrainerOptions = field(default_factory=TrainerOptions)
+
+
+def run(options: CompareOptions) -> int | None:
+    """Compare, and show the table; exit code 1 where a video was skipped."""
+    from lightning_kv.report.table import render_tables
+    from lightning_kv.runs.verdict import verdict
+
+    quiet()
+    found, out = compare(options), console()
+    if not found.summary:  # another rank tells
+        return None
+    out.print(render_tables(found.summary))
+    say(out, verdict(found.summary, found.run.records()))
+    if notes := [*found.notes, *(f"Skipped: {why}" for why in found.skipped)]:
+        tell(notes)
+    out.print(f"Results are in {found.run.path}: {found.run.report.name}, summary.json, records/")
+    return 1 if found.skipped else None
 
 
 @dataclass(frozen=True)
@@ -44,17 +97,26 @@ def compare(options: CompareOptions) -> Compared:
         ValueError: Anything that does not fit, before anything is written; and where ``strict``, a
             video that cannot be read, compared or judged, now or in an earlier call.
     """
+    import torch
+
+    from lightning_kv.data.datamodule import VideoPairDataModule
+    from lightning_kv.data.pairs import Alignment
+    from lightning_kv.tasks.callbacks import RecordWriter
+    from lightning_kv.tasks.class_paths import metrics_of
+    from lightning_kv.tasks.compare import CompareModule, FrameProgressBar, PairVideos
+    from lightning_kv.tasks.launch import is_first, launched, trainer_for
+
     check_counts(options)
-    settings = launched(TrainerOptions(options.devices, options.accelerator))
+    settings = launched(options.trainer)
     torch.set_num_threads(options.threads)
-    alignment = Alignment(options.length, options.size, options.fps)
+    alignment = Alignment(options.length, "resize" if options.resize else "equal", options.fps)
     videos = find_videos(options)
     data = VideoPairDataModule(videos, alignment, options.workers)
     check_readable(data, options.strict)
     module = CompareModule(
         videos.names,
         videos.reference,
-        options.metrics,
+        metrics_of(options.metrics),
         paired=not options.unpaired,
         prompts=all(clip.prompt for clip in videos.clips),
         alignment=alignment,
@@ -66,7 +128,7 @@ def compare(options: CompareOptions) -> Compared:
     module.warns = False  # the table and the notes say it
     writer = RecordWriter(options.out)
     pictures = PairVideos(options.out, options.videos)
-    trainer = trainer_for(settings, [writer, pictures, FrameProgressBar()], logger=False)
+    trainer = trainer_for(settings, [writer, pictures, FrameProgressBar()], options.out)
     if is_first():
         writer.open(trainer, module, data)
         if options.strict:
@@ -97,7 +159,11 @@ def find_videos(options: CompareOptions) -> Videos:
     Raises:
         ValueError: Both or neither are given, a folder twice, or there is nothing to compare.
     """
-    folders = [*([options.reference] if options.reference else []), *options.candidates]
+    from lightning_kv.data.pairs import pair_csv, pair_folders
+    from lightning_kv.data.video_pairs import apart, joined
+    from lightning_kv.report.entries import run_names
+
+    folders = list(options.folders)
     if options.pairs is not None:
         if folders or options.unpaired:
             raise ValueError(
@@ -132,6 +198,8 @@ def check_readable(data: VideoPairDataModule, strict: bool) -> None:
     Raises:
         ValueError: It is one.
     """
+    from lightning_kv.data.videos import VideoError
+
     broken = [info for info in data.infos.values() if isinstance(info, VideoError)]
     if broken and strict:
         raise broken[0]
@@ -169,3 +237,20 @@ def refuse_skipped(records: Iterable[Record]) -> None:
             f"first: {skipped[0].rstrip('.')}. Leave --strict out, or repair this and compare into "
             "a new directory."
         )
+
+
+COMMAND = Command(
+    "compare",
+    CompareOptions,
+    run,
+    """\
+Videos are paired by file name. A comparison goes on in its directory where it was left. What can
+not be read is skipped, said, and gives exit code 1.
+
+examples:
+  lightning-kv compare full/ mine/ theirs/ --out runs/compared
+  lightning-kv compare --pairs pairs.csv --out runs/compared --length shortest
+  lightning-kv compare real/ mine/ --unpaired --metrics [fvd/i3d,kvd/i3d] --out runs/sets""",
+    positional={"folders": "FOLDER"},
+    metavars={"out": "DIR", "pairs": "CSV", "real": "FOLDER", "accept_license": "ID,..."},
+)

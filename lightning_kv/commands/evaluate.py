@@ -2,33 +2,125 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from lightning_kv.commands.options import Command
+from lightning_kv.commands.terminal import console, quiet, say
+from lightning_kv.tasks.options import TrainerOptions
 
-from lightning_kv.data.datamodule import PromptDataModule
-from lightning_kv.metrics.plugins import in_a_list
-from lightning_kv.metrics.registry import Suite
-from lightning_kv.models.embeddings import INDEX
-from lightning_kv.models.loading import check_memory, load_model
-from lightning_kv.models.sources import Source, find_model
-from lightning_kv.models.video import VideoModel
-from lightning_kv.runs.directory import write_atomic
-from lightning_kv.tasks.callbacks import (
-    ComparisonVideos,
-    RecordWriter,
-    RolloutProgressBar,
-    TraceWriter,
-)
-from lightning_kv.tasks.choices import chosen_policies
-from lightning_kv.tasks.evaluate import EvaluateModule, known
-from lightning_kv.tasks.launch import is_first, launched, logger_of, trainer_for
-from lightning_kv.tasks.options import EvaluateOptions
-from lightning_kv.tasks.settings import RolloutSettings
+if TYPE_CHECKING:  # they take seconds
+    import torch
+    from lightning import LightningDataModule
+
+    from lightning_kv.models.sources import Source
+    from lightning_kv.models.video import VideoModel
+    from lightning_kv.tasks.evaluate import EvaluateModule
+    from lightning_kv.tasks.settings import RolloutSettings
 
 FAST_PANS = Path("data/panorama-fast13")
+PRESET_POLICIES = ["full", "sliding-window@9f", "sink-window@9f", "top-attention@9f", "random@9f"]
+
+
+@dataclass
+class DataOptions:
+    """What streams in.
+
+    Args:
+        shards: Folder of prompt shards, as `encode` makes them (13 fast pans).
+        seed: Of the worlds that are drawn for the prompts.
+        class_path: A data module of your own, package.module:Class (shards).
+        init_args: Its arguments.
+    """
+
+    shards: Path | None = None
+    seed: int = 0
+    class_path: str | None = None
+    init_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class EvaluateOptions:
+    """Roll out the reference and every policy from the same prompts and noise, and compare.
+
+    Args:
+        policies: Names (h2o@9f), YAML files, package.module:Class, or parts in place.
+        budgets: Such as 6f,9f,15f, for policies whose budget is not named (none).
+        reference: The policy that the others are compared with.
+        model: One of `lightning-kv list models`, NAME=FILE, or a file.
+        precision: float32, reference (the original's casts) or fast (the model's).
+        text: Folder of embeddings, or of a text encoder (the shards' own).
+        vae: Folder of the VAE (the fetched one).
+        data: Prompts and worlds.
+        prompts: Number of prompts from the start of the set (all).
+        samples: Noises per prompt; statistics count prompts.
+        frames: Latent frames per clip, context included (the model's; panorama 72).
+        context_frames: Given frames at the start (0: the prompt alone; panorama 15).
+        size: HEIGHTxWIDTH in pixels (the model's own).
+        seed: Of the noise.
+        negative: What guidance leads away from, for models with guidance.
+        metrics: See `list metrics`, or package.module:Class (all without weights).
+        real: Folder of real videos for fvd and kvd (the panorama has its own).
+        accept_license: Agree to that of non-commercial weights, such as cc-by-nc-4.0.
+        decode: Make pixels: without, no videos and no metrics of pixels.
+        latents: Keep the latents of every clip, for `decode`.
+        out: Run directory; an unfinished run goes on there.
+        batch: Clips rolled out together.
+        backend: Attention kernel, sdpa or reference.
+        threads: CPU threads per process; can change the last digit.
+        videos: Prompts with moving pictures (all).
+        fps: Frames per second of the moving pictures (the model's own).
+        trainer: Where it runs.
+    """
+
+    policies: list[str | dict[str, Any]] = field(default_factory=lambda: list(PRESET_POLICIES))
+    budgets: list[str | float] | None = None
+    reference: str = "full"
+    model: str = "panorama"
+    precision: str | None = None
+    text: Path | None = None
+    vae: Path | None = None
+    data: DataOptions = field(default_factory=DataOptions)
+    prompts: int | None = None
+    samples: int = 1
+    frames: int | None = None
+    context_frames: int | None = None
+    size: str | None = None
+    seed: int = 0
+    negative: str = ""
+    metrics: list[str | dict[str, Any]] | None = None
+    real: Path | None = None
+    accept_license: list[str] = field(default_factory=list)
+    decode: bool = True
+    latents: bool = False
+    out: Path = Path("runs/evaluate")
+    batch: int = 1
+    backend: str = "sdpa"
+    threads: int = 1
+    videos: int | None = None
+    fps: float | None = None
+    trainer: TrainerOptions = field(default_factory=TrainerOptions)
+
+
+def run(options: EvaluateOptions) -> None:
+    """Evaluate, and show the table."""
+    quiet()
+    summary = evaluate(options)
+    if not summary:  # another rank tells
+        return
+    from lightning_kv.report.table import render_tables
+    from lightning_kv.runs.directory import RunDirectory
+    from lightning_kv.runs.verdict import verdict
+
+    made, out = RunDirectory(options.out), console()
+    out.print(render_tables(summary))
+    say(out, verdict(summary, made.records()))
+    out.print(
+        f"Results are in {made.path}: {made.report.name}, report.md, table.tex, summary.json, "
+        "records/, videos/, traces/",
+        soft_wrap=True,
+    )
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -37,6 +129,18 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         ValueError: Anything that does not fit, before anything is written.
     """
+    import torch
+
+    from lightning_kv.models.sources import find_model
+    from lightning_kv.runs.directory import write_atomic
+    from lightning_kv.tasks.callbacks import (
+        ComparisonVideos,
+        RecordWriter,
+        RolloutProgressBar,
+        TraceWriter,
+    )
+    from lightning_kv.tasks.launch import is_first, launched, trainer_for
+
     settings = launched(options.trainer)
     if options.threads < 1:
         raise ValueError(f"--threads {options.threads} leaves nobody to work. Use 1 or more.")
@@ -45,11 +149,9 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     options = settled(options, source)
     writer = RecordWriter(options.out, options.latents)
     pictures = [kind(options.out, options.videos) for kind in (ComparisonVideos, TraceWriter)]
-    data = PromptDataModule(
-        options.data.shards, options.prompts, options.samples, options.data.seed, options.batch
-    )
+    data = data_of(options)
     callbacks = [writer, *pictures, RolloutProgressBar()]
-    trainer = trainer_for(settings, callbacks, logger_of(settings.logger, options.out))
+    trainer = trainer_for(settings, callbacks, options.out)
     module = module_for(options, source, data, trainer.strategy.root_device)
     module.warns = False  # the table says it
     if is_first():
@@ -59,28 +161,62 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     return writer.summary
 
 
+def data_of(options: EvaluateOptions) -> LightningDataModule:
+    """Prompts from shards, or the data module of the user's own.
+
+    What such a class takes of ``shards``, ``prompts``, ``samples``, ``seed`` and ``batch`` it is
+    given, unless ``init_args`` do.
+
+    Raises:
+        ValueError: There is no such class, it is no data module, or cannot be made so.
+    """
+    from lightning import LightningDataModule
+
+    from lightning_kv.data.datamodule import PromptDataModule
+    from lightning_kv.tasks.class_paths import instance
+
+    own = options.data
+    given = {
+        "shards": own.shards,
+        "prompts": options.prompts,
+        "samples": options.samples,
+        "seed": own.seed,
+        "batch": options.batch,
+    }
+    if own.class_path is None:
+        if own.init_args:
+            raise ValueError(
+                f"--data.init_args {own.init_args} belong to no class. Give --data.class_path too."
+            )
+        return PromptDataModule(**given)
+    spec = {"class_path": own.class_path, "init_args": own.init_args}
+    return instance(spec, LightningDataModule, "--data", given)
+
+
 def settled(options: EvaluateOptions, source: Source) -> EvaluateOptions:
     """What was not given, as the model wants it.
 
     Raises:
         ValueError: No prompts are given, and the model has none of its own.
     """
+    from lightning_kv.metrics.registry import Suite
+    from lightning_kv.models.embeddings import INDEX
+    from lightning_kv.tasks.evaluate import known
+
     world = source.config is None
-    if options.data.shards is None and not world:
+    if options.data.shards is None and options.data.class_path is None and not world:
         raise ValueError(
             f"Nothing says which prompts to give to {source.name!r}. Use --data.shards FOLDER; "
             "`lightning-kv encode prompts.txt --out FOLDER` makes one."
         )
-    shards = options.data.shards or FAST_PANS
-    own = shards if not world and (shards / INDEX).is_file() else None
+    shards = options.data.shards or (FAST_PANS if world else None)
+    own = shards if not world and shards and (shards / INDEX).is_file() else None
     rollouts = rollouts_of(options).filled(source.config)
     usual = {
         "text": own,
         "precision": "float32" if world else "reference",
         "metrics": list(Suite(None, known(world, options.decode)).choices),
     }
-    if isinstance(options.metrics, str):
-        options = replace(options, metrics=in_a_list(options.metrics))
     missing = {name: value for name, value in usual.items() if getattr(options, name) is None}
     data = replace(options.data, shards=shards)
     return replace(options, data=data, **vars(rollouts), **missing)
@@ -88,17 +224,26 @@ def settled(options: EvaluateOptions, source: Source) -> EvaluateOptions:
 
 def rollouts_of(options: EvaluateOptions) -> RolloutSettings:
     """The settings of the rollouts."""
+    from lightning_kv.tasks.settings import RolloutSettings
+
     names = RolloutSettings.__dataclass_fields__
     return RolloutSettings(**{name: getattr(options, name) for name in names})
 
 
 def module_for(
-    options: EvaluateOptions, source: Source, data: PromptDataModule, device: torch.device
+    options: EvaluateOptions, source: Source, data: LightningDataModule, device: torch.device
 ) -> EvaluateModule:
     """The module, once everything that can be known before weights are read has been checked."""
+    from lightning_kv.metrics.registry import Suite
+    from lightning_kv.models.loading import check_memory
+    from lightning_kv.tasks.choices import chosen_policies
+    from lightning_kv.tasks.class_paths import metrics_of
+    from lightning_kv.tasks.evaluate import EvaluateModule, known
+
     policies, reference = chosen_policies(options.policies, options.reference, options.budgets)
-    rollouts, accept = rollouts_of(options), tuple(options.accept_license.split(","))
-    Suite(options.metrics, known(source.config is None, options.decode), accept)
+    rollouts, accept = rollouts_of(options), tuple(options.accept_license)
+    metrics = metrics_of(options.metrics)
+    Suite(metrics, known(source.config is None, options.decode), accept)
     if source.config is not None:  # before gigabytes are read
         everyone = [reference, *policies.values()]
         rollouts.check(options.model, source.config, False, everyone)
@@ -108,15 +253,18 @@ def module_for(
         model_for(options, source, data),
         list(policies.values()),
         reference,
-        options.metrics,
+        metrics,
         **vars(rollouts),
         real=options.real,
         accept_license=accept,
     )
 
 
-def model_for(options: EvaluateOptions, source: Source, data: PromptDataModule) -> VideoModel:
+def model_for(options: EvaluateOptions, source: Source, data: LightningDataModule) -> VideoModel:
     """The model."""
+    from lightning_kv.models.loading import load_model
+
+    texts = data.prompt_texts() if hasattr(data, "prompt_texts") else None
     guided = source.config is not None and source.config.guidance != 1
     return load_model(
         options.model,
@@ -124,7 +272,7 @@ def model_for(options: EvaluateOptions, source: Source, data: PromptDataModule) 
         text=options.text,
         vae=options.vae,
         decode=options.decode,
-        prompts=data.prompt_texts() + [options.negative] * guided,
+        prompts=None if texts is None else texts + [options.negative] * guided,
     )
 
 
@@ -134,6 +282,8 @@ def check_text(options: EvaluateOptions, source: Source) -> None:
     Raises:
         ValueError: The text states are not on disk.
     """
+    from lightning_kv.models.embeddings import INDEX
+
     folder = options.text or source.text
     if folder is None or not (folder / INDEX).is_file():
         raise ValueError(
@@ -155,3 +305,27 @@ def config_yaml(options: EvaluateOptions) -> str:
         return str(value) if isinstance(value, Path) else value
 
     return yaml.safe_dump(plain(asdict(options)), sort_keys=False)
+
+
+COMMAND = Command(
+    "evaluate",
+    EvaluateOptions,
+    run,
+    """\
+What is not given is the model's own; see `lightning-kv list policies`, `list parts`. For example:
+  lightning-kv evaluate -c configs/evaluate.yaml --budgets 6f,9f,15f --trainer.devices 2
+  lightning-kv evaluate --policies [full,mine.yaml@9f,my_pkg.mine:Part@9f] --out runs/mine""",
+    metavars={
+        "text": "FOLDER",
+        "vae": "FOLDER",
+        "real": "FOLDER",
+        "data.shards": "FOLDER",
+        "data.class_path": "CLASS",
+        "data.init_args": "ARGS",
+        "size": "HxW",
+        "negative": "TEXT",
+        "accept_license": "ID,...",
+        "out": "DIR",
+        "trainer.devices": "N",
+    },
+)

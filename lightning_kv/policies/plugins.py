@@ -39,7 +39,7 @@ def imported(text: str) -> type[Part]:
             f"{text!r} is no address of a part: {module!r} is no name of a module. Give "
             "PACKAGE.MODULE:CLASS, such as mine.thinned:Thinned for mine/thinned.py."
         )
-    with _current_folder():
+    with current_folder():
         try:
             found: Any = importlib.import_module(module)
         except (Exception, SystemExit) as error:  # somebody else's module may raise anything
@@ -151,7 +151,7 @@ def _parts_of(module: ModuleType) -> list[type[Part]]:
 
 
 @contextmanager
-def _current_folder() -> Iterator[None]:
+def current_folder() -> Iterator[None]:
     """Python's own commands differ in whether the current folder is searched; here it is."""
     here = str(Path.cwd())
     known, before = here in sys.path, set(sys.modules)

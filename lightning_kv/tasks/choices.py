@@ -7,8 +7,10 @@ from typing import Any
 
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.budgets import Amount
+from lightning_kv.policies.plugins import imported
 from lightning_kv.policies.registry import load_policy
 from lightning_kv.policies.scored import ScoredPart
+from lightning_kv.tasks.class_paths import divided
 
 Spec = str | dict[str, Any] | CachePolicy
 
@@ -61,7 +63,20 @@ def chosen_policies(
 
 
 def _policy(spec: Spec) -> CachePolicy:
-    return spec if isinstance(spec, CachePolicy) else load_policy(spec)
+    if isinstance(spec, CachePolicy):
+        return spec
+    if isinstance(spec, dict) and "class_path" in spec:
+        spec = _of_class(spec)
+    return load_policy(spec)
+
+
+def _of_class(spec: dict[str, Any]) -> dict[str, Any]:
+    """A part by ``class_path`` and ``init_args``, as plain data of a policy of that name."""
+    path, init = divided(spec, "--policies")
+    address = path if ":" in path else ":".join(path.rpartition(".")[::2])
+    amount = f"@{init['budget']}" if isinstance(init.get("budget"), str | int | float) else ""
+    part = {"part": address, **init}
+    return {"name": address + amount, imported(address).kind: part}
 
 
 def needs_of(policies: Iterable[CachePolicy]) -> dict[str, dict[str, Any]]:

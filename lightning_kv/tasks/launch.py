@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_kv.tasks.class_paths import instance, is_address
 from lightning_kv.tasks.options import TrainerOptions
 
 if TYPE_CHECKING:  # it takes seconds
     from lightning import Callback, Trainer
     from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.profilers import Profiler
 
 
 def resolved(accelerator: str) -> str:
@@ -52,6 +53,12 @@ def launched(options: TrainerOptions) -> TrainerOptions:
                 f"--trainer.{name} {own} contradicts {source}, which says {value}. "
                 f"Leave --trainer.{name} out, or change what {source} is given."
             )
+    asked = os.environ.get("LT_STRATEGY", "auto")
+    if source and options.strategy is not None and asked not in ("auto", options.strategy):
+        raise ValueError(
+            f"--trainer.strategy {options.strategy} contradicts the launcher, which says {asked}. "
+            "Leave --trainer.strategy out, or change what the launcher is given."
+        )
     settings = replace(options, **told)
     settings.accelerator = resolved(settings.accelerator)
     settings.devices = 1 if settings.devices is None else settings.devices
@@ -110,55 +117,89 @@ def is_first() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == os.environ.get("NODE_RANK", "0") == "0"
 
 
-def trainer_for(
-    settings: TrainerOptions, callbacks: list[Callback], logger: Logger | bool = False
-) -> Trainer:
-    """A Trainer that only runs; what it would write or show is ours."""
-    from lightning import Trainer
-
-    return Trainer(
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        num_nodes=settings.num_nodes,
-        callbacks=callbacks,
-        logger=logger,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-
-
-def logger_of(name: str | None, out: Path) -> Logger | bool:
-    """A logger by name, which writes below a run directory.
+def trainer_for(settings: TrainerOptions, callbacks: list[Callback], out: Path) -> Trainer:
+    """A Trainer that only runs; what it would write or show is ours.
 
     Args:
-        name: ``csv``, ``tensorboard``, or the address ``package.module:Class`` of another, which
-            is made with ``save_dir``.
-        out: The run directory.
+        settings: As :func:`launched` fills them in.
+        callbacks: Ours; those of the settings come after them.
+        out: Run directory, which loggers and profilers write below.
+
+    Raises:
+        ValueError: A class cannot be found or made, or the Trainer refuses an argument.
+    """
+    from lightning import Callback, Trainer
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.strategies import Strategy
+
+    own = [instance(each, Callback, "--trainer.callbacks") for each in settings.callbacks or ()]
+    plugins = [instance(each, object, "--trainer.plugins") for each in settings.plugins or ()]
+    strategy = settings.strategy or "auto"
+    if is_address(strategy):
+        strategy = instance(strategy, Strategy, "--trainer.strategy")
+    given = {
+        "strategy": strategy,
+        "precision": settings.precision,
+        "profiler": profiler_of(settings.profiler, out),
+        "plugins": plugins or None,
+        "limit_test_batches": settings.limit_test_batches,
+        "deterministic": settings.deterministic,
+        "benchmark": settings.benchmark,
+        "inference_mode": settings.inference_mode,
+        "logger": [logger_of(each, out) for each in settings.logger or ()] or False,
+    }
+    try:
+        return Trainer(
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            num_nodes=settings.num_nodes,
+            callbacks=[*callbacks, *own],
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            **given,
+        )
+    except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
+        told = {name: value for name, value in vars(settings).items() if value is not None}
+        raise ValueError(
+            f"Lightning's Trainer refuses what it is given: {error} Given: {told}. Change the "
+            "--trainer argument that it names, or leave it out."
+        ) from error
+
+
+def profiler_of(spec: dict[str, Any] | str | None, out: Path) -> Profiler | str | None:
+    """A profiler by name or class; ours write into the run directory."""
+    from lightning.pytorch import profilers
+
+    ours = {"simple": profilers.SimpleProfiler, "advanced": profilers.AdvancedProfiler}
+    if spec in (None, *ours):
+        return spec and ours[spec](dirpath=str(out), filename="profile")
+    return instance(spec, profilers.Profiler, "--trainer.profiler", {"dirpath": str(out)})
+
+
+def logger_of(spec: dict[str, Any] | str, out: Path) -> Logger:
+    """A logger by name or class, which writes below a run directory.
+
+    Args:
+        spec: ``csv``, ``tensorboard``, or the address of another class.
+        out: The run directory; given where the class takes ``save_dir``.
 
     Raises:
         ValueError: There is no such logger.
     """
     from lightning.pytorch import loggers
 
-    if name is None:
-        return False
-    if name == "csv":
+    if spec == "csv":
         return loggers.CSVLogger(out, name="", version="log")
-    module, _, kind = (
-        name if name != "tensorboard" else "lightning.pytorch.loggers:TensorBoardLogger"
-    ).partition(":")
-    try:
-        found = getattr(import_module(module), kind)
-        made = found(save_dir=str(out))
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"--trainer.logger {name} is no logger that can be made ({type(error).__name__}: "
-            f"{error}). Give csv, tensorboard, or package.module:Class of one that takes save_dir."
-        ) from error
-    if not isinstance(made, loggers.Logger):
-        raise ValueError(
-            f"--trainer.logger {name} is a {type(made).__name__} and no logger of Lightning. Give "
-            "csv, tensorboard, or package.module:Class of one."
-        )
-    return made
+    if spec == "tensorboard":
+        spec = "lightning.pytorch.loggers:TensorBoardLogger"
+    return instance(spec, loggers.Logger, "--trainer.logger", {"save_dir": str(out)})
+
+
+def device_of(accelerator: str) -> str:
+    """The torch device of an accelerator.
+
+    Raises:
+        ValueError: There is none.
+    """
+    return "cuda" if resolved(accelerator) == "gpu" else "cpu"

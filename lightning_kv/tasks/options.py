@@ -1,149 +1,74 @@
-"""Settings of the commands: plain data without torch, so that ``--help`` is quick."""
+"""Settings of tasks: plain data without torch, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-PRESET_POLICIES = ["full", "sliding-window@9f", "sink-window@9f", "top-attention@9f", "random@9f"]
+NOT_TRAINED = "nothing is trained here, and only a test loop runs"
+OWN_WRITING = "what a run writes is under --out, and it goes on from there"
 
 
 @dataclass
 class TrainerOptions:
-    """Where a job runs: one device of one machine, or what a launcher started, by default.
+    """Where a job runs, and what of Lightning's Trainer takes part in it.
+
+    A class comes as package.module:Class, or as a mapping of class_path and init_args.
 
     Args:
-        devices: Processes (CPU) or GPUs: a number, or a list such as 0,2.
-        accelerator: cpu, gpu, or auto (a CUDA GPU if there is one).
-        num_nodes: Machines.
-        logger: csv, tensorboard, or package.module:Class; logs the means at the end.
+        devices: Processes (CPU) or GPUs: 4, or 0,2 (1, or the launcher's).
+        accelerator: cpu, gpu, or auto: a CUDA GPU if there is one.
+        num_nodes: Machines (1, or the launcher's).
+        strategy: Of Lightning's, or a class (one device, or ddp).
+        precision: Autocast: 32-true (none), 16-mixed or bf16-mixed.
+        logger: csv, tensorboard, classes: get the means at the end (none).
+        callbacks: Classes, which come after those that write the run (none).
+        plugins: Classes (none).
+        profiler: simple, advanced (write under --out) or a class (none).
+        limit_test_batches: Rollouts of a rank, or share of them (all).
+        deterministic: Refuse kernels that do not repeat, or warn (false).
+        benchmark: Let cuDNN choose by trying (Lightning's).
+        inference_mode: False: no_grad.
     """
 
     devices: int | str | None = None
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     num_nodes: int | None = None
-    logger: str | None = None
+    strategy: dict[str, Any] | str | None = None
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    logger: list[str | dict[str, Any]] | None = None
+    callbacks: list[str | dict[str, Any]] | None = None
+    plugins: list[str | dict[str, Any]] | None = None
+    profiler: dict[str, Any] | str | None = None
+    limit_test_batches: int | float | None = None
+    deterministic: bool | Literal["warn"] | None = None
+    benchmark: bool | None = None
+    inference_mode: bool = True
 
-
-@dataclass
-class DataOptions:
-    """What streams in.
-
-    Args:
-        shards: Folder of prompt shards (`lightning-kv encode` makes one).
-        seed: Of the worlds that are drawn for the prompts.
-    """
-
-    shards: Path | None = None
-    seed: int = 0
-
-
-@dataclass
-class EvaluateOptions:
-    """Roll out the reference and every policy from the same prompts and noise, and compare.
-
-    Args:
-        policies: Names (h2o@9f), YAML files, package.module:Class, or parts in place.
-        budgets: Such as 6f,9f,15f, for every policy whose budget is not named.
-        reference: The policy that the others are compared with.
-        model: panorama, a name of `lightning-kv list models`, NAME=FILE, or a file.
-        precision: float32, reference (the casts of the original code) or fast.
-        text: Folder of embeddings (default: the shards' own), or of a text encoder.
-        vae: Folder of the VAE.
-        data: Prompts and worlds.
-        prompts: Number of prompts from the start of the set; all where not given.
-        samples: Noises per prompt; statistics count prompts.
-        frames: Latent frames per clip, the context included.
-        context_frames: Given frames at the start; 0 generates from the prompt alone.
-        size: HEIGHTxWIDTH in pixels.
-        seed: Of the noise.
-        negative: What guidance leads away from (models with guidance).
-        metrics: Such as psnr,fvd/panorama-encoder; see `lightning-kv list metrics`.
-        real: Folder of real videos for fvd and kvd (the panorama has its own).
-        accept_license: Of non-commercial weights, comma-separated.
-        decode: Make pixels; without them no videos and no metrics of pixels.
-        latents: Keep the latents of every clip, for `lightning-kv decode`.
-        out: Run directory. An unfinished run with the same settings goes on there.
-        batch: Clips rolled out together.
-        backend: Attention kernel, sdpa or reference.
-        threads: CPU threads per process; can change the last digit of results.
-        videos: Prompts with moving pictures.
-        fps: Frames per second of the moving pictures.
-        trainer: Where it runs.
-    """
-
-    policies: list[str | dict[str, Any]] = field(default_factory=lambda: list(PRESET_POLICIES))
-    budgets: str | list[str | float] | None = None
-    reference: str = "full"
-    model: str = "panorama"
-    precision: str | None = None
-    text: Path | None = None
-    vae: Path | None = None
-    data: DataOptions = field(default_factory=DataOptions)
-    prompts: int | None = None
-    samples: int = 1
-    frames: int | None = None
-    context_frames: int | None = None
-    size: str | None = None
-    seed: int = 0
-    negative: str = ""
-    metrics: list[str] | str | None = None
-    real: Path | None = None
-    accept_license: str = ""
-    decode: bool = True
-    latents: bool = False
-    out: Path = Path("runs/evaluate")
-    batch: int = 1
-    backend: str = "sdpa"
-    threads: int = 1
-    videos: int | None = None
-    fps: float | None = None
-    trainer: TrainerOptions = field(default_factory=TrainerOptions)
-
-
-@dataclass(frozen=True)
-class CompareOptions:
-    """Compare folders of videos that somebody else made with a reference folder.
-
-    Args:
-        reference: Folder of the videos that are right; None with ``pairs``.
-        candidates: Folders of the videos that are judged; empty with ``pairs``.
-        out: Run directory. An unfinished comparison of the same files goes on there.
-        pairs: A CSV table of pairs instead of folders.
-        metrics: Which metrics (see `lightning-kv list metrics`); those that need no weights where
-            not given.
-        length: equal, or shortest: cut all videos of a clip to the shortest of them.
-        size: equal, or resize: bring candidates to the size of the reference.
-        fps: equal, or ignore: compare the n-th frame with the n-th frame all the same.
-        unpaired: The folders have no videos in common: compare sets, and each video alone.
-        real: Folder of real videos that sets are compared with; the reference where not given.
-        accept_license: Licences of non-commercial weights that you agree to.
-        strict: Stop at the first video that cannot be used, also of an earlier call.
-        videos: Pairs with moving pictures.
-        threads: CPU threads per process.
-        workers: Processes per device that read ahead.
-        devices: Processes (CPU) or GPUs.
-        accelerator: cpu, gpu, or auto (a CUDA GPU if there is one).
-    """
-
-    out: Path
-    reference: Path | None = None
-    candidates: tuple[Path, ...] = ()
-    pairs: Path | None = None
-    metrics: tuple[str, ...] | None = None
-    length: str = "equal"
-    size: str = "equal"
-    fps: str = "equal"
-    unpaired: bool = False
-    real: Path | None = None
-    accept_license: tuple[str, ...] = ()
-    strict: bool = False
-    videos: int = 3
-    threads: int = 1
-    workers: int = 0
-    devices: int | str | None = None
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    REFUSED: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(
+            (
+                *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time"),
+                *("limit_train_batches", "limit_val_batches", "limit_predict_batches"),
+                *("overfit_batches", "val_check_interval", "check_val_every_n_epoch"),
+                *("num_sanity_val_steps", "accumulate_grad_batches", "gradient_clip_val"),
+                *("gradient_clip_algorithm", "detect_anomaly", "log_every_n_steps"),
+                *("reload_dataloaders_every_n_epochs", "sync_batchnorm"),
+            ),
+            NOT_TRAINED,
+        ),
+        **dict.fromkeys(
+            ("default_root_dir", "enable_checkpointing", "model_registry"), OWN_WRITING
+        ),
+        "fast_dev_run": "it would write no run; --prompts 1 --frames 24 is as quick",
+        "enable_progress_bar": "the line is shown in a terminal only",
+        "enable_model_summary": "the report says what the model is",
+        "enable_autolog_hparams": "config.yaml and run.json hold all options",
+        "use_distributed_sampler": "the data module gives each rank its own items",
+        "barebones": "it would run without the callbacks that write the run",
+    }
+    """Arguments of Lightning's Trainer that make no sense here, and why."""
 
 
 @dataclass(frozen=True)
@@ -153,22 +78,21 @@ class GenerateOptions:
     Args:
         prompt: What the model is told.
         out: The video, an .mp4 file; or its latents, a .safetensors file, for `decode`.
-        model: panorama, a published checkpoint (see `lightning-kv list models`), NAME=FILE, or a
-            file.
-        policy: A preset (top-attention@9f), a YAML file, or parts in place, as for evaluate; the
-            one that the model's authors run where not given.
-        seconds: Length, rounded up to whole chunks; 6, or what the model was trained for.
+        model: panorama, a name of `lightning-kv list models`, NAME=FILE, or a file.
+        policy: A preset (top-attention@9f), a YAML file, package.module:Class, or parts in place
+            (what the model's authors run).
+        seconds: Length, rounded up to whole chunks (6, or what the model was trained for).
         seed: Of the noise.
-        fps: Frames per second; the model's own where not given.
-        size: HEIGHTxWIDTH in pixels; the model's own where not given.
-        switches: Prompts on the way, each TEXT@SECONDS.
-        negative: What guidance leads away from (models with guidance).
-        precision: float32, reference or fast; the model's own where not given.
-        text: Folder of embeddings, or of tokenizer and text encoder.
-        vae: Folder of the VAE.
+        fps: Frames per second (the model's own).
+        size: HEIGHTxWIDTH in pixels (the model's own).
+        switches: Another prompt from there on, at the start of the chunk; may be given again.
+        negative: What guidance leads away from, for models with guidance.
+        precision: float32, reference or fast (the model's own).
+        text: Folder of embeddings, or of tokenizer and text encoder (the fetched one).
+        vae: Folder of the VAE (the fetched one).
         force: Replace the video if it exists.
         threads: CPU threads.
-        accelerator: cpu, gpu, or auto (a CUDA GPU if there is one).
+        accelerator: cpu, gpu, or auto: a CUDA GPU if there is one.
     """
 
     prompt: str
@@ -275,7 +199,7 @@ class PretrainOptions:
         threads: CPU threads.
         checkpoint_every: Steps between two checkpoints.
         picture_every: Steps between two sample pictures; 0 for none.
-        accelerator: cpu, gpu, or auto (a CUDA GPU if there is one); always one device.
+        accelerator: cpu, gpu, or auto: a CUDA GPU if there is one; one device.
     """
 
     recipe: Recipe

@@ -12,7 +12,6 @@ from lightning_kv.runs.directory import RunDirectory, write_atomic
 from lightning_kv.runs.summary import MetricInfo, summarise
 from lightning_kv.runs.verdict import verdict
 from lightning_kv.stats.bootstrap import bca_interval
-from lightning_kv.tasks.distances import distances
 
 
 def open_run(path: Path) -> RunDirectory:
@@ -61,10 +60,13 @@ def summary_of(run: RunDirectory, intervals: bool = True) -> dict[str, Any]:
     if not intervals:
         return summary
     of_sets = {name: info for name, info in about["metrics"].items() if info.get("sets")}
-    found = distances(run, of_sets, list(summary["policies"]), summary["reference"])
-    for policy, metrics in found.items():
-        for name, values in metrics.items():
-            summary["policies"][policy]["metrics"][name] |= values
+    if of_sets:
+        from lightning_kv.tasks.distances import distances  # with torch and torchmetrics: seconds
+
+        found = distances(run, of_sets, list(summary["policies"]), summary["reference"])
+        for policy, metrics in found.items():
+            for name, values in metrics.items():
+                summary["policies"][policy]["metrics"][name] |= values
     return analyse(summary, records)
 
 

@@ -4,13 +4,12 @@ from fractions import Fraction
 
 import pytest
 
-from lightning_kv.commands.compare import find_videos
+from lightning_kv.commands.compare import CompareOptions, find_videos
 from lightning_kv.data.datamodule import VideoPairDataModule
 from lightning_kv.data.make_shards import make_video_shards
 from lightning_kv.data.pairs import Alignment, pair_folders
 from lightning_kv.data.video_pairs import PairedClip, alignable, apart, joined, shortest
 from lightning_kv.data.videos import VideoError, VideoInfo
-from lightning_kv.tasks.options import CompareOptions
 
 
 @pytest.fixture
@@ -34,8 +33,8 @@ def tree(tmp_path):
 
 
 def found(tree, *folders, **given):
-    first, *others = (tree / folder for folder in folders)
-    return find_videos(CompareOptions(tree / "out", first, tuple(others), **given))
+    places = tuple(tree / folder for folder in folders)
+    return find_videos(CompareOptions(tree / "out", places, **given))
 
 
 def test_every_candidate_has_its_own_pairs(tree):

@@ -392,7 +392,7 @@ def test_shipped_policy_files_work_from_any_folder(tmp_path, monkeypatch):
 
 
 def test_the_meaning_of_every_setting_is_listed():
-    from lightning_kv.listing import parts
+    from lightning_kv.commands.list import parts
 
     rows = {(row["kind"], row["part"]): row for row in parts()}
     for (kind, part), row in rows.items():

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 
 from lightning_kv.cli import main
-from lightning_kv.commands.compare import find_videos
+from lightning_kv.commands.compare import CompareOptions, find_videos
 from lightning_kv.data.datamodule import PromptDataModule, VideoPairDataModule
 from lightning_kv.data.pairs import Alignment
 from lightning_kv.metrics import VideoMetric
@@ -30,7 +30,6 @@ from lightning_kv.tasks.callbacks import (
 )
 from lightning_kv.tasks.compare import CompareModule, FrameProgressBar, PairVideos
 from lightning_kv.tasks.evaluate import EvaluateModule
-from lightning_kv.tasks.options import CompareOptions
 
 SHARDS = Path(__file__).parents[2] / "data/panorama-quick"
 FVD = "fvd/panorama-encoder"
@@ -55,8 +54,8 @@ def measured(own, callbacks=(), prompts=1, **data):
 
 def pairs(root, *candidates, length="equal"):
     """Videos in folders of one place, and a module that compares them."""
-    folders = tuple(root / name for name in candidates)
-    asked = CompareOptions(out=root / "run", reference=root / "full", candidates=folders)
+    folders = tuple(root / name for name in ("full", *candidates))
+    asked = CompareOptions(out=root / "run", folders=folders)
     videos, alignment = find_videos(asked), Alignment(length)
     own = CompareModule(videos.names, videos.reference, ["psnr"], alignment=alignment)
     return own, VideoPairDataModule(videos, alignment)

@@ -12,23 +12,22 @@ import pytest
 import torch
 
 from lightning_kv.cli import main
-from lightning_kv.commands.compare import compare
+from lightning_kv.commands.compare import CompareOptions, compare
 from lightning_kv.data.videos import VideoError, probe, read
 from lightning_kv.metrics.backbones.base import RandomBackbone
 from lightning_kv.metrics.fidelity import ssim
 from lightning_kv.metrics.functional.frechet import frechet_distance
 from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.runs.video import write_mp4
-from lightning_kv.tasks.options import CompareOptions
+from lightning_kv.tasks.options import TrainerOptions
 
 
 def options(root, *candidates, **given):
     """Of a comparison of folders inside of one; few metrics and no moving pictures."""
-    usual = {"metrics": ("psnr", "ssim"), "videos": 0, "threads": 1, "accelerator": "cpu"}
-    folders = tuple(root / name for name in candidates or ("near",))
-    return CompareOptions(
-        **{"out": root / "run", "reference": root / "full", "candidates": folders} | usual | given
-    )
+    usual = {"metrics": ("psnr", "ssim"), "videos": 0, "threads": 1}
+    names = () if "pairs" in given else ("full", *(candidates or ("near",)))
+    usual |= {"out": root / "run", "folders": tuple(root / name for name in names)}
+    return CompareOptions(**usual | {"trainer": TrainerOptions(accelerator="cpu")} | given)
 
 
 def lines(run):
@@ -89,7 +88,7 @@ def test_a_table_of_pairs(folders):
     table = folders / "pairs.csv"
     rows = ["full/a.mp4,near/a.mp4,first,a street", "full/a.mp4,far/b.mp4,second,"]
     table.write_text("\n".join(["reference,candidate,key,prompt", *rows]))
-    given = {"reference": None, "candidates": (), "pairs": table}
+    given = {"pairs": table}
     compare(options(folders, **given))
     records = [json.loads(line) for line in lines(folders / "run")]
     assert [(r["policy"], r["key"], r["prompt"]) for r in records] == [
@@ -207,7 +206,7 @@ def test_no_file_can_be_read(folders):
     ("other", "said", "option"),
     [
         ({"frames": 9}, r"5 and 9 frames.*--length shortest", {"length": "shortest"}),
-        ({"size": (40, 48)}, r"32x32 and 48x40.*--resize", {"size": "resize"}),
+        ({"size": (40, 48)}, r"32x32 and 48x40.*--resize", {"resize": True}),
         ({"fps": 12}, r"8 and 12 frames per second.*--fps ignore", {"fps": "ignore"}),
     ],
 )
@@ -221,9 +220,9 @@ def test_videos_that_differ(folders, video, other, said, option):
     assert solved.summary["policies"]["near"]["metrics"]["psnr"]["n"] == 4
     with pytest.raises(ValueError, match="holds another run"):
         compare(options(folders, **option))
-    wrong = next(iter(option))
-    with pytest.raises(ValueError, match="cannot be aligned so"):
-        compare(options(folders, out=folders / "new", **{wrong: "somehow"}))
+    for wrong in option.keys() - {"resize"}:
+        with pytest.raises(ValueError, match="cannot be aligned so"):
+            compare(options(folders, out=folders / "new", **{wrong: "somehow"}))
 
 
 def test_the_shortest_leaves_out_the_end(folders, video):
@@ -269,7 +268,7 @@ def test_all_of_a_clip_are_cut_to_its_shortest(tmp_path, video):
 
 def test_recipes_say_the_alignment_where_it_matters(folders):
     plain = compare(options(folders)).summary["policies"]["near"]["metrics"]
-    resized = compare(options(folders, size="resize", out=folders / "b")).summary["policies"]
+    resized = compare(options(folders, resize=True, out=folders / "b")).summary["policies"]
     for name, row in plain.items():
         said = f"{row['recipe']}; length=equal,size=resize(bicubic,antialias),fps=equal"
         assert resized["near"]["metrics"][name]["recipe"] == said
@@ -490,16 +489,17 @@ def test_weights_that_are_not_here_are_a_row(folders, monkeypatch, tmp_path):
 def test_what_does_not_fit_is_refused_before_anything_is_written(folders, given, said):
     (folders / "empty").mkdir()
     paths = {key: folders / value for key, value in given.items() if key in ("pairs", "real")}
-    candidates = tuple(folders / name for name in given.get("candidates", ("near",)))
+    names = ("full", *given.get("candidates", ("near",)))
+    given = {key: value for key, value in given.items() if key != "candidates"}
     with pytest.raises(ValueError, match=said):
-        compare(options(folders, **given | paths | {"candidates": candidates}))
+        compare(options(folders, **given | paths | {"folders": [folders / x for x in names]}))
     assert not (folders / "run").exists()
 
 
 def test_another_run_is_not_mixed_in(folders, video):
     compare(options(folders))
     before = lines(folders / "run")
-    for other in ({"metrics": ("psnr",)}, {"candidates": (folders / "far",)}):
+    for other in ({"metrics": ("psnr",)}, {"folders": (folders / "full", folders / "far")}):
         with pytest.raises(ValueError, match="holds another run"):
             compare(options(folders, **other))
     with pytest.raises(ValueError, match=r"another run.*threads \(there 1, asked 2\)"):
@@ -564,14 +564,13 @@ PEAK = """
 import sys
 from pathlib import Path
 from lightning_kv.commands import compare
-from lightning_kv.tasks.options import CompareOptions
 
 compare.conclude = lambda run: {}  # the page takes more memory than any clip, so it would hide it
 for frames in ("40", "160"):
     root = Path(sys.argv[1]) / frames
-    folders = {"reference": root / "full", "candidates": (root / "near",), "out": root / "run"}
+    folders = {"folders": (root / "full", root / "near"), "out": root / "run"}
     metrics = ("psnr", "temporal_flicker", "fvd/random-3dconv")
-    asked = CompareOptions(**folders, metrics=metrics, threads=1, accelerator="cpu", videos=1)
+    asked = compare.CompareOptions(**folders, metrics=metrics, threads=1, videos=1)
     compare.compare(asked)
     (peak,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
     print(int(peak.split()[1]) // 1024)

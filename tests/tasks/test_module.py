@@ -11,15 +11,17 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import pytest
+import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_kv.cli import main
-from lightning_kv.data.datamodule import PromptDataModule
+from lightning_kv.data.datamodule import PromptDataModule, VideoPairDataModule
 from lightning_kv.metrics import VideoMetric
 from lightning_kv.metrics.registry import Suite
 from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.tasks.callbacks import ComparisonVideos, RecordWriter, TraceWriter
+from lightning_kv.tasks.compare import CompareModule
 from lightning_kv.tasks.evaluate import EvaluateModule
 
 ROOT = Path(__file__).parents[2]
@@ -301,6 +303,36 @@ def test_lightning_cli_can_be_built_and_run(tmp_path):
     assert cli.trainer.callback_metrics["full/recall"] == found["full"]["metrics"]["recall"]["mean"]
 
 
+def test_lightning_cli_compares_videos(folders):
+    """The numbers of `compare` from a file of settings, with Lightning's own command line."""
+    keys = ("a", "b", "c")
+    clips = [
+        {
+            "key": key,
+            "prompt": "",
+            "reference": str(folders / "full" / f"{key}.mp4"),
+            "candidates": {"near": str(folders / "near" / f"{key}.mp4")},
+        }
+        for key in keys
+    ]
+    told = {
+        "model": {"names": ["full", "near"], "reference": "full", "metrics": ["psnr", "ssim"]},
+        "data": {"videos": {"reference": "full", "candidates": ["near"], "clips": clips}},
+        "trainer": {"accelerator": "cpu", "devices": 1, "logger": False},
+    }
+    (folders / "cli.yaml").write_text(yaml.safe_dump(told))
+    words = ["test", "--config", str(folders / "cli.yaml"), "--trainer.callbacks"]
+    words += ["lightning_kv.tasks.callbacks.RecordWriter", "--trainer.callbacks.out"]
+    words += [str(folders / "cli")]
+    LightningCLI(CompareModule, VideoPairDataModule, args=words, save_config_callback=None)
+    (folders / "full" / "deep" / "er.mp4").unlink()
+    (folders / "near" / "deep" / "er.mp4").unlink()
+    places = [str(folders / name) for name in ("full", "near")]
+    main(["compare", *places, "-o", str(folders / "own"), "--metrics", "psnr,ssim"])
+    found, own = (summary(folders / name)["policies"]["near"] for name in ("cli", "own"))
+    assert found["units"] == own["units"] and sorted(found["units"]) == list(keys)
+
+
 BAD = [
     (["--metrics", "[no.such:Thing]"], "cannot be imported"),
     (["--metrics", "[lightning_kv.rollout:Rollout]"], "is no metric of clips or of sets"),
@@ -308,7 +340,7 @@ BAD = [
     (["--decode", "false", "--metrics", "[revisit_error]"], "it needs pixels"),
     (["--trainer.accelerator", "gpu"], "There is no GPU that torch can use"),
     (["--samples", "0"], "samples=0"),
-    (["--trainer.logger", "no.such:Logger"], "is no logger that can be made"),
+    (["--trainer.logger", "no.such:Logger"], "--trainer.logger no.such:Logger cannot be imported"),
     (["--videos", "-1"], "is no number of prompts"),
 ]
 

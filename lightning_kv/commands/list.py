@@ -1,8 +1,98 @@
-"""What there is to choose from, as plain rows."""
+"""`lightning-kv list`: what there is to choose from, as plain rows."""
 
 from __future__ import annotations
 
+import json
+import sys
+from dataclasses import dataclass, field
 from typing import Any
+
+from lightning_kv.commands.options import Command
+from lightning_kv.commands.parsing import hint
+from lightning_kv.commands.terminal import console
+
+
+@dataclass(frozen=True)
+class ListOptions:
+    """What is there to choose from.
+
+    Args:
+        what: Of policies, parts, models and metrics.
+        names: Only these; or package.module:Class (all).
+        json: For programs.
+    """
+
+    what: str
+    names: list[str] = field(default_factory=list)
+    json: bool = False
+
+
+def run(options: ListOptions) -> None:
+    """Show the rows.
+
+    Raises:
+        ValueError: No such list, or nothing of a name in it.
+    """
+    if options.what not in KINDS:
+        near = hint(options.what, KINDS)
+        raise ValueError(f"Cannot list {options.what!r}.{near} Lists: {', '.join(KINDS)}.")
+    rows = listing(options.what)
+    if options.what == "parts":
+        from lightning_kv.policies.plugins import imported
+
+        rows += [part_row(name, imported(name)) for name in options.names if ":" in name]
+    rows = only(options.names, rows)
+    if options.json:
+        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+    elif options.what in ("models", "parts", "policies"):
+        show_blocks(rows)
+    else:
+        show_table(rows)
+
+
+def only(names: list[str], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that are named; all where none is.
+
+    Raises:
+        ValueError: Nothing is called so.
+    """
+    known = {next(iter(row.values())) for row in rows}
+    for name in names:
+        if name not in known:
+            near = hint(name, known)
+            raise ValueError(
+                f"Nothing is called {name!r}.{near} Names: {', '.join(sorted(known))}."
+            )
+    return [row for row in rows if not names or next(iter(row.values())) in names]
+
+
+def show_table(rows: list[dict[str, Any]]) -> None:
+    """One line for each."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for place, name in enumerate(rows[0]):
+        table.add_column(name, overflow="fold", no_wrap=place == 0)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    console().print(table)
+
+
+def show_blocks(rows: list[dict[str, Any]]) -> None:
+    """A paragraph for each: its name, what it is, and the rest below, ready to be copied."""
+    from rich.text import Text
+
+    out = console()
+    for row in rows:
+        (_, name), (_, about), *rest = row.items()
+        out.print(Text.assemble((name, "bold"), "  ", about), soft_wrap=True)
+        lines = {k: v for k, v in rest if not isinstance(v, dict)}
+        for _, value in rest:
+            lines |= value if isinstance(value, dict) else {}
+        width = max(9, *map(len, lines))
+        for label, value in lines.items():
+            out.print(Text(f"    {label:{width}} {value}"), soft_wrap=True)
+
 
 KINDS = ("policies", "parts", "models", "metrics")
 
@@ -180,3 +270,18 @@ def weights(choice: Any) -> str:
         return "here"
     except WeightsUnavailable:
         return f"lightning-kv fetch {name}"
+
+
+COMMAND = Command(
+    "list",
+    ListOptions,
+    run,
+    """\
+examples:
+  lightning-kv list policies
+  lightning-kv list models
+  lightning-kv list metrics
+  lightning-kv list parts window importance    the meaning of each setting
+  lightning-kv list parts --json""",
+    positional={"what": "WHAT", "names": "NAME"},
+)
