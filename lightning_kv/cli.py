@@ -27,6 +27,7 @@ COMMANDS = {
     "doctor": "what works here: packages, devices, attention kernels, weights",
     "fetch": "download a published checkpoint",
     "convert": "a checkpoint under the names of the original or of diffusers",
+    "shards": "pack prompts or videos into tars with an index, or check such a set",
     "encode": "text states of a set of prompts, computed once",
     "decode": "videos from latents that were kept",
     "export": "the same under the folders and names that VBench reads",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_kv.commands.options import Command
 from lightning_kv.commands.terminal import console, quiet, say
+from lightning_kv.shipped import file_of, found
 from lightning_kv.tasks.options import TrainerOptions
 
 if TYPE_CHECKING:  # they take seconds
@@ -177,7 +178,7 @@ def data_of(options: EvaluateOptions) -> LightningDataModule:
 
     own = options.data
     given = {
-        "shards": own.shards,
+        "shards": None if own.shards is None else found(own.shards),
         "prompts": options.prompts,
         "samples": options.samples,
         "seed": own.seed,
@@ -210,7 +211,7 @@ def settled(options: EvaluateOptions, source: Source) -> EvaluateOptions:
             "`lightning-kv encode prompts.txt --out FOLDER` makes one."
         )
     shards = options.data.shards or (FAST_PANS if world else None)
-    own = shards if not world and shards and (shards / INDEX).is_file() else None
+    own = shards if not world and shards and (found(shards) / INDEX).is_file() else None
     rollouts = rollouts_of(options).filled(source.config)
     usual = {
         "text": own,
@@ -240,7 +241,8 @@ def module_for(
     from lightning_kv.tasks.class_paths import metrics_of
     from lightning_kv.tasks.evaluate import EvaluateModule, known
 
-    policies, reference = chosen_policies(options.policies, options.reference, options.budgets)
+    chosen = [file_of(policy) for policy in options.policies]
+    policies, reference = chosen_policies(chosen, file_of(options.reference), options.budgets)
     rollouts, accept = rollouts_of(options), tuple(options.accept_license)
     metrics = metrics_of(options.metrics)
     Suite(metrics, known(source.config is None, options.decode), accept)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lightning_kv.commands.options import Command
 from lightning_kv.commands.terminal import tell
+from lightning_kv.shipped import file_of
 from lightning_kv.tasks.options import GenerateOptions
 
 
@@ -11,7 +14,7 @@ def run(options: GenerateOptions) -> None:
     """Make it, and say what it cost."""
     from lightning_kv.tasks.generate import generate
 
-    made = generate(options)
+    made = generate(replace(options, policy=file_of(options.policy)))
     tell((*made.words, *made.notes))
 
 

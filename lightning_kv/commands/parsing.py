@@ -22,6 +22,7 @@ from lightning_kv.commands.options import (
     plain,
     usage,
 )
+from lightning_kv.shipped import found as shipped
 
 COLLECTED = "accept_license"
 
@@ -130,7 +131,7 @@ def normal(command: Command, known: Sequence[Option], words: Sequence[str]) -> l
         name, equals, value = word.partition("=") if word.startswith("--") else (word[:2], "", "")
         value, equals = (word[2:], word[2:]) if not word.startswith("--") else (value, equals)
         if name in ("-c", "--config"):
-            found.append(f"--config={value if equals else value_of('-c', left, known)}")
+            found.append(f"--config={shipped(value if equals else value_of('-c', left, known))}")
             continue
         one, rest = option_named(command, known, name)
         if not equals and kinds_of(one.kind) == (bool,):

@@ -7,6 +7,7 @@ package.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 HOME = Path(__file__).parent
 
@@ -31,6 +32,17 @@ def found(path: str | Path) -> Path:
     bare = len(path.parts) == 1
     names = [path, Path("configs", f"{path}.yaml"), Path("data", path)] if bare else [path]
     return next((HOME / name for name in names if (HOME / name).exists()), path)
+
+
+def file_of(policy: Any) -> Any:
+    """A policy as it was typed; of a YAML file, with or without a budget, the path that is found.
+
+    Example:
+        >>> file_of("h2o@9f"), file_of("mine.yaml@9f")
+        ('h2o@9f', 'mine.yaml@9f')
+    """
+    name, at, budget = policy.partition("@") if isinstance(policy, str) else ("", "", "")
+    return f"{found(name)}{at}{budget}" if name.endswith((".yaml", ".yml")) else policy
 
 
 def names(kind: str) -> list[str]:

@@ -1,0 +1,56 @@
+"""`lightning-kv shards`: what is typed, and what it says."""
+
+import numpy as np
+import pytest
+
+from lightning_kv.cli import main
+from lightning_kv.data.shards import PromptShards, read_index
+from lightning_kv.runs.video import write_mp4
+
+
+def typed(*words):
+    """Exit code of a command."""
+    try:
+        main(["shards", *map(str, words)])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_prompts_go_in_and_a_damaged_set_is_said(tmp_path, capsys):
+    source, out = tmp_path / "p.txt", tmp_path / "set"
+    source.write_text("a red fox\n\na blue cat\nnoon\n")
+    assert typed("make", source, "-o", out, "--per-shard", 2) == 0
+    index = read_index(out)
+    assert [sample.prompt for sample in PromptShards(index)] == ["a red fox", "a blue cat", "noon"]
+    assert "3 samples in 2 shards" in capsys.readouterr().out
+    assert typed("check", out) == 0 and "is whole" in capsys.readouterr().out
+    first = index.paths[0]
+    first.write_bytes(first.read_bytes()[:-700])
+    assert typed("check", out) == 1 and first.name in capsys.readouterr().out
+
+
+def test_videos_go_in_with_their_captions(tmp_path, capsys):
+    (tmp_path / "own").mkdir()
+    write_mp4(tmp_path / "own" / "a.mp4", np.zeros((3, 32, 32, 3), np.uint8), 8)
+    (tmp_path / "c.csv").write_text("video,prompt\na.mp4,a red fox\n")
+    words = (tmp_path / "own", "--captions", tmp_path / "c.csv", "--out", tmp_path / "set")
+    assert typed("make", *words) == typed("check", tmp_path / "set") == 0
+    assert "1 samples in 1 shard of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["make", "p.txt"], "--out is missing"),
+        (["mke", "p.txt"], "It takes 'make' or 'check'"),
+        (["make", "p.txt", "-o", "set"], "No such file"),
+        (["make", "p.txt", "-o", "set", "--captions", "c.csv"], "is no folder"),
+        (["make"], "not given all that is required: SOURCE"),
+        (["make", "p.txt", "--per_shrd", "3"], "Did you mean"),
+    ],
+)
+def test_bad_input(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    assert typed(*words) == 2 and said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
