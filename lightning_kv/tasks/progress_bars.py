@@ -57,8 +57,6 @@ class TrainingProgressBar(LineProgressBar):
         done, visible = trainer.global_step, trainer.is_global_zero
         self.begin(ProgressLine(pl_module.steps, "steps", "training", done, visible))
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Count steps."""
-        self.bar.advance(1, note=f"loss {float(outputs['loss']):.4g}")
+        self.bar.advance(1, note=f"loss {pl_module.losses['loss']:.4g}")

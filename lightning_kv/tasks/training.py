@@ -7,7 +7,6 @@ import json
 import math
 import pickle
 import subprocess
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -43,21 +43,21 @@ class Training(L.LightningModule):
         self.losses: dict[str, float] = {}
         self._averages: list[tuple[nn.Module, nn.Module]] = []
 
-    @abstractmethod
     def data(self, start: int) -> IterableDataset:
         """Batches from a step on; what is in one depends on its number, not on ``start``."""
+        raise NotImplementedError
 
-    @abstractmethod
     def measure(self, batch: Any) -> dict[str, Tensor]:
         """``loss``, which is minimised, and whatever else is worth a curve."""
+        raise NotImplementedError
 
-    @abstractmethod
     def optimizer(self) -> torch.optim.Optimizer:
         """One optimiser with learning rate 1, which :meth:`rate` scales."""
+        raise NotImplementedError
 
-    @abstractmethod
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
+        raise NotImplementedError
 
     def decay(self, step: int) -> float:
         """Share that averaged weights keep of themselves at a step; little at first."""
@@ -113,7 +113,7 @@ class Training(L.LightningModule):
         """A step of the optimiser, then of the averaged weights."""
         super().optimizer_step(*args, **kwargs)
         decay = self.decay(self.global_step)  # which the loop counts up after this
-        with torch.no_grad():  # or every step would stay in memory
+        with torch.no_grad():  # or the average would carry the graph of every step
             for average, network in self._averages:
                 for kept, new in zip(average.parameters(), network.parameters(), strict=True):
                     kept.lerp_(new, 1 - decay)
@@ -274,16 +274,15 @@ def train(
         checkpoint_every: Steps between two checkpoints.
         accelerator: ``cpu`` or ``gpu``.
         logger: Of Lightning; one that writes CSV files to ``out/log`` where None is given.
-        callbacks: Beside the progress bar and the checkpoints.
+        callbacks: Beside the checkpoints and, where none of them is one, the progress bar.
 
     Raises:
         ValueError: The checkpoint cannot be taken up, or the training has come to nothing.
         RuntimeError: It was stopped.
     """
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
     last = last_checkpoint(out, task)
     logger = CSVLogger(out, name="log", flush_logs_every_n_steps=10) if logger is None else logger
+    bars = [] if any(isinstance(c, ProgressBar) for c in callbacks) else [TrainingProgressBar()]
     saver = ModelCheckpoint(
         out,
         filename="last",
@@ -295,7 +294,7 @@ def train(
         accelerator=accelerator,
         devices=1,
         max_epochs=1,
-        callbacks=[*callbacks, saver, TrainingProgressBar()],
+        callbacks=[*callbacks, saver, *bars],
         logger=CSVLogger(out, name="log", flush_logs_every_n_steps=10)
         if logger is None
         else logger,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import av
@@ -42,3 +43,20 @@ def folders(tmp_path) -> Path:
         for name, noise in (("full", 0.0), ("near", 4.0), ("far", 30.0)):
             make_video(tmp_path / name / f"{key}.mp4", seed, noise=noise)
     return tmp_path
+
+
+@pytest.fixture
+def screen(capsys, monkeypatch):
+    """Makes standard error a terminal of 120 columns, or none; then reads what it showed."""
+
+    def shown(terminal: bool):
+        for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "NO_COLOR"):
+            monkeypatch.delenv(name, raising=False)
+        if terminal:
+            monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "120")
+        capsys.readouterr()
+        return lambda: re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+
+    return shown

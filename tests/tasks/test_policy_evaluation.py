@@ -54,6 +54,24 @@ class Tuning(L.LightningModule):
         return torch.utils.data.DataLoader(torch.zeros(6, 1))
 
 
+class Apart(Tuning):
+    """Two optimisers by hand: the Trainer counts two steps a batch."""
+
+    def __init__(self):
+        super().__init__(rate=0)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        self.manual_backward(super().training_step(batch, index))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        first, *rest = self.network.parameters()
+        return [torch.optim.SGD([first], lr=0.0), torch.optim.SGD(rest, lr=0.0)]
+
+
 def trained(module, callbacks, out=None, steps=5, **more):
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
@@ -103,6 +121,13 @@ def test_a_training_that_spoils_the_model_shows_it(tmp_path):
     trained(Tuning(rate=1e-2), [watch], tmp_path)
     (row,) = rows(tmp_path)
     assert float(row["kv/full/recall"]) < 0.9
+
+
+def test_a_training_with_two_optimisers_by_hand(tmp_path):
+    watch = PolicyEvaluation(["full"], PromptDataModule(SHARDS, 1), 4, **SETTINGS)
+    trained(Apart(), [watch], tmp_path, steps=6)
+    (row,) = rows(tmp_path)
+    assert int(row["step"]) == 4 and float(row["kv/full/recall"]) > 0.9
 
 
 def test_the_training_is_not_disturbed():

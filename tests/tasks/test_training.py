@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import re
 from dataclasses import replace
 
 import lightning as L
@@ -16,6 +15,7 @@ from lightning_kv.tasks.encoder_options import EncoderRecipe, PretrainEncoderOpt
 from lightning_kv.tasks.options import PretrainOptions, Recipe, Stage
 from lightning_kv.tasks.pretrain import pretrain
 from lightning_kv.tasks.pretrain_encoder import pretrain_encoder
+from lightning_kv.tasks.progress_bars import TrainingProgressBar
 from lightning_kv.tasks.training import Training, check_finite, train
 
 STAGE = Stage(steps=2, chunks=2, batch=1, sizes=(4, 5), lr=1e-3)
@@ -115,6 +115,26 @@ def test_any_logger_is_told_the_losses(tmp_path):
     assert [step for step, _ in logger.rows] == [9, 19]
     assert {"loss", "same", "pace", "lr"} <= logger.rows[0][1].keys()
     assert not (tmp_path / "log").exists()
+
+
+def test_callbacks_and_a_progress_bar_of_ones_own(tmp_path):
+    class Count(L.Callback):
+        steps = 0
+
+        def on_train_batch_end(self, trainer, *_):
+            self.steps += 1
+
+    count, bar = Count(), TrainingProgressBar()
+    train(Straight(4), tmp_path, 2, callbacks=[count, bar], logger=False)
+    assert count.steps == 4 and bar.bar is None
+
+
+def test_a_training_that_says_too_little_is_refused():
+    class Nothing(Training):
+        pass
+
+    with pytest.raises(NotImplementedError):
+        Nothing(3).configure_optimizers()
 
 
 class Payload:
@@ -314,16 +334,14 @@ def test_a_file_in_the_place_of_the_run_directory_is_said(tmp_path):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_progress_line_counts_steps_on_a_terminal_and_is_silent_elsewhere(
-    tmp_path, capsys, monkeypatch, terminal
+    tmp_path, screen, terminal
 ):
-    monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
-    monkeypatch.setenv("COLUMNS", "100")
     task = Straight(6)
     train(task, tmp_path, 4)
     (tmp_path / "log").rename(tmp_path / "first")
-    capsys.readouterr()
+    read = screen(terminal)
     train(Straight(6), tmp_path, 4)
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    shown = read()
     if terminal:
         assert "training" in shown and "6/6" in shown and "steps" in shown
         assert f"loss {task.losses['loss']:.4g}" in shown
