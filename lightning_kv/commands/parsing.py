@@ -134,9 +134,8 @@ def normal(command: Command, known: Sequence[Option], words: Sequence[str]) -> l
             found.append(f"--config={shipped(value if equals else value_of('-c', left, known))}")
             continue
         one, rest = option_named(command, known, name)
-        if not equals and kinds_of(one.kind) == (bool,):
-            said = left[0].lower() if left else ""
-            value = left.pop(0).lower() if said in ("true", "false") else "true"
+        if not equals and kinds_of(one.kind)[0] is bool:
+            value = left.pop(0).lower() if left and left[0].lower() in said_by(one) else "true"
         elif not equals:
             value = value_of(name, left, known)
         found.append(word_of(one, rest, value, one.key in seen, one.key in command.repeated))
@@ -148,6 +147,12 @@ def normal(command: Command, known: Sequence[Option], words: Sequence[str]) -> l
             f"Type `{usage(command, known)}`."
         )
     return [*found, *(["--", *free] if free else [])]
+
+
+def said_by(flag: Option) -> set[str]:
+    """Words that a flag may be followed by."""
+    words = [typing.get_args(kind) for kind in kinds_of(flag.kind)[1:]]
+    return {"true", "false", *(word for each in words for word in each)}
 
 
 def word_of(one: Option, rest: str, value: str, again: bool, whole: bool) -> str:

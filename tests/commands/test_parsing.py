@@ -12,7 +12,9 @@ from lightning_kv.cli import COMMANDS as COMMANDS_KNOWN
 from lightning_kv.cli import command, main, parse
 from lightning_kv.commands.options import options_of, shown
 from lightning_kv.commands.parsing import as_list
+from lightning_kv.tasks.options import TrainerOptions
 
+WARNS = TrainerOptions(deterministic="warn")
 NAMED = {"name": "x", "retain": "y"}
 SWITCHES = ("a, b@2", "c@3")
 STAGE = ["--recipe.stages", "[{steps: 1, chunks: 1, batch: 1, sizes: [4, 6], lr: 0.1}]"]
@@ -124,6 +126,8 @@ def options(command, *words):
         ("evaluate", "out", ["-ox"], Path("x")),
         ("evaluate", "latents", ["--latents"], True),
         ("evaluate", "decode", ["--decode", "False"], False),
+        ("evaluate", "trainer", ["--trainer.deterministic"], TrainerOptions(deterministic=True)),
+        ("evaluate", "trainer", ["--trainer.deterministic", "warn"], WARNS),
         ("check", "policies", ["r", "--baseline", "b", "--policies", "[a,b]"], ["a", "b"]),
         ("check", "json", ["--baseline", "b", "--json", "r"], True),
         ("compare", "folders", ["a", "-o", "x", "b", "c"], tuple(map(Path, "abc"))),
