@@ -213,7 +213,7 @@ def test_a_flag_stands_alone_or_says_true_or_false(command, usual, name):
         (["evaluate", "-c", "no.yaml"], "is no settings file that can be read"),
         (["evaluate", "-c", "torn.yaml"], "The file of -c is no YAML."),
         (["evaluate", "-c", "bytes.yaml"], "The settings file of -c cannot be read"),
-        (["evaluate", "-c", "."], "Give -c a YAML file that is there."),
+        (["evaluate", "-c", "."], "Give -c a YAML file"),
         (["pretrain", "-c", "stage.yaml"], "No setting 'step' in recipe.stages. Did you mean"),
         (["pretrain"], "required: --recipe.stages"),
         (["help", "evalute"], "Did you mean 'evaluate'?"),
