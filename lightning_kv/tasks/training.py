@@ -295,9 +295,7 @@ def train(
         devices=1,
         max_epochs=1,
         callbacks=[*callbacks, saver, *bars],
-        logger=CSVLogger(out, name="log", flush_logs_every_n_steps=10)
-        if logger is None
-        else logger,
+        logger=logger,
         log_every_n_steps=10,
         enable_model_summary=False,
         use_distributed_sampler=False,
