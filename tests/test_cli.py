@@ -13,8 +13,7 @@ import yaml
 from lightning_kv.cli import COMMANDS, main, parse
 from lightning_kv.commands.evaluate import EvaluateOptions
 from lightning_kv.models.embedded import WEIGHTS
-from lightning_kv.tasks.encoder_options import PretrainEncoderOptions
-from lightning_kv.tasks.options import PretrainOptions
+from lightning_kv.tasks.options import PretrainEncoderOptions, PretrainOptions
 
 ROOT = Path(__file__).parents[1]
 SMALL = [

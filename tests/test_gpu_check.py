@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_kv.cache.passes import Pass
-from lightning_kv.tasks.waits import counting
+from lightning_kv.tasks.benchmark.waits import counting
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "gpu_check.sh"
 STEPS = ["tests", "parity", "seeds", "bench", "profile"]

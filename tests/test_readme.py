@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lightning_kv.cli import main, parse
-from lightning_kv.tasks.choices import chosen_policies
+from lightning_kv.tasks.rollouts.policies import chosen_policies
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()

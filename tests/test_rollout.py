@@ -18,7 +18,7 @@ from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan
 from lightning_kv.policies.base import CachePolicy, RetainPart
 from lightning_kv.policies.registry import build_part, policy_from_dict, presets, sized
-from lightning_kv.tasks.scenes import panorama_start
+from lightning_kv.tasks.rollouts.context import panorama_start
 
 PROMPTS = ["dusk fast n10 left", "noon fast n13 left", "night slow n7 any", "mist fast n5 left"]
 FRAMES = 24

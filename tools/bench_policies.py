@@ -29,7 +29,7 @@ from lightning_kv.cache.passes import Geometry, Pass
 from lightning_kv.cache.rotary import Rotary
 from lightning_kv.cache.session import CacheSession
 from lightning_kv.policies.registry import load_policy
-from lightning_kv.tasks.bench import PlainCache
+from lightning_kv.tasks.benchmark.rollouts import PlainCache
 
 CHUNK, FULL = 3, 18  # frames: of a chunk, and of the history of a window of 21
 HARD = "hard-wired cache"

@@ -30,8 +30,7 @@ from rich.table import Table
 from lightning_kv.models.precision import PROFILES
 from lightning_kv.models.text import wan_extra
 from lightning_kv.models.vae import LIBRARY, WanVAE
-from lightning_kv.runs.words import format_bytes
-from lightning_kv.tasks.bench import (
+from lightning_kv.tasks.benchmark.rollouts import (
     CONFIGS,
     POLICIES,
     Bench,
@@ -41,6 +40,7 @@ from lightning_kv.tasks.bench import (
     release,
     spread,
 )
+from lightning_kv.utilities.formatting import format_bytes
 
 NOTHING = "not measured"
 NULLS = {

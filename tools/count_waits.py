@@ -25,7 +25,7 @@ from lightning_kv.models.samplers import sampler_of, spaced
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
 from lightning_kv.policies.registry import preset, presets, sized
-from lightning_kv.tasks.waits import counting
+from lightning_kv.tasks.benchmark.waits import counting
 
 CHUNK, HEADS = 8, 12
 LEVELS = (1000.0, 750.0, 500.0, 250.0)

@@ -46,10 +46,10 @@ from lightning_kv import load_model, preset, rollout
 from lightning_kv.cache.passes import Pass
 from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.registry import presets, sized
-from lightning_kv.runs.words import format_bytes
-from lightning_kv.tasks.bench import CONFIGS, PLAIN, REFERENCE, Bench, BenchOptions
-from lightning_kv.tasks.timing import Run, looked_at
-from lightning_kv.tasks.waits import KINDS, counting
+from lightning_kv.tasks.benchmark.rollouts import CONFIGS, PLAIN, REFERENCE, Bench, BenchOptions
+from lightning_kv.tasks.benchmark.timing import Run, looked_at
+from lightning_kv.tasks.benchmark.waits import KINDS, counting
+from lightning_kv.utilities.formatting import format_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden" / "self_forcing_reference.safetensors"

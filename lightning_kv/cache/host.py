@@ -1,7 +1,7 @@
 """The only places where the host waits for the device, and where it sends something there.
 
 Everything else in the core is queued on the device, so a pass never stops for a number. On a CPU
-both are ordinary copies; ``lightning_kv.tasks.waits`` counts what would wait on a GPU.
+both are ordinary copies; ``lightning_kv.tasks.benchmark.waits`` counts what would wait on a GPU.
 """
 
 from __future__ import annotations

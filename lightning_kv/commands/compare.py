@@ -101,10 +101,10 @@ def compare(options: CompareOptions) -> Compared:
 
     from lightning_kv.data.datamodule import VideoPairDataModule
     from lightning_kv.data.pairs import Alignment
-    from lightning_kv.tasks.callbacks import RecordWriter
+    from lightning_kv.tasks.callbacks import FrameProgressBar, PairVideos, RecordWriter
     from lightning_kv.tasks.class_paths import metrics_of
-    from lightning_kv.tasks.compare import CompareModule, FrameProgressBar, PairVideos
-    from lightning_kv.tasks.launch import is_first, launched, trainer_for
+    from lightning_kv.tasks.compare import CompareModule
+    from lightning_kv.tasks.trainer import is_first, launched, trainer_for
 
     check_counts(options)
     settings = launched(options.trainer)

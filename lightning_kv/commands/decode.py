@@ -34,7 +34,7 @@ class DecodeOptions:
 def run(options: DecodeOptions) -> None:
     """Decode them."""
     from lightning_kv.tasks.decode import decode
-    from lightning_kv.tasks.launch import device_of
+    from lightning_kv.tasks.trainer import device_of
 
     device = device_of(options.accelerator)
     given = (options.source, options.out, options.vae, device, options.precision, options.force)

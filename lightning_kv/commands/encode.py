@@ -41,7 +41,7 @@ def run(options: EncodeOptions) -> None:
     """
     from lightning_kv.models.catalogue import parts_folder
     from lightning_kv.tasks.encode import encode
-    from lightning_kv.tasks.launch import device_of
+    from lightning_kv.tasks.trainer import device_of
 
     text = options.text or parts_folder()
     if text is None:

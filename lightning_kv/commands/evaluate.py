@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # they take seconds
     from lightning_kv.models.sources import Source
     from lightning_kv.models.video import VideoModel
     from lightning_kv.tasks.evaluate import EvaluateModule
-    from lightning_kv.tasks.settings import RolloutSettings
+    from lightning_kv.tasks.rollouts.settings import RolloutSettings
 
 FAST_PANS = Path("data/panorama-fast13")
 PRESET_POLICIES = ["full", "sliding-window@9f", "sink-window@9f", "top-attention@9f", "random@9f"]
@@ -140,7 +140,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         RolloutProgressBar,
         TraceWriter,
     )
-    from lightning_kv.tasks.launch import is_first, launched, trainer_for
+    from lightning_kv.tasks.trainer import is_first, launched, trainer_for
 
     settings = launched(options.trainer)
     if options.threads < 1:
@@ -200,7 +200,7 @@ def settled(options: EvaluateOptions, source: Source) -> EvaluateOptions:
     Raises:
         ValueError: No prompts are given, and the model has none of its own.
     """
-    from lightning_kv.metrics.registry import Suite
+    from lightning_kv.metrics.suite import Suite
     from lightning_kv.models.embeddings import INDEX
     from lightning_kv.tasks.evaluate import known
 
@@ -225,7 +225,7 @@ def settled(options: EvaluateOptions, source: Source) -> EvaluateOptions:
 
 def rollouts_of(options: EvaluateOptions) -> RolloutSettings:
     """The settings of the rollouts."""
-    from lightning_kv.tasks.settings import RolloutSettings
+    from lightning_kv.tasks.rollouts.settings import RolloutSettings
 
     names = RolloutSettings.__dataclass_fields__
     return RolloutSettings(**{name: getattr(options, name) for name in names})
@@ -235,11 +235,11 @@ def module_for(
     options: EvaluateOptions, source: Source, data: LightningDataModule, device: torch.device
 ) -> EvaluateModule:
     """The module, once everything that can be known before weights are read has been checked."""
-    from lightning_kv.metrics.registry import Suite
+    from lightning_kv.metrics.suite import Suite
     from lightning_kv.models.loading import check_memory
-    from lightning_kv.tasks.choices import chosen_policies
     from lightning_kv.tasks.class_paths import metrics_of
     from lightning_kv.tasks.evaluate import EvaluateModule, known
+    from lightning_kv.tasks.rollouts.policies import chosen_policies
 
     chosen = [file_of(policy) for policy in options.policies]
     policies, reference = chosen_policies(chosen, file_of(options.reference), options.budgets)

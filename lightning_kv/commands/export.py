@@ -34,7 +34,7 @@ class ExportOptions:
 def run(options: ExportOptions) -> None:
     """Write them."""
     from lightning_kv.tasks.export import export
-    from lightning_kv.tasks.launch import device_of
+    from lightning_kv.tasks.trainer import device_of
 
     device = device_of(options.accelerator)
     given = (options.run, options.out, options.vae, device, options.precision, options.force)

@@ -24,7 +24,7 @@ def run(options: InspectOptions) -> None:
     """Show it."""
     from lightning_kv.report.inspect import render_inspection
     from lightning_kv.runs.verdict import verdict
-    from lightning_kv.tasks.overview import open_run, summary_of
+    from lightning_kv.tasks.report import open_run, summary_of
 
     opened = open_run(options.run)
     summary, out = summary_of(opened), console()

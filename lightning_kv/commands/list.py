@@ -217,7 +217,7 @@ def sampling(config: Any) -> str:
 def metrics() -> list[dict[str, Any]]:
     """Metrics, each with the networks it is known on, and whether their weights are here."""
     from lightning_kv.metrics import METRICS, SETS, Choice
-    from lightning_kv.metrics.registry import explained, networks
+    from lightning_kv.metrics.suite import explained, networks
 
     rows = []
     for base in (*METRICS, *SETS):

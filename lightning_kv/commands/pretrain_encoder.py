@@ -6,7 +6,7 @@ import sys
 
 from lightning_kv.commands.options import Command
 from lightning_kv.commands.terminal import quiet
-from lightning_kv.tasks.encoder_options import PretrainEncoderOptions
+from lightning_kv.tasks.options import PretrainEncoderOptions
 
 
 def run(options: PretrainEncoderOptions) -> None:

@@ -34,7 +34,7 @@ def run(options: RecommendOptions) -> None:
     from lightning_kv.policies.budgets import read_memory
     from lightning_kv.runs.margins import read_margins
     from lightning_kv.runs.recommend import recommend
-    from lightning_kv.tasks.overview import open_run, summary_of
+    from lightning_kv.tasks.report import open_run, summary_of
 
     memory, margins = read_memory(options.memory), read_margins(options.margin)
     opened = open_run(options.run)

@@ -26,7 +26,7 @@ class ReportOptions:
 
 def run(options: ReportOptions) -> None:
     """Write it, and say where it is."""
-    from lightning_kv.tasks.overview import open_run, page_path, summary_of, write_report
+    from lightning_kv.tasks.report import open_run, page_path, summary_of, write_report
 
     out = page_path(options.runs, options.out, options.force)
     runs = [open_run(path) for path in options.runs]

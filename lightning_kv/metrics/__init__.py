@@ -73,14 +73,6 @@ from lightning_kv.metrics.panorama import (
 from lightning_kv.metrics.perceptual import (
     LPIPS,
 )
-from lightning_kv.metrics.registry import (
-    METRICS,
-    SETS,
-    Choice,
-    Suite,
-    metric_by_name,
-    set_metric,
-)
 from lightning_kv.metrics.sets import (
     FrechetVideoDistance,
     JEDi,
@@ -88,6 +80,14 @@ from lightning_kv.metrics.sets import (
     SetResult,
     VideoKernelDistance,
     check_comparable,
+)
+from lightning_kv.metrics.suite import (
+    METRICS,
+    SETS,
+    Choice,
+    Suite,
+    metric_by_name,
+    set_metric,
 )
 
 __all__ = [

@@ -1,249 +1,333 @@
-"""Metrics by name: what there is, what was chosen, and what is missing for it."""
+"""Metrics by name: what there is, and how a name, an address or a metric becomes one."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
-from lightning_kv.metrics.backbones import Backbone, WeightsUnavailable
+from lightning_kv.metrics.aesthetic import AestheticQuality
+from lightning_kv.metrics.alignment import TextAlignment
+from lightning_kv.metrics.backbones import BACKBONES, Backbone, backbone
 from lightning_kv.metrics.base import ClipMetric
-from lightning_kv.metrics.choices import ENCODERS, METRICS, OWN, SETS, Choice, networks, set_metric
-from lightning_kv.metrics.plugins import in_a_list, source
-from lightning_kv.metrics.sets import SetMetric
-from lightning_kv.metrics.windows import WindowEncoder
-from lightning_kv.stats.vbench import METRICS as VBENCH_METRICS
-
-__all__ = [
-    "ENCODERS",
-    "METRICS",
-    "OWN",
-    "SETS",
-    "USUAL",
-    "Choice",
-    "Suite",
-    "able",
-    "explained",
-    "metric_by_name",
-    "networks",
-    "set_metric",
-]
-
-VBENCH = "vbench_quality"
-"""Name of VBench's quality score, which is derived from the values of seven metrics."""
-
-USUAL = (
-    *("psnr", "ssim", "latent_mse", "revisit_error", "recall", "recall_far", "ruler_error"),
-    *("camera_rule", "temporal_flicker", "sharpness"),
+from lightning_kv.metrics.consistency import (
+    BackgroundConsistency,
+    FeatureSimilarity,
+    LagCoherence,
+    SubjectConsistency,
 )
-"""What is measured where nobody says: everything that needs no weights and tells policies apart."""
+from lightning_kv.metrics.dynamics import DynamicDegree, FlowMagnitude, MotionSmoothness
+from lightning_kv.metrics.fidelity import MSSSIM, PSNR, SSIM, IdenticalFrames, PSNRMean
+from lightning_kv.metrics.imaging import (
+    Brightness,
+    Colourfulness,
+    Contrast,
+    ImagingQuality,
+    Saturation,
+    Sharpness,
+)
+from lightning_kv.metrics.latents import (
+    DivergenceOnset,
+    LatentCosine,
+    LatentMSE,
+    LatentRelative,
+    LatentShift,
+    LatentSNR,
+)
+from lightning_kv.metrics.mechanism import AttentionError, RetainedMass
+from lightning_kv.metrics.motion import FrameChange, TemporalFlicker
+from lightning_kv.metrics.panorama import CameraRule, Recall, RecallFar, RevisitError, RulerError
+from lightning_kv.metrics.perceptual import LPIPS
+from lightning_kv.metrics.plugins import imported, usable
+from lightning_kv.metrics.sets import FrechetVideoDistance, JEDi, SetMetric, VideoKernelDistance
+
+METRICS: dict[str, type[ClipMetric]] = {
+    metric.name: metric
+    for metric in (
+        PSNR,
+        SSIM,
+        LatentMSE,
+        RevisitError,
+        Recall,
+        RecallFar,
+        RulerError,
+        CameraRule,
+        PSNRMean,
+        IdenticalFrames,
+        MSSSIM,
+        LPIPS,
+        FeatureSimilarity,
+        LatentRelative,
+        LatentCosine,
+        LatentSNR,
+        LatentShift,
+        DivergenceOnset,
+        RetainedMass,
+        AttentionError,
+        SubjectConsistency,
+        BackgroundConsistency,
+        LagCoherence,
+        TemporalFlicker,
+        FrameChange,
+        MotionSmoothness,
+        DynamicDegree,
+        FlowMagnitude,
+        Sharpness,
+        Brightness,
+        Contrast,
+        Colourfulness,
+        Saturation,
+        ImagingQuality,
+        AestheticQuality,
+        TextAlignment,
+    )
+}
+"""Every metric of a clip, by its name."""
+
+SETS: dict[str, type[SetMetric]] = {"fvd": FrechetVideoDistance, "kvd": VideoKernelDistance}
+SETS |= dict.fromkeys(("jedi", "jedi-u"), JEDi)
+"""Every metric of two sets of clips, by its name."""
+
+OWN: dict[str, type[ClipMetric] | type[SetMetric] | SetMetric] = {}
+"""Metrics of other packages by their name, and those of sets that a :class:`Suite` was given."""
+
+NAME = re.compile(r"[\w-]+")
+
+RESERVED = frozenset(dir(MetricCollection([])))
+"""What no metric can be called, as a collection has it by its own names for another thing."""
+
+ENCODERS = {
+    "fvd": ("i3d", "i3d-torchscript", "videomae-ssv2", "panorama-encoder"),
+    "kvd": ("i3d", "i3d-torchscript", "videomae-ssv2", "panorama-encoder"),
+    "jedi": ("panorama-encoder", "videomae-ssv2"),
+    "jedi-u": ("panorama-encoder", "videomae-ssv2"),
+}
+"""Encoders that a metric of sets is known on, the default first; any other may be named."""
 
 
-def metric_by_name(names: Iterable[str], accept: Collection[str] = ()) -> dict[str, ClipMetric]:
-    """A fresh metric of clips for each name or address, in the order given.
-
-    Raises:
-        ValueError: A name is unknown, or is a metric of sets.
-        WeightsUnavailable: A network's weights are not here.
-
-    Example:
-        >>> {name: metric.unit for name, metric in metric_by_name(["psnr", "recall"]).items()}
-        {'psnr': 'dB', 'recall': 'share'}
-    """
-    choices = [Choice.parse(name) for name in in_a_list(names)]
-    if sets := [choice.name for choice in choices if choice.of_sets]:
-        raise ValueError(
-            f"{', '.join(sets)} compares sets of clips and has no value for one. Use "
-            "lightning_kv.metrics.registry.set_metric for it."
-        )
-    return {choice.name: choice.metric(accept) for choice in choices}
-
-
-class Suite:
-    """The metrics of a run.
+@dataclass(frozen=True)
+class Choice:
+    """A metric as somebody wrote it: ``psnr``, ``fvd/panorama-encoder``, ``lpips/alex=FILE``.
 
     Args:
-        names: What was asked for, a list of names, addresses ``package.module:Class``, metrics or
-            their classes; or names with commas between. ``USUAL`` where None.
-        known: Fields of a clip that the run has; what needs others is refused, or left out of
-            the usual ones.
-        accept: Licences accepted for weights that forbid commercial use.
+        base: Name of the metric without its network.
+        network: What it looks through; None where it needs nothing.
+        given: Path of the network's weights; None to look for them.
+        own: The metric itself, where somebody gave one, or its class in another package.
+    """
+
+    base: str
+    network: str | None = None
+    given: str | None = None
+    own: ClipMetric | SetMetric | type[ClipMetric] | type[SetMetric] | None = field(
+        default=None, compare=False
+    )
+
+    @classmethod
+    def parse(cls, text: str | Metric | type[Metric]) -> Choice:
+        """Read a name, or the address ``package.module:Class`` of a metric of another package.
+
+        Args:
+            text: Name or address; or a metric, which goes by its own name, or its class.
+
+        Raises:
+            ValueError: There is no such metric, or it looks through no network, or not this one;
+                or an address cannot be imported; or it is no metric, or its name is no good.
+
+        Example:
+            >>> Choice.parse("lpips/vgg=vgg16.pth").network
+            'vgg'
+            >>> Choice.parse("fvd").name
+            'fvd/i3d'
+        """
+        if isinstance(text, ClipMetric | SetMetric):
+            return cls(_full_name(text), own=text)
+        if not isinstance(text, str):
+            kind = usable(text)
+            name = _free(kind)
+            ours = kind in (METRICS.get(name), SETS.get(name))
+            return cls.parse(name) if ours else cls(name, own=kind)
+        if ":" in text.partition("=")[0]:
+            kind = imported(text)
+            return cls(_free(kind), own=kind)
+        name, _, given = text.partition("=")
+        base, _, network = name.partition("/")
+        if isinstance(OWN.get(name), type) and not given:
+            return cls(name, own=OWN[name])
+        known = [*METRICS, *SETS]
+        if base not in known:
+            nearest = get_close_matches(base, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"There is no metric '{text}'. Did you mean '{nearest}'? There are: "
+                f"{', '.join(known)}; and package.module:Class for one of your own."
+            )
+        fitting = networks(base)
+        if (network or given) and not fitting:
+            raise ValueError(f"The metric '{base}' needs no network, but '{text}' names one.")
+        allowed = {*fitting, *BACKBONES} if base in SETS else {*fitting}
+        if network and network not in allowed:
+            raise ValueError(
+                f"The metric '{base}' is not defined on '{network}'. Write one of "
+                f"{', '.join(f'{base}/{each}' for each in fitting)}."
+            )
+        return cls(base, network or (fitting[0] if fitting else None), given or None)
+
+    @property
+    def name(self) -> str:
+        """As in results."""
+        return self.base if self.network is None else f"{self.base}/{self.network}"
+
+    @property
+    def kind(self) -> type[ClipMetric] | type[SetMetric]:
+        """Its class."""
+        if self.own is not None:
+            return self.own if isinstance(self.own, type) else type(self.own)
+        return SETS.get(self.base) or METRICS[self.base]
+
+    @property
+    def of_sets(self) -> bool:
+        """Whether it compares sets of clips."""
+        return issubclass(self.kind, SetMetric)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of a clip without which it has no value at all."""
+        return frozenset(("pixels",) if self.of_sets else self.kind.needs)
+
+    def metric(self, accept: Collection[str] = ()) -> ClipMetric:
+        """A fresh metric of clips.
+
+        Raises:
+            ValueError: It is one of another package, and cannot be made without arguments.
+            WeightsUnavailable: The network's weights are not here.
+        """
+        if self.own is not None:
+            return _fresh(self.own)
+        if self.network is None:
+            return METRICS[self.base]()
+        return METRICS[self.base](self.network, given=self.given, accept=accept)
+
+    def encoder(self, accept: Collection[str] = ()) -> Backbone:
+        """What a metric of sets looks through.
+
+        Raises:
+            ValueError: It looks through nothing.
+            WeightsUnavailable: Its weights are not here.
+        """
+        if self.own is None:
+            return backbone(self.network, self.given, accept)
+        found = _fresh(self.own).backbone
+        if found is None:
+            raise ValueError(
+                f"The metric '{self.name}' has no backbone, so it cannot look at videos. Make it "
+                "with one."
+            )
+        return found
+
+
+def _full_name(metric: ClipMetric | SetMetric) -> str:
+    """Name of a metric in results; one of sets goes by that of its backbone too.
 
     Raises:
-        ValueError: No name is given, one is unknown or comes twice, or needs what the run has not.
-
-    Attributes:
-        choices: By name, in order.
-        made: What is available: a metric of clips, or the encoder of a metric of sets, by name.
-        missing: Why a metric is unavailable, by name.
+        ValueError: It is one of another package, and the name is another metric's.
     """
-
-    def __init__(
-        self,
-        names: Sequence[str | Metric | type[Metric]] | str | None,
-        known: Collection[str],
-        accept: Collection[str] = (),
-    ) -> None:
-        names = None if names is None else in_a_list(names)
-        if names is not None and not names:
-            raise ValueError(
-                "No metric is named: 0 were given. Name one or more, such as --metrics "
-                "[psnr,recall], or leave them out for the usual ones."
-            )
-        self.accept = accept
-        chosen = [Choice.parse(name) for name in (USUAL if names is None else whole(names))]
-        if names is None:
-            chosen = [choice for choice in chosen if choice.needs <= set(known)]
-        for choice in chosen:
-            if lacking := sorted(choice.needs - set(known)):
-                raise ValueError(
-                    f"The metric '{choice.name}' cannot be computed here: it needs "
-                    f"{' and '.join(map(explained, lacking))}. Those that can: "
-                    f"{', '.join(able(known))}."
-                )
-        self.choices = {choice.name: choice for choice in chosen}
-        for choice in chosen:
-            if choice.own is None:
-                OWN.pop(choice.name, None)  # one of that name was given to another suite
-        if len(self.choices) < len(chosen):
-            raise ValueError(
-                f"A metric is named twice: {', '.join(choice.name for choice in chosen)}. Name "
-                "each once."
-            )
-        self.made: dict[str, ClipMetric | Backbone] = {}  # holds the networks, so they are shared
-        self.missing: dict[str, str] = {}
-        for name, choice in self.choices.items():
-            try:
-                self.made[name] = (choice.encoder if choice.of_sets else choice.metric)(accept)
-            except WeightsUnavailable as error:
-                self.missing[name] = str(error)
-        self._encoders = {name: metric.encoder for name, metric in self.set_metrics().items()}
-
-    def clip_metrics(self) -> dict[str, ClipMetric]:
-        """Fresh metrics of clips, those that are available; networks are shared."""
-        return {
-            name: choice.metric(self.accept)
-            for name, choice in self.choices.items()
-            if not choice.of_sets and name in self.made
-        }
-
-    def set_metrics(self) -> dict[str, SetMetric]:
-        """Fresh metrics of sets, those that are available; networks are shared."""
-        return {
-            name: set_metric(name, self.made[name])
-            for name, choice in self.choices.items()
-            if choice.of_sets and name in self.made
-        }
-
-    def encoder_of(self, name: str) -> str:
-        """Name of what an available metric of sets looks through, which features go by."""
-        return self._encoders[name].name
-
-    def encoders(self) -> dict[str, WindowEncoder]:
-        """What the available metrics of sets look through, each once, by its name."""
-        return {encoder.name: encoder for encoder in self._encoders.values()}
-
-    def facts(self) -> dict[str, dict[str, Any]]:
-        """Unit, direction, recipe and kind of every metric, available or not."""
-        return {name: self._facts(name, choice) for name, choice in self.choices.items()}
-
-    def recipes(self) -> dict[str, str]:
-        """Recipe of every metric and checksum of its weights, or why it is unavailable.
-
-        Of a metric of another package also the checksum of its source, and of an object its
-        settings: edited, it is another one.
-        """
-        return {
-            name: " ".join(
-                filter(
-                    None,
-                    (
-                        each["recipe"] or each["undefined"],
-                        each.get("weights"),
-                        source(self.choices[name].kind),
-                        settings_of(self.choices[name].own),
-                    ),
-                )
-            )
-            for name, each in self.facts().items()
-        }
-
-    def _facts(self, name: str, choice: Choice) -> dict[str, Any]:
-        kind = choice.kind
-        facts = {"unit": kind.unit, "higher_is_better": kind.higher_is_better}
-        facts["bounds"] = [kind.plot_lower_bound, kind.plot_upper_bound]
-        facts["sets"] = choice.of_sets
-        facts["against_reference"] = not choice.of_sets and kind.against_reference()
-        if name in self.missing:
-            return facts | {"recipe": "", "undefined": f"unavailable: {self.missing[name]}"}
-        made = self.made[name]
-        if choice.of_sets:
-            metric = set_metric(name, made)
-            return facts | {
-                "recipe": metric.recipe,
-                "undefined": "there is nothing to compare with",
-                "encoder": self.encoder_of(name),
-                "frames": metric.frames,
-                **_network(made),
-            }
-        against = facts["against_reference"]
-        return facts | {
-            "recipe": made.recipe,
-            "undefined": "this is the reference itself" if against else made.undefined,
-            "identical": made.identical,
-            **_network(getattr(made, "backbone", None)),
-        }
+    _free(type(metric))
+    if isinstance(metric, ClipMetric):
+        return _key(metric.name, type(metric))
+    _key(metric.features_name, type(metric), "the features of ")  # for its encoder has one too
+    name = f"{metric.name}/{metric.features_name}"
+    OWN[name] = metric
+    return name
 
 
-def _network(backbone: Any) -> dict[str, Any]:
-    if backbone is None:
-        return {}
-    comparable = getattr(backbone, "comparable", False)
-    return {"comparable": comparable, "weights": getattr(backbone, "weights_sha256", None)}
+def _key(name: str, kind: type, of: str = "") -> str:
+    """A name, if a collection of metrics can have it for a key.
 
-
-def settings_of(metric: Any) -> str:
-    """Plain attributes of a metric that was given as an object; empty for a class."""
-    if not isinstance(metric, Metric):
-        return ""
-    usual = vars(Metric).keys() | {"name", "recipe", "training", "features_recipe"}
-    plain = {
-        name: value
-        for name, value in sorted(vars(metric).items())
-        if isinstance(value, str | int | float) and not name.startswith("_") and name not in usual
-    }
-    return " ".join(f"{name}={value!r}" for name, value in plain.items())
-
-
-def whole(names: Iterable[Any]) -> list[Any]:
-    """The names, and instead of ``vbench_quality`` what it is computed from.
-
-    Example:
-        >>> whole(["psnr", "vbench_quality"])[:2], len(whole(["vbench_quality"]))
-        (['psnr', 'subject_consistency/dino-vitb16'], 7)
+    Raises:
+        ValueError: It is an attribute of every collection, or has a dot.
     """
-    named = {name for name in names if isinstance(name, str)}  # a metric has an == of its own
-    parts = [name for name in VBENCH_METRICS.values() if name not in named]
-    found = []
-    for name in names:
-        found += parts if isinstance(name, str) and name == VBENCH else [name]
-    return found
+    if "." in name or name in RESERVED:
+        why = "has a dot" if "." in name else "is one of what every MetricCollection has"
+        raise ValueError(
+            f"The name of a metric is its key in collections, and that of {of}{_where(kind)}, "
+            f"{name!r}, {why}. Give {'them' if of else 'it'} another `name`, such as "
+            f"'my_{name.replace('.', '_')}'."
+        )
+    return name
 
 
-def able(known: Collection[str]) -> list[str]:
-    """Metrics that can be computed from these fields of a clip, weights aside."""
-    names = [*METRICS, *SETS]
-    return [name for name in names if Choice.parse(name).needs <= set(known)]
+def _where(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def explained(need: str) -> str:
-    """What a field of a clip is, in words."""
-    return {
-        "reference_pixels": "pixels of a reference",
-        "reference_latents": "latents of a reference",
-        "scene": "the panorama world",
-        "attention": "a rollout",
-        "fps": "a frame rate",
-        "prompt": "a prompt for every clip",
-    }.get(need, need)
+def _free(kind: type[ClipMetric] | type[SetMetric]) -> str:
+    """Name of a metric's class, if it is no other's.
+
+    Raises:
+        ValueError: It is, or no word, or a collection cannot have it for a key.
+    """
+    ours = {**METRICS, **SETS}
+    taken = ours.get(kind.name) or OWN.get(kind.name)
+    if kind in ours.values() or taken is kind:
+        return kind.name
+    where = _where(kind)
+    if taken is not None and where != _where(taken):
+        raise ValueError(
+            f"The name of a metric is taken: {where} is called '{kind.name}', and so is "
+            f"{_where(taken)}. Give it another `name`."
+        )
+    if not NAME.fullmatch(kind.name):
+        raise ValueError(
+            f"The name of a metric is its key in results, and that of {where} is {kind.name!r}. "
+            "Give it a `name` of letters, digits, '_' and '-'."
+        )
+    _key(kind.name, kind)
+    OWN[kind.name] = kind
+    return kind.name
+
+
+def _fresh(own: Any) -> Any:
+    """A metric of another package without clips.
+
+    Raises:
+        ValueError: It cannot be made without arguments.
+    """
+    if not isinstance(own, type):
+        fresh = own.clone()
+        Metric.reset(fresh)
+        return fresh
+    try:
+        return own()
+    except TypeError as error:
+        raise ValueError(
+            f"The metric {own.__module__}:{own.__qualname__} cannot be made without arguments: "
+            f"{error}. Give all of them defaults."
+        ) from error
+
+
+def networks(base: str) -> tuple[str, ...]:
+    """Networks that a metric is known on, the default first; none where it needs none."""
+    return ENCODERS[base] if base in SETS else getattr(METRICS[base], "backbones", ())
+
+
+def set_metric(
+    name: str, encoder: Backbone | None = None, own: bool = True, **given: Any
+) -> SetMetric:
+    """The metric of sets of this name, on an encoder or on features that it made.
+
+    Args:
+        name: Such as ``fvd/panorama-encoder``; or that of one of another package which was chosen.
+        encoder: What the windows of clips are shown to; None where ``num_features`` and the like
+            are ``given``.
+        own: Whether one of this name that was given as an object goes before ours.
+        given: Of :class:`lightning_kv.metrics.sets.SetMetric`.
+    """
+    if own and name in OWN:
+        return _fresh(OWN[name]).looking(encoder, **given)
+    base = Choice.parse(name).base
+    form = {"form": base} if issubclass(SETS[base], VideoKernelDistance) else {}
+    return SETS[base](encoder, **form, **given)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from lightning_kv.models.nearest import hint
 from lightning_kv.models.samplers import warp
 from lightning_kv.models.sizes import PRESETS
 from lightning_kv.models.wan import WanConfig
+from lightning_kv.utilities.nearest import hint
 
 FOUR = warp((1000, 750, 500, 250), 5.0)
 """The four noise levels of Self Forcing and of most that came after it."""

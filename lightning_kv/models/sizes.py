@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lightning_kv.models.nearest import hint
 from lightning_kv.models.wan import CausalWan, WanConfig
+from lightning_kv.utilities.nearest import hint
 
 PRESETS: dict[str, WanConfig] = {
     "panorama": WanConfig(

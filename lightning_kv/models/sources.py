@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 
 from lightning_kv.models.catalogue import CATALOGUE, Published, by_file_name, parts_folder
 from lightning_kv.models.embedded import WEIGHTS, shipped
-from lightning_kv.models.nearest import hint
 from lightning_kv.models.samplers import spaced
 from lightning_kv.models.sizes import PRESETS, parameters
 from lightning_kv.models.wan import WanConfig
+from lightning_kv.utilities.nearest import hint
 
 FILE_KEYS = ("name", "like", "weights", "lora", "key", "text", "vae", "config")  # 3 are needed
 

@@ -16,7 +16,8 @@ from lightning_kv.report.entries import (
     with_values,
 )
 from lightning_kv.report.table import NOTHING, format_estimate, format_number
-from lightning_kv.runs.words import counted, format_bytes, sets_words
+from lightning_kv.runs.units import counted, sets_words
+from lightning_kv.utilities.formatting import format_bytes
 
 COSTS: tuple[tuple[str, str, bool, Callable[[float], str]], ...] = (
     # field, head, whether more is better, how it is shown

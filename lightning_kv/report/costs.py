@@ -10,7 +10,7 @@ from lightning_kv.report.entries import Entry
 from lightning_kv.report.table import NOTHING
 from lightning_kv.runs.costs import chunk_medians
 from lightning_kv.runs.directory import Record
-from lightning_kv.runs.words import format_bytes
+from lightning_kv.utilities.formatting import format_bytes
 
 QUARTER = 4  # the first and the last of so many parts of a clip are compared
 

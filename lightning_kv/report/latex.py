@@ -12,8 +12,8 @@ from lightning_kv.report.entries import Entry, PageRun, entries_of, metric_facts
 from lightning_kv.report.table import NOTHING
 from lightning_kv.runs.directory import write_atomic
 from lightning_kv.runs.intervals import interval_note
+from lightning_kv.runs.units import sets_words
 from lightning_kv.runs.verdict import extent
-from lightning_kv.runs.words import sets_words
 
 ACROSS = 8  # columns of values that a page can hold
 ESCAPED = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {

@@ -26,7 +26,7 @@ from lightning_kv.report.entries import (
     without_values,
 )
 from lightning_kv.report.memory import SHADES, memory
-from lightning_kv.report.players import filmed, player
+from lightning_kv.report.players import player, with_video
 from lightning_kv.report.prompts import extremes, finished, ranked
 from lightning_kv.report.styles import styles
 from lightning_kv.runs.directory import Record, write_atomic
@@ -148,7 +148,7 @@ def _run(name: str, run: PageRun, records: list[Record]) -> dict[str, Any]:
     summary, directory = run.summary, run.directory
     metric = main_metric(entries_of([run]))
     traced = {path.stem for path in directory.traces.glob("*.npz")}
-    clips = ranked(records, summary, metric, filmed(run, records))
+    clips = ranked(records, summary, metric, with_video(run, records))
     files = summary["model"]["name"] == FILES
     return {
         "name": name,
@@ -157,7 +157,7 @@ def _run(name: str, run: PageRun, records: list[Record]) -> dict[str, Any]:
         "finished": finished(records, summary),
         "counts": _counts(summary),
         "metric": metric,
-        "filmed": len(clips),
+        "with_video": len(clips),
         "clips": [player(run, rank, prompt) for rank, prompt in extremes(clips).items()],
         "memory": memory(run, ranked(records, summary, metric, traced)),
         "command": f"lightning-kv evaluate -c {shlex.quote(str(directory.config))}",

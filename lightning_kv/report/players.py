@@ -13,16 +13,16 @@ from lightning_kv.report.table import NOTHING, format_number
 from lightning_kv.runs.directory import Record
 
 
-def filmed(run: PageRun, records: Sequence[Record]) -> set[str]:
+def with_video(run: PageRun, records: Sequence[Record]) -> set[str]:
     """Keys of the prompts that have a moving picture."""
     there = {path.name for path in run.directory.videos.glob("*.mp4")}
-    return {record["key"] for record in records if film_name(record["key"]) in there}
+    return {record["key"] for record in records if video_name(record["key"]) in there}
 
 
-def film_name(key: str) -> str:
+def video_name(key: str) -> str:
     """The file of a prompt's moving picture.
 
-    >>> film_name("street/007")
+    >>> video_name("street/007")
     'street__007.mp4'
     """
     return f"{key.replace('/', '__')}.mp4"
@@ -30,7 +30,7 @@ def film_name(key: str) -> str:
 
 def player(run: PageRun, rank: str, prompt: Ranked) -> dict[str, Any]:
     """A moving picture, the same as differences where there is one, and every policy's value."""
-    name, directory = film_name(prompt.key), run.directory
+    name, directory = video_name(prompt.key), run.directory
     return {
         "rank": rank,
         "prompt": prompt,

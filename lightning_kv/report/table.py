@@ -13,8 +13,9 @@ from rich.text import Text
 
 from lightning_kv.runs.intervals import interval_note
 from lightning_kv.runs.summary import hindsight
+from lightning_kv.runs.units import counted, sets_words
 from lightning_kv.runs.verdict import extent
-from lightning_kv.runs.words import counted, format_bytes, sets_words
+from lightning_kv.utilities.formatting import format_bytes
 
 NOTHING = "\N{EN DASH}"
 SCREEN = 120  # characters of a line

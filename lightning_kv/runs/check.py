@@ -12,8 +12,9 @@ from typing import Any
 
 from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.runs.margins import check_margin, default_margins
-from lightning_kv.runs.words import counted, number, several
+from lightning_kv.runs.units import counted
 from lightning_kv.stats.inference import NonInferiority, non_inferiority, prompts_needed
+from lightning_kv.utilities.formatting import number, several
 
 PASS, REGRESSION, THIN = 0, 1, 2
 """Exit codes."""

@@ -27,9 +27,9 @@ from lightning_kv.runs.margins import (
     unusable,
     usable,
 )
+from lightning_kv.runs.recommendation_text import in_words
 from lightning_kv.runs.summary import hindsight
 from lightning_kv.runs.units import Clips, finished_units
-from lightning_kv.runs.words import in_words
 from lightning_kv.stats.inference import holm
 
 

@@ -14,6 +14,7 @@ from itertools import zip_longest
 from typing import Any
 
 from lightning_kv.runs.directory import Record
+from lightning_kv.utilities.formatting import several
 
 Clips = dict[str, Record]
 """A policy's records by key."""
@@ -149,3 +150,39 @@ def mean_of(values: Sequence[float]) -> float | None:
 def _there(values: Iterable[float | None]) -> list[float]:
     """The values that are there."""
     return [value for value in values if value is not None]
+
+
+def counted(prompts: int, clips: int | None = None) -> str:
+    """A number of prompts, and of the clips that they are means of where that is another.
+
+    >>> counted(1), counted(3, 3), counted(1, 6)
+    ('1 prompt', '3 prompts', '1 prompt (6 samples)')
+    """
+    samples = "" if clips is None or clips == prompts else f" ({clips} samples)"
+    return several(prompts, "prompt") + samples
+
+
+def planned(run: dict[str, Any]) -> str:
+    """How many prompts a run is about, and samples of them.
+
+    >>> planned({"prompts": 8}), planned({"prompts": 1, "samples": 6})
+    ('8 prompts', '1 prompt (6 samples)')
+    """
+    return counted(run["prompts"], run["prompts"] * (run.get("samples") or 1))
+
+
+def sets_words(found: dict[str, Any]) -> str:
+    """The two sets of a distance: what each is made of, as far as a summary says.
+
+    >>> sides = {"n": 3, "clips": 6, "windows": 12, "against": "the real set", "windows_real": 8}
+    >>> sets_words(sides | {"n_real": 4, "clips_real": 4})
+    '12 windows of 3 prompts (6 samples) against the real set (8 windows of 4 clips)'
+    """
+    if "windows_real" in found:
+        clips, prompts = found["clips_real"], found["n_real"]
+        other = f"{several(found['windows_real'], 'window')} of {several(clips, 'clip')}"
+        other += "" if clips == prompts else f" of {counted(prompts)}"
+    else:  # of a version that called the number of windows so
+        other = several(found["n_real"], "window")
+    own = f"{several(found['windows'], 'window')} of {counted(found['n'], found.get('clips'))}"
+    return f"{own} against {found['against']} ({other})"

@@ -8,7 +8,8 @@ from typing import Any
 from lightning_kv.runs.directory import Record
 from lightning_kv.runs.intervals import interval_kind, interval_words
 from lightning_kv.runs.recommend import recommend
-from lightning_kv.runs.words import counted, number, planned, sets_words
+from lightning_kv.runs.units import counted, planned, sets_words
+from lightning_kv.utilities.formatting import number
 
 FILES = "video files"  # the model of a comparison of videos that somebody else made
 

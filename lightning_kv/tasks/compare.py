@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_kv.data.datamodule import PIECE, VideoPairDataModule
-from lightning_kv.data.pairs import Alignment, read_pair
-from lightning_kv.data.video_pairs import PairedClip, Piece, alignable, shortest
+from lightning_kv.data.datamodule import VideoPairDataModule
+from lightning_kv.data.pairs import Alignment
+from lightning_kv.data.video_pairs import Piece
 from lightning_kv.data.videos import VideoError
 from lightning_kv.metrics.base import VideoMetric
 from lightning_kv.metrics.reading import ClipReader, noting
-from lightning_kv.metrics.registry import Suite
+from lightning_kv.metrics.suite import Suite
 from lightning_kv.metrics.windows import WindowEncoder
 from lightning_kv.runs.verdict import FILES
-from lightning_kv.tasks.adapter import Measured
-from lightning_kv.tasks.callbacks import PicturedCallback
-from lightning_kv.tasks.checks import check_data
-from lightning_kv.tasks.clip_module import ClipModule, ClipResult
-from lightning_kv.tasks.film import Rows, film, filmed
-from lightning_kv.tasks.progress import ProgressLine
-from lightning_kv.tasks.progress_bars import LineProgressBar
-from lightning_kv.tasks.real import real_videos
-from lightning_kv.tasks.results import fitted
+from lightning_kv.tasks.measuring.adapter import Measured
+from lightning_kv.tasks.measuring.clip_module import ClipModule, ClipResult
+from lightning_kv.tasks.measuring.real_videos import real_videos
 
 UNKNOWN = {  # what a rollout cost cannot be seen in its video
     "kv_bytes_peak": None,
@@ -152,7 +145,7 @@ class CompareModule(ClipModule):
             batch_idx: Unused.
 
         Returns:
-            A :class:`~lightning_kv.tasks.clip_module.ClipResult`, or nothing yet, under ``clips``.
+            A ``ClipResult``, or nothing yet, under ``clips``.
         """
         place = (batch.name, batch.key)
         if batch.failure and self.strict:
@@ -233,93 +226,6 @@ class _Reading:
         values = {name: self.metrics[name].value(curve) for name, curve in curves.items()}
         found = {name: each.features() for name, each in self.windows.items()}
         return Measured(dict.fromkeys(names) | values, curves, found, dict(self.problems or {}))
-
-
-class PairVideos(PicturedCallback):
-    """Writes moving pictures of the first clips: all videos side by side, and their differences.
-
-    Args:
-        out: Run directory.
-        prompts: How many clips get one; None for all.
-    """
-
-    def begin(self, trainer: L.Trainer, module: CompareModule) -> None:
-        """Know which."""
-        super().begin(trainer, module)
-        self.data: VideoPairDataModule = trainer.datamodule
-        self.clips = {clip.key: clip for clip in self.data.videos.clips}
-
-    def lacking(self, trainer: L.Trainer, module: ClipModule, keys: Collection[str]) -> set[str]:
-        """Clips whose moving picture is missing and could be made."""
-        data, shown = trainer.datamodule, self.pictured(trainer, module)
-        return {
-            clip.key
-            for clip in data.videos.clips
-            if clip.key in keys
-            and clip.key in shown
-            and not filmed(self.run, clip.key)
-            and alignable(clip, data.infos, data.alignment)
-        }
-
-    def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: CompareModule, outputs: Any, *_: Any
-    ) -> None:
-        """Read the videos of a finished clip once more; what has failed is left out."""
-        for result in outputs["clips"]:
-            if result.failure:
-                self.pending.setdefault(result.key, {})[result.name] = result.failure
-            if result.last and result.key in self.keys and not filmed(self.run, result.key):
-                failed = self.pending.pop(result.key, {})
-                self._film(self.clips[result.key], pl_module.reference_name, failed)
-
-    def _film(self, clip: PairedClip, base: str, failed: Mapping[str, str]) -> None:
-        data = self.data
-        reference = data.infos.get(clip.reference)
-        able = {
-            name: info
-            for name, info in alignable(clip, data.infos, data.alignment).items()
-            if name not in failed
-        }
-        if not able or base in failed:
-            return
-        limit = shortest(clip, data.infos, data.alignment) or reference.frames
-
-        def rows() -> Any:
-            streams = [read_pair(reference, info, data.alignment, PIECE) for info in able.values()]
-            left = limit
-            for pairs in zip(*streams, strict=False):
-                shown = (pairs[0][0], *(judged for _, judged in pairs))
-                frames = min(left, *map(len, shown))
-                if not frames:
-                    return
-                yield panels([base, *able], shown, frames)
-                left -= frames
-
-        film(self.run, clip.key, rows, limit, float(reference.fps), base)
-
-
-def panels(names: Sequence[str], shown: Sequence[Tensor], frames: int) -> Rows:
-    """Some frames of several videos, small enough to stand side by side."""
-    return [
-        (name, fitted(floats(pixels[:frames]), 480))
-        for name, pixels in zip(names, shown, strict=True)
-    ]
-
-
-class FrameProgressBar(LineProgressBar):
-    """A line with the frames that are read, and the time left; silent without a terminal."""
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: CompareModule) -> None:
-        """Begin the line."""
-        check_data(trainer, self, "frames_left")
-        left = trainer.datamodule.frames_left()
-        self.begin(ProgressLine(left, "frames", visible=trainer.is_global_zero))
-
-    def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: CompareModule, outputs: Any, batch: Piece, *_: Any
-    ) -> None:
-        """Count frames."""
-        self.bar.advance(len(batch.pixels), f"{batch.name} {batch.key}")
 
 
 def usual(paired: bool) -> list[str]:

@@ -14,9 +14,9 @@ from lightning_kv.models.precision import known_profile
 from lightning_kv.models.sources import find_model
 from lightning_kv.models.video import Codec
 from lightning_kv.runs.video import write_mp4
-from lightning_kv.tasks.clips import SUFFIX, read_clip
-from lightning_kv.tasks.generate import shown
 from lightning_kv.tasks.progress import ProgressLine
+from lightning_kv.tasks.rollouts.latent_files import SUFFIX, read_clip
+from lightning_kv.tasks.videos import enlarged
 
 FOLDER = "latents"
 """Where a run keeps the latents of its clips."""
@@ -98,7 +98,9 @@ def decode_all(
             if name not in codecs:
                 codecs[name] = _codec(name, vae, device, precision or about.get("precision"))
             video.parent.mkdir(parents=True, exist_ok=True)
-            write_mp4(video, shown(codecs[name].stream(latents.float().to(device))), about["fps"])
+            write_mp4(
+                video, enlarged(codecs[name].stream(latents.float().to(device))), about["fps"]
+            )
             line.advance(1)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_kv.cache.probe import AttentionProbe
 from lightning_kv.cache.session import CacheSession, Watch
 from lightning_kv.data.datamodule import PromptDataModule, RolloutItem
-from lightning_kv.metrics.registry import Suite
+from lightning_kv.metrics.suite import Suite
 from lightning_kv.models.codec import PatchCodec
 from lightning_kv.models.loading import load_model
 from lightning_kv.models.samplers import NOISE_REVISION
@@ -20,14 +20,14 @@ from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.registry import load_policy, policy_to_dict
 from lightning_kv.rollout import Rollout, rollout, together
-from lightning_kv.tasks.adapter import Clip, Measured, features, measure
-from lightning_kv.tasks.choices import chosen_policies, needs_of
-from lightning_kv.tasks.clip_module import ClipModule, ClipResult
-from lightning_kv.tasks.clock import read_size
-from lightning_kv.tasks.real import real_videos
-from lightning_kv.tasks.results import broken, cost, plugged
-from lightning_kv.tasks.scenes import Start, stack_context, start_of
-from lightning_kv.tasks.settings import RolloutSettings
+from lightning_kv.tasks.measuring.adapter import Clip, Measured, features, measure
+from lightning_kv.tasks.measuring.clip_module import ClipModule, ClipResult
+from lightning_kv.tasks.measuring.real_videos import real_videos
+from lightning_kv.tasks.measuring.records import broken, cost, plugged
+from lightning_kv.tasks.rollouts.context import Start, stack_context, start_of
+from lightning_kv.tasks.rollouts.lengths import read_size
+from lightning_kv.tasks.rollouts.policies import chosen_policies, needs_of
+from lightning_kv.tasks.rollouts.settings import RolloutSettings
 
 POLICIES = ("full", "sliding-window@9f", "sink-window@9f", "top-attention@9f", "random@9f")
 """Policies where nobody says."""
@@ -178,7 +178,7 @@ class EvaluateModule(ClipModule):
             batch_idx: Unused.
 
         Returns:
-            One :class:`~lightning_kv.tasks.clip_module.ClipResult` per item, under ``clips``.
+            One ``ClipResult`` per item, under ``clips``.
         """
         name, group = batch[0].policy, self._group(batch)
         probe = self._probe()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lightning_kv.metrics.backbones.weights import first_line
 from lightning_kv.models.catalogue import Download, entry, free_disk
-from lightning_kv.runs.words import format_bytes
 from lightning_kv.tasks.download import DownloadFailed, download_from_hub, need_hub
+from lightning_kv.utilities.formatting import format_bytes
 
 
 def fetch(name: str, force: bool = False) -> list[str]:

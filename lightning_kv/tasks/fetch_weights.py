@@ -15,8 +15,8 @@ from lightning_kv.metrics.backbones.weights import (
     verified,
     weights_folder,
 )
-from lightning_kv.runs.words import format_bytes
 from lightning_kv.tasks.download import DownloadFailed, download, download_from_hub
+from lightning_kv.utilities.formatting import format_bytes
 
 
 def fetch_weights(name: str, accept: Collection[str] = (), force: bool = False) -> list[str]:

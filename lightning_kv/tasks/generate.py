@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,17 +21,17 @@ from lightning_kv.models.wan import WanConfig
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.registry import load_policy
 from lightning_kv.rollout import Rollout, rollout
-from lightning_kv.runs.video import Frames, write_mp4
-from lightning_kv.runs.words import format_bytes
-from lightning_kv.tasks.clips import SUFFIX, write_clip
-from lightning_kv.tasks.clock import Clock, Switch, read_size, read_switches
-from lightning_kv.tasks.launch import resolved
+from lightning_kv.runs.video import write_mp4
+from lightning_kv.tasks.measuring.records import broken
 from lightning_kv.tasks.options import GenerateOptions
 from lightning_kv.tasks.progress import RolloutProgress
-from lightning_kv.tasks.results import broken, picture
-from lightning_kv.tasks.settings import check_negative
+from lightning_kv.tasks.rollouts.latent_files import SUFFIX, write_clip
+from lightning_kv.tasks.rollouts.lengths import Clock, Switch, read_size, read_switches
+from lightning_kv.tasks.rollouts.settings import check_negative
+from lightning_kv.tasks.trainer import resolved
+from lightning_kv.tasks.videos import enlarged
+from lightning_kv.utilities.formatting import format_bytes
 
-WIDTH = 320  # pixels that a smaller video is enlarged to, about
 LENGTH = 6.0  # seconds, where the model was trained for as many
 
 
@@ -204,15 +204,7 @@ def write(
         }
         write_clip(options.out, latents, fps, about)
         return
-    write_mp4(options.out, shown(model.codec.stream(latents.float())), fps)
-
-
-def shown(pieces: Iterator[Tensor]) -> Iterator[Frames]:
-    """Pixels ``[n, 3, H, W]`` as pictures; small ones are enlarged."""
-    for piece in pieces:
-        frames = picture(piece)
-        scale = max(1, round(WIDTH / frames.shape[2]))
-        yield frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    write_mp4(options.out, enlarged(model.codec.stream(latents.float())), fps)
 
 
 def run(

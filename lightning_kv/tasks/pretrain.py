@@ -21,11 +21,9 @@ from lightning_kv.models.embedded import save_embedded
 from lightning_kv.models.sizes import PRESETS
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan
-from lightning_kv.tasks.forcing import ForcingSession
-from lightning_kv.tasks.launch import resolved
-from lightning_kv.tasks.optimizers import JoinedOptimizer, Muon
 from lightning_kv.tasks.options import PretrainOptions, Recipe, Stage
-from lightning_kv.tasks.training import (
+from lightning_kv.tasks.trainer import resolved
+from lightning_kv.tasks.training.module import (
     Training,
     check_numbers,
     check_options,
@@ -33,6 +31,8 @@ from lightning_kv.tasks.training import (
     stamp,
     train,
 )
+from lightning_kv.tasks.training.optimizers import JoinedOptimizer, Muon
+from lightning_kv.tasks.training.teacher_forcing import ForcingSession
 
 
 @dataclass

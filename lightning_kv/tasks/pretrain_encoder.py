@@ -31,9 +31,9 @@ from lightning_kv.data.panorama import (
 from lightning_kv.metrics.backbones.panorama_encoder import CLIP, FEATURES, TOKEN, PanoramaNetwork
 from lightning_kv.models.codec import PatchCodec
 from lightning_kv.models.embedded import WEIGHTS, load_embedded
-from lightning_kv.tasks.artefacts import KINDS, PAINTS, STEERS, Shot, draw, pick, take
-from lightning_kv.tasks.encoder_options import EncoderRecipe, PretrainEncoderOptions
-from lightning_kv.tasks.training import (
+from lightning_kv.tasks.options import EncoderRecipe, PretrainEncoderOptions
+from lightning_kv.tasks.training.artefacts import KINDS, PAINTS, STEERS, Shot, draw, pick, take
+from lightning_kv.tasks.training.module import (
     Training,
     check_numbers,
     check_options,

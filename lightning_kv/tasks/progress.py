@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_kv.cache.session import CacheSession
-from lightning_kv.runs.words import format_bytes
+from lightning_kv.utilities.formatting import format_bytes
 
 
 class ProgressLine:

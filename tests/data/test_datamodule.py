@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_kv.data.datamodule import PromptDataModule, RolloutItem, dealing, dealt
+from lightning_kv.data.datamodule import PromptDataModule, RolloutItem, dealt, distribution
 from lightning_kv.data.shards import write_prompt_shards
 
 COUNT = 10
@@ -127,7 +127,7 @@ def test_every_item_is_dealt_to_exactly_one_worker(items, world, workers):
     for rank in range(world):
         for worker in range(workers):
             info = SimpleNamespace(id=worker, num_workers=workers)
-            with mock.patch.object(dealing, "get_worker_info", return_value=info):
+            with mock.patch.object(distribution, "get_worker_info", return_value=info):
                 found[rank * workers + worker] = list(dealt(range(items), rank, world))
     hands = world * workers  # like cards: hand i holds every (world x workers)-th, from card i on
     assert found == {i: list(range(items))[i::hands] for i in range(hands)}

@@ -19,7 +19,7 @@ from lightning_kv.data.datamodule import (
     VideoDataModule,
     VideoPairDataModule,
     balanced,
-    dealing,
+    distribution,
 )
 from lightning_kv.data.make_shards import make_video_shards
 from lightning_kv.data.pairs import pair_folders
@@ -41,7 +41,7 @@ def by_hand(data, world, workers, loader="test_dataloader"):
         stream = getattr(place(data, rank, world), loader)().dataset
         for number in range(workers):
             info = SimpleNamespace(id=number, num_workers=workers)
-            with mock.patch.object(dealing, "get_worker_info", return_value=info):
+            with mock.patch.object(distribution, "get_worker_info", return_value=info):
                 found[rank, number] = list(stream)
     return found
 

@@ -14,8 +14,8 @@ from lightning_kv.metrics.backbones import backbone
 from lightning_kv.metrics.backbones.panorama_encoder import SHIPPED, PanoramaEncoder
 from lightning_kv.metrics.functional.frechet import frechet_distance
 from lightning_kv.models.embedded import WEIGHTS, load_embedded
-from lightning_kv.tasks.artefacts import KINDS, PAINTS, look, take, way
 from lightning_kv.tasks.pretrain_encoder import FIRST_WORLD
+from lightning_kv.tasks.training.artefacts import KINDS, PAINTS, look, take, way
 
 CLIPS = 64
 
@@ -38,15 +38,15 @@ def world(seed):
 
 @pytest.fixture(scope="module")
 def features(encoder, codec):
-    """Clip features of 64 worlds from a first seed on, float64, filmed with artefacts."""
+    """Clip features of 64 worlds from a first seed on, float64, has_comparison with artefacts."""
 
-    def filmed(first, **strength):
+    def has_comparison(first, **strength):
         rng = torch.Generator().manual_seed(first)
         shots = [take(world(first + i), codec, rng, strength, 8) for i in range(CLIPS)]
         seen = codec.decode(codec.encode(torch.stack([shot.frames for shot in shots])))
         return encoder(seen).double()
 
-    return filmed
+    return has_comparison
 
 
 def test_the_file_says_where_it_comes_from():

@@ -20,13 +20,13 @@ from torchmetrics.wrappers import BootStrapper
 from lightning_kv.metrics.backbones.base import RandomBackbone
 from lightning_kv.metrics.functional.frechet import frechet_distance, frechet_error, null_distance
 from lightning_kv.metrics.functional.kernel import JEDI, KVD, kernel_distance
-from lightning_kv.metrics.registry import set_metric
 from lightning_kv.metrics.sets import (
     FrechetVideoDistance,
     JEDi,
     VideoKernelDistance,
     check_comparable,
 )
+from lightning_kv.metrics.suite import set_metric
 from lightning_kv.metrics.windows import WindowEncoder
 
 matplotlib.use("Agg")

@@ -9,7 +9,7 @@ from lightning_kv.models import CausalWan, WanConfig, build_model
 from lightning_kv.models.codec import PatchCodec, PhraseEncoder
 from lightning_kv.models.samplers import ChunkPlan, few_step, renoise, warp
 from lightning_kv.policies.registry import preset
-from lightning_kv.tasks.forcing import ForcingSession
+from lightning_kv.tasks.training.teacher_forcing import ForcingSession
 
 TINY = WanConfig(
     dim=48,

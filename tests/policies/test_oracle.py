@@ -33,7 +33,7 @@ from lightning_kv.policies.hindsight import coming_mass, greedy_order
 from lightning_kv.policies.registry import build_part, policy_from_dict, presets
 from lightning_kv.policies.retain.oracle import Oracle
 from lightning_kv.policies.select.oracle_reads import OracleReads
-from lightning_kv.tasks.choices import needs_of
+from lightning_kv.tasks.rollouts.policies import needs_of
 from lightning_kv.testing import chunked
 
 

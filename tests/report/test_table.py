@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_kv.report.table import cost_table, format_estimate, quality_tables, render_tables
-from lightning_kv.runs.words import format_bytes
+from lightning_kv.utilities.formatting import format_bytes
 
 WAYS = {
     "psnr": ("dB", True),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lightning_kv.commands.list import metrics
-from lightning_kv.metrics.registry import Choice, Suite
+from lightning_kv.metrics.suite import Choice, Suite
 from lightning_kv.runs.derived import DERIVED, VBENCH, derivable, with_derived
 from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.runs.summary import MetricInfo, summarise

@@ -17,7 +17,7 @@ from lightning_kv.runs.margins import read_margins
 from lightning_kv.runs.recommend import recommend
 from lightning_kv.runs.summary import MetricInfo, summarise
 from lightning_kv.runs.verdict import verdict
-from lightning_kv.tasks.adapter import Clip, measure
+from lightning_kv.tasks.measuring.adapter import Clip, measure
 
 MIB = 2**20
 INFO = {

@@ -15,8 +15,8 @@ from lightning_kv.cli import main
 from lightning_kv.models.codec import PatchCodec
 from lightning_kv.models.embedded import save_embedded
 from lightning_kv.tasks import decode as module
-from lightning_kv.tasks.clips import read_clip, write_clip
 from lightning_kv.tasks.decode import decode
+from lightning_kv.tasks.rollouts.latent_files import read_clip, write_clip
 
 PANORAMA = {"prompt": "day slow", "model": "panorama", "policy": "full", "seed": "0"}
 ODD = ["sliding-window@6f", "a.b", "50% #1 [x]*?", "été 日本", "-o", 'it\'s "q"', "a:b", "%03d"]

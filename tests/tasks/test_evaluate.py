@@ -11,10 +11,10 @@ from lightning_kv.data.shards import PromptSample
 from lightning_kv.metrics import metric_by_name
 from lightning_kv.rollout import rollout
 from lightning_kv.tasks import evaluate
-from lightning_kv.tasks.adapter import Clip, measure
-from lightning_kv.tasks.launch import is_first, launched
+from lightning_kv.tasks.measuring.adapter import Clip, measure
 from lightning_kv.tasks.options import TrainerOptions
-from lightning_kv.tasks.scenes import panorama_start
+from lightning_kv.tasks.rollouts.context import panorama_start
+from lightning_kv.tasks.trainer import is_first, launched
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from lightning_kv.cli import main
 from lightning_kv.data.panorama import PALETTES
 from lightning_kv.models import WanConfig
 from lightning_kv.tasks import generate as generate_module
-from lightning_kv.tasks.clock import Clock, read_size, read_switches
 from lightning_kv.tasks.generate import generate
 from lightning_kv.tasks.options import GenerateOptions
+from lightning_kv.tasks.rollouts.lengths import Clock, read_size, read_switches
 
 PROMPT = "noon fast n7 left"
 

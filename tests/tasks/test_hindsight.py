@@ -20,9 +20,9 @@ from lightning_kv.policies.registry import load_policy
 from lightning_kv.runs.analysis import analyse
 from lightning_kv.runs.recommend import recommend
 from lightning_kv.runs.summary import hindsight
-from lightning_kv.tasks.adapter import Clip, measure
-from lightning_kv.tasks.choices import chosen_policies
-from lightning_kv.tasks.scenes import panorama_start
+from lightning_kv.tasks.measuring.adapter import Clip, measure
+from lightning_kv.tasks.rollouts.context import panorama_start
+from lightning_kv.tasks.rollouts.policies import chosen_policies
 
 ROOT = Path(__file__).parents[2]
 SHARDS = ROOT / "data/panorama-quick"

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_kv.cli import main
 from lightning_kv.data.datamodule import PromptDataModule, VideoPairDataModule
 from lightning_kv.metrics import VideoMetric
-from lightning_kv.metrics.registry import Suite
+from lightning_kv.metrics.suite import Suite
 from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.tasks.callbacks import ComparisonVideos, RecordWriter, TraceWriter
 from lightning_kv.tasks.compare import CompareModule

@@ -12,8 +12,7 @@ from safetensors import safe_open
 
 from lightning_kv.data.panorama import PALETTES, VISIBLE, world_for
 from lightning_kv.metrics.backbones.panorama_encoder import PanoramaEncoder
-from lightning_kv.tasks.artefacts import KINDS
-from lightning_kv.tasks.encoder_options import EncoderRecipe, PretrainEncoderOptions
+from lightning_kv.tasks.options import EncoderRecipe, PretrainEncoderOptions
 from lightning_kv.tasks.pretrain_encoder import (
     FIRST_WORLD,
     Lessons,
@@ -22,6 +21,7 @@ from lightning_kv.tasks.pretrain_encoder import (
     pretrain_encoder,
     steps,
 )
+from lightning_kv.tasks.training.artefacts import KINDS
 
 SMALL = EncoderRecipe(steps=10, worlds=2, warmup=2)
 

@@ -1,6 +1,6 @@
 """What a run is about, dealt out to ranks: prompts and their rollouts, videos, pairs of videos."""
 
-from lightning_kv.data.datamodule.dealing import balanced, dealt, dealt_by_bytes
+from lightning_kv.data.datamodule.distribution import balanced, dealt, dealt_by_bytes
 from lightning_kv.data.datamodule.pairs import PIECE, VideoPairDataModule
 from lightning_kv.data.datamodule.prompts import (
     PromptDataModule,

@@ -8,7 +8,7 @@ from typing import Any
 import lightning
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_kv.data.datamodule.dealing import dealt, place
+from lightning_kv.data.datamodule.distribution import dealt, place
 from lightning_kv.data.pairs import Alignment
 from lightning_kv.data.video_pairs import Infos, PairedClip, Piece, Videos, pieces, shortest
 from lightning_kv.data.videos import VideoError, VideoFile, VideoInfo, checksum, probe

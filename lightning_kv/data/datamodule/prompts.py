@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import lightning
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_kv.data.datamodule.dealing import dealt, place
+from lightning_kv.data.datamodule.distribution import dealt, place
 from lightning_kv.data.shards import PromptSample, PromptShards, ShardIndex, read_index
 
 

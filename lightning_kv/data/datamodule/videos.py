@@ -13,7 +13,7 @@ import lightning
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_kv.data.datamodule.dealing import dealt_by_bytes, place
+from lightning_kv.data.datamodule.distribution import dealt_by_bytes, place
 from lightning_kv.data.shards import Shard, check_shard
 from lightning_kv.data.tars import Member
 from lightning_kv.data.video_sets import (

@@ -1,0 +1,1 @@
+"""Speed, memory and waits of rollouts at real sizes."""

@@ -1,0 +1,1 @@
+"""From clips to numbers: what the modules that measure have in common."""

@@ -1,0 +1,1 @@
+"""What trainings have in common: their base, optimisers, teacher forcing, degraded clips."""

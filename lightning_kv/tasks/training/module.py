@@ -1,0 +1,323 @@
+"""What all trainings share: one optimiser, a rate per step, averaged weights, safe checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_kv.tasks.callbacks.progress import TrainingProgressBar
+
+FORMAT = 2
+"""Of checkpoints: 1 was written with two optimisers side by side and rates as factors."""
+
+LAST = "last.ckpt"
+
+
+class Training(L.LightningModule):
+    """A training whose numbers depend on its recipe alone, under any Trainer and logger.
+
+    A training of your own says what a step's :meth:`data` is, what is to be minimised
+    (:meth:`measure`), by which :meth:`optimizer` and at which learning :meth:`rate`.
+
+    Args:
+        steps: Optimiser steps in all.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.losses: dict[str, float] = {}
+        self._averages: list[tuple[nn.Module, nn.Module]] = []
+
+    def data(self, start: int) -> IterableDataset:
+        """Batches from a step on; what is in one depends on its number, not on ``start``."""
+        raise NotImplementedError
+
+    def measure(self, batch: Any) -> dict[str, Tensor]:
+        """``loss``, which is minimised, and whatever else is worth a curve."""
+        raise NotImplementedError
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """One optimiser with learning rate 1, which :meth:`rate` scales."""
+        raise NotImplementedError
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        raise NotImplementedError
+
+    def decay(self, step: int) -> float:
+        """Share that averaged weights keep of themselves at a step; little at first."""
+        return min(0.999, (1 + step) / (10 + step))
+
+    def averaged(self, network: nn.Module) -> nn.Module:
+        """A copy whose weights will follow those of ``network`` by :meth:`decay`."""
+        average = copy.deepcopy(network).requires_grad_(False)
+        self._averages.append((average, network))
+        return average
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches from the step that this run has reached."""
+        return DataLoader(self.data(self.global_step), batch_size=None)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimiser, and the rate of each step."""
+        optimizer = self.optimizer()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        """Measure, log, and give the loss.
+
+        Raises:
+            ValueError: The loss is not finite.
+        """
+        values = self.measure(batch)
+        self.losses = {name: float(value.detach()) for name, value in values.items()}
+        if not math.isfinite(self.losses["loss"]):
+            raise ValueError(
+                f"The training has come to nothing: at step {self.global_step} of {self.steps} the "
+                f"loss is {self.losses['loss']}, with the learning rate "
+                f"{self.rate(self.global_step):.3g}. Nothing was saved since the last checkpoint; "
+                "give a lower learning rate or a longer warm-up, with another --out."
+            )
+        self.log_dict({**self.losses, "lr": self.rate(self.global_step)})
+        return values["loss"]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of all gradients at 1, where the Trainer is not told otherwise."""
+        self.clip_gradients(optimizer, gradient_clip_val or 1.0, gradient_clip_algorithm or "norm")
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A step of the optimiser, then of the averaged weights."""
+        super().optimizer_step(*args, **kwargs)
+        decay = self.decay(self.global_step)  # which the loop counts up after this
+        with torch.no_grad():  # or the average would carry the graph of every step
+            for average, network in self._averages:
+                for kept, new in zip(average.parameters(), network.parameters(), strict=True):
+                    kept.lerp_(new, 1 - decay)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights that are not finite, before a file is touched; keep the last losses.
+
+        Raises:
+            ValueError: Weights are not finite.
+        """
+        check_finite(checkpoint["state_dict"], f"after step {checkpoint['global_step']}")
+        checkpoint["training"] = {"format": FORMAT, "losses": self.losses}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the last losses."""
+        self.losses = checkpoint["training"]["losses"]
+
+
+def check_finite(weights: Mapping[str, Tensor], when: str) -> None:
+    """Refuse weights with NaN or infinite values.
+
+    Raises:
+        ValueError: Names the first.
+    """
+    for name, tensor in weights.items():
+        wrong = 0 if not tensor.is_floating_point() else int((~tensor.isfinite()).sum())
+        if wrong:
+            raise ValueError(
+                f"The training has come to nothing: {when}, {wrong} of {tensor.numel()} values of "
+                f"{name} are not finite. They were not saved, and the last checkpoint is as it "
+                "was; give a lower learning rate or a longer warm-up, with another --out."
+            )
+
+
+def check_numbers(
+    what: str,
+    values: Mapping[str, Any],
+    low: float,
+    high: float = math.inf,
+    whole: bool = False,
+    above: bool = False,
+) -> None:
+    """Refuse settings that are no finite numbers in a range.
+
+    Args:
+        what: Whose settings, such as ``The recipe``.
+        values: By name.
+        low: The smallest.
+        high: The largest.
+        whole: Only whole numbers.
+        above: More than ``low``.
+
+    Raises:
+        ValueError: Names the setting, what it is and what it may be.
+    """
+    for name, value in values.items():
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        fits = number and math.isfinite(value) and low <= value <= high
+        if not fits or (above and value == low):
+            kind = "a whole number" if whole else "a number"
+            room = f"above {low}" if above else f"{low} or more"
+            if high < math.inf:
+                room = f"above {low} and up to {high}" if above else f"from {low} to {high}"
+            raise ValueError(
+                f"{what} cannot be trained with: {name} is {value!r}. Give {kind} {room}."
+            )
+
+
+def check_options(options: Any) -> None:
+    """Refuse settings of a run, other than its recipe, that cannot work.
+
+    Raises:
+        ValueError: Names the setting, or the place where nothing can be written.
+    """
+    own = {name: getattr(options, name) for name in ("threads", "checkpoint_every")}
+    check_numbers("The panorama", own, 1, whole=True)
+    out = options.out
+    taken = next((place for place in (out, *out.parents) if place.exists()), out)
+    if taken.exists() and not taken.is_dir():
+        raise ValueError(
+            f"The run directory {out} cannot be made: {taken} is a file. Give another --out."
+        )
+
+
+def stamp(out: Path, recipe: object) -> str:
+    """Make the directory of a training run, or check that it holds one of this recipe.
+
+    Returns:
+        The recipe as JSON.
+
+    Raises:
+        ValueError: It holds another.
+    """
+    described = json.dumps(asdict(recipe), indent=2)
+    file = out / "recipe.json"
+    if file.exists() and file.read_text() != described:
+        raise ValueError(
+            f"{out} holds a training run with another recipe. "
+            "Give another --out, or the recipe in its recipe.json."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(described)
+    return described
+
+
+def last_checkpoint(out: Path, task: Training) -> Path | None:
+    """The checkpoint that a run goes on from; reading it runs no code that is in it.
+
+    Raises:
+        ValueError: It is no checkpoint of this training.
+    """
+    file = out / LAST
+    if not file.exists():
+        return None
+    why = ""
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        why = "it is damaged, or holds more than tensors and numbers, and such files can run code"
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        why = f"it cannot be read ({type(error).__name__})"
+    else:
+        why = _unfit(found, task)
+    if why:
+        raise ValueError(
+            f"The training in {out} cannot go on from {file.name}: {why}. Delete {file} to begin "
+            "anew, or give another --out."
+        )
+    return file
+
+
+def _unfit(found: Any, task: Training) -> str:
+    """Why a checkpoint is not one of a training; nothing where it is."""
+    about = found.get("training") if isinstance(found, dict) else None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        return "it is not of this version's trainings (an earlier version wrote other checkpoints)"
+    shapes = {name: tuple(tensor.shape) for name, tensor in found["state_dict"].items()}
+    own = {name: tuple(tensor.shape) for name, tensor in task.state_dict().items()}
+    for name in own | shapes:
+        if own.get(name) != shapes.get(name):
+            return f"{name} is {shapes.get(name)} in it, and {own.get(name)} in this network"
+    return ""
+
+
+def train(
+    task: Training,
+    out: Path,
+    checkpoint_every: int,
+    accelerator: str = "cpu",
+    logger: Logger | Sequence[Logger] | bool | None = None,
+    callbacks: Sequence[L.Callback] = (),
+) -> None:
+    """Train on one device until all steps are done, from the last checkpoint in ``out`` on.
+
+    Args:
+        task: What to train.
+        out: Run directory: checkpoints, and losses where no logger is given.
+        checkpoint_every: Steps between two checkpoints.
+        accelerator: ``cpu`` or ``gpu``.
+        logger: Of Lightning; one that writes CSV files to ``out/log`` where None is given.
+        callbacks: Beside the checkpoints and, where none of them is one, the progress bar.
+
+    Raises:
+        ValueError: The checkpoint cannot be taken up, or the training has come to nothing.
+        RuntimeError: It was stopped.
+    """
+    last = last_checkpoint(out, task)
+    logger = CSVLogger(out, name="log", flush_logs_every_n_steps=10) if logger is None else logger
+    bars = [] if any(isinstance(c, ProgressBar) for c in callbacks) else [TrainingProgressBar()]
+    saver = ModelCheckpoint(
+        out,
+        filename="last",
+        every_n_train_steps=checkpoint_every,
+        save_top_k=1,
+        enable_version_counter=False,
+    )
+    trainer = L.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        max_epochs=1,
+        callbacks=[*callbacks, saver, *bars],
+        logger=logger,
+        log_every_n_steps=10,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(task, ckpt_path=last, weights_only=True)
+    if trainer.global_step < task.steps:
+        raise RuntimeError(
+            f"Stopped at step {trainer.global_step} of {task.steps}. "
+            "Give the same command again to go on."
+        )
+    check_finite(task.state_dict(), f"after step {trainer.global_step}")
+
+
+def commit() -> str:
+    """Commit of the code that is running, ``-dirty`` if changed; ``unknown`` outside a checkout."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
