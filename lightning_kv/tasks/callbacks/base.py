@@ -66,7 +66,7 @@ class RunCallback(L.Callback):
         return set()
 
 
-class PicturedCallback(RunCallback):
+class FirstPromptsCallback(RunCallback):
     """Writes something about the first prompts of a run, their first noise.
 
     Args:

@@ -15,7 +15,7 @@ from lightning_kv.tasks.decode import FOLDER
 from lightning_kv.tasks.measuring.clip_module import ClipModule, ClipResult
 from lightning_kv.tasks.measuring.records import about, describe, record_of
 from lightning_kv.tasks.report import conclude
-from lightning_kv.tasks.rollouts.latent_files import SUFFIX, write_clip
+from lightning_kv.tasks.rollouts.latent_files import SUFFIX, write_latents
 
 
 class RecordWriter(RunCallback):
@@ -139,7 +139,7 @@ class RecordWriter(RunCallback):
             "noise_revision": str(clip.extra["noise_revision"]),
             "precision": module.source.get("precision", "float32"),
         }
-        write_clip(self._latents(clip.name, clip.key), clip.latents, module.settings.fps, about)
+        write_latents(self._latents(clip.name, clip.key), clip.latents, module.settings.fps, about)
 
     def _latents(self, name: str, key: str) -> Path:
         return self.run.path / FOLDER / part_of_path(name) / f"{key}{SUFFIX}"
