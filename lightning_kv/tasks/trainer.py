@@ -1,4 +1,4 @@
-"""What started this process: plain python, `fabric run`, torchrun or srun."""
+"""From ``--trainer.*`` and what started this process (python, fabric, torchrun, srun) to a Trainer."""
 
 from __future__ import annotations
 
