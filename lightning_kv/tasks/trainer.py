@@ -1,4 +1,4 @@
-"""From ``--trainer.*`` and what started this process (python, fabric, torchrun, srun) to a Trainer."""
+"""From ``--trainer.*`` and the launcher (python, fabric run, torchrun, srun) to a Trainer."""
 
 from __future__ import annotations
 
