@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_kv.report import charts, costs, differences, drifts, fronts
+from lightning_kv.report import costs, differences, drifts, pareto_table, tradeoff_charts
 from lightning_kv.report.columns import WIDE, comparison
 from lightning_kv.report.curves import chunk_curves, curves
 from lightning_kv.report.entries import (
@@ -89,7 +89,7 @@ def _quality(entries: Sequence[Entry], runs: Sequence[PageRun]) -> dict[str, Any
     first, more = comparison(entries)
     found = differences.differences(entries)
     metrics = main_metrics(entries)
-    tradeoffs = {metric: charts.tradeoffs(entries, metric) for metric in metrics}
+    tradeoffs = {metric: tradeoff_charts.tradeoffs(entries, metric) for metric in metrics}
     return {
         "entries": entries,
         "first": first,
@@ -106,7 +106,7 @@ def _quality(entries: Sequence[Entry], runs: Sequence[PageRun]) -> dict[str, Any
         "metrics": metrics,
         "tradeoffs": tradeoffs if any(tradeoffs.values()) else {},
         "fronts": {
-            metric: (fronts.front_axes(entries, metric), fronts.front_rows(entries, metric))
+            metric: (pareto_table.front_axes(entries, metric), fronts.front_rows(entries, metric))
             for metric in metrics
         },
     }

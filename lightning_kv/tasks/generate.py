@@ -22,11 +22,11 @@ from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.registry import load_policy
 from lightning_kv.rollout import Rollout, rollout
 from lightning_kv.runs.video import write_mp4
-from lightning_kv.tasks.measuring.records import broken
 from lightning_kv.tasks.options import GenerateOptions
 from lightning_kv.tasks.progress import RolloutProgress
 from lightning_kv.tasks.rollouts.latent_files import SUFFIX, write_latents
 from lightning_kv.tasks.rollouts.lengths import FrameTimes, PromptSwitch, read_size, read_switches
+from lightning_kv.tasks.rollouts.outcome import broken
 from lightning_kv.tasks.rollouts.settings import check_negative
 from lightning_kv.tasks.trainer import resolved
 from lightning_kv.tasks.videos import enlarged
