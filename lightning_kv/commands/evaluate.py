@@ -58,9 +58,8 @@ class EvaluateOptions:
         samples: Noises per prompt; statistics count prompts.
         frames: Latent frames per clip, context included (the model's; panorama 72).
         context_frames: Given frames at the start (0: the prompt alone; panorama 15).
-        context_videos: Videos whose first frames are given and whose captions are the prompts (not
-            together with --data.shards): a folder, shards of videos, or a .csv of pairs. Frames are
-            taken one by one, resized to the size of the clips and not cropped (none).
+        context_videos: Folder, shards or .csv of videos: their first frames are given, resized and
+            not cropped, and their captions are the prompts; not beside --data.shards (none).
         size: HEIGHTxWIDTH in pixels (the model's own).
         seed: Of the noise.
         negative: What guidance leads away from, for models with guidance.
