@@ -104,7 +104,8 @@ def video_start(sample: PromptSample, model: VideoModel, settings: RolloutSettin
     truth = pixels if len(pixels) == whole else None
     if world:
         return _panorama_video(sample, model.codec, settings.context_frames, pixels, truth)
-    latents = model.codec.encode(pixels[None, :given].float() / 255)[0]
+    shown = pixels[None, :given].to(next(model.network.parameters()).device)
+    latents = model.codec.encode(shown.float() / 255)[0]
     return Start(sample, None, latents, truth)
 
 
