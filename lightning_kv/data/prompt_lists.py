@@ -47,8 +47,9 @@ def read_captions(
     Args:
         videos: The videos by key, as `videos_in` finds them.
         table: ``.csv`` or ``.json`` with a field `video` (the path inside the folder, with or
-            without suffix, or that of the file itself) and a prompt as in `read_prompts`, or a JSON object of prompts by
-            video. None: the ``.txt`` or ``.json`` file beside each video, where there is one.
+            without suffix, or that of the file itself) and a prompt as in `read_prompts`, or a
+            JSON object of prompts by video. None: the ``.txt`` or ``.json`` file beside each
+            video, where there is one.
 
     Returns:
         The prompt by key; None where nothing is said.
