@@ -212,7 +212,6 @@ def settled(options: EvaluateOptions, source: Source) -> EvaluateOptions:
         ValueError: No prompts are given, and the model has none of its own.
     """
     from lightning_kv.metrics.suite import Suite
-    from lightning_kv.models.embeddings import INDEX
     from lightning_kv.tasks.evaluate import known
 
     world, videos = source.config is None, options.context_videos
@@ -223,17 +222,25 @@ def settled(options: EvaluateOptions, source: Source) -> EvaluateOptions:
             "`lightning-kv encode prompts.txt --out FOLDER` makes one."
         )
     shards = options.data.shards or (FAST_PANS if world and not videos else None)
-    own = shards if not world and shards and (found(shards) / INDEX).is_file() else None
-    own = videos if not world and videos and (videos / INDEX).is_file() else own
+    prompts = shards or videos
     rollouts = rollouts_of(options).filled(source.config)
     usual = {
-        "text": own,
+        "text": None if world or prompts is None else states_beside(prompts),
         "precision": "float32" if world else "reference",
         "metrics": list(Suite(None, known(world, options.decode)).choices),
     }
     missing = {name: value for name, value in usual.items() if getattr(options, name) is None}
     data = replace(options.data, shards=shards)
     return replace(options, data=data, **vars(rollouts), **missing)
+
+
+def states_beside(prompts: Path) -> Path | None:
+    """The folder of prompts, or of a table of them, where it holds text states too."""
+    from lightning_kv.models.embeddings import INDEX
+
+    place = found(prompts)
+    folder = place.parent if place.is_file() else place
+    return folder if (folder / INDEX).is_file() else None
 
 
 def rollouts_of(options: EvaluateOptions) -> RolloutSettings:

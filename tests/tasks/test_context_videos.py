@@ -292,6 +292,17 @@ def test_a_wan_goes_on_from_real_videos(tiny_wan, real_set, tmp_path, decode):
     assert len(RunDirectory(out).records()) == 4
 
 
+def test_another_rate_and_another_shape_are_said(tmp_path):
+    lossless(tmp_path / "a.mp4", torch.rand(FRAMES, 3, 32, 48), rate=16)
+    (tmp_path / "a.txt").write_text("dusk fast n7 left")
+    module = EvaluateModule("panorama", [POLICY], metrics=["recall"], **SMALL)
+    with pytest.warns(UserWarning) as told:
+        module.check_data(PromptDataModule(context_videos=tmp_path))
+    rate, shape = (str(each.message) for each in told)
+    assert "shows 16 in a second, and a clip 8" in rate
+    assert "has 32 x 48 pixels, and is stretched to 32 x 32" in shape
+
+
 class Blind:
     """A codec that only decodes."""
 

@@ -116,6 +116,8 @@ class PromptDataModule(lightning.LightningDataModule):
         Raises:
             VideoError: One of them cannot be read.
         """
+        if self.context_videos is None:  # a subclass may have no set to look into
+            return {}
         return {sample.key: probe(sample.video) for sample in self.videos[: self.total]}
 
     @property
