@@ -20,7 +20,9 @@ from lightning_kv.data.datamodule import PromptDataModule
 from lightning_kv.data.make_shards import make_video_shards
 from lightning_kv.data.panorama import world_for
 from lightning_kv.data.videos import read
+from lightning_kv.metrics.suite import Suite
 from lightning_kv.runs.directory import RunDirectory
+from lightning_kv.runs.features import FeatureStore
 from lightning_kv.tasks.callbacks import RecordWriter
 from lightning_kv.tasks.callbacks.policy_evaluation import PolicyEvaluation
 from lightning_kv.tasks.evaluate import EvaluateModule
@@ -261,6 +263,12 @@ def real_set(tiny_wan, tmp_path_factory):
     return folder / "set"
 
 
+def resized(pixels):
+    """Frames at 64 x 96, in 8 bits again."""
+    size = {"mode": "bicubic", "antialias": True, "align_corners": False}
+    return torch.nn.functional.interpolate(pixels.float(), (64, 96), **size).round().clamp(0, 255)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("decode", [True, False])
 def test_a_wan_goes_on_from_real_videos(tiny_wan, real_set, tmp_path, decode):
@@ -269,20 +277,18 @@ def test_a_wan_goes_on_from_real_videos(tiny_wan, real_set, tmp_path, decode):
 
     out = tmp_path / "run"
     words = ["evaluate", "--model", str(tiny_wan / "model.yaml"), "--context_videos", str(real_set)]
-    words += ["--context_frames", "3", "--frames", "6", "--size", "64x96", "--latents", "true"]
+    words += ["--context_frames", "3", "--frames", "9", "--size", "64x96", "--latents", "true"]
     words += ["--policies", "[sliding-window@3f]", "--precision", "float32", "--videos", "1"]
-    words += ["--metrics", "[latent_mse]", "--decode", str(decode).lower()]
+    sets = ",fvd/random-3dconv" if decode else ""
+    words += ["--metrics", f"[latent_mse{sets}]", "--decode", str(decode).lower()]
     main([*words, "--trainer.devices", "1", "--out", str(out)])
     vae = AutoencoderKLWan.from_pretrained(tiny_wan / "vae").eval()
     mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (
         vae.config.latents_mean, vae.config.latents_std))  # fmt: skip
     for record in RunDirectory(out).records():
         assert record["unit"] == record["key"] and record["prompt"].startswith("what ")
-        pixels = next(read(REAL / f"{record['key']}.mp4", 9)).float()
-        pixels = torch.nn.functional.interpolate(
-            pixels, (64, 96), mode="bicubic", antialias=True, align_corners=False
-        )
-        signed = pixels.round().clamp(0, 255).div(127.5).sub(1).movedim(1, 0)[None]
+        pixels = resized(next(read(REAL / f"{record['key']}.mp4", 9)))
+        signed = pixels.div(127.5).sub(1).movedim(1, 0)[None]
         with torch.no_grad():
             latents = ((vae.encode(signed).latent_dist.mode() - mean) / std)[0].movedim(0, 1)
         file = out / "latents" / record["policy"] / f"{record['key']}.safetensors"
@@ -290,6 +296,14 @@ def test_a_wan_goes_on_from_real_videos(tiny_wan, real_set, tmp_path, decode):
         torch.testing.assert_close(found, latents, rtol=1e-5, atol=1e-5)
         assert found.std() > 0.005
     assert len(RunDirectory(out).records()) == 4
+    if decode:  # 24 frames after the context are three windows of 8, of the video as it is
+        encoder = Suite(["fvd/random-3dconv"], {"pixels"}).encoders()["random-3dconv"]
+        for key in {record["key"] for record in RunDirectory(out).records()}:
+            windows = encoder.windows(9)
+            windows.add(resized(next(read(REAL / f"{key}.mp4", 33))) / 255)
+            held = FeatureStore(RunDirectory(out).features).read(None, key)["random-3dconv"]
+            assert held.shape[0] == 3
+            np.testing.assert_allclose(held, windows.features().numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_another_rate_and_another_shape_are_said(tmp_path):
