@@ -127,7 +127,7 @@ def test_the_measuring_tour_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     few = ["--prompts", "5", "--frames", "21", "--videos", "1", "--trainer.devices", "1"]
     few += ["--policies", "[full,sliding-window@9f,top-attention@9f]"]
-    few += ["--data.shards", str(ROOT / "data/panorama-quick")]
+    shards = ["--data.shards", str(ROOT / "data/panorama-quick")]
     done = []
     for line in MEASURES:
         words = [w.replace("configs/", f"{ROOT}/configs/") for w in shlex.split(line)[1:]]
@@ -137,8 +137,11 @@ def test_the_measuring_tour_runs(tmp_path, monkeypatch, capsys):
                 main(words)
             assert stop.value.code == 0
             continue
-        main([*words, *few] if words[0] == "evaluate" else words)
-    assert done == ["evaluate", "check", "export", "compare"]
+        more = shards if "--context_videos" not in words else []
+        main([*words, *few, *more] if words[0] == "evaluate" else words)
+    assert done == ["evaluate", "check", "export", "compare", "shards", "evaluate"]
+    went_on = json.loads((tmp_path / "tour/went_on/summary.json").read_text())
+    assert went_on["policies"]["full"]["metrics"]["recall"]["mean"] > 0.95
     text = capsys.readouterr().out
     assert "PASS" in text and "lightning-kv fetch alexnet" in text
     found = json.loads((tmp_path / "tour/compared/summary.json").read_text())

@@ -359,6 +359,43 @@ def test_an_evaluation_that_cannot_run_is_said(tiny_wan, prompts, tmp_path, caps
     assert not out.exists()
 
 
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """A folder of videos of 9 pixel frames, as three latent frames show."""
+    folder = tmp_path_factory.mktemp("films")
+    for name, prompt in zip("ab", (PROMPTS[1], "a cow"), strict=True):
+        with av.open(str(folder / f"{name}.mp4"), "w") as file:
+            stream = file.add_stream("libx264", rate=16)
+            stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+            for number in range(9):
+                grey = np.full((64, 96, 3), 20 * number, np.uint8)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(grey, "rgb24")))
+            file.mux(stream.encode())
+        (folder / f"{name}.txt").write_text(prompt)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ([], "--context_frames 0 takes none of them. Give --context_frames 3 or another"),
+        (["--context_frames", "6"], "it has 9 frames, and --context_frames 6 shows 21. Use --con"),
+        (["--context_frames", "4"], "4 context are no multiple of the model's chunk"),
+        (["--context_frames", "3"], "Type `lightning-kv encode FILMS` first (a folder of videos"),
+        (["--context_frames", "3", "--text", "SET"], "no text states for 'a cow'"),
+        (["--data.shards", "SET", "--context_frames", "3"], "Give one of them"),
+    ],
+)
+def test_videos_that_cannot_be_gone_on_from_are_said(
+    tiny_wan, prompts, films, tmp_path, capsys, words, text
+):
+    words = [str(prompts) if word == "SET" else word for word in words]
+    given = ["evaluate", "--model", f"{tiny_wan / 'model.yaml'}", "--out", str(tmp_path / "run")]
+    given += ["--context_videos", str(films), "--policies", "[full]", "--frames", "12"]
+    assert text.replace("FILMS", str(films)) in refused([*given, *words], capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_prompt_without_text_states_is_said(tiny_wan, prompts, tmp_path, capsys):
     given = ["generate", "a red fax", "--model", f"{tiny_wan / 'model.yaml'}"]
     error = refused([*given, "--text", str(prompts), "-o", str(tmp_path / "a.mp4")], capsys)

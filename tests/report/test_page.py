@@ -137,7 +137,10 @@ def test_verdict_facts_and_recipes_are_there(tmp_path: Path, run: PageRun) -> No
     facts = page.text("header", "dl")
     for fact in ("model panorama", "prompts 3", "latent frames 12", "of them given 4", "seed 7"):
         assert fact in facts
-    assert "reference full" in facts
+    assert "reference full" in facts and "given by videos" not in facts
+    run.summary["run"]["context_videos"] = "films"
+    facts = written(tmp_path / "report.html", [run], verdict).text("header", "dl")
+    assert "given by videos films" in facts
     assert "10 log10(1 / mse) < the better" in page.text("dd")
     assert run.summary["fingerprint"] in page.text("code")
     assert "9.9" in page.text("dd")

@@ -46,6 +46,18 @@ class VideoPairDataModule(lightning.LightningDataModule):
         """Names that have a video of a clip."""
         return [name for name, own in self.videos.files.items() if key in own]
 
+    def check_readable(self, strict: bool = False) -> None:
+        """Refuse a comparison of nothing, and where ``strict`` one with a video that has no header.
+
+        Raises:
+            ValueError: It is one.
+        """
+        broken = [info for info in self.infos.values() if isinstance(info, VideoError)]
+        if broken and strict:
+            raise broken[0]
+        if len(broken) == len(self.infos):
+            raise ValueError(f"None of {len(broken)} videos can be read. The first: {broken[0]}")
+
     def first(self, clips: int | None = None) -> list[str]:
         """Keys of the first clips; of all where None."""
         return sorted({clip.key for clip in self.videos.clips})[:clips]

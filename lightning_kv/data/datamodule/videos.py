@@ -20,11 +20,11 @@ from lightning_kv.data.video_sets import (
     Cut,
     VideoClip,
     clips_of,
+    described,
     find_videos,
     keys_of,
 )
 from lightning_kv.data.video_shards import VideoSample
-from lightning_kv.data.videos import checksum
 
 
 class VideoDataModule(lightning.LightningDataModule):
@@ -101,13 +101,8 @@ class VideoDataModule(lightning.LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides which clips there are."""
-        shards = {sample.shard.file: sample.shard for sample in self.samples if sample.shard}
         return {
-            "shards": {name: shard.sha256 for name, shard in shards.items()},
-            "files": {
-                sample.key: checksum(sample.video) for sample in self.samples if not sample.shard
-            },
-            "prompts": {sample.key: sample.prompt for sample in self.samples if sample.prompt},
+            **described(self.samples),
             "length": self.cut.length,
             "stride": self.cut.stride,
             "size": self.cut.size,
