@@ -302,9 +302,9 @@ def changed(tiny_wan, tmp_path, **values):
     ("values", "words"),
     [
         ({"like": "self-forcin"}, ["Did you mean 'self-forcing'?"]),
-        ({"wieghts": "x"}, ["there is no 'wieghts'", "Did you mean 'weights'?"]),
+        ({"wieghts": "x"}, ["No key 'wieghts'", "Did you mean 'weights'?"]),
         ({"weights": None}, ["no `name:`, `like:` and `weights:`"]),
-        ({"config": {"dimm": 3}}, ["there is no 'dimm'", "Did you mean 'dim'?"]),
+        ({"config": {"dimm": 3}}, ["No setting 'dimm'", "Did you mean 'dim'?"]),
         ({"config": {}}, ["dim 64, 2 layers", "the size of wan-1.3b"]),
         ({"weights": "nowhere.pt"}, ["nowhere.pt"]),
         ({"key": "generator_raw"}, ["generator_raw", "generator_ema"]),

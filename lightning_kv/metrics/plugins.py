@@ -17,6 +17,7 @@ from lightning_kv.metrics.latents import LatentMetric
 from lightning_kv.metrics.mechanism import AttentionMetric
 from lightning_kv.metrics.panorama import WorldMetric
 from lightning_kv.metrics.set_base import SetMetric
+from lightning_kv.utilities.lists import items_of
 
 BASES = (VideoMetric, LatentMetric, AttentionMetric, WorldMetric, SetMetric)
 """What a rollout can be shown to."""
@@ -81,14 +82,9 @@ def in_a_list(metrics: Any) -> list[Any]:
 
     Raises:
         ValueError: It is something else.
-
-    Example:
-        >>> in_a_list("psnr,recall") == in_a_list("[psnr, recall]") == ["psnr", "recall"]
-        True
     """
     if isinstance(metrics, str):
-        named = metrics.strip().removeprefix("[").removesuffix("]").split(",")
-        return [name.strip() for name in named if name.strip()]
+        return items_of(metrics)
     one = isinstance(metrics, Metric) or (isinstance(metrics, type) and issubclass(metrics, Metric))
     several = isinstance(metrics, MetricCollection | Mapping)
     if isinstance(metrics, Iterable) and not one and not several:

@@ -14,7 +14,7 @@ from typing import Any
 from lightning_kv.models.samplers import warp
 from lightning_kv.models.sizes import PRESETS
 from lightning_kv.models.wan import WanConfig
-from lightning_kv.utilities.nearest import hint
+from lightning_kv.utilities.nearest import unknown
 
 FOUR = warp((1000, 750, 500, 250), 5.0)
 """The four noise levels of Self Forcing and of most that came after it."""
@@ -286,9 +286,7 @@ def entry(name: str) -> Download:
     """
     known: dict[str, Download] = {**CATALOGUE, **PARTS}
     if name not in known:
-        raise ValueError(
-            f"No published model {name!r}.{hint(name, known)} Known: {', '.join(known)}."
-        )
+        raise ValueError(unknown("published model", name, known))
     return known[name]
 
 

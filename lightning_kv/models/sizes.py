@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lightning_kv.models.wan import CausalWan, WanConfig
-from lightning_kv.utilities.nearest import hint
+from lightning_kv.utilities.nearest import unknown
 
 PRESETS: dict[str, WanConfig] = {
     "panorama": WanConfig(
@@ -42,9 +42,7 @@ def build_model(preset: str, device: str = "cpu") -> CausalWan:
         ValueError: Unknown preset.
     """
     if preset not in PRESETS:
-        raise ValueError(
-            f"No model {preset!r}.{hint(preset, PRESETS)} Known: {', '.join(PRESETS)}."
-        )
+        raise ValueError(unknown("model", preset, PRESETS))
     with torch.device(device):
         return CausalWan(PRESETS[preset])
 

@@ -194,7 +194,7 @@ def test_unknown_names_and_files(tmp_path):
     refused("panoramma", "Did you mean 'panorama'?")
     refused("xyz", "No model 'xyz'. Known: panorama, self-forcing")
     refused("longlife=w.pt", "No published checkpoint 'longlife'", "Did you mean 'longlive'?")
-    refused("q=w.pt", "Known: self-forcing", "or a size: wan-1.3b, wan-14b")
+    refused("q=w.pt", "Known: self-forcing", "Or a size: wan-1.3b, wan-14b")
     for name in ("causal_forcing.pt", "other.safetensors"):
         path = tmp_path / name
         save_file({"a": torch.zeros(1)}, path)
@@ -214,7 +214,7 @@ def test_unknown_names_and_files(tmp_path):
         ("{name: a, like: longlive, weights: w, loras: x}", ["'loras'", "Did you mean 'lora'?"]),
         (
             "{name: a, like: causvid, weights: w, config: {layer: 2}}",
-            ["In the config of", "there is no 'layer'", "Did you mean 'layers'?"],
+            ["In the config of", "No setting 'layer'", "Did you mean 'layers'?"],
         ),
     ],
 )

@@ -12,7 +12,6 @@ import os
 import pickle
 import zipfile
 from collections.abc import Collection, Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lightning_kv.metrics.backbones.manifest import WEIGHTS, Weights
+from lightning_kv.utilities.lists import items_of
+from lightning_kv.utilities.nearest import unknown
 
 __all__ = [
     "WEIGHTS",
@@ -69,11 +70,7 @@ def published(name: str) -> Weights:
         'alexnet-owt-7be5be79.pth'
     """
     if name not in WEIGHTS:
-        nearest = get_close_matches(name, WEIGHTS, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"There are no published weights '{name}'. Did you mean '{nearest}'? "
-            f"Known: {', '.join(WEIGHTS)}."
-        )
+        raise ValueError(unknown("published weights", name, WEIGHTS))
     return WEIGHTS[name]
 
 
@@ -233,8 +230,8 @@ def check_licence(weights: Weights, accept: Collection[str]) -> None:
         WeightsUnavailable: Says how to accept it.
     """
     if isinstance(accept, str):
-        accept = accept.split(",")
-    said = {*accept, *os.environ.get(ACCEPTED, "").split(",")}
+        accept = items_of(accept)
+    said = {*accept, *items_of(os.environ.get(ACCEPTED, ""))}
     if weights.noncommercial and weights.licence.casefold() not in {
         licence.strip().casefold() for licence in said
     }:
