@@ -262,8 +262,9 @@ def as_list(value: Any) -> list[Any]:
     """
     if not isinstance(value, str):
         return [value] if isinstance(value, dict) else list(value)
+    items = items_of(value)
     if "{" not in value:
-        return items_of(value)
+        return items
     import yaml
 
     try:

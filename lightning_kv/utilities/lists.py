@@ -13,7 +13,7 @@ def items_of(text: str) -> list[str]:
         ValueError: Brackets are not closed.
     """
     inside = text.strip()
-    if inside.startswith("[") != inside.endswith("]"):
+    if inside.startswith("[") != inside.endswith("]") or inside.count("{") != inside.count("}"):
         raise ValueError(f"The list {text!r} has brackets that do not match. Write [a,b] or a,b.")
     items = inside.removeprefix("[").removesuffix("]").split(",")
     return [item.strip() for item in items if item.strip()]

@@ -293,7 +293,7 @@ def test_a_metric_of_sets_of_another_package(mine):
 @pytest.mark.parametrize(
     ("address", "said"),
     [
-        ("mine_of_test/glow.py:Glow", "is no address of a metric: 'mine_of_test/glow.py'"),
+        ("mine_of_test/glow.py:Glow", "metric 'mine_of_test/glow.py:Glow' is no address"),
         ("mine_of_test.nothing:Glow", "cannot be imported: ModuleNotFoundError"),
         ("mine_of_test.broken:Glow", "cannot be imported: ZeroDivisionError"),
         ("mine_of_test.glow:Gloww", "is no metric of clips or of sets: it is nothing. Give"),
