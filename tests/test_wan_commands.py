@@ -308,7 +308,7 @@ def changed(tiny_wan, tmp_path, **values):
         ({"config": {}}, ["dim 64, 2 layers", "the size of wan-1.3b"]),
         ({"weights": "nowhere.pt"}, ["nowhere.pt"]),
         ({"key": "generator_raw"}, ["generator_raw", "generator_ema"]),
-        ({"like": "krea-14b", "config": {}}, ["GB in reference", "a GPU with more memory"]),
+        ({"like": "krea-14b", "config": {}}, ["GiB in reference", "a GPU with more memory"]),
     ],
 )
 def test_a_model_file_that_cannot_work_is_said(tiny_wan, tmp_path, capsys, values, words):

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_kv.commands.options import Command
 from lightning_kv.commands.terminal import console
+from lightning_kv.utilities.formatting import format_bytes
 from lightning_kv.utilities.nearest import unknown
 
 
@@ -189,7 +190,7 @@ def models() -> list[dict[str, Any]]:
             "about": one.about,
             "source": f"https://github.com/{one.project}, {one.page}",
             "licence": one.licence,
-            "size": "download not measured" if one.gigabytes is None else f"{one.gigabytes:g} GB",
+            "size": "download not measured" if one.size is None else format_bytes(one.size),
         }
         use = "all Wan models find it there"
         if one.name in CATALOGUE:

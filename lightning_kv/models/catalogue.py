@@ -34,7 +34,7 @@ class Download:
         licence: Terms of code and weights, as far as they are known.
         repo: Repository on the model hub.
         files: Paths in the repository, the weights first, then a LoRA; a folder ends in ``/``.
-        gigabytes: Size of the download, 1e9 bytes; None where nobody has said.
+        size: Bytes of the download, to the digits that are known; None where nobody has said.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Download:
     licence: str
     repo: str
     files: tuple[str, ...]
-    gigabytes: float | None = None
+    size: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -136,7 +136,7 @@ _ENTRIES = (
         name="self-forcing",
         about="Self Forcing, chunks of 3 frames, 4 steps, trained with DMD on 21 frames.",
         files=("checkpoints/self_forcing_dmd.pt",),
-        gigabytes=5.7,
+        size=5_700_000_000,
         **_SELF_FORCING,
     ),
     Published(
@@ -158,7 +158,7 @@ _ENTRIES = (
         name="causal-forcing",
         about="Causal Forcing, chunks of 3 frames, 4 steps.",
         files=("chunkwise/causal_forcing.pt",),
-        gigabytes=5.7,
+        size=5_700_000_000,
         **_CAUSAL_FORCING | {"key": "generator"},
     ),
     Published(
@@ -199,7 +199,7 @@ _ENTRIES = (
         repo="TencentARC/RollingForcing",
         files=("checkpoints/rolling_forcing_dmd.pt",),
         key="generator_ema",
-        gigabytes=17.0,
+        size=17_000_000_000,
         changes={"sampler": "rolling", "timesteps": ROLLING},
         policy="rolling-forcing",
     ),
@@ -237,7 +237,7 @@ _ENTRIES = (
         licence="CC BY-NC-SA 4.0 (not for commercial use)",
         repo="krea/krea-realtime-video",
         files=("krea-realtime-video-14b.safetensors",),
-        gigabytes=28.6,
+        size=28_600_000_000,
         preset="wan-14b",
         changes={"timesteps": (1000.0, 937.0, 833.0, 625.0), "shift": 5.0},
         policy="sliding-window@3f",

@@ -142,7 +142,7 @@ def test_a_folder_counts_only_with_its_weights(tmp_path):
     folder = weights_folder("dino-vitb16")
     assert folder == tmp_path / "models" / "metrics" / "dino-vitb16"
     put(folder / "config.json", b"{}")
-    with pytest.raises(WeightsUnavailable, match=r"343 MB.*Apache-2\.0"):
+    with pytest.raises(WeightsUnavailable, match=r"327 MiB.*Apache-2\.0"):
         locate("dino-vitb16")
     put(folder / "pytorch_model.bin")
     assert locate("dino-vitb16") == folder

@@ -119,10 +119,10 @@ def test_sizes_follow_from_the_number_of_parameters():
         for preset in ("wan-1.3b", "wan-14b")
     }
     bytes_each = {"self-forcing": 4, "causal-forcing": 4, "rolling-forcing": 3 * 4, "krea-14b": 2}
-    assert {n for n, one in CATALOGUE.items() if one.gigabytes is not None} == set(bytes_each)
+    assert {n for n, one in CATALOGUE.items() if one.size is not None} == set(bytes_each)
     for name, size in bytes_each.items():
         one = CATALOGUE[name]
-        assert one.gigabytes == pytest.approx(counts[one.preset] * size / 1e9, rel=0.01)
+        assert one.size == pytest.approx(counts[one.preset] * size, rel=0.01)
 
 
 def test_policies_are_presets():

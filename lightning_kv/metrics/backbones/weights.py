@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lightning_kv.metrics.backbones.manifest import WEIGHTS, Weights
+from lightning_kv.utilities.formatting import format_bytes
 from lightning_kv.utilities.lists import items_of
 from lightning_kv.utilities.nearest import unknown
 
@@ -258,8 +259,7 @@ def _wanted(weights: Weights) -> str:
 def _described(weights: Weights) -> str:
     """File, size, checksum and licence in a few words."""
     kind = "the folder " if weights.is_folder else ""
-    size = f"{weights.size / 1e6:,.3g} MB, " if weights.size and weights.size < 1e9 else ""
-    size = f"{weights.size / 1e9:.3g} GB, " if weights.size and weights.size >= 1e9 else size
+    size = f"{format_bytes(weights.size)}, " if weights.size else ""
     digits = f"SHA-256 {weights.sha256}..., " if weights.sha256 else ""
     return f"{kind}{weights.file} ({size}{digits}licence {weights.licence})"
 
