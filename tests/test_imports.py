@@ -80,6 +80,23 @@ def test_the_rules_see_every_floor():
     assert floors - set(RULES) == {"__init__", "__main__", "cli", *COMMAND_LINE}
 
 
+SHARED = {"class_paths", "download", "options", "progress", "trainer", "videos"}
+GRAMMAR = {"options", "parsing", "terminal"}
+
+
+def test_a_command_is_found_under_its_name():
+    """In ``commands`` what is typed, in ``tasks`` what is done; nothing else lies there."""
+    from lightning_kv.cli import COMMANDS
+
+    commands = {name.replace("-", "_") for name in COMMANDS}
+    files = {
+        folder: {p.stem for p in (ROOT / folder).glob("*.py")} - {"__init__"}
+        for folder in ("commands", "tasks")
+    }
+    assert files["commands"] == commands | GRAMMAR
+    assert files["tasks"] - SHARED <= commands
+
+
 def test_a_module_of_400_lines_is_usually_two_ideas():
     """A warning: no file is split only to obey a number."""
     for path in FILES:

@@ -1,4 +1,4 @@
-"""What a run leaves on disk and on screen: records, summary, tables, moving pictures.
+"""What people see of runs: pages, Markdown, LaTeX, tables and pictures in the terminal.
 
 No torch here: a report can be made on a machine that could not run the model.
 """

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_kv.report.charts import Chart, axis_label
 from lightning_kv.report.entries import Entry, against_reference, families
 from lightning_kv.report.styles import Style, styles
 from lightning_kv.report.svg import INK, figure, to_svg
+from lightning_kv.report.tradeoff_charts import Chart, axis_label
 
 TOGETHER = 4  # lines that one chart can hold
 

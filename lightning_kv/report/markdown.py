@@ -28,7 +28,7 @@ from lightning_kv.report.entries import (
     spoken,
     without_values,
 )
-from lightning_kv.report.fronts import front_axes, front_rows
+from lightning_kv.report.pareto_table import front_axes, front_rows
 from lightning_kv.runs.directory import write_atomic
 from lightning_kv.runs.intervals import interval_note
 from lightning_kv.runs.verdict import FILES, extent

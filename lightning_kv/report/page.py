@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_kv.report import charts, costs, differences, drifts, fronts
+from lightning_kv.report import costs, differences, drifts, tradeoff_charts
 from lightning_kv.report.columns import WIDE, comparison
 from lightning_kv.report.curves import chunk_curves, curves
 from lightning_kv.report.entries import (
@@ -26,6 +26,7 @@ from lightning_kv.report.entries import (
     without_values,
 )
 from lightning_kv.report.memory import SHADES, memory
+from lightning_kv.report.pareto_table import front_axes, front_rows
 from lightning_kv.report.players import player, with_video
 from lightning_kv.report.prompts import extremes, finished, ranked
 from lightning_kv.report.styles import styles
@@ -89,7 +90,7 @@ def _quality(entries: Sequence[Entry], runs: Sequence[PageRun]) -> dict[str, Any
     first, more = comparison(entries)
     found = differences.differences(entries)
     metrics = main_metrics(entries)
-    tradeoffs = {metric: charts.tradeoffs(entries, metric) for metric in metrics}
+    tradeoffs = {metric: tradeoff_charts.tradeoffs(entries, metric) for metric in metrics}
     return {
         "entries": entries,
         "first": first,
@@ -106,7 +107,10 @@ def _quality(entries: Sequence[Entry], runs: Sequence[PageRun]) -> dict[str, Any
         "metrics": metrics,
         "tradeoffs": tradeoffs if any(tradeoffs.values()) else {},
         "fronts": {
-            metric: (fronts.front_axes(entries, metric), fronts.front_rows(entries, metric))
+            metric: (
+                front_axes(entries, metric),
+                front_rows(entries, metric),
+            )
             for metric in metrics
         },
     }

@@ -1,1 +1,1 @@
-"""LightningModules and the settings of the commands."""
+"""What joins the core and the metrics: a file per command, and folders of what they share."""

@@ -15,7 +15,7 @@ from lightning_kv.models.sources import find_model
 from lightning_kv.models.video import Codec
 from lightning_kv.runs.video import write_mp4
 from lightning_kv.tasks.progress import ProgressLine
-from lightning_kv.tasks.rollouts.latent_files import SUFFIX, read_clip
+from lightning_kv.tasks.rollouts.latent_files import SUFFIX, read_latents
 from lightning_kv.tasks.videos import enlarged
 
 FOLDER = "latents"
@@ -93,7 +93,7 @@ def decode_all(
     codecs: dict[str, Codec] = {}
     with ProgressLine(len(pairs), "clips", "decoding", visible=not silent) as line:
         for clip, video in pairs:
-            latents, about = read_clip(clip)
+            latents, about = read_latents(clip)
             name = about["model"]
             if name not in codecs:
                 codecs[name] = _codec(name, vae, device, precision or about.get("precision"))

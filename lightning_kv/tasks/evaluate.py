@@ -22,10 +22,11 @@ from lightning_kv.policies.registry import load_policy, policy_to_dict
 from lightning_kv.rollout import Rollout, rollout, together
 from lightning_kv.tasks.measuring.adapter import Clip, Measured, features, measure
 from lightning_kv.tasks.measuring.clip_module import ClipModule, ClipResult
+from lightning_kv.tasks.measuring.fingerprint import plugged
 from lightning_kv.tasks.measuring.real_videos import real_videos
-from lightning_kv.tasks.measuring.records import broken, cost, plugged
 from lightning_kv.tasks.rollouts.context import Start, stack_context, start_of
 from lightning_kv.tasks.rollouts.lengths import read_size
+from lightning_kv.tasks.rollouts.outcome import broken, cost
 from lightning_kv.tasks.rollouts.policies import chosen_policies, needs_of
 from lightning_kv.tasks.rollouts.settings import RolloutSettings
 

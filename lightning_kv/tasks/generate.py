@@ -22,11 +22,11 @@ from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.registry import load_policy
 from lightning_kv.rollout import Rollout, rollout
 from lightning_kv.runs.video import write_mp4
-from lightning_kv.tasks.measuring.records import broken
 from lightning_kv.tasks.options import GenerateOptions
 from lightning_kv.tasks.progress import RolloutProgress
-from lightning_kv.tasks.rollouts.latent_files import SUFFIX, write_clip
-from lightning_kv.tasks.rollouts.lengths import Clock, Switch, read_size, read_switches
+from lightning_kv.tasks.rollouts.latent_files import SUFFIX, write_latents
+from lightning_kv.tasks.rollouts.lengths import FrameTimes, PromptSwitch, read_size, read_switches
+from lightning_kv.tasks.rollouts.outcome import broken
 from lightning_kv.tasks.rollouts.settings import check_negative
 from lightning_kv.tasks.trainer import resolved
 from lightning_kv.tasks.videos import enlarged
@@ -110,20 +110,20 @@ def generate(options: GenerateOptions) -> Generated:
     policy.check(config.geometry(plan.size), config.chunk, plan.frames)
     model = model or model_for(options, plan.prompts)
     made, took = run(options, model, policy, plan)
-    frames, clock = plan.frames, plan.clock
+    frames, times = plan.frames, plan.times
     if failure := broken(made, made, 0):
         raise ValueError(
             f"The rollout under {policy.name!r} broke down: {failure}. No video is written; try "
             "another policy or budget."
         )
-    write(options, model, made.latents[0], clock.fps, policy.name)
+    write(options, model, made.latents[0], times.fps, policy.name)
     cost = made.costs[0]
     return Generated(
         out=options.out,
         policy=policy.name,
-        frames=clock.config.pixel_frames(frames),
+        frames=times.config.pixel_frames(frames),
         latent_frames=frames,
-        fps=clock.fps,
+        fps=times.fps,
         took=took,
         peak_bytes=cost.peak_bytes,
         rows_read=cost.rows_read,
@@ -139,7 +139,7 @@ class Plan:
     """What a video will be, known before a model is loaded.
 
     Args:
-        clock: Its seconds and frames.
+        times: Its seconds and frames.
         seconds: Length that was asked for.
         frames: Latent frames.
         size: Latent height and width.
@@ -147,11 +147,11 @@ class Plan:
         prompts: Every prompt that the text encoder will be asked.
     """
 
-    clock: Clock
+    times: FrameTimes
     seconds: float
     frames: int
     size: tuple[int, int]
-    switches: tuple[Switch, ...]
+    switches: tuple[PromptSwitch, ...]
     prompts: tuple[str, ...]
 
     @classmethod
@@ -166,14 +166,14 @@ class Plan:
         """
         check(options.prompt)
         check_negative(options.negative, options.model, config)
-        clock = Clock(config, options.fps or config.fps)
-        seconds = options.seconds or min(LENGTH, clock.seconds(config.train_horizon))
-        frames = clock.frames(seconds)
-        switches = tuple(read_switches(options.switches, frames, clock, check))
+        times = FrameTimes(config, options.fps or config.fps)
+        seconds = options.seconds or min(LENGTH, times.seconds(config.train_horizon))
+        frames = times.frames(seconds)
+        switches = tuple(read_switches(options.switches, frames, times, check))
         prompts = (options.prompt, *(switch.prompt for switch in switches))
         prompts += (options.negative,) if config.guidance != 1 else ()
         size = read_size(options.size, config)
-        return cls(clock, seconds, frames, size, switches, prompts)
+        return cls(times, seconds, frames, size, switches, prompts)
 
 
 def model_for(options: GenerateOptions, prompts: Sequence[str]) -> VideoModel:
@@ -202,7 +202,7 @@ def write(
             "noise_revision": str(NOISE_REVISION),
             "precision": model.source["precision"],
         }
-        write_clip(options.out, latents, fps, about)
+        write_latents(options.out, latents, fps, about)
         return
     write_mp4(options.out, enlarged(model.codec.stream(latents.float())), fps)
 
@@ -288,15 +288,15 @@ def read_policy(text: str) -> CachePolicy:
 
 def notes(name: str, plan: Plan) -> list[str]:
     """What the user should know: times that were rounded, lengths that the model never saw."""
-    clock, config = plan.clock, plan.clock.config
-    said, made = [], clock.seconds(plan.frames)
+    times, config = plan.times, plan.times.config
+    said, made = [], times.seconds(plan.frames)
     if not math.isclose(made, plan.seconds):
         said.append(
             f"{plan.seconds:g} s became {made:g} s: {plan.frames} latent frames, in whole chunks "
             f"of {config.chunk}."
         )
     for switch in plan.switches:
-        start = clock.seconds(switch.frame)
+        start = times.seconds(switch.frame)
         if not math.isclose(start, switch.asked):
             said.append(
                 f"The switch to {switch.prompt!r} at {switch.asked:g} s comes at {start:g} s, with "

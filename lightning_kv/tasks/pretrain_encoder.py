@@ -32,7 +32,15 @@ from lightning_kv.metrics.backbones.panorama_encoder import CLIP, FEATURES, TOKE
 from lightning_kv.models.codec import PatchCodec
 from lightning_kv.models.embedded import WEIGHTS, load_embedded
 from lightning_kv.tasks.options import EncoderRecipe, PretrainEncoderOptions
-from lightning_kv.tasks.training.artefacts import KINDS, PAINTS, STEERS, Shot, draw, pick, take
+from lightning_kv.tasks.training.artefacts import (
+    IMAGE_ARTEFACTS,
+    KINDS,
+    MOTION_ARTEFACTS,
+    DegradedClip,
+    draw,
+    draw_clip,
+    pick,
+)
 from lightning_kv.tasks.training.module import (
     Training,
     check_numbers,
@@ -50,7 +58,7 @@ WIDEST = 6  # wider steps count as one kind
 
 
 @dataclass
-class Lesson:
+class EncoderBatch:
     """One training step: clips of W worlds, first all clean ones, then the others; B = 2 W.
 
     Shapes: ``frames`` ``[B, T, 3, 32, 32]``, ``x`` (pixels) and ``intact`` ``[B, T]``, ``strength``
@@ -66,8 +74,8 @@ class Lesson:
     codes: Tensor
 
 
-class Lessons(IterableDataset):
-    """Lesson number i depends on (seed, i) alone, so that a resumed run sees the same data."""
+class EncoderBatches(IterableDataset):
+    """Batch number i depends on (seed, i) alone, so that a resumed run sees the same data."""
 
     def __init__(self, recipe: EncoderRecipe, codec: PatchCodec, start: int) -> None:
         self.recipe, self.codec, self.start = recipe, codec, start
@@ -76,7 +84,7 @@ class Lessons(IterableDataset):
         for step in range(self.start, self.recipe.steps):
             yield self.draw(step)
 
-    def draw(self, step: int) -> Lesson:
+    def draw(self, step: int) -> EncoderBatch:
         """Draw the clips of one step."""
         rng = torch.Generator().manual_seed(hash((self.recipe.seed, step)) % 2**63)
         first = FIRST_WORLD + step * self.recipe.worlds
@@ -84,36 +92,36 @@ class Lessons(IterableDataset):
             world_for(draw_prompt(rng, (SIZES[0], SIZES[-1])).text, first + index)
             for index in range(self.recipe.worlds)
         ]
-        clean = [take(world, self.codec, rng, {}, CLIP) for world in worlds]
+        clean = [draw_clip(world, self.codec, rng, {}, CLIP) for world in worlds]
         other = [self._spoilt(world, rng) for world in worlds]
-        shots = clean + other
+        clips = clean + other
         names = list(PALETTES)
-        return Lesson(
+        return EncoderBatch(
             *(
-                torch.stack([getattr(s, name) for s in shots])
+                torch.stack([getattr(s, name) for s in clips])
                 for name in ("frames", "x", "intact", "strength")
             ),
             torch.tensor([names.index(world.prompt.palette) for world in worlds]),
             torch.tensor([world.prompt.stride for world in worlds]),
             torch.stack(
                 [
-                    world.codes.unfold(0, VISIBLE, 1)[shot.x // COLUMN]
-                    for world, shot in zip(worlds, clean, strict=True)
+                    world.codes.unfold(0, VISIBLE, 1)[clip.x // COLUMN]
+                    for world, clip in zip(worlds, clean, strict=True)
                 ]
             ),
         )
 
-    def _spoilt(self, world: World, rng: torch.Generator) -> Shot:
+    def _spoilt(self, world: World, rng: torch.Generator) -> DegradedClip:
         """A clip with one or two artefacts, seldom none; often through the codec once more."""
         count = (0, 1, 1, 1, 1, 1, 2, 2)[pick(rng, 0, 7)]
         steered = draw(rng, 0, 1) < 0.5
-        groups = (list(STEERS), list(PAINTS)) if steered else (list(PAINTS), list(PAINTS))
+        groups = [list(MOTION_ARTEFACTS if steered else IMAGE_ARTEFACTS), list(IMAGE_ARTEFACTS)]
         kinds = {group[pick(rng, 0, len(group) - 1)] for group in groups[:count]}
         strength = {kind: draw(rng, 0.2, 1) ** 2 for kind in sorted(kinds)}
-        shot = take(world, self.codec, rng, strength, CLIP, onset=draw(rng, 0, 1) < 0.3)
+        clip = draw_clip(world, self.codec, rng, strength, CLIP, onset=draw(rng, 0, 1) < 0.3)
         if draw(rng, 0, 1) < 0.5:
-            shot.frames = self.codec.decode(self.codec.encode(shot.frames))
-        return shot
+            clip.frames = self.codec.decode(self.codec.encode(clip.frames))
+        return clip
 
 
 class PretrainEncoder(Training):
@@ -142,9 +150,9 @@ class PretrainEncoder(Training):
             self.amount = nn.Linear(FEATURES, len(KINDS))
         self.codec = load_embedded(WEIGHTS / "panorama.safetensors", "cpu", "float32").codec
 
-    def data(self, start: int) -> Lessons:
+    def data(self, start: int) -> EncoderBatches:
         """Clips of each step."""
-        return Lessons(self.recipe, self.codec, start)
+        return EncoderBatches(self.recipe, self.codec, start)
 
     def optimizer(self) -> torch.optim.AdamW:
         """AdamW; only matrices decay."""
@@ -160,39 +168,39 @@ class PretrainEncoder(Training):
         late = math.cos(math.pi / 2 * min(step / self.steps, 1)) ** 2
         return self.recipe.lr * (min((step + 1) / self.recipe.warmup, 1) * late)
 
-    def measure(self, lesson: Lesson) -> dict[str, Tensor]:
-        """All losses of a lesson, and their sum."""
-        net, (clips, length) = self.network, lesson.frames.shape[:2]
-        tokens = net.tokens(lesson.frames.flatten(0, 1))
+    def measure(self, batch: EncoderBatch) -> dict[str, Tensor]:
+        """All losses of a batch, and their sum."""
+        net, (clips, length) = self.network, batch.frames.shape[:2]
+        tokens = net.tokens(batch.frames.flatten(0, 1))
         movement = net.movement(tokens.unflatten(0, (clips, length)))
         features = net.clip_features(movement)
         losses = {
-            **place_losses(net.frame_features(tokens), lesson),
-            **self._column_losses(tokens, lesson),
-            "pace": F.cross_entropy(self.pace(movement.mT)[:, 1:].flatten(0, 1), steps(lesson.x)),
-            **self._fact_losses(features[: clips // 2], lesson),
-            **self._artefact_losses(features, lesson.strength),
+            **place_losses(net.frame_features(tokens), batch),
+            **self._column_losses(tokens, batch),
+            "pace": F.cross_entropy(self.pace(movement.mT)[:, 1:].flatten(0, 1), steps(batch.x)),
+            **self._fact_losses(features[: clips // 2], batch),
+            **self._artefact_losses(features, batch.strength),
             # A distance between sets is as sharp as its features of clean clips are alike.
             "spread": 0.5 * features[: clips // 2].var(0).sum() / features.var(0).sum(),
         }
         return {"loss": sum(losses.values()), **losses}
 
-    def _column_losses(self, tokens: Tensor, lesson: Lesson) -> dict[str, Tensor]:
+    def _column_losses(self, tokens: Tensor, batch: EncoderBatch) -> dict[str, Tensor]:
         """What each column of the clean clips is, and where."""
-        worlds, length = lesson.codes.shape[:2]
+        worlds, length = batch.codes.shape[:2]
         said = self.column(tokens[: worlds * length].permute(0, 3, 1, 2).flatten(2))  # [N, 4, .]
-        middle = lesson.x[:worlds].flatten()[:, None] + COLUMN * (torch.arange(VISIBLE) + 0.5)
+        middle = batch.x[:worlds].flatten()[:, None] + COLUMN * (torch.arange(VISIBLE) + 0.5)
         return {
-            "code": 0.5 * F.cross_entropy(said[..., :CODES].flatten(0, 1), lesson.codes.flatten()),
+            "code": 0.5 * F.cross_entropy(said[..., :CODES].flatten(0, 1), batch.codes.flatten()),
             "ruler": F.mse_loss(said[..., CODES:], ruler_code(middle)),
         }
 
-    def _fact_losses(self, features: Tensor, lesson: Lesson) -> dict[str, Tensor]:
+    def _fact_losses(self, features: Tensor, batch: EncoderBatch) -> dict[str, Tensor]:
         """Palette and speed, from the features of clean clips."""
         palette, stride = self.facts(features).split([len(PALETTES), 2], dim=1)
         return {
-            "palette": 0.2 * F.cross_entropy(palette, lesson.palette),
-            "speed": 0.2 * F.cross_entropy(stride, lesson.stride - 1),
+            "palette": 0.2 * F.cross_entropy(palette, batch.palette),
+            "speed": 0.2 * F.cross_entropy(stride, batch.stride - 1),
         }
 
     def _artefact_losses(self, features: Tensor, strength: Tensor) -> dict[str, Tensor]:
@@ -204,16 +212,16 @@ class PretrainEncoder(Training):
         }
 
 
-def place_losses(features: Tensor, lesson: Lesson) -> dict[str, Tensor]:
+def place_losses(features: Tensor, batch: EncoderBatch) -> dict[str, Tensor]:
     """Cosine of two frames = the share of the screen they have in common, times what is intact.
 
     Args:
         features: Of all frames, ``[B * T, 64]``.
-        lesson: Says where each frame was taken.
+        batch: Says where each frame was taken.
     """
     unit = F.normalize(features, dim=1)
-    x, intact = lesson.x.flatten().float(), lesson.intact.flatten()
-    world = torch.arange(len(lesson.palette)).repeat(2).repeat_interleave(lesson.x.shape[1])
+    x, intact = batch.x.flatten().float(), batch.intact.flatten()
+    world = torch.arange(len(batch.palette)).repeat(2).repeat_interleave(batch.x.shape[1])
     same = world[:, None] == world
     common = (1 - (x[:, None] - x).abs() / SCREEN).clamp_min(0)
     target = torch.where(same, common * intact[:, None] * intact, 0.0)

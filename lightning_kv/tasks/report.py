@@ -1,4 +1,4 @@
-"""From a run directory alone, finished or not, to its summary and its page."""
+"""From a run directory, finished or not, to its summary and its page."""
 
 from __future__ import annotations
 

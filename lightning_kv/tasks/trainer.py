@@ -1,4 +1,4 @@
-"""What started this process: plain python, `fabric run`, torchrun or srun."""
+"""From ``--trainer.*`` and the launcher (python, fabric run, torchrun, srun) to a Trainer."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from lightning_kv.metrics.backbones.panorama_encoder import SHIPPED, PanoramaEnc
 from lightning_kv.metrics.functional.frechet import frechet_distance
 from lightning_kv.models.embedded import WEIGHTS, load_embedded
 from lightning_kv.tasks.pretrain_encoder import FIRST_WORLD
-from lightning_kv.tasks.training.artefacts import KINDS, PAINTS, look, take, way
+from lightning_kv.tasks.training.artefacts import IMAGE_ARTEFACTS, KINDS, draw_clip, look, way
 
 CLIPS = 64
 
@@ -42,7 +42,7 @@ def features(encoder, codec):
 
     def has_comparison(first, **strength):
         rng = torch.Generator().manual_seed(first)
-        shots = [take(world(first + i), codec, rng, strength, 8) for i in range(CLIPS)]
+        shots = [draw_clip(world(first + i), codec, rng, strength, 8) for i in range(CLIPS)]
         seen = codec.decode(codec.encode(torch.stack([shot.frames for shot in shots])))
         return encoder(seen).double()
 
@@ -139,12 +139,15 @@ def test_frames_are_alike_by_the_share_of_the_screen_they_have_in_common(encoder
     assert (again * unit[:, 0]).sum(1).quantile(0.05) > 0.9
 
 
-@pytest.mark.parametrize("kind", PAINTS)
+@pytest.mark.parametrize("kind", IMAGE_ARTEFACTS)
 def test_a_damaged_frame_is_less_like_itself(encoder, codec, kind):
     likeness = []
     for strength in (0.2, 0.5, 1.0):
         shots = [
-            [take(world(s), codec, rng(s), given, 8).frames for given in ({}, {kind: strength})]
+            [
+                draw_clip(world(s), codec, rng(s), given, 8).frames
+                for given in ({}, {kind: strength})
+            ]
             for s in range(6000, 6008)
         ]
         clean, wrong = (

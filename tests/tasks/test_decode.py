@@ -16,7 +16,7 @@ from lightning_kv.models.codec import PatchCodec
 from lightning_kv.models.embedded import save_embedded
 from lightning_kv.tasks import decode as module
 from lightning_kv.tasks.decode import decode
-from lightning_kv.tasks.rollouts.latent_files import read_clip, write_clip
+from lightning_kv.tasks.rollouts.latent_files import read_latents, write_latents
 
 PANORAMA = {"prompt": "day slow", "model": "panorama", "policy": "full", "seed": "0"}
 ODD = ["sliding-window@6f", "a.b", "50% #1 [x]*?", "été 日本", "-o", 'it\'s "q"', "a:b", "%03d"]
@@ -54,7 +54,7 @@ def a_run(folder, names=("full", "sliding-window@6f"), clips=2):
         for number in range(clips):
             path = folder / "latents" / name / f"clip-{number}.safetensors"
             made[path] = latents(seed=len(made))
-            write_clip(path, made[path], 8, PANORAMA)
+            write_latents(path, made[path], 8, PANORAMA)
     return made
 
 
@@ -76,8 +76,8 @@ def test_a_clip_comes_back_as_it_was(tmp_path, dtype):
     path = tmp_path / "new" / "deep" / "clip.safetensors"
     given = latents(5).to(dtype)
     about = {"prompt": 'a "fox" 日本\n', "model": "m.yaml", "policy": "x@6f", "seed": "3"}
-    write_clip(path, given, 7.5, about)
-    found, words = read_clip(path)
+    write_latents(path, given, 7.5, about)
+    found, words = read_latents(path)
     assert found.dtype == dtype and torch.equal(found, given)
     assert words == {"fps": 7.5, **about}
     with safe_open(path, "pt") as file:  # any other reader finds them too
@@ -88,24 +88,24 @@ def test_a_clip_comes_back_as_it_was(tmp_path, dtype):
 def test_equal_input_gives_equal_bytes(tmp_path):
     given = latents(6)
     for name in ("a", "b"):
-        write_clip(tmp_path / name, given.clone(), 16, dict(PANORAMA))
+        write_latents(tmp_path / name, given.clone(), 16, dict(PANORAMA))
     every = torch.randn(2, 6, 16, 4, 4)
     every[1] = given
-    write_clip(tmp_path / "c", every[1], 16, PANORAMA)  # of a batch, its own bytes alone
-    write_clip(tmp_path / "d", given.mT.contiguous().mT, 16, PANORAMA)
+    write_latents(tmp_path / "c", every[1], 16, PANORAMA)  # of a batch, its own bytes alone
+    write_latents(tmp_path / "d", given.mT.contiguous().mT, 16, PANORAMA)
     contents = {name: (tmp_path / name).read_bytes() for name in "abcd"}
     assert len(set(contents.values())) == 1
     assert given.nbytes < len(contents["a"]) < given.nbytes + 1000
-    write_clip(tmp_path / "e", given, 8, PANORAMA)
+    write_latents(tmp_path / "e", given, 8, PANORAMA)
     assert (tmp_path / "e").read_bytes() != contents["a"]
 
 
 def test_a_clip_that_cannot_be_written_leaves_the_old_one(tmp_path):
     path = tmp_path / "clip.safetensors"
-    write_clip(path, latents(), 8, PANORAMA)
+    write_latents(path, latents(), 8, PANORAMA)
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        write_clip(path, latents(4), 8, PANORAMA | {"seed": object()})
+        write_latents(path, latents(4), 8, PANORAMA | {"seed": object()})
     assert path.read_bytes() == before and files(tmp_path) == ["clip.safetensors"]
 
 
@@ -128,7 +128,7 @@ def test_files_that_are_no_clip(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"latents": latents()}, path)
     refused([str(path), "holds no latents of a clip"], path)  # nothing says what it is
-    write_clip(path, latents(), 8, PANORAMA)
+    write_latents(path, latents(), 8, PANORAMA)
     path.write_bytes(path.read_bytes()[:-1])
     refused([str(path), "cannot be read as safetensors"], path)
     assert files(tmp_path) == ["x.safetensors"]
@@ -140,7 +140,7 @@ def test_files_that_are_no_clip(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_clip_becomes_the_video_of_its_latents(tmp_path, panorama, dtype):
     given = latents(4).to(dtype)
-    write_clip(tmp_path / "clip.safetensors", given, 8, PANORAMA)
+    write_latents(tmp_path / "clip.safetensors", given, 8, PANORAMA)
     done = decode(tmp_path / "clip.safetensors")
     assert (done.videos, done.kept) == ((tmp_path / "clip.mp4",), 0)
     assert done.out == tmp_path / "clip.mp4" and "1 videos were written to" in done.words[0]
@@ -150,13 +150,13 @@ def test_a_clip_becomes_the_video_of_its_latents(tmp_path, panorama, dtype):
 
 def test_the_video_goes_where_it_is_wanted(tmp_path, panorama):
     clip, out = tmp_path / "clip.safetensors", tmp_path / "b.MP4"
-    write_clip(clip, latents(), 12.5, PANORAMA)
+    write_latents(clip, latents(), 12.5, PANORAMA)
     assert decode(clip, out).videos == (out,)
     assert shown(out)[1] == 12.5
     before = out.read_bytes()
     refused([str(out), "exists and would be lost", "--force"], clip, out)
     assert out.read_bytes() == before
-    write_clip(clip, latents(5, seed=1), 8, PANORAMA)
+    write_latents(clip, latents(5, seed=1), 8, PANORAMA)
     assert decode(clip, out, force=True).videos == (out,)
     is_video_of(out, panorama.codec, latents(5, seed=1), [latents(5)])
     for wrong in (tmp_path / "b.avi", tmp_path / "no" / "b.mp4", tmp_path):
@@ -182,7 +182,7 @@ def test_a_run_becomes_a_folder_of_videos(tmp_path, panorama):
 def test_names_with_odd_characters(tmp_path, panorama, name):
     made = a_run(tmp_path / name, [name], clips=0)
     clip = tmp_path / name / "latents" / name / f"{name}.safetensors"
-    write_clip(clip, latents(), 8, PANORAMA)
+    write_latents(clip, latents(), 8, PANORAMA)
     assert not made and files(tmp_path) == [f"{name}/latents/{name}/{name}.safetensors"]
     video = tmp_path / name / "decoded" / name / f"{name}.mp4"
     assert decode(tmp_path / name).videos == (video,)
@@ -193,14 +193,14 @@ def test_names_with_odd_characters(tmp_path, panorama, name):
 @pytest.mark.parametrize("name", ["a.b", "-o", "%03d"])
 def test_names_with_odd_characters_in_the_folder_where_one_is(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    write_clip(Path(f"{name}.safetensors"), latents(), 8, PANORAMA)
+    write_latents(Path(f"{name}.safetensors"), latents(), 8, PANORAMA)
     assert decode(Path(f"{name}.safetensors")).videos == (Path(f"{name}.mp4"),)
     assert shown(tmp_path / f"{name}.mp4")[0].shape == (3, 320, 320, 3)
 
 
 def test_a_name_with_a_colon_in_the_folder_where_one_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_clip(Path("a:b.safetensors"), latents(), 8, PANORAMA)
+    write_latents(Path("a:b.safetensors"), latents(), 8, PANORAMA)
     assert decode(Path("a:b.safetensors")).videos == (Path("a:b.mp4"),)
 
 
@@ -232,7 +232,7 @@ def test_the_codec_is_that_of_the_clips_model(tmp_path, panorama, monkeypatch):
     path = tmp_path / "run" / "latents" / "full"
     for name in ("x", "y"):
         about = PANORAMA | {"model": str(tmp_path / "other.safetensors")}
-        write_clip(path / f"{name}.safetensors", latents(), 8, about)
+        write_latents(path / f"{name}.safetensors", latents(), 8, about)
     loaded, real = [], module.load_embedded
 
     def load(weights, *more):
@@ -260,9 +260,9 @@ def test_what_holds_no_latents_is_said(tmp_path):
 
 def test_a_model_that_is_not_here_is_said(tmp_path):
     path = tmp_path / "clip.safetensors"
-    write_clip(path, latents(), 8, PANORAMA | {"model": "panoramma"})
+    write_latents(path, latents(), 8, PANORAMA | {"model": "panoramma"})
     refused(["No model 'panoramma'", "Did you mean 'panorama'"], path)
-    write_clip(path, latents(), 8, PANORAMA | {"model": str(tmp_path / "gone.yaml")})
+    write_latents(path, latents(), 8, PANORAMA | {"model": str(tmp_path / "gone.yaml")})
     refused(["No model file", "gone.yaml"], path)
     refused(["no Wan VAE in", "nowhere"], path, vae=tmp_path / "nowhere")
     assert files(tmp_path) == ["clip.safetensors"]
@@ -303,7 +303,7 @@ def breaking(monkeypatch, panorama):
 @pytest.mark.parametrize("there", [False, True])
 def test_no_video_is_half_written(tmp_path, panorama, breaking, there):
     clip, video = tmp_path / "clip.safetensors", tmp_path / "clip.mp4"
-    write_clip(clip, latents(4), 8, PANORAMA)
+    write_latents(clip, latents(4), 8, PANORAMA)
     if there:
         video.write_bytes(b"an older video")
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -320,7 +320,7 @@ def test_videos_before_an_error_are_whole_and_kept(tmp_path, panorama, breaking)
     folder = tmp_path / "latents" / "full"
     given = {"a": latents(2), "b": latents(4, seed=1), "c": latents(2, seed=2)}
     for name, clip in given.items():
-        write_clip(folder / f"{name}.safetensors", clip, 8, PANORAMA)
+        write_latents(folder / f"{name}.safetensors", clip, 8, PANORAMA)
     with pytest.raises(RuntimeError, match="out of memory"):
         decode(tmp_path)
     assert files(tmp_path / "decoded") == ["full/a.mp4"]
@@ -345,7 +345,7 @@ def test_a_file_where_the_folder_of_videos_should_be_is_said(tmp_path):
 
 
 def test_latents_that_are_no_numbers_are_said(tmp_path):
-    write_clip(tmp_path / "x.safetensors", latents() * float("nan"), 8, PANORAMA)
+    write_latents(tmp_path / "x.safetensors", latents() * float("nan"), 8, PANORAMA)
     refused([], tmp_path / "x.safetensors")
 
 

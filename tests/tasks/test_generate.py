@@ -17,7 +17,7 @@ from lightning_kv.models import WanConfig
 from lightning_kv.tasks import generate as generate_module
 from lightning_kv.tasks.generate import generate
 from lightning_kv.tasks.options import GenerateOptions
-from lightning_kv.tasks.rollouts.lengths import Clock, read_size, read_switches
+from lightning_kv.tasks.rollouts.lengths import FrameTimes, read_size, read_switches
 
 PROMPT = "noon fast n7 left"
 
@@ -57,8 +57,10 @@ def test_the_rows_of_the_history_are_those_that_the_full_cache_reads(panorama, f
     assert full.costs[0].rows_read == 5 * 6 * 4 * (48 * 48 * chunks * (chunks - 1) // 2)
 
 
-def clock(fps, chunk, stride):
-    return Clock(WanConfig(dim=64, ffn_dim=64, layers=1, heads=1, chunk=chunk, stride=stride), fps)
+def times_of(fps, chunk, stride):
+    return FrameTimes(
+        WanConfig(dim=64, ffn_dim=64, layers=1, heads=1, chunk=chunk, stride=stride), fps
+    )
 
 
 STRIDES = st.sampled_from([(1, 8), (4, 8), (8, 16)])
@@ -89,7 +91,7 @@ def test_a_switch_changes_the_colours_at_its_chunk(tmp_path):
 
 @given(st.floats(0.01, 100), st.floats(0.5, 60), st.integers(1, 8), STRIDES)
 def test_latent_frames_cover_the_time_in_whole_chunks(seconds, fps, chunk, stride):
-    frames = clock(fps, chunk, stride).frames(seconds)
+    frames = times_of(fps, chunk, stride).frames(seconds)
     assert frames % chunk == 0
     shown = [1 + stride[0] * (n - 1) if n else 0 for n in (frames - chunk, frames)]
     assert shown[0] / fps < seconds <= shown[1] / fps + 1e-6 / fps
@@ -97,19 +99,19 @@ def test_latent_frames_cover_the_time_in_whole_chunks(seconds, fps, chunk, strid
 
 def test_published_lengths():
     """21 latent frames are 81 pictures, 5.06 s at 16 a second; 120 are 477, 240 are 957."""
-    wan = clock(16, 3, (4, 8))
+    wan = times_of(16, 3, (4, 8))
     assert [wan.config.pixel_frames(n) for n in (1, 21, 120, 240)] == [1, 81, 477, 957]
     assert wan.frames(5.0625) == 21 and wan.seconds(21) == 5.0625 and wan.frames(5.07) == 24
 
 
 def test_a_product_that_rounds_badly_adds_no_frame():
     assert math.ceil(8.3 * 30) == 250
-    assert clock(30, 3, (1, 8)).frames(8.3) == 249
+    assert times_of(30, 3, (1, 8)).frames(8.3) == 249
 
 
 @given(st.floats(0.6, 8.9), st.integers(0, 3), STRIDES)
 def test_a_switch_comes_with_its_chunk(moment, spaces, stride):
-    when = clock(16, 3, stride)
+    when = times_of(16, 3, stride)
     text = f"{PROMPT}{' ' * spaces}@{moment!r}"
     frames = when.frames(9)
     try:
@@ -138,7 +140,7 @@ def test_sizes_are_whole_patches():
 
 def test_switches_are_sorted():
     texts = [f"{PROMPT}@3", "mist slow n4 any@1.5"]
-    found = read_switches(texts, 48, clock(8, 3, (1, 8)), str)
+    found = read_switches(texts, 48, times_of(8, 3, (1, 8)), str)
     assert [(s.event.frame, s.event.prompt) for s in found] == [
         (12, "mist slow n4 any"),
         (24, PROMPT),

@@ -15,7 +15,7 @@ from lightning_kv.metrics.backbones.panorama_encoder import PanoramaEncoder
 from lightning_kv.tasks.options import EncoderRecipe, PretrainEncoderOptions
 from lightning_kv.tasks.pretrain_encoder import (
     FIRST_WORLD,
-    Lessons,
+    EncoderBatches,
     PretrainEncoder,
     place_losses,
     pretrain_encoder,
@@ -34,31 +34,31 @@ def task():
 
 
 @pytest.fixture(scope="module")
-def lesson(task):
-    return Lessons(task.recipe, task.codec, 0).draw(3)
+def batch(task):
+    return EncoderBatches(task.recipe, task.codec, 0).draw(3)
 
 
 def test_a_lesson_depends_on_its_number_alone(task):
-    straight = list(Lessons(SMALL, task.codec, 0))
-    late = list(Lessons(SMALL, task.codec, 7))
+    straight = list(EncoderBatches(SMALL, task.codec, 0))
+    late = list(EncoderBatches(SMALL, task.codec, 7))
     assert len(straight) == 10 and len(late) == 3
     for a, b in zip(straight[7:], late, strict=True):
         assert torch.equal(a.frames, b.frames) and torch.equal(a.strength, b.strength)
     assert not torch.equal(straight[0].frames, straight[1].frames)
 
 
-def test_a_lesson_shows_clean_clips_and_artefacts_of_the_same_worlds(lesson):
-    assert lesson.frames.shape == (32, 8, 3, 32, 32)
-    assert lesson.frames.min() >= 0 and lesson.frames.max() <= 1
-    assert lesson.strength.shape == (32, len(KINDS)) and lesson.strength.max() <= 1
-    assert (lesson.strength[:16] == 0).all() and (lesson.intact[:16] == 1).all()
-    assert (lesson.strength[16:] > 0).any(1).float().mean() > 0.6
-    assert (lesson.strength > 0).sum(1).max() == 2
-    sky = torch.tensor([colours[0] for colours in PALETTES.values()])[lesson.palette]
-    top = lesson.frames[:16, :, :, 0].mean(1).permute(0, 2, 1)  # [W, x, RGB]
+def test_a_lesson_shows_clean_clips_and_artefacts_of_the_same_worlds(batch):
+    assert batch.frames.shape == (32, 8, 3, 32, 32)
+    assert batch.frames.min() >= 0 and batch.frames.max() <= 1
+    assert batch.strength.shape == (32, len(KINDS)) and batch.strength.max() <= 1
+    assert (batch.strength[:16] == 0).all() and (batch.intact[:16] == 1).all()
+    assert (batch.strength[16:] > 0).any(1).float().mean() > 0.6
+    assert (batch.strength > 0).sum(1).max() == 2
+    sky = torch.tensor([colours[0] for colours in PALETTES.values()])[batch.palette]
+    top = batch.frames[:16, :, :, 0].mean(1).permute(0, 2, 1)  # [W, x, RGB]
     nearest = (top - sky[:, None]).abs().sum(2).amin(1)
     assert (nearest < 0.15).float().mean() > 0.6  # where no building fills the screen
-    assert lesson.codes.shape == (16, 8, VISIBLE)
+    assert batch.codes.shape == (16, 8, VISIBLE)
 
 
 def test_worlds_of_the_training_have_seeds_of_their_own(monkeypatch, task):
@@ -69,7 +69,7 @@ def test_worlds_of_the_training_have_seeds_of_their_own(monkeypatch, task):
         return world_for(text, seed)
 
     monkeypatch.setattr("lightning_kv.tasks.pretrain_encoder.world_for", noted)
-    list(Lessons(SMALL, task.codec, 0))
+    list(EncoderBatches(SMALL, task.codec, 0))
     assert seen == list(range(FIRST_WORLD, FIRST_WORLD + 20))
 
 
@@ -79,7 +79,7 @@ def test_camera_steps_as_classes():
 
 
 def test_the_place_losses_are_those_of_a_slow_twin(task):
-    lesson = Lessons(SMALL, task.codec, 0).draw(1)
+    batch = EncoderBatches(SMALL, task.codec, 0).draw(1)
     features = torch.randn(4 * 8, 64, generator=torch.Generator().manual_seed(0))
     errors = {"same": [], "apart": []}
     for a in range(32):
@@ -88,20 +88,20 @@ def test_the_place_losses_are_those_of_a_slow_twin(task):
             (i, p), (j, q) = divmod(a, 8), divmod(b, 8)
             target = 0.0
             if i % 2 == j % 2:
-                apart = abs(float(lesson.x[i, p] - lesson.x[j, q]))
-                target = max(0.0, 1 - apart / 32) * float(lesson.intact[i, p] * lesson.intact[j, q])
+                apart = abs(float(batch.x[i, p] - batch.x[j, q]))
+                target = max(0.0, 1 - apart / 32) * float(batch.intact[i, p] * batch.intact[j, q])
             errors["same" if i % 2 == j % 2 else "apart"].append((cosine - target) ** 2)
-    found = place_losses(features, lesson)
+    found = place_losses(features, batch)
     for name, values in errors.items():
         assert float(found[name]) == pytest.approx(8 * sum(values) / len(values), rel=1e-4)
 
 
-def test_the_losses_fall_on_one_lesson(task, lesson):
+def test_the_losses_fall_on_one_lesson(task, batch):
     optimizer = task.configure_optimizers()["optimizer"]
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 3e-3
     first = None
     for _ in range(12):
-        loss = task.training_step(lesson, 0)
+        loss = task.training_step(batch, 0)
         first = first or dict(task.losses)
         optimizer.zero_grad()
         loss.backward()
@@ -120,10 +120,10 @@ def test_a_stopped_run_ends_with_the_file_of_one_that_ran_through(tmp_path):
     whole = run("whole")
     fit = PretrainEncoder.training_step
 
-    def interrupted(self, lesson, index):
+    def interrupted(self, batch, index):
         if self.global_step == 8:
             raise KeyError("power cut")
-        return fit(self, lesson, index)
+        return fit(self, batch, index)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PretrainEncoder, "training_step", interrupted)

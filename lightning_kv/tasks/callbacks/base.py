@@ -11,7 +11,7 @@ import lightning as L
 from lightning_kv.data.datamodule import PromptDataModule, VideoPairDataModule
 from lightning_kv.runs.directory import RunDirectory, fingerprint
 from lightning_kv.tasks.measuring.clip_module import ClipModule, ClipResult
-from lightning_kv.tasks.measuring.records import describe
+from lightning_kv.tasks.measuring.fingerprint import describe
 
 
 def check_data(trainer: L.Trainer, callback: L.Callback, *needs: str) -> None:
@@ -66,7 +66,7 @@ class RunCallback(L.Callback):
         return set()
 
 
-class PicturedCallback(RunCallback):
+class FirstPromptsCallback(RunCallback):
     """Writes something about the first prompts of a run, their first noise.
 
     Args:

@@ -31,7 +31,7 @@ from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.tasks.evaluate import EvaluateModule
-from lightning_kv.tasks.measuring.missing import warn_missing
+from lightning_kv.tasks.measuring.warnings import warn_missing
 from lightning_kv.tasks.rollouts.policies import chosen_policies
 from lightning_kv.utilities.nearest import hint
 

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
-from lightning_kv.runs.directory import fingerprint
+from lightning_kv.runs.directory import Record, fingerprint
 from lightning_kv.runs.features import FeatureStore, part_of_path
 from lightning_kv.tasks.callbacks.base import RunCallback, check_data
 from lightning_kv.tasks.decode import FOLDER
 from lightning_kv.tasks.measuring.clip_module import ClipModule, ClipResult
-from lightning_kv.tasks.measuring.records import about, describe, record_of
+from lightning_kv.tasks.measuring.fingerprint import about, describe
 from lightning_kv.tasks.report import conclude
-from lightning_kv.tasks.rollouts.latent_files import SUFFIX, write_clip
+from lightning_kv.tasks.rollouts.latent_files import SUFFIX, write_latents
 
 
 class RecordWriter(RunCallback):
@@ -139,7 +140,7 @@ class RecordWriter(RunCallback):
             "noise_revision": str(clip.extra["noise_revision"]),
             "precision": module.source.get("precision", "float32"),
         }
-        write_clip(self._latents(clip.name, clip.key), clip.latents, module.settings.fps, about)
+        write_latents(self._latents(clip.name, clip.key), clip.latents, module.settings.fps, about)
 
     def _latents(self, name: str, key: str) -> Path:
         return self.run.path / FOLDER / part_of_path(name) / f"{key}{SUFFIX}"
@@ -149,3 +150,26 @@ class RecordWriter(RunCallback):
         trainer.strategy.barrier("records are written")
         if trainer.is_global_zero and self.report and self.run.records():
             self.summary = conclude(self.run)
+
+
+def record_of(clip: ClipResult) -> Record:
+    """The record line of a clip, see :mod:`lightning_kv.runs.directory`."""
+    measured = clip.measured
+    return {
+        "policy": clip.name,
+        "key": clip.key,
+        "unit": clip.unit,
+        "sample": clip.sample,
+        "prompt": clip.prompt,
+        **clip.extra,
+        "cost": clip.cost,
+        "metrics": measured.values,
+        "curves": {name: plain(curve) for name, curve in measured.curves.items()},
+        "failure": clip.failure,
+        "problems": measured.problems,
+    }
+
+
+def plain(curve: Tensor) -> list[float | None]:
+    """A curve as JSON has it: null where there is no value."""
+    return [None if value != value else value for value in curve.tolist()]

@@ -11,11 +11,11 @@ import numpy as np
 
 from lightning_kv.cache.trace import Trace
 from lightning_kv.runs.traces import write_traces
-from lightning_kv.tasks.callbacks.base import PicturedCallback
+from lightning_kv.tasks.callbacks.base import FirstPromptsCallback
 from lightning_kv.tasks.measuring.clip_module import ClipModule, ClipResult
 
 
-class TraceWriter(PicturedCallback):
+class TraceWriter(FirstPromptsCallback):
     """Writes which past frames every policy kept and read, one file per prompt.
 
     Args:

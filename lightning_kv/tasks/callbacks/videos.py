@@ -12,13 +12,13 @@ from lightning_kv.data.datamodule import PIECE, VideoPairDataModule
 from lightning_kv.data.pairs import read_pair
 from lightning_kv.data.video_pairs import PairedClip, alignable, shortest
 from lightning_kv.runs.video import Frames
-from lightning_kv.tasks.callbacks.base import PicturedCallback
+from lightning_kv.tasks.callbacks.base import FirstPromptsCallback
 from lightning_kv.tasks.compare import CompareModule, floats
 from lightning_kv.tasks.measuring.clip_module import ClipModule, ClipResult
 from lightning_kv.tasks.videos import Rows, fitted, has_comparison, write_comparison
 
 
-class ComparisonVideos(PicturedCallback):
+class ComparisonVideos(FirstPromptsCallback):
     """Writes the moving pictures of a prompt: all policies side by side, and their differences.
 
     Args:
@@ -55,7 +55,7 @@ class ComparisonVideos(PicturedCallback):
         write_comparison(self.run, clip.key, lambda: iter([rows]), frames, self.fps, self.reference)
 
 
-class PairVideos(PicturedCallback):
+class PairVideos(FirstPromptsCallback):
     """Writes moving pictures of the first clips: all videos side by side, and their differences.
 
     Args:

@@ -21,8 +21,8 @@ from lightning_kv.metrics.set_base import SetMetric
 from lightning_kv.metrics.suite import Suite
 from lightning_kv.runs.features import Features, FeatureStore
 from lightning_kv.tasks.measuring.adapter import Measured
-from lightning_kv.tasks.measuring.missing import Problem, gathered, warn_lacking, warn_missing
 from lightning_kv.tasks.measuring.real_videos import encode_real
+from lightning_kv.tasks.measuring.warnings import Problem, gathered, warn_lacking, warn_missing
 
 log = logging.getLogger(__name__)
 

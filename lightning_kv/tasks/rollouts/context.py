@@ -48,7 +48,7 @@ def panorama_start(sample: PromptSample, codec: PatchCodec, frames: int, context
         context: How many of them are given; 0 for free generation, where no truth exists.
     """
     world = world_for(sample.prompt, sample.world_seed)
-    codes, rulers = books(world, codec)
+    codes, rulers = code_latents(world, codec)
     known = context > 0 or world.prompt.start == "left"
     positions = world.positions(frames).to(codes.device) if known else None
     if not context:
@@ -60,7 +60,7 @@ def panorama_start(sample: PromptSample, codec: PatchCodec, frames: int, context
     return Start(sample, scene, latents[:context], pixels)
 
 
-def books(world: World, codec: PatchCodec) -> tuple[Tensor, Tensor]:
+def code_latents(world: World, codec: PatchCodec) -> tuple[Tensor, Tensor]:
     """Latents of each column code ``[26, C, 3]`` and of the ground per position ``[n, C, 4]``."""
     device = codec.mean.device
     codes = codec.encode(column_tiles(world.prompt.palette).to(device)).squeeze(-1)

@@ -15,7 +15,7 @@ from lightning_kv.runs.directory import replacing
 SUFFIX = ".safetensors"
 
 
-def write_clip(path: Path, latents: Tensor, fps: float, about: dict[str, str]) -> None:
+def write_latents(path: Path, latents: Tensor, fps: float, about: dict[str, str]) -> None:
     """Write one clip's latents; a whole file or none.
 
     Args:
@@ -31,7 +31,7 @@ def write_clip(path: Path, latents: Tensor, fps: float, about: dict[str, str]) -
         save_file({"latents": latents.cpu().contiguous()}, temporary, {"about": words})
 
 
-def read_clip(path: Path) -> tuple[Tensor, dict[str, Any]]:
+def read_latents(path: Path) -> tuple[Tensor, dict[str, Any]]:
     """Latents ``[F, C, h, w]`` of a clip, and what it is.
 
     Raises:

@@ -11,7 +11,7 @@ from lightning_kv.models.wan import WanConfig
 
 
 @dataclass(frozen=True)
-class Clock:
+class FrameTimes:
     """Seconds and latent frames of one video.
 
     Args:
@@ -39,7 +39,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Switch:
+class PromptSwitch:
     """Another prompt on the way.
 
     Args:
@@ -83,26 +83,26 @@ def read_switch(text: str, check: Callable[[str], object]) -> tuple[str, float]:
 
 
 def read_switches(
-    texts: Sequence[str], frames: int, clock: Clock, check: Callable[[str], object]
-) -> list[Switch]:
+    texts: Sequence[str], frames: int, times: FrameTimes, check: Callable[[str], object]
+) -> list[PromptSwitch]:
     """Prompt switches, each at the first frame of the chunk that its time falls into.
 
     Args:
         texts: ``TEXT@SECONDS``.
         frames: Latent frames of the video.
-        clock: Of the video.
+        times: Of the video.
         check: Raises ValueError where the model cannot read a prompt.
 
     Raises:
         ValueError: No time, an unreadable prompt, a time in the first chunk or beyond the end, or
             two in one chunk.
     """
-    chunk = clock.config.chunk
-    length, first = clock.seconds(frames), clock.seconds(chunk)
-    found: dict[int, Switch] = {}
+    chunk = times.config.chunk
+    length, first = times.seconds(frames), times.seconds(chunk)
+    found: dict[int, PromptSwitch] = {}
     for text in texts:
         prompt, moment = read_switch(text, check)
-        frame = clock.chunk_at(moment)
+        frame = times.chunk_at(moment)
         if not 0 < frame < frames:
             where = "beyond the end" if frame > 0 else "in the first chunk"
             raise ValueError(
@@ -113,9 +113,9 @@ def read_switches(
         if frame in found:
             raise ValueError(
                 f"Two prompt switches in one chunk: {found[frame].prompt!r} and {prompt!r} would "
-                f"both come at {clock.seconds(frame):g} s. Put {first:g} s or more between them."
+                f"both come at {times.seconds(frame):g} s. Put {first:g} s or more between them."
             )
-        found[frame] = Switch(prompt, moment, frame)
+        found[frame] = PromptSwitch(prompt, moment, frame)
     return [found[frame] for frame in sorted(found)]
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from lightning_kv.data.panorama import COLUMN, SCREEN, SKYLINE, VISIBLE, World, column_tiles, ruler
 from lightning_kv.models.codec import PatchCodec
 
-Paint = Callable[[Tensor, float, World, torch.Generator], Tensor]
+ImageArtefact = Callable[[Tensor, float, World, torch.Generator], Tensor]
 """Degrades frames ``[f, 3, 32, 32]`` of a world by a strength in (0, 1]."""
 
-Steer = Callable[[Tensor, float, World, torch.Generator], Tensor]
+MotionArtefact = Callable[[Tensor, float, World, torch.Generator], Tensor]
 """Bends the way of the camera, pixels ``[T]``, by a strength in (0, 1]."""
 
 
@@ -24,7 +24,7 @@ tiles_of, ruler_of = cache(column_tiles), cache(ruler)
 
 
 @dataclass
-class Shot:
+class DegradedClip:
     """A clip and the facts about it.
 
     Args:
@@ -184,22 +184,22 @@ def flip(x: Tensor, strength: float, world: World, rng: torch.Generator) -> Tens
     return torch.tensor(path)
 
 
-PAINTS: dict[str, Paint] = {
+IMAGE_ARTEFACTS: dict[str, ImageArtefact] = {
     f.__name__: f for f in (blur, noise, block, colour, saturation, columns, crossfade)
 }
-STEERS: dict[str, Steer] = {f.__name__: f for f in (freeze, jump, speed, flip)}
-KINDS = (*PAINTS, *STEERS)
+MOTION_ARTEFACTS: dict[str, MotionArtefact] = {f.__name__: f for f in (freeze, jump, speed, flip)}
+KINDS = (*IMAGE_ARTEFACTS, *MOTION_ARTEFACTS)
 
 
-def take(
+def draw_clip(
     world: World,
     codec: PatchCodec,
     rng: torch.Generator,
     strength: dict[str, float],
     frames: int,
     onset: bool = False,
-) -> Shot:
-    """Film a clip from a random phase, with artefacts of the given kinds and strengths.
+) -> DegradedClip:
+    """Draw a clip from a random phase, with artefacts of the given kinds and strengths.
 
     Args:
         world: What there is to see.
@@ -211,17 +211,17 @@ def take(
     """
     x = way(world, pick(rng, 0, world.prompt.period - 1), frames)
     said = torch.zeros(len(KINDS))
-    for kind, steer in STEERS.items():
+    for kind, steer in MOTION_ARTEFACTS.items():
         if kind in strength:
             x = steer(x, strength[kind], world, rng)
             said[KINDS.index(kind)] = strength[kind]
     shown = codec.decode(codec.encode(look(world, x)))
     intact = torch.ones(frames)
-    for kind, paint in PAINTS.items():
+    for kind, paint in IMAGE_ARTEFACTS.items():
         if kind in strength:
             first = pick(rng, 1, frames - 2) if onset else 0
             shown[first:] = paint(shown[first:], strength[kind], world, rng)
             intact[first:] *= 1 - strength[kind] / 2
             said[KINDS.index(kind)] = strength[kind] * (frames - first) / frames
     shown = shown.clamp(0, 1)
-    return Shot(shown, x, intact, said)
+    return DegradedClip(shown, x, intact, said)

@@ -105,10 +105,10 @@ def said(found):
     return [str(each.message) for each in found if "The metric" in str(each.message)]
 
 
-class Picky(VideoMetric):
+class Choosy(VideoMetric):
     """Somebody's metric that judges no clip of a policy."""
 
-    name, higher_is_better = "picky", True
+    name, higher_is_better = "choosy", True
 
     def frame_values(self, preds, target=None):
         raise ValueError("It is too dark.")
@@ -128,7 +128,7 @@ def test_metrics_without_any_value_are_named_with_the_reason(tmp_path, monkeypat
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     writer, told = RecordWriter(tmp_path / "run", report=False), []
     for start in ("new", "all is there", "features are lost"):
-        own = module(["psnr", "lpips", FVD, Picky(), Blind()])
+        own = module(["psnr", "lpips", FVD, Choosy(), Blind()])
         with warnings.catch_warnings(record=True) as found, monkeypatch.context() as patch:
             warnings.simplefilter("always")
             if start == "all is there":
@@ -144,7 +144,7 @@ def test_metrics_without_any_value_are_named_with_the_reason(tmp_path, monkeypat
     none = f"has no value for full, {POLICY}."
     assert rest == [
         f"The metric '{FVD}' {none} 4 clips: shorter than its window of 8 frames.",
-        f"The metric 'picky' {none} 4 clips: It is too dark.",
+        f"The metric 'choosy' {none} 4 clips: It is too dark.",
         f"The metric 'blind' {none} nobody looked.",
     ]
 

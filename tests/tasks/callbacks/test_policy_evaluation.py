@@ -20,7 +20,7 @@ from lightning_kv import load_model
 from lightning_kv.data.datamodule import PromptDataModule
 from lightning_kv.models.codec import PatchCodec
 from lightning_kv.models.video import VideoModel
-from lightning_kv.tasks.callbacks.policy_evaluation import PolicyEvaluation
+from lightning_kv.tasks.callbacks import PolicyEvaluation
 from lightning_kv.tasks.evaluate import EvaluateModule
 from lightning_kv.tasks.options import Recipe, Stage
 from lightning_kv.tasks.pretrain import Pretrain

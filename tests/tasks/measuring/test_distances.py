@@ -24,7 +24,7 @@ from lightning_kv.tasks.measuring.adapter import Measured
 from lightning_kv.tasks.measuring.clip_module import ClipModule, ClipResult
 from lightning_kv.tasks.measuring.distances import distances
 from lightning_kv.tasks.measuring.real_videos import encode_real, on_disk, real_videos
-from lightning_kv.tasks.measuring.records import cost
+from lightning_kv.tasks.rollouts.outcome import cost
 
 NAME = "fvd/random-3dconv"
 RECIPE = set_metric(NAME, num_features=4, features_name="random-3dconv", frames=8).recipe

@@ -5,7 +5,14 @@ import torch
 
 from lightning_kv.data.panorama import SKYLINE, world_for
 from lightning_kv.models.embedded import WEIGHTS, load_embedded
-from lightning_kv.tasks.training.artefacts import KINDS, PAINTS, STEERS, look, take, way
+from lightning_kv.tasks.training.artefacts import (
+    IMAGE_ARTEFACTS,
+    KINDS,
+    MOTION_ARTEFACTS,
+    draw_clip,
+    look,
+    way,
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,26 +29,26 @@ def test_a_clean_clip_is_what_the_world_renders(codec, text):
     world = world_for(text, 3)
     x = way(world, world.phase, 20)
     assert torch.equal(look(world, x), world.render(20))
-    shot = take(world, codec, rng(), {}, 8)
-    seen = world_for(text, 3).strip()[:, :, int(shot.x[5]) : int(shot.x[5]) + 32]
+    clip = draw_clip(world, codec, rng(), {}, 8)
+    seen = world_for(text, 3).strip()[:, :, int(clip.x[5]) : int(clip.x[5]) + 32]
     alone = codec.decode(codec.encode(seen))  # the clip goes through the codec as one batch
-    assert (shot.frames[5] - alone).abs().max() < 2e-6 < 1e-2 < (shot.frames[4] - alone).abs().max()
-    assert shot.strength.tolist() == [0.0] * len(KINDS) and shot.intact.tolist() == [1.0] * 8
+    assert (clip.frames[5] - alone).abs().max() < 2e-6 < 1e-2 < (clip.frames[4] - alone).abs().max()
+    assert clip.strength.tolist() == [0.0] * len(KINDS) and clip.intact.tolist() == [1.0] * 8
 
 
-@pytest.mark.parametrize("kind", PAINTS)
+@pytest.mark.parametrize("kind", IMAGE_ARTEFACTS)
 def test_wrong_pictures_grow_with_the_strength_and_leave_the_camera_alone(codec, kind):
     def spoilt(strength, seed):
-        return take(world_for("dusk fast n9 any", seed), codec, rng(seed), strength, 8)
+        return draw_clip(world_for("dusk fast n9 any", seed), codec, rng(seed), strength, 8)
 
     errors = []
     for strength in (0.02, 0.3, 1.0):
         pairs = [(spoilt({}, seed), spoilt({kind: strength}, seed)) for seed in range(8)]
-        for clean, shot in pairs:
-            assert torch.equal(clean.x, shot.x)
-            assert shot.intact.tolist() == pytest.approx([1 - strength / 2] * 8)
-            assert shot.strength[KINDS.index(kind)] == pytest.approx(strength)
-            assert shot.strength.count_nonzero() == 1
+        for clean, clip in pairs:
+            assert torch.equal(clean.x, clip.x)
+            assert clip.intact.tolist() == pytest.approx([1 - strength / 2] * 8)
+            assert clip.strength[KINDS.index(kind)] == pytest.approx(strength)
+            assert clip.strength.count_nonzero() == 1
         errors.append(sum(float((c.frames - s.frames).square().mean()) for c, s in pairs) / 8)
     assert errors[0] < 0.1 * errors[2] and errors[0] < errors[1] < errors[2]
     assert errors[2] > 1e-3
@@ -49,8 +56,8 @@ def test_wrong_pictures_grow_with_the_strength_and_leave_the_camera_alone(codec,
 
 def test_wrong_pictures_may_begin_late(codec):
     world = world_for("dusk fast n9 any", 1)
-    clean = take(world, codec, rng(), {}, 8)
-    late = take(world, codec, rng(), {"saturation": 0.8}, 8, onset=True)
+    clean = draw_clip(world, codec, rng(), {}, 8)
+    late = draw_clip(world, codec, rng(), {"saturation": 0.8}, 8, onset=True)
     wrong = (clean.frames != late.frames).flatten(1).any(1)
     first = int(wrong.int().argmax())
     assert 1 <= first <= 6 and wrong[first:].all() and not wrong[:first].any()
@@ -60,16 +67,16 @@ def test_wrong_pictures_may_begin_late(codec):
 
 def test_wrong_columns_leave_the_ruler_alone(codec):
     world = world_for("dusk fast n9 any", 1)
-    clean, shot = (take(world, codec, rng(), s, 8) for s in ({}, {"columns": 1.0}))
-    assert torch.equal(clean.frames[:, :, SKYLINE:], shot.frames[:, :, SKYLINE:])
-    assert not torch.equal(clean.frames, shot.frames)
+    clean, clip = (draw_clip(world, codec, rng(), s, 8) for s in ({}, {"columns": 1.0}))
+    assert torch.equal(clean.frames[:, :, SKYLINE:], clip.frames[:, :, SKYLINE:])
+    assert not torch.equal(clean.frames, clip.frames)
 
 
 def paths(kind, strength, text="dusk fast n9 any", clips=40):
     world = world_for(text, 0)
     for seed in range(clips):
         right = way(world, seed % world.prompt.period, 8)
-        yield right, STEERS[kind](right, strength, world, rng(seed))
+        yield right, MOTION_ARTEFACTS[kind](right, strength, world, rng(seed))
 
 
 @pytest.mark.parametrize(("strength", "still"), [(0.01, 1), (0.5, 4), (1.0, 7)])

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_kv.report.charts import AXES, BYTES, READS, tradeoff
 from lightning_kv.report.curves import chunk_curves, curves
 from lightning_kv.report.entries import Entry, entries_of
 from lightning_kv.report.styles import styles
+from lightning_kv.report.tradeoff_charts import AXES, BYTES, READS, tradeoff
 
 SVG = "{http://www.w3.org/2000/svg}"
 WILD = '<b>"$x_1$&'

@@ -22,7 +22,7 @@ from lightning_kv.report.entries import (
     spoken,
     unit_text,
 )
-from lightning_kv.report.fronts import front_note, front_runs
+from lightning_kv.report.pareto_table import front_note, front_runs
 from lightning_kv.report.styles import Style, styles
 from lightning_kv.report.svg import INK, PAPER, figure, to_svg
 from lightning_kv.utilities.formatting import format_bytes, percent
