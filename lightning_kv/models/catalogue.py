@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import os
-import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -14,7 +10,7 @@ from typing import Any
 from lightning_kv.models.samplers import warp
 from lightning_kv.models.sizes import PRESETS
 from lightning_kv.models.wan import WanConfig
-from lightning_kv.utilities.nearest import unknown
+from lightning_kv.utilities.downloads import hub_copy, models_folder
 
 FOUR = warp((1000, 750, 500, 250), 5.0)
 """The four noise levels of Self Forcing and of most that came after it."""
@@ -261,33 +257,9 @@ PARTS: dict[str, Download] = {
 """What checkpoints need beside themselves, by name."""
 
 
-def models_folder() -> Path:
-    """Where downloads go: ``$LIGHTNING_KV_MODELS``, or ``~/.cache/lightning_kv``."""
-    given = os.environ.get("LIGHTNING_KV_MODELS")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "lightning_kv"
-
-
-def free_disk() -> int:
-    """Free bytes on the disk that :func:`models_folder` is on, or will be."""
-    folder = models_folder().absolute()
-    return shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
-
-
 def parts_folder() -> Path | None:
     """A local folder with ``tokenizer/``, ``text_encoder/`` and ``vae/``; None where none is."""
     return PARTS["wan2.1-parts"].root
-
-
-def entry(name: str) -> Download:
-    """What can be downloaded under a name: a checkpoint or the parts.
-
-    Raises:
-        ValueError: No such name.
-    """
-    known: dict[str, Download] = {**CATALOGUE, **PARTS}
-    if name not in known:
-        raise ValueError(unknown("published model", name, known))
-    return known[name]
 
 
 def by_file_name(path: str | Path) -> Published | None:
@@ -336,10 +308,7 @@ def _marker(folder: str) -> str:
 
 def _cached(found: Download) -> Path | None:
     """The snapshot in the hub's own cache that has the first of the files."""
-    if importlib.util.find_spec("huggingface_hub") is None:
-        return None
-    look = importlib.import_module("huggingface_hub").try_to_load_from_cache
     first = found.files[0]
     file = first + _marker(first) if first.endswith("/") else first
-    path = look(found.repo, file)
-    return Path(path).parents[file.count("/")] if isinstance(path, str) else None
+    path = hub_copy(found.repo, file)
+    return path and path.parents[file.count("/")]

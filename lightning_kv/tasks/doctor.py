@@ -18,9 +18,10 @@ from torch import Tensor
 
 from lightning_kv.cache import kernels
 from lightning_kv.cache.kernels import BACKENDS
-from lightning_kv.models.catalogue import CATALOGUE, PARTS, Download, free_disk, models_folder
+from lightning_kv.models.catalogue import CATALOGUE, PARTS, Download
 from lightning_kv.models.embedded import WEIGHTS, read_weights
 from lightning_kv.models.loading import memory_of
+from lightning_kv.utilities.downloads import free_disk, models_folder
 from lightning_kv.utilities.formatting import format_bytes
 
 if TYPE_CHECKING:

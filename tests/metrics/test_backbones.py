@@ -148,14 +148,6 @@ def test_a_folder_counts_only_with_its_weights(tmp_path):
     assert locate("dino-vitb16") == folder
 
 
-def test_the_default_folder_is_in_the_cache_of_the_user(monkeypatch):
-    from lightning_kv.models.catalogue import models_folder
-
-    assert weights_folder("i3d") == models_folder() / "metrics" / "i3d"
-    monkeypatch.delenv("LIGHTNING_KV_MODELS")
-    assert weights_folder("i3d") == models_folder() / "metrics" / "i3d"
-
-
 def test_a_wrong_path_is_not_passed_over(monkeypatch, tmp_path):
     put(weights_folder("i3d") / WEIGHTS["i3d"].file)
     with pytest.raises(WeightsUnavailable, match="as given"):
