@@ -7,13 +7,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from lightning_kv.models.catalogue import CATALOGUE, Published, by_file_name, parts_folder
 from lightning_kv.models.embedded import WEIGHTS, shipped
 from lightning_kv.models.samplers import spaced
-from lightning_kv.models.sizes import PRESETS, parameters
-from lightning_kv.models.wan import WanConfig
+from lightning_kv.models.sizes import PRESETS
+from lightning_kv.models.wan import CausalWan, WanConfig
 from lightning_kv.utilities.nearest import unknown
 
 FILE_KEYS = ("name", "like", "weights", "lora", "key", "text", "vae", "config")  # 3 are needed
@@ -231,7 +232,8 @@ def _changed(path: Path, base: WanConfig, changes: Mapping[str, Any]) -> WanConf
     try:
         made = replace(base, **{name: _plain(name, value) for name, value in changes.items()})
         made.geometry()
-        parameters(made)
+        with torch.device("meta"):
+            CausalWan(made)
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise ValueError(
             f"The config of {path} makes no network: {error}. It was {dict(changes)}, on top of "
