@@ -9,9 +9,9 @@ from typing import Any
 
 from lightning_kv import __version__
 from lightning_kv.commands.options import Command
-from lightning_kv.commands.parsing import hint
 from lightning_kv.commands.parsing import parse as parse_words
 from lightning_kv.commands.terminal import fail
+from lightning_kv.utilities.nearest import hint
 
 COMMANDS = {
     "evaluate": "roll out the reference and every policy from the same prompts and noise",

@@ -540,6 +540,6 @@ def test_lists(what, capsys):
     assert all(str(next(iter(row.values()))) in text for row in rows)
     if what == "models":
         found = {row["model"]: row for row in rows}
-        assert "1,418,996,800 parameters, 5.7 GB" in found["self-forcing"]["size"]
+        assert "1,418,996,800 parameters, 5.31 GiB" in found["self-forcing"]["size"]
         assert found["self-forcing"]["type"] == "lightning-kv fetch self-forcing"
         assert found["panorama"]["size"] == "893,008 parameters"

@@ -302,13 +302,13 @@ def changed(tiny_wan, tmp_path, **values):
     ("values", "words"),
     [
         ({"like": "self-forcin"}, ["Did you mean 'self-forcing'?"]),
-        ({"wieghts": "x"}, ["there is no 'wieghts'", "Did you mean 'weights'?"]),
+        ({"wieghts": "x"}, ["No key 'wieghts'", "Did you mean 'weights'?"]),
         ({"weights": None}, ["no `name:`, `like:` and `weights:`"]),
-        ({"config": {"dimm": 3}}, ["there is no 'dimm'", "Did you mean 'dim'?"]),
+        ({"config": {"dimm": 3}}, ["No setting 'dimm'", "Did you mean 'dim'?"]),
         ({"config": {}}, ["dim 64, 2 layers", "the size of wan-1.3b"]),
         ({"weights": "nowhere.pt"}, ["nowhere.pt"]),
         ({"key": "generator_raw"}, ["generator_raw", "generator_ema"]),
-        ({"like": "krea-14b", "config": {}}, ["GB in reference", "a GPU with more memory"]),
+        ({"like": "krea-14b", "config": {}}, ["GiB in reference", "a GPU with more memory"]),
     ],
 )
 def test_a_model_file_that_cannot_work_is_said(tiny_wan, tmp_path, capsys, values, words):

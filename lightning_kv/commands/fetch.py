@@ -25,19 +25,10 @@ class FetchOptions:
 
 def run(options: FetchOptions) -> None:
     """Download, after saying whose it is."""
-    from lightning_kv.metrics.backbones.weights import WEIGHTS
+    from lightning_kv.tasks.fetch import fetch, terms
 
-    if options.name in WEIGHTS:
-        from lightning_kv.tasks.fetch_weights import fetch_weights, terms
-
-        tell([terms(options.name)])
-        tell(fetch_weights(options.name, options.accept_license, options.force))
-        return
-    from lightning_kv.models.catalogue import entry
-    from lightning_kv.tasks.fetch import fetch, notice
-
-    tell([notice(entry(options.name))])
-    tell(fetch(options.name, options.force))
+    tell([terms(options.name)])
+    tell(fetch(options.name, options.accept_license, options.force))
 
 
 COMMAND = Command(

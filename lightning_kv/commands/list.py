@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_kv.commands.options import Command
-from lightning_kv.commands.parsing import hint
 from lightning_kv.commands.terminal import console
+from lightning_kv.utilities.formatting import format_bytes
+from lightning_kv.utilities.nearest import unknown
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ def run(options: ListOptions) -> None:
         ValueError: No such list, or nothing of a name in it.
     """
     if options.what not in KINDS:
-        near = hint(options.what, KINDS)
-        raise ValueError(f"Cannot list {options.what!r}.{near} Lists: {', '.join(KINDS)}.")
+        raise ValueError(unknown("list", options.what, KINDS))
     rows = listing(options.what)
     if options.what == "parts":
         from lightning_kv.policies.plugins import imported
@@ -59,10 +59,7 @@ def only(names: list[str], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     known = {next(iter(row.values())) for row in rows}
     for name in names:
         if name not in known:
-            near = hint(name, known)
-            raise ValueError(
-                f"Nothing is called {name!r}.{near} Names: {', '.join(sorted(known))}."
-            )
+            raise ValueError(unknown("entry", name, sorted(known)))
     return [row for row in rows if not names or next(iter(row.values())) in names]
 
 
@@ -193,7 +190,7 @@ def models() -> list[dict[str, Any]]:
             "about": one.about,
             "source": f"https://github.com/{one.project}, {one.page}",
             "licence": one.licence,
-            "size": "download not measured" if one.gigabytes is None else f"{one.gigabytes:g} GB",
+            "size": "download not measured" if one.size is None else format_bytes(one.size),
         }
         use = "all Wan models find it there"
         if one.name in CATALOGUE:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,8 @@ from lightning_kv.commands.options import (
     usage,
 )
 from lightning_kv.shipped import found as shipped
+from lightning_kv.utilities.lists import items_of
+from lightning_kv.utilities.nearest import hint
 
 COLLECTED = "accept_license"
 
@@ -207,15 +208,8 @@ def unknown(command: Command, known: Sequence[Option], name: str) -> str:
             return f"--{name} is refused: {why}. Leave it out."
     names = {plain(one.typed): one.typed for one in known if one.typed}
     names |= {one.typed.rpartition(".")[2]: one.typed for one in known if "trainer." in one.typed}
-    near = difflib.get_close_matches(plain(name), names, n=1)
-    guess = f" Did you mean {names[near[0]]!r}?" if near else ""
-    return f"No setting {name!r}.{guess} `lightning-kv {command.name} --help` tells them all."
-
-
-def hint(given: str, known: Iterable[str]) -> str:
-    """The nearest known name, as a question; nothing where none is near."""
-    near = difflib.get_close_matches(given, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    near = hint(plain(name), names, names)
+    return f"No setting {name!r}.{near} `lightning-kv {command.name} --help` tells them all."
 
 
 def explain(command: Command, known: Sequence[Option], text: str) -> str:
@@ -261,31 +255,25 @@ def words_for(one: Option) -> str:
 
 
 def as_list(value: Any) -> list[Any]:
-    """Items from ``[a,b]`` or ``a,b``; a mapping in it is read as YAML.
-
-    >>> as_list("[psnr, fvd/i3d]"), as_list("psnr"), as_list("[]")
-    (['psnr', 'fvd/i3d'], ['psnr'], [])
+    """Items from ``[a,b]`` or ``a,b``; where a mapping is among them, all is read as YAML.
 
     Raises:
         ValueError: Brackets are not closed.
     """
     if not isinstance(value, str):
         return [value] if isinstance(value, dict) else list(value)
-    text = value.strip()
-    if text.startswith("[") != text.endswith("]") or text.count("{") != text.count("}"):
-        raise ValueError(f"The list {value!r} has brackets that do not match. Write [a,b] or a,b.")
-    inside = text.removeprefix("[").removesuffix("]") if text.startswith("[") else text
-    if "{" in inside:
-        import yaml
+    items = items_of(value)
+    if "{" not in value:
+        return items
+    import yaml
 
-        try:
-            return yaml.safe_load(f"[{inside}]")
-        except yaml.YAMLError as error:
-            why = " ".join(str(error).split())
-            raise ValueError(
-                f"The list {value!r} cannot be read: {why}. Write [a, {{name: b, key: value}}]."
-            ) from error
-    return [name.strip() for name in inside.split(",") if name.strip()]
+    try:
+        return yaml.safe_load(value if value.strip().startswith("[") else f"[{value}]")
+    except yaml.YAMLError as error:
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"The list {value!r} cannot be read: {why}. Write [a, {{name: b, key: value}}]."
+        ) from error
 
 
 def built(kind: type, values: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from torchmetrics import Metric, MetricCollection
@@ -44,6 +43,7 @@ from lightning_kv.metrics.panorama import CameraRule, Recall, RecallFar, Revisit
 from lightning_kv.metrics.perceptual import LPIPS
 from lightning_kv.metrics.plugins import imported, usable
 from lightning_kv.metrics.sets import FrechetVideoDistance, JEDi, SetMetric, VideoKernelDistance
+from lightning_kv.utilities.nearest import unknown
 
 METRICS: dict[str, type[ClipMetric]] = {
     metric.name: metric
@@ -158,12 +158,10 @@ class Choice:
         base, _, network = name.partition("/")
         if isinstance(OWN.get(name), type) and not given:
             return cls(name, own=OWN[name])
-        known = [*METRICS, *SETS]
-        if base not in known:
-            nearest = get_close_matches(base, known, n=1, cutoff=0.0)[0]
+        if base not in METRICS | SETS:
             raise ValueError(
-                f"There is no metric '{text}'. Did you mean '{nearest}'? There are: "
-                f"{', '.join(known)}; and package.module:Class for one of your own."
+                f"{unknown('metric', base, METRICS | SETS)} One of your own is given as "
+                "package.module:Class."
             )
         fitting = networks(base)
         if (network or given) and not fitting:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import os
-import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -14,7 +10,7 @@ from typing import Any
 from lightning_kv.models.samplers import warp
 from lightning_kv.models.sizes import PRESETS
 from lightning_kv.models.wan import WanConfig
-from lightning_kv.utilities.nearest import hint
+from lightning_kv.utilities.downloads import hub_copy, models_folder
 
 FOUR = warp((1000, 750, 500, 250), 5.0)
 """The four noise levels of Self Forcing and of most that came after it."""
@@ -34,7 +30,7 @@ class Download:
         licence: Terms of code and weights, as far as they are known.
         repo: Repository on the model hub.
         files: Paths in the repository, the weights first, then a LoRA; a folder ends in ``/``.
-        gigabytes: Size of the download, 1e9 bytes; None where nobody has said.
+        size: Bytes of the download, to the digits that are known; None where nobody has said.
     """
 
     name: str
@@ -43,7 +39,7 @@ class Download:
     licence: str
     repo: str
     files: tuple[str, ...]
-    gigabytes: float | None = None
+    size: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -136,7 +132,7 @@ _ENTRIES = (
         name="self-forcing",
         about="Self Forcing, chunks of 3 frames, 4 steps, trained with DMD on 21 frames.",
         files=("checkpoints/self_forcing_dmd.pt",),
-        gigabytes=5.7,
+        size=5_700_000_000,
         **_SELF_FORCING,
     ),
     Published(
@@ -158,7 +154,7 @@ _ENTRIES = (
         name="causal-forcing",
         about="Causal Forcing, chunks of 3 frames, 4 steps.",
         files=("chunkwise/causal_forcing.pt",),
-        gigabytes=5.7,
+        size=5_700_000_000,
         **_CAUSAL_FORCING | {"key": "generator"},
     ),
     Published(
@@ -199,7 +195,7 @@ _ENTRIES = (
         repo="TencentARC/RollingForcing",
         files=("checkpoints/rolling_forcing_dmd.pt",),
         key="generator_ema",
-        gigabytes=17.0,
+        size=17_000_000_000,
         changes={"sampler": "rolling", "timesteps": ROLLING},
         policy="rolling-forcing",
     ),
@@ -237,7 +233,7 @@ _ENTRIES = (
         licence="CC BY-NC-SA 4.0 (not for commercial use)",
         repo="krea/krea-realtime-video",
         files=("krea-realtime-video-14b.safetensors",),
-        gigabytes=28.6,
+        size=28_600_000_000,
         preset="wan-14b",
         changes={"timesteps": (1000.0, 937.0, 833.0, 625.0), "shift": 5.0},
         policy="sliding-window@3f",
@@ -261,35 +257,9 @@ PARTS: dict[str, Download] = {
 """What checkpoints need beside themselves, by name."""
 
 
-def models_folder() -> Path:
-    """Where downloads go: ``$LIGHTNING_KV_MODELS``, or ``~/.cache/lightning_kv``."""
-    given = os.environ.get("LIGHTNING_KV_MODELS")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "lightning_kv"
-
-
-def free_disk() -> int:
-    """Free bytes on the disk that :func:`models_folder` is on, or will be."""
-    folder = models_folder().absolute()
-    return shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
-
-
 def parts_folder() -> Path | None:
     """A local folder with ``tokenizer/``, ``text_encoder/`` and ``vae/``; None where none is."""
     return PARTS["wan2.1-parts"].root
-
-
-def entry(name: str) -> Download:
-    """What can be downloaded under a name: a checkpoint or the parts.
-
-    Raises:
-        ValueError: No such name.
-    """
-    known: dict[str, Download] = {**CATALOGUE, **PARTS}
-    if name not in known:
-        raise ValueError(
-            f"No published model {name!r}.{hint(name, known)} Known: {', '.join(known)}."
-        )
-    return known[name]
 
 
 def by_file_name(path: str | Path) -> Published | None:
@@ -338,10 +308,7 @@ def _marker(folder: str) -> str:
 
 def _cached(found: Download) -> Path | None:
     """The snapshot in the hub's own cache that has the first of the files."""
-    if importlib.util.find_spec("huggingface_hub") is None:
-        return None
-    look = importlib.import_module("huggingface_hub").try_to_load_from_cache
     first = found.files[0]
     file = first + _marker(first) if first.endswith("/") else first
-    path = look(found.repo, file)
-    return Path(path).parents[file.count("/")] if isinstance(path, str) else None
+    path = hub_copy(found.repo, file)
+    return path and path.parents[file.count("/")]

@@ -18,7 +18,6 @@ last whole file. Prompts are looked up by their text as written, before any clea
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -34,6 +33,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lightning_kv.models.containers import checksum
+from lightning_kv.utilities.nearest import hint
 
 SCHEMA = 1
 INDEX = "embeddings.json"
@@ -116,12 +116,10 @@ class PromptBook(nn.Module):
 
     def _file(self, prompt: str) -> Path:
         if prompt not in self._files:
-            near = difflib.get_close_matches(prompt, self._files, n=3, cutoff=0.4)
-            hint = f" Nearest: {', '.join(map(repr, near))}." if near else ""
             raise ValueError(
                 f"There are no text states for {prompt!r} among the {len(self._files)} prompts of "
-                f"{self.folder}.{hint} Prompts are told apart by every letter; encode new ones "
-                "with `lightning-kv encode PROMPTS --text FOLDER --out DIR`."
+                f"{self.folder}.{hint(prompt, self._files)} Prompts are told apart by every "
+                "letter; encode new ones: `lightning-kv encode PROMPTS --text FOLDER --out DIR`."
             )
         return self.folder / self._files[prompt]
 

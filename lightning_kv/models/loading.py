@@ -21,6 +21,7 @@ from lightning_kv.models.text import WanText, text_fingerprint
 from lightning_kv.models.vae import WanVAE
 from lightning_kv.models.video import Encoder, VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
+from lightning_kv.utilities.formatting import format_bytes
 
 LARGE = 5e9  # parameters that no CPU should be asked to run
 ROOM = 1.15  # memory that weights need, times this: the rest of a rollout is on top
@@ -212,12 +213,12 @@ def check_memory(config: WanConfig, precision: str, device: str | torch.device) 
     if count > LARGE and device.type == "cpu" and needed <= there:
         raise ValueError(
             f"A network of {count / 1e9:.1f} billion parameters on a CPU takes hours for a second "
-            "of video. Use a GPU with 40 GB or more, or a model of 1.3 billion."
+            "of video. Use a GPU with 40 GiB or more, or a model of 1.3 billion."
         )
     if needed > there:
         raise ValueError(
-            f"The weights alone take {needed / 1e9:.1f} GB in {precision}, and {device} has "
-            f"{there / 1e9:.1f} GB. Use a GPU with more memory, or a smaller model."
+            f"The weights alone take {format_bytes(needed)} in {precision}, and {device} has "
+            f"{format_bytes(there)}. Use a GPU with more memory, or a smaller model."
         )
 
 

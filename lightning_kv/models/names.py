@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+
+from lightning_kv.utilities.nearest import hint
 
 WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 """Name parts that FSDP, activation checkpointing and ``torch.compile`` put in anywhere."""
@@ -101,9 +102,11 @@ def _translate(key: str, top: dict[str, str], block: dict[str, str], naming: str
             f"{key!r} belongs to an image-to-video checkpoint, which also reads image features. "
             "Give a text-to-video checkpoint."
         )
-    near = difflib.get_close_matches(inner, names, n=1, cutoff=0.0)[0]
-    near = near if index is None else f"blocks.{index}.{near}"
-    raise ValueError(f"{key!r} is no {naming} name of a Wan weight. The nearest is {near!r}.")
+    whole = names if index is None else [f"blocks.{index}.{name}" for name in names]
+    near = hint(inner, names, dict(zip(names, whole, strict=True)))
+    raise ValueError(
+        f"{key!r} is no {naming} name of a Wan weight.{near} Known: {', '.join(whole)}."
+    )
 
 
 def split_block(key: str) -> tuple[int | None, str]:

@@ -7,14 +7,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from lightning_kv.models.catalogue import CATALOGUE, Published, by_file_name, parts_folder
 from lightning_kv.models.embedded import WEIGHTS, shipped
 from lightning_kv.models.samplers import spaced
-from lightning_kv.models.sizes import PRESETS, parameters
-from lightning_kv.models.wan import WanConfig
-from lightning_kv.utilities.nearest import hint
+from lightning_kv.models.sizes import PRESETS
+from lightning_kv.models.wan import CausalWan, WanConfig
+from lightning_kv.utilities.nearest import unknown
 
 FILE_KEYS = ("name", "like", "weights", "lora", "key", "text", "vae", "config")  # 3 are needed
 
@@ -76,10 +77,9 @@ def find_model(text: str) -> Source:
             f"{text} does not say how it is sampled: its name is none of a published checkpoint. "
             f"Write NAME=FILE, such as self-forcing={text} (names: {', '.join(CATALOGUE)})."
         )
-    known = [*shipped(), *CATALOGUE]
     raise ValueError(
-        f"No model {text!r}.{hint(text, known)} Known: {', '.join(known)}; or a weights file, or a "
-        "YAML file with `weights:` and `like:`."
+        f"{unknown('model', text, [*shipped(), *CATALOGUE])} Or give a weights file, or a YAML "
+        "file with `weights:` and `like:`."
     )
 
 
@@ -142,8 +142,7 @@ def _known(name: str) -> Published:
     if name not in CATALOGUE:
         sizes = [size for size in PRESETS if size not in shipped()]
         raise ValueError(
-            f"No published checkpoint {name!r}.{hint(name, CATALOGUE)} "
-            f"Known: {', '.join(CATALOGUE)}; or a size: {', '.join(sizes)}."
+            f"{unknown('published checkpoint', name, CATALOGUE)} Or a size: {', '.join(sizes)}."
         )
     return CATALOGUE[name]
 
@@ -175,7 +174,9 @@ def _from_file(path: Path) -> Source:
             "Give the file, or `lora: null` where the weights hold both."
         )
     if base is None:
-        raise ValueError(f"In {path}, `like` is wrong. {_unknown(like, [*CATALOGUE, *PRESETS])}")
+        raise ValueError(
+            f"In {path}, `like` is wrong. {unknown('such model', like, [*CATALOGUE, *PRESETS])}"
+        )
     parts = parts_folder()
     vae = at.get("vae", None if parts is None else parts / "vae")
     return Source(
@@ -214,7 +215,7 @@ def _mapping(path: Path) -> dict[str, Any]:
         )
     for key in values:
         if key not in FILE_KEYS:
-            raise ValueError(f"In {path}: {_unknown(key, FILE_KEYS)}")
+            raise ValueError(f"In {path}: {unknown('key', key, FILE_KEYS)}")
     return dict(values)
 
 
@@ -227,11 +228,12 @@ def _changed(path: Path, base: WanConfig, changes: Mapping[str, Any]) -> WanConf
         )
     for key in changes:
         if key not in known:
-            raise ValueError(f"In the config of {path}: {_unknown(key, known)}")
+            raise ValueError(f"In the config of {path}: {unknown('setting', key, known)}")
     try:
         made = replace(base, **{name: _plain(name, value) for name, value in changes.items()})
         made.geometry()
-        parameters(made)
+        with torch.device("meta"):
+            CausalWan(made)
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise ValueError(
             f"The config of {path} makes no network: {error}. It was {dict(changes)}, on top of "
@@ -245,7 +247,3 @@ def _plain(name: str, value: Any) -> Any:
     if name == "timesteps" and isinstance(value, Mapping):
         return spaced(**value)
     return tuple(value) if isinstance(value, list) else value
-
-
-def _unknown(given: Any, known: Any) -> str:
-    return f"there is no {given!r}.{hint(str(given), known)} Known: {', '.join(known)}."

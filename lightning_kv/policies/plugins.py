@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import sys
-import traceback
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from lightning_kv.policies.part import PARTS, NameTaken, Part
+from lightning_kv.utilities import addresses
+from lightning_kv.utilities.addresses import described, file_of, foreign, reason
 
 GROUP = "lightning_kv.policies"
 """Entry points of this group name a part, or a module that holds some."""
@@ -33,29 +31,14 @@ def imported(text: str) -> type[Part]:
     Raises:
         ValueError: It cannot be imported, or is no part.
     """
-    module, _, name = text.partition(":")
-    if not all(piece.isidentifier() for piece in module.split(".")) or module.endswith(".py"):
-        raise ValueError(
-            f"{text!r} is no address of a part: {module!r} is no name of a module. Give "
-            "PACKAGE.MODULE:CLASS, such as mine.thinned:Thinned for mine/thinned.py."
-        )
-    with current_folder():
-        try:
-            found: Any = importlib.import_module(module)
-        except (Exception, SystemExit) as error:  # somebody else's module may raise anything
-            raise ValueError(
-                f"The module {module!r} of {text!r} cannot be imported. {_reason(error)}. Give "
-                "PACKAGE.MODULE:CLASS, installed or in the current folder."
-            ) from error
-    where = getattr(found, "__file__", None)
-    there = ", ".join(cls.__name__ for cls in _parts_of(found)) or "none"
-    for piece in name.split("."):
-        found = getattr(found, piece, None)
+    found = addresses.imported(text, "The part")
     if not is_part(found) or found.__module__ in BASES:
+        module = sys.modules[addresses.divided(text)[0]]
+        there = ", ".join(cls.__name__ for cls in _parts_of(module)) or "none"
         raise ValueError(
-            f"{text!r} is no part of a policy. It is {_what(found)}; the parts that {module!r} "
-            f"({where}) defines: {there}. Give a class that derives from RetainPart, SelectPart, "
-            "BudgetPart, PositionsPart or PrecisionPart."
+            f"{text!r} is no part of a policy. It is {described(found)}; the parts that "
+            f"{module.__name__!r} ({file_of(module.__name__)}) defines: {there}. Give a class that "
+            "derives from RetainPart, SelectPart, BudgetPart, PositionsPart or PrecisionPart."
         )
     return checked(found)
 
@@ -69,7 +52,8 @@ def checked(cls: type[Part]) -> type[Part]:
     if "__dataclass_params__" not in cls.__dict__:
         raise ValueError(
             f"The part {cls.__module__}:{cls.__qualname__} is no dataclass of its own, so its "
-            f"settings would be lost. It is {_what(cls)}. Write @dataclass(frozen=True) above it."
+            f"settings would be lost. It is {described(cls)}. Write @dataclass(frozen=True) above "
+            "it."
         )
     return cls
 
@@ -95,26 +79,16 @@ def sources(parts: Iterable[Part]) -> dict[str, str]:
     package, its neighbours in the folder too.
     """
     classes = [base for part in parts for base in type(part).__mro__]
-    homes = {cls.__module__ for cls in classes if not _foreign(cls.__module__)}
+    homes = {cls.__module__ for cls in classes if foreign(cls.__module__)}
     tops = {name.partition(".")[0] for name in homes}
-    folders = {_file(name).parent for name in homes if "." not in name and _file(name)}
+    folders = {file_of(name).parent for name in homes if "." not in name and file_of(name)}
     folders = {folder for folder in folders if not folder.name.endswith("-packages")}
     found = {}
     for name in sorted(sys.modules):
-        path = _file(name)
+        path = file_of(name)
         if path and (name.partition(".")[0] in tops or path.parent in folders):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
-
-
-def _foreign(module: str) -> bool:
-    """Whether what a class is made of is ours, torch's or Python's."""
-    return module.partition(".")[0] in {"lightning_kv", "torch", "abc", *sys.stdlib_module_names}
-
-
-def _file(name: str) -> Path | None:
-    path = getattr(sys.modules.get(name), "__file__", None)
-    return Path(path) if path and Path(path).is_file() else None
 
 
 @cache
@@ -130,7 +104,7 @@ def installed_parts() -> frozenset[type[Part]]:
             package = entry.dist.name if entry.dist else "a package"
             warnings.warn(
                 f"The entry point {entry.name!r} ({entry.value}) of {package} brings no policy. "
-                f"{_reason(error)}. Mend or uninstall it.",
+                f"{reason(error)}. Mend or uninstall it.",
                 stacklevel=2,
             )
     return frozenset(found)
@@ -148,37 +122,3 @@ def _offered(entry: EntryPoint) -> list[type[Part]]:
 def _parts_of(module: ModuleType) -> list[type[Part]]:
     own = (x for x in vars(module).values() if is_part(x))
     return [cls for cls in own if cls.__module__ == module.__name__]
-
-
-@contextmanager
-def current_folder() -> Iterator[None]:
-    """Python's own commands differ in whether the current folder is searched; here it is."""
-    here = str(Path.cwd())
-    known, before = here in sys.path, set(sys.modules)
-    sys.path.append(here)
-    try:
-        yield
-    finally:
-        files = [getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - before]
-        if known or not any(file and Path(file).is_relative_to(here) for file in files):
-            sys.path.remove(here)  # else what came from here may import more later
-
-
-def _reason(error: BaseException) -> str:
-    """An error in a line, with the last place in a file of the module's author."""
-    python = Path(traceback.__file__).parent
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith("<")
-        and Path(frame.filename) != Path(__file__)
-        and (python not in Path(frame.filename).parents or "-packages" in frame.filename)
-    ]
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
-
-
-def _what(found: Any) -> str:
-    if found is None:
-        return "nothing"
-    return f"the class {found.__name__}" if isinstance(found, type) else f"{type(found).__name__!r}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 import warnings
@@ -24,6 +23,7 @@ from lightning_kv.policies.plugins import (
     installed_parts,
 )
 from lightning_kv.policies.scored import ScoredPart
+from lightning_kv.utilities.nearest import unknown
 
 SLOTS = tuple(kind for kind in KINDS if kind != "budget")
 """Parts that a policy has one each of; budgets belong to those that score."""
@@ -124,7 +124,7 @@ def _alone(name: str) -> CachePolicy:
     )
     if not found:
         every = {part for own in PARTS.values() for part in own} | presets().keys()
-        raise ValueError(unknown("policy", name, every))
+        raise ValueError(unknown("policy", name, sorted(every)))
     kinds = [cls.kind for cls in found]
     if len(found) > 1 or kinds == ["budget"]:
         way = "name: mine, retain: {part: window, budget: {part: table, ...}}"
@@ -223,7 +223,7 @@ def part_class(kind: str, name: Any) -> type[Part]:
             )
         return found
     if not isinstance(name, str) or name not in PARTS[kind]:
-        raise ValueError(unknown(f"{kind} part", name, PARTS[kind]))
+        raise ValueError(unknown(f"{kind} part", name, sorted(PARTS[kind])))
     refuse_clash(name)
     return checked(PARTS[kind][name])
 
@@ -324,11 +324,3 @@ def _plain(value: Any) -> Any:
         own = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
         return {"part": address(type(value))} | own
     return asdict(value) if is_dataclass(value) else value
-
-
-def unknown(what: str, given: Any, known: Any) -> str:
-    """Text of an error about an unknown name, with the nearest known one."""
-    names = sorted(known)
-    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"No {what} {given!r}.{hint} Known: {', '.join(names)}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from lightning_kv.report.differences import difference_words
@@ -17,15 +18,15 @@ from lightning_kv.report.entries import (
 )
 from lightning_kv.report.table import NOTHING, format_estimate, format_number
 from lightning_kv.runs.units import counted, sets_words
-from lightning_kv.utilities.formatting import format_bytes
+from lightning_kv.utilities.formatting import format_bytes, percent
 
 COSTS: tuple[tuple[str, str, bool, Callable[[float], str]], ...] = (
     # field, head, whether more is better, how it is shown
     ("kv_bytes_peak", "KV peak", False, format_bytes),
     ("kv_bytes_mean", "KV mean", False, format_bytes),
-    ("kv_read_fraction", "reads", False, "{:.1%}".format),
-    ("kv_scored_fraction", "scored", False, "{:.1%}".format),
-    ("kv_kept_fraction", "kept", False, "{:.1%}".format),
+    ("kv_read_fraction", "reads", False, partial(percent, digits=1)),
+    ("kv_scored_fraction", "scored", False, partial(percent, digits=1)),
+    ("kv_kept_fraction", "kept", False, partial(percent, digits=1)),
     ("seconds_per_chunk_p50", "ms/chunk", False, lambda seconds: f"{1000 * seconds:.1f}"),
     ("speedup", "speed-up", True, "{:.2f}x".format),
 )

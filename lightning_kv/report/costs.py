@@ -10,7 +10,7 @@ from lightning_kv.report.entries import Entry
 from lightning_kv.report.table import NOTHING
 from lightning_kv.runs.costs import chunk_medians
 from lightning_kv.runs.directory import Record
-from lightning_kv.utilities.formatting import format_bytes
+from lightning_kv.utilities.formatting import format_bytes, percent
 
 QUARTER = 4  # the first and the last of so many parts of a clip are compared
 
@@ -100,7 +100,7 @@ def _touched(entry: Entry, most: float) -> Bar | None:
     read, scored = _rows(entry)
     if entry.result["cost"]["kv_read_fraction"] is None:
         return None
-    text = f"{read:.1%} read" + (f" + {scored:.1%} scored" if scored else "")
+    text = f"{percent(read, 1)} read" + (f" + {percent(scored, 1)} scored" if scored else "")
     return Bar(100 * read / most, 100 * scored / most, text)
 
 

@@ -62,10 +62,10 @@ def escape(text: str) -> str:
 def number(text: str) -> str:
     r"""A number as it is shown elsewhere, for math mode.
 
-    >>> number("3.1e-5"), number("26.1%"), number("4.31 MiB")
-    ('3.1 \\times 10^{-5}', '26.1\\%', '4.31~\\mathrm{MiB}')
+    >>> number("3.1e-5"), number("26.1 %"), number("4.31 MiB")
+    ('3.1 \\times 10^{-5}', '26.1\\,\\%', '4.31~\\mathrm{MiB}')
     """
-    text = text.replace("%", r"\%")
+    text = text.replace(" %", r"\,\%")
     text = re.sub(r"x$", r"\\times", text)
     text = re.sub(r"e(-?)0*(\d+)", r" \\times 10^{\1\2}", text)
     return re.sub(r" ?([A-Za-z]*i?B)$", r"~\\mathrm{\1}", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from textwrap import wrap
 from typing import Any
 
@@ -15,11 +16,12 @@ from lightning_kv.runs.intervals import interval_note
 from lightning_kv.runs.summary import hindsight
 from lightning_kv.runs.units import counted, sets_words
 from lightning_kv.runs.verdict import extent
-from lightning_kv.utilities.formatting import format_bytes
+from lightning_kv.utilities.formatting import format_bytes, percent
 
 NOTHING = "\N{EN DASH}"
 SCREEN = 120  # characters of a line
 NAME_WIDTH = 20  # characters after which a policy's name goes on in the next line
+_share = partial(percent, digits=1)
 Cell = tuple["float | None", str]  # value and how it is shown
 
 
@@ -123,9 +125,9 @@ def cost_table(summary: dict[str, Any]) -> Table:
     columns = []
     for header, name, show, better in (
         ("KV peak ↓", "kv_bytes_peak", format_bytes, False),
-        ("reads ↓", "kv_read_fraction", _percent, False),
-        ("scored ↓", "kv_scored_fraction", _percent, False),
-        ("kept ↓", "kv_kept_fraction", _percent, False),
+        ("reads ↓", "kv_read_fraction", _share, False),
+        ("scored ↓", "kv_scored_fraction", _share, False),
+        ("kept ↓", "kv_kept_fraction", _share, False),
         ("ms/chunk\np50 ↓", "seconds_per_chunk_p50", _milliseconds, False),
         ("ms/chunk\np95 ↓", "seconds_per_chunk_p95", _milliseconds, False),
         ("speed-\nup ↑", "speedup", "{:.2f}x".format, True),
@@ -174,10 +176,6 @@ def format_number(value: float, scale: float, digits: int = 1) -> str:
         return f"{value:.{1 if scale >= 10 else 3 if scale >= 0.01 else 4}f}"
     mantissa, exponent = f"{value:.{digits}e}".split("e")
     return f"{mantissa}e{int(exponent)}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def _milliseconds(seconds: float) -> str:

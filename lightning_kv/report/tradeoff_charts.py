@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lightning_kv.report.entries import (
@@ -24,7 +25,7 @@ from lightning_kv.report.entries import (
 from lightning_kv.report.pareto_table import front_note, front_runs
 from lightning_kv.report.styles import Style, styles
 from lightning_kv.report.svg import INK, PAPER, figure, to_svg
-from lightning_kv.utilities.formatting import format_bytes
+from lightning_kv.utilities.formatting import format_bytes, percent
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class Axis:
 
 
 BYTES = Axis("kv_bytes_peak", "cache at its peak, bytes of one clip", format_bytes)
-READS = Axis("kv_read_fraction", "history rows read, share of the reference", "{:.0%}".format)
+READS = Axis(
+    "kv_read_fraction", "history rows read, share of the reference", partial(percent, digits=0)
+)
 TIME = Axis("seconds_per_chunk_p50", "time per chunk", lambda seconds: f"{1000 * seconds:.3g} ms")
 AXES = (BYTES, READS, TIME)
 

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from lightning_kv.runs.margins import check_margin, default_margins
 from lightning_kv.runs.units import counted
 from lightning_kv.stats.inference import NonInferiority, non_inferiority, prompts_needed
 from lightning_kv.utilities.formatting import number, several
+from lightning_kv.utilities.nearest import hint
 
 PASS, REGRESSION, THIN = 0, 1, 2
 """Exit codes."""
@@ -335,10 +335,8 @@ def same_metric(
     own, base = (summary["policies"][policy]["metrics"] for summary in (new, old))
     if metric not in own or metric not in base:
         both = [name for name in own if name in base]
-        near = get_close_matches(metric, both, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"A margin is given for {metric!r}, which not both have.{hint} Both have "
+            f"A margin is given for {metric!r}, which not both have.{hint(metric, both)} Both have "
             f"{', '.join(both)}."
         )
     here, there = own[metric], base[metric]

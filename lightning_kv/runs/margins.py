@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from lightning_kv.runs.units import Clips, Paired, metric_of, paired_units
 from lightning_kv.stats.bootstrap import confidence_below, paired_interval
+from lightning_kv.utilities.nearest import hint
 
 MARGINS = {"recall": 0.02, "revisit_error": 0.002, "ssim": 0.02, "psnr": 0.5}
 """The margin where none is given: of the first of these that the run has values for."""
@@ -183,9 +183,9 @@ def check_margins(margins: dict[str, float], facts: Facts, able: Sequence[str]) 
     """
     for metric, margin in margins.items():
         if metric not in facts:
-            near = get_close_matches(metric, facts, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"This run has no metric {metric!r}.{hint} {works(able)}")
+            raise ValueError(
+                f"This run has no metric {metric!r}.{hint(metric, facts)} {works(able)}"
+            )
         check_margin(metric, margin, facts[metric])
         if facts[metric]["against_reference"] and facts[metric]["identical"] is None:
             raise ValueError(

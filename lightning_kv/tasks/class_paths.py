@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from argparse import ArgumentError
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning_kv.policies.plugins import current_folder
+from lightning_kv.utilities.addresses import described, imported
 
 Address = str | Mapping[str, Any]
 """``package.module:Class``, ``package.module.Class``, or a mapping with ``class_path``."""
@@ -76,26 +75,12 @@ def class_of(path: str, base: type, option: str) -> type:
     Raises:
         ValueError: There is none, or it is of another kind.
     """
-    module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
-    named = [*module.split("."), *name.split(".")]
     what = f"package.module:Class, of a class that derives from {base.__name__}"
-    if not all(piece.isidentifier() for piece in named):
-        raise ValueError(f"{option} {path!r} is no address of a class. Give {what}.")
-    with current_folder():
-        try:
-            found: Any = importlib.import_module(module)
-        except (Exception, SystemExit) as error:  # somebody else's module may raise anything
-            raise ValueError(
-                f"{option} {path} cannot be imported: {type(error).__name__}: {error}. Give "
-                f"{what}, installed or in the current folder."
-            ) from error
-    for piece in name.split("."):
-        found = getattr(found, piece, None)
+    found = imported(path, option, what)
     if not isinstance(found, type) or not issubclass(found, base):
-        there = "nothing" if found is None else f"{type(found).__name__} {name}"
-        if isinstance(found, type):
-            there = f"a class that derives from {', '.join(b.__name__ for b in found.__bases__)}"
-        raise ValueError(f"{option} {path} is of the wrong kind: it is {there}. Give {what}.")
+        raise ValueError(
+            f"{option} {path} is of the wrong kind: it is {described(found)}. Give {what}."
+        )
     if inspect.isabstract(found):
         lacks = ", ".join(sorted(found.__abstractmethods__))
         raise ValueError(f"{option} {path} lacks {lacks}. Give {what} that has them.")

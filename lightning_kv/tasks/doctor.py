@@ -18,8 +18,11 @@ from torch import Tensor
 
 from lightning_kv.cache import kernels
 from lightning_kv.cache.kernels import BACKENDS
-from lightning_kv.models.catalogue import CATALOGUE, PARTS, Download, free_disk, models_folder
+from lightning_kv.models.catalogue import CATALOGUE, PARTS, Download
 from lightning_kv.models.embedded import WEIGHTS, read_weights
+from lightning_kv.models.loading import memory_of
+from lightning_kv.utilities.downloads import free_disk, models_folder
+from lightning_kv.utilities.formatting import format_bytes
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -196,7 +199,7 @@ def _cpu() -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     detail = f"{cores} cores, {torch.get_num_threads()} threads for torch"
     if hasattr(os, "sysconf"):
-        detail += f", {_gigabytes(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))} memory"
+        detail += f", {format_bytes(memory_of(torch.device('cpu')))} memory"
     return Check("cpu", "ok", detail, required=True)
 
 
@@ -211,8 +214,8 @@ def _gpu(index: int) -> Check:
     about = torch.cuda.get_device_properties(index)
     half = "bfloat16" if about.major >= 8 else "no bfloat16"
     detail = (
-        f"{about.name}, {_gigabytes(about.total_memory)}, capability {about.major}.{about.minor}, "
-        f"{half}, CUDA {torch.version.cuda}, driver {_driver()}"
+        f"{about.name}, {format_bytes(about.total_memory)}, capability "
+        f"{about.major}.{about.minor}, {half}, CUDA {torch.version.cuda}, driver {_driver()}"
     )
     return Check(f"cuda:{index}", "ok", detail)
 
@@ -344,14 +347,10 @@ def _embedded() -> Check:
 def _weights(one: Download) -> Check:
     root = one.root
     if root is None:
-        size = "?" if one.gigabytes is None else f"{one.gigabytes:.1f}"
-        return Check(one.name, "missing", f"not here: `lightning-kv fetch {one.name}` ({size} GB)")
+        size = "" if one.size is None else f" ({format_bytes(one.size)})"
+        return Check(one.name, "missing", f"not here: `lightning-kv fetch {one.name}`{size}")
     return Check(one.name, "ok", str(root if one.name in PARTS else one.path))
 
 
 def _disk() -> Check:
-    return Check("models folder", "ok", f"{models_folder()}, {_gigabytes(free_disk())} free")
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
+    return Check("models folder", "ok", f"{models_folder()}, {format_bytes(free_disk())} free")

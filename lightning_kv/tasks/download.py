@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from http.client import HTTPException, HTTPResponse
@@ -10,8 +9,9 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from lightning_kv.metrics.backbones.weights import first_line
 from lightning_kv.tasks.progress import ProgressLine
+from lightning_kv.utilities.downloads import has_hub
+from lightning_kv.utilities.formatting import first_line
 
 SILENCE = 60  # seconds without a byte after which a server is given up
 BLOCK = 1 << 20
@@ -95,7 +95,7 @@ def need_hub() -> None:
     Raises:
         DownloadFailed: It is not installed.
     """
-    if importlib.util.find_spec("huggingface_hub") is None:
+    if not has_hub():
         raise DownloadFailed(MISSING)
 
 

@@ -1,42 +1,121 @@
-"""Download published checkpoints, and the text encoder and VAE that they need."""
+"""Download published checkpoints, what they need beside them, and the weights of metrics."""
 
 from __future__ import annotations
 
-from lightning_kv.metrics.backbones.weights import first_line
-from lightning_kv.models.catalogue import Download, entry, free_disk
-from lightning_kv.tasks.download import DownloadFailed, download_from_hub, need_hub
-from lightning_kv.utilities.formatting import format_bytes
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+
+from lightning_kv.metrics.backbones.weights import (
+    WEIGHTS,
+    Weights,
+    WeightsUnavailable,
+    check_licence,
+    locate,
+    verified,
+    weights_folder,
+)
+from lightning_kv.models.catalogue import CATALOGUE, PARTS, Download
+from lightning_kv.tasks.download import DownloadFailed, download, download_from_hub, need_hub
+from lightning_kv.utilities.downloads import free_disk
+from lightning_kv.utilities.formatting import first_line, format_bytes
+from lightning_kv.utilities.nearest import unknown
 
 
-def fetch(name: str, force: bool = False) -> list[str]:
-    """Download a published checkpoint, or the parts that all of them need.
+def fetch(name: str, accept: Collection[str] = (), force: bool = False) -> list[str]:
+    """Download a published checkpoint, the parts that all of them need, or weights of a metric.
 
     Args:
-        name: Name in the catalogue, such as ``self-forcing`` or ``wan2.1-parts``.
+        name: Such as ``self-forcing``, ``wan2.1-parts`` or ``dino-vitb16``.
+        accept: Licences accepted for weights of metrics that forbid commercial use.
         force: Download again what is here already.
 
     Returns:
-        Sentences for the terminal, the licence first.
+        Sentences for the terminal.
 
     Raises:
-        ValueError: No such name, no hub client, too little disk, or the download failed.
+        ValueError: No such name, nothing to download, no hub client, too little disk, or the
+            download failed.
+        WeightsUnavailable: A licence was not accepted.
     """
-    found = entry(name)
-    words = [notice(found)]
-    root = found.root
-    if root is not None and not force:
-        return [*words, f"{name} is already here, in {root}. Nothing was downloaded."]
-    size = _download(found, force)
-    return [*words, f"{name} is in {found.folder}: {format_bytes(size)}."]
+    found = published(name)
+    weights = isinstance(found, Weights)
+    place = _weights_here(found, accept) if weights else found.root
+    if place is not None and not force:
+        return [f"{name} is already here, in {place}. Nothing was downloaded."]
+    return [_fetch_weights(found, accept, force) if weights else _fetch_model(found, force)]
 
 
-def notice(found: Download) -> str:
-    """Whose it is and under which terms; to be read before downloading."""
-    return f"{found.name} comes from {found.page}. Licence: {found.licence}."
+def published(name: str) -> Download | Weights:
+    """What can be downloaded under a name.
+
+    Raises:
+        ValueError: Nothing.
+    """
+    known: dict[str, Download | Weights] = {**CATALOGUE, **PARTS, **WEIGHTS}
+    if name not in known:
+        raise ValueError(unknown("download", name, known))
+    return known[name]
 
 
-def _download(found: Download, force: bool) -> int:
-    """Bring the files here; returns their size in bytes."""
+def terms(name: str) -> str:
+    """Whose it is and under which terms; to be read before downloading.
+
+    Raises:
+        ValueError: No such name.
+    """
+    found = published(name)
+    size = "" if found.size is None else f" {format_bytes(found.size)}."
+    return f"{name} comes from {found.page}. Licence: {found.licence}.{size}"
+
+
+def _weights_here(weights: Weights, accept: Collection[str]) -> Path | None:
+    check_licence(weights, accept)
+    with suppress(WeightsUnavailable):
+        return locate(weights.name, accept=accept)
+    return None
+
+
+def _fetch_weights(weights: Weights, accept: Collection[str], force: bool) -> str:
+    """Bring what a metric looks through here, and check it where a checksum is published."""
+    name = weights.name
+    if not weights.fetchable:
+        raise ValueError(
+            f"{name} cannot be downloaded: {weights.about} See {weights.page}, and say where your "
+            f"copy lies with METRIC/{name}=FILE or {weights.variable}=FILE."
+        )
+    try:
+        place, digest = _brought(weights, accept, force)
+    except DownloadFailed as error:
+        raise ValueError(
+            f"{name} was not downloaded from {weights.page}: {error}. Try again, or copy it from "
+            f"elsewhere to {weights_folder(name)}."
+        ) from error
+    checked = "as published" if weights.sha256 else "no checksum is published to compare with"
+    return f"{name} is in {place}. SHA-256 {digest} ({checked})."
+
+
+def _brought(weights: Weights, accept: Collection[str], force: bool) -> tuple[Path, str]:
+    """Download, and check; returns where the weights are, and their checksum."""
+    folder = weights_folder(weights.name)
+    if not weights.repo:
+        path = folder / weights.file
+        digest = download(
+            weights.url, path, lambda part: verified(part, weights), bool(weights.sha256), force
+        )
+        return path, digest
+    download_from_hub(weights.repo, folder, weights.path or None, force)
+    place = locate(weights.name, accept=accept)
+    try:
+        return place, verified(place, weights)
+    except ValueError:  # or the next fetch would find it here
+        if folder in place.parents:
+            place.unlink(missing_ok=True)
+        raise
+
+
+def _fetch_model(found: Download, force: bool) -> str:
+    """Bring the files of a checkpoint, or the parts of all, here."""
     patterns = [f"{file}*" if file.endswith("/") else file for file in found.files]
     try:
         need_hub()
@@ -47,7 +126,7 @@ def _download(found: Download, force: bool) -> int:
         raise ValueError(_failed(found, str(error))) from error
     if found.root is None:
         raise ValueError(_failed(found, f"files are missing in {found.folder} afterwards"))
-    return size
+    return f"{found.name} is in {found.folder}: {format_bytes(size)}."
 
 
 def _size(found: Download) -> int:

@@ -30,7 +30,7 @@ from lightning_kv.tasks.rollouts.outcome import broken
 from lightning_kv.tasks.rollouts.settings import check_negative
 from lightning_kv.tasks.trainer import resolved
 from lightning_kv.tasks.videos import enlarged
-from lightning_kv.utilities.formatting import format_bytes
+from lightning_kv.utilities.formatting import format_bytes, percent
 
 LENGTH = 6.0  # seconds, where the model was trained for as many
 
@@ -70,7 +70,7 @@ class Generated:
     @property
     def words(self) -> list[str]:
         """What was made and what it cost, in lines."""
-        share = f"{100 * self.rows_read / self.rows_all:.0f} %" if self.rows_all else "none"
+        share = percent(self.rows_read / self.rows_all) if self.rows_all else "none"
         scored = f", {self.rows_scored:,} more only scored" if self.rows_scored else ""
         rebuilt = f", {self.rebuilt_frames} frames encoded again" if self.rebuilt_frames else ""
         latent = "" if self.latent_frames == self.frames else f" ({self.latent_frames} latent)"

@@ -19,6 +19,12 @@ def upper(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line without a full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".: ")
+
+
 def sureness(confidence: float) -> str:
     """A confidence, rounded down so that 94.9 % does not look like 95 %.
 
@@ -28,13 +34,15 @@ def sureness(confidence: float) -> str:
     return "more than 99 %" if confidence > 0.99 else f"{int(100 * confidence + 1e-9)} %"
 
 
-def percent(share: float) -> str:
-    """A share; one digit more where it is small.
+def percent(share: float, digits: int | None = None) -> str:
+    """A share, with that many digits after the point; else with one where it is small.
 
-    >>> percent(0.262), percent(0.0123)
-    ('26 %', '1.2 %')
+    >>> percent(0.262), percent(0.0123), percent(0.262, 1)
+    ('26 %', '1.2 %', '26.2 %')
     """
-    return f"{100 * share:.0f} %" if share >= 0.1 or share == 0 else f"{100 * share:.1f} %"
+    if digits is None:
+        digits = 1 if 0 != share < 0.1 else 0
+    return f"{100 * share:.{digits}f} %"
 
 
 def number(value: float) -> str:

@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
-def hint(given: str, known: Iterable[str]) -> str:
+def hint(given: Any, known: Iterable[str], shown: Mapping[str, str] | None = None) -> str:
     """The nearest known name as a question, with a blank before it; nothing where none is near.
 
-    >>> hint("self-forcin", ["causvid", "self-forcing"])
-    " Did you mean 'self-forcing'?"
+    Near is what is spelled alike, or begins with what was given.
+
+    Args:
+        given: What somebody wrote.
+        known: What would have worked.
+        shown: What to say in place of some of them.
+
+    >>> hint("self-forcin", ["causvid", "self-forcing"]), hint("dino", ["dino-vitb16"])
+    (" Did you mean 'self-forcing'?", " Did you mean 'dino-vitb16'?")
+    >>> hint("bogus", ["brightness", "causvid"])
+    ''
     """
-    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.4)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    text, names = str(given), list(known)
+    near = difflib.get_close_matches(text, names, n=1)
+    near = near or [name for name in names if len(text) > 2 and name.startswith(text)]
+    return f" Did you mean {(shown or {}).get(near[0], near[0])!r}?" if near else ""
+
+
+def unknown(what: str, given: Any, known: Iterable[str]) -> str:
+    """What to say of an unknown name: that it is none, the nearest one, and all there are.
+
+    >>> unknown("model", "panorma", ["panorama", "causvid"])
+    "No model 'panorma'. Did you mean 'panorama'? Known: panorama, causvid."
+    """
+    names = list(known)
+    return f"No {what} {given!r}.{hint(given, names)} Known: {', '.join(names)}."

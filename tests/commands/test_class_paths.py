@@ -214,8 +214,8 @@ KINDS = [
 @pytest.mark.parametrize(("option", "kind", "wrong"), KINDS, ids=lambda x: str(x))
 def test_a_class_of_the_wrong_kind(mine, capsys, option, kind, wrong):
     cases = {
-        f"mine.things:{wrong}": "is of the wrong kind: it is a class that derives from",
-        "mine.things:function": "is of the wrong kind: it is function function",
+        f"mine.things:{wrong}": "is of the wrong kind: it is the class",
+        "mine.things:function": "is of the wrong kind: it is 'function'",
         "mine.things:Absent": "is of the wrong kind: it is nothing",
         "mine.broken:Thing": "RuntimeError: half written",
         "mine.nowhere.Thing": "No module named 'mine.nowhere'",

@@ -142,18 +142,10 @@ def test_a_folder_counts_only_with_its_weights(tmp_path):
     folder = weights_folder("dino-vitb16")
     assert folder == tmp_path / "models" / "metrics" / "dino-vitb16"
     put(folder / "config.json", b"{}")
-    with pytest.raises(WeightsUnavailable, match=r"343 MB.*Apache-2\.0"):
+    with pytest.raises(WeightsUnavailable, match=r"327 MiB.*Apache-2\.0"):
         locate("dino-vitb16")
     put(folder / "pytorch_model.bin")
     assert locate("dino-vitb16") == folder
-
-
-def test_the_default_folder_is_in_the_cache_of_the_user(monkeypatch):
-    from lightning_kv.models.catalogue import models_folder
-
-    assert weights_folder("i3d") == models_folder() / "metrics" / "i3d"
-    monkeypatch.delenv("LIGHTNING_KV_MODELS")
-    assert weights_folder("i3d") == models_folder() / "metrics" / "i3d"
 
 
 def test_a_wrong_path_is_not_passed_over(monkeypatch, tmp_path):

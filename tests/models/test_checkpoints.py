@@ -106,13 +106,13 @@ def test_names_with_the_same_shape_are_not_mixed_up(original, diffusers):
 @pytest.mark.parametrize(
     ("translate", "key", "said"),
     [
-        (to_diffusers, "blocks.4.self_attn.qq.weight", r"nearest is 'blocks.4.self_attn.q.weight'"),
+        (to_diffusers, "blocks.4.self_attn.qq.weight", r"mean 'blocks.4.self_attn.q.weight'"),
         (to_diffusers, "blocks.4.attn1.to_q.weight", "no original name"),
         (to_diffusers, "xblocks.4.norm3.weight", "no original name"),
-        (to_diffusers, "blocks.4.norm3.weight.x", r"nearest is 'blocks.4.norm3.weight'"),
+        (to_diffusers, "blocks.4.norm3.weight.x", r"Did you mean 'blocks.4.norm3.weight'"),
         (to_diffusers, "blocks.04.norm3.weight", "no original name"),
-        (to_original, "blocks.4.norm3.weight", r"nearest is 'blocks.4.norm2.weight'"),
-        (to_original, "proj_ou.weight", r"nearest is 'proj_out.weight'"),
+        (to_original, "blocks.4.norm3.weight", r"Did you mean 'blocks.4.norm2.weight'"),
+        (to_original, "proj_ou.weight", r"Did you mean 'proj_out.weight'"),
         (to_diffusers, "blocks.0.cross_attn.k_img.weight", "image-to-video"),
         (to_diffusers, "img_emb.proj.1.weight", "image-to-video"),
         (to_original, "blocks.0.attn2.add_v_proj.bias", "image-to-video"),
@@ -357,7 +357,7 @@ def test_weights_that_are_missing_doubled_foreign_or_quantised(tmp_path, weights
     save_file({**weights, "model.head.modulation": weights["head.modulation"] + 1}, path)
     fails(path, r"both of which are 'head\.modulation'")
     save_file({**weights, "blocks.0.norm4.weight": torch.zeros(2)}, path)
-    fails(path, r"nearest is 'blocks\.0\.norm3\.weight'")
+    fails(path, r"Did you mean 'blocks\.0\.norm3\.weight'")
     save_file({**weights, "blocks.0.cross_attn.k_img.bias": torch.zeros(2)}, path)
     fails(path, "text-to-video")
     name = "blocks.0.ffn.0.weight"

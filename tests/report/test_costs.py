@@ -50,7 +50,7 @@ def test_bars_are_parts_of_the_longest(tmp_path: Path, make_run) -> None:
     assert (rival.memory.first, rival.memory.second) == (20.0, 30.0)
     assert (full.rows.first, full.rows.second) == (50.0, 0.0), "2 is the longest"
     assert (rival.rows.first, rival.rows.second) == (25.0, 75.0)
-    assert rival.rows.text == "50.0% read + 150.0% scored"
+    assert rival.rows.text == "50.0 % read + 150.0 % scored"
 
 
 def test_what_nobody_knows_is_no_row(tmp_path: Path, make_run) -> None:

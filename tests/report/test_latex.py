@@ -59,7 +59,7 @@ def test_the_numbers_are_there_and_the_best_is_bold(text: str) -> None:
     assert rows["full (reference)"][2] == "--"
     assert rows["w@6f"][3] == r"$122.5$ (null 88.2)"
     assert rows["full (reference)"][4] == r"$4.77~\mathrm{MiB}$"
-    assert rows["w@6f"][5] == r"$25.0\%$"
+    assert rows["w@6f"][5] == r"$25.0\,\%$"
     heads = [cell for table in more for cell in table[0]]
     assert all(rf"quality {i}~$\uparrow$" in heads for i in range(16))
     assert "brightness" in heads, "neither way is better: no arrow"
@@ -96,7 +96,7 @@ def test_nothing_special_is_left(text: str) -> None:
         ("2.5e5", r"2.5 \times 10^{5}"),
         ("878 KiB", r"878~\mathrm{KiB}"),
         ("12 B", r"12~\mathrm{B}"),
-        ("26.1%", r"26.1\%"),
+        ("26.1 %", r"26.1\,\%"),
         ("0.5", "0.5"),
         ("1.06x", r"1.06\times"),
     ],

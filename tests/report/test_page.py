@@ -323,7 +323,7 @@ def test_time_and_bytes_are_broken_down(tmp_path: Path, run: PageRun) -> None:
     page = written(tmp_path / "report.html", [run])
     section = page.text("section", "table")
     assert "391 KiB mean, 4.77 MiB peak" in section
-    assert "25.0% read" in section
+    assert "25.0 % read" in section
     bars = [a["style"] for a in page.all("i") if "style" in a and a["style"].startswith("width")]
     assert bars[:2] == ["width:8.00%", "width:92.00%"], "400 000 of 5 000 000 bytes"
     assert bars[2:4] == ["width:100.00%", "width:0.00%"]

@@ -136,7 +136,7 @@ def test_the_share_of_rows_kept_has_a_column_where_it_is_known(
     assert "kept" in (text := drawn(render_tables(run.summary))) and "12.5 %" in text
     first, _ = comparison(entries_of([run]))
     (column,) = [column for column in first if column.name == "kv_kept_fraction"]
-    assert [cell.text for cell in column.cells] == [NOTHING, "12.5%"] and column.better is False
+    assert [cell.text for cell in column.cells] == [NOTHING, "12.5 %"] and column.better is False
     assert "<dt>kept</dt>" in page(tmp_path / "report.html", run)
 
 

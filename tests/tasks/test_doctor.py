@@ -210,7 +210,7 @@ def test_a_gpu_is_described(without_kernels, monkeypatch):
         subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="550.54.15\n550.54.15\n")
     )
     detail = named(doctor(), "cuda:0").detail
-    for part in ("NVIDIA X", "80.0 GB", "capability 9.0", ", bfloat16", "driver 550.54.15"):
+    for part in ("NVIDIA X", "74.5 GiB", "capability 9.0", ", bfloat16", "driver 550.54.15"):
         assert part in detail
     about.major = 7
     assert "no bfloat16" in named(doctor(), "cuda:0").detail

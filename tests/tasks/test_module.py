@@ -340,7 +340,7 @@ BAD = [
     (["--decode", "false", "--metrics", "[revisit_error]"], "it needs pixels"),
     (["--trainer.accelerator", "gpu"], "There is no GPU that torch can use"),
     (["--samples", "0"], "samples=0"),
-    (["--trainer.logger", "no.such:Logger"], "--trainer.logger no.such:Logger cannot be imported"),
+    (["--trainer.logger", "no.such:Logger"], "logger 'no.such:Logger' cannot be imported"),
     (["--videos", "-1"], "is no number of prompts"),
 ]
 

@@ -168,7 +168,7 @@ def test_a_run_checked_against_itself_needs_five_prompts(single):
 @pytest.mark.parametrize(
     ("metrics", "words", "said"),
     [
-        ("[pnsr]", [], "There is no metric 'pnsr'. Did you mean 'psnr'?"),
+        ("[pnsr]", [], "No metric 'pnsr'. Did you mean 'psnr'?"),
         ("[psnr,psnr]", [], "named twice"),
         ("[psnr]", ["--decode", "false"], "it needs pixels and pixels of a reference"),
         (f"[{FVD}]", ["--decode", "false"], "it needs pixels"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 
 from lightning_kv.metrics.backbones.base import Backbone, RandomBackbone, Wrapped, in_float32
 from lightning_kv.metrics.backbones.weights import WEIGHTS, WeightsUnavailable, locate
+from lightning_kv.utilities.nearest import unknown
 
 __all__ = ["BACKBONES", "Backbone", "RandomBackbone", "WeightsUnavailable", "Wrapped", "backbone"]
 
@@ -132,8 +132,7 @@ def _parsed(name: str | Path, given: Path | str | None) -> tuple[str, Path | str
             f"{text} does not say whose weights it is: its name is not one that was published. "
             f"Write NAME={text}, where NAME is one of {', '.join(BACKBONES)}."
         )
-    nearest = get_close_matches(text, BACKBONES, n=1, cutoff=0.0)[0]
     raise ValueError(
-        f"There is no backbone '{text}', and no file of that name. Did you mean '{nearest}'? "
-        f"There are: {', '.join(BACKBONES)}; a module can be passed too."
+        f"{unknown('backbone', text, BACKBONES)} Or give a file with the published name of one, "
+        "or a module."
     )

@@ -6,13 +6,10 @@ Nothing here downloads: that is what ``lightning-kv fetch NAME`` is for.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import os
 import pickle
 import zipfile
 from collections.abc import Collection, Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lightning_kv.metrics.backbones.manifest import WEIGHTS, Weights
+from lightning_kv.utilities.downloads import hub_copy, models_folder
+from lightning_kv.utilities.formatting import first_line, format_bytes
+from lightning_kv.utilities.lists import items_of
+from lightning_kv.utilities.nearest import unknown
 
 __all__ = [
     "WEIGHTS",
     "Weights",
     "WeightsUnavailable",
     "checksum",
-    "first_line",
     "load_state",
     "locate",
     "published",
@@ -53,9 +53,7 @@ def weights_folder(name: str) -> Path:
 
     It is ``metrics/NAME`` in ``$LIGHTNING_KV_MODELS``, or in ``~/.cache/lightning_kv``.
     """
-    given = os.environ.get("LIGHTNING_KV_MODELS")
-    root = Path(given).expanduser() if given else Path.home() / ".cache" / "lightning_kv"
-    return root / "metrics" / name
+    return models_folder() / "metrics" / name
 
 
 def published(name: str) -> Weights:
@@ -69,11 +67,7 @@ def published(name: str) -> Weights:
         'alexnet-owt-7be5be79.pth'
     """
     if name not in WEIGHTS:
-        nearest = get_close_matches(name, WEIGHTS, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"There are no published weights '{name}'. Did you mean '{nearest}'? "
-            f"Known: {', '.join(WEIGHTS)}."
-        )
+        raise ValueError(unknown("published weights", name, WEIGHTS))
     return WEIGHTS[name]
 
 
@@ -177,12 +171,6 @@ def load_state(path: Path | str, allow_script: bool = False) -> Any:
         ) from error
 
 
-def first_line(error: Exception) -> str:
-    """What an error of another library says, in one line without a full stop."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".: ")
-
-
 def _is_script(path: Path) -> bool:
     """Whether a file is a TorchScript archive: one that carries code."""
     if not zipfile.is_zipfile(path):
@@ -219,11 +207,10 @@ def _places(weights: Weights) -> Iterator[Path]:
     else:
         yield from dict.fromkeys(folder / file for file in (weights.file, *weights.path))
         yield Path(torch.hub.get_dir()) / "checkpoints" / weights.file
-    if weights.repo and importlib.util.find_spec("huggingface_hub") is not None:
-        look = importlib.import_module("huggingface_hub").try_to_load_from_cache
-        found = look(weights.repo, "config.json" if weights.is_folder else weights.path[0])
-        if isinstance(found, str):
-            yield Path(found).parent if weights.is_folder else Path(found)
+    if weights.repo:
+        found = hub_copy(weights.repo, "config.json" if weights.is_folder else weights.path[0])
+        if found is not None:
+            yield found.parent if weights.is_folder else found
 
 
 def check_licence(weights: Weights, accept: Collection[str]) -> None:
@@ -233,8 +220,8 @@ def check_licence(weights: Weights, accept: Collection[str]) -> None:
         WeightsUnavailable: Says how to accept it.
     """
     if isinstance(accept, str):
-        accept = accept.split(",")
-    said = {*accept, *os.environ.get(ACCEPTED, "").split(",")}
+        accept = items_of(accept)
+    said = {*accept, *items_of(os.environ.get(ACCEPTED, ""))}
     if weights.noncommercial and weights.licence.casefold() not in {
         licence.strip().casefold() for licence in said
     }:
@@ -261,8 +248,7 @@ def _wanted(weights: Weights) -> str:
 def _described(weights: Weights) -> str:
     """File, size, checksum and licence in a few words."""
     kind = "the folder " if weights.is_folder else ""
-    size = f"{weights.size / 1e6:,.3g} MB, " if weights.size and weights.size < 1e9 else ""
-    size = f"{weights.size / 1e9:.3g} GB, " if weights.size and weights.size >= 1e9 else size
+    size = f"{format_bytes(weights.size)}, " if weights.size else ""
     digits = f"SHA-256 {weights.sha256}..., " if weights.sha256 else ""
     return f"{kind}{weights.file} ({size}{digits}licence {weights.licence})"
 

@@ -26,11 +26,12 @@ from lightning_kv.models.samplers import Sampler, sampler_of
 from lightning_kv.models.sizes import PRESETS, parameters
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
-from lightning_kv.policies.registry import load_policy, preset, unknown
+from lightning_kv.policies.registry import load_policy, preset
 from lightning_kv.rollout import rollout
 from lightning_kv.tasks.benchmark.timing import Run
 from lightning_kv.tasks.rollouts.lengths import read_size
 from lightning_kv.utilities.formatting import format_bytes
+from lightning_kv.utilities.nearest import unknown
 
 CONFIGS = {
     "wan-1.3b": PRESETS["wan-1.3b"],

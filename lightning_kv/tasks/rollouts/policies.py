@@ -11,6 +11,8 @@ from lightning_kv.policies.plugins import imported
 from lightning_kv.policies.registry import load_policy
 from lightning_kv.policies.scored import ScoredPart
 from lightning_kv.tasks.class_paths import divided
+from lightning_kv.utilities import addresses
+from lightning_kv.utilities.lists import items_of
 
 Spec = str | dict[str, Any] | CachePolicy
 
@@ -73,7 +75,7 @@ def _policy(spec: Spec) -> CachePolicy:
 def _of_class(spec: dict[str, Any]) -> dict[str, Any]:
     """A part by ``class_path`` and ``init_args``, as plain data of a policy of that name."""
     path, init = divided(spec, "--policies")
-    address = path if ":" in path else ":".join(path.rpartition(".")[::2])
+    address = ":".join(addresses.divided(path))
     amount = f"@{init['budget']}" if isinstance(init.get("budget"), str | int | float) else ""
     part = {"part": address, **init}
     return {"name": address + amount, imported(address).kind: part}
@@ -125,8 +127,7 @@ def read_budgets(given: str | list[str | float]) -> list[str]:
     Raises:
         ValueError: None, one that is no amount, or two that are the same.
     """
-    words = given.strip("[]").split(",") if isinstance(given, str) else given
-    amounts = [str(word).strip() for word in words]
+    amounts = [str(each).strip() for each in (items_of(given) if isinstance(given, str) else given)]
     if not any(amounts):
         raise ValueError(
             f"No budgets to cross the policies with: {given!r} was given. Try --budgets 6f,9f,15f."

@@ -66,7 +66,7 @@ def test_without_budgets_nothing_changes():
     ("policies", "budgets", "text"),
     [
         (["sliding-window"], "6f,many", "'many' is not a budget"),
-        (["sliding-window"], "6f,,9f", "'' is not a budget"),
+        (["sliding-window"], ["6f", "", "9f"], "'' is not a budget"),
         (["sliding-window"], "0f", "'0f' is out of range"),
         (["sliding-window"], "6f,9f,6f", "One budget twice: 6f and 6f of --budgets 6f,9f,6f"),
         (["sliding-window"], ["1024KiB", "1MiB"], "1024KiB and 1MiB"),
