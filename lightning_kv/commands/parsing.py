@@ -201,6 +201,7 @@ def unknown(command: Command, known: Sequence[Option], name: str) -> str:
     """What to say of an option that is none: why it is refused, or the nearest one."""
     place, _, last = name.rpartition(".")
     owners = {each.name: each for each in dataclasses.fields(command.options)}
+    place = place or "trainer"  # whose arguments are found without it too
     if place in owners:
         kind = typing.get_type_hints(command.options)[place]
         if why := getattr(kind, "REFUSED", {}).get(plain(last)):

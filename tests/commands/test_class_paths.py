@@ -1,14 +1,18 @@
 """Classes of a user's own package, from the command line: what works, and what is refused."""
 
 import dataclasses
+import inspect
 import json
 import sys
 import textwrap
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+from lightning import Trainer
 
 from lightning_kv.cli import main
+from lightning_kv.tasks.options import TrainerOptions, TrainingTrainerOptions
 
 ROOT = Path(__file__).parents[2]
 QUICK = str(ROOT / "data/panorama-quick")
@@ -306,13 +310,15 @@ def test_arguments_that_contradict_the_launcher(
     assert "Leave" in error and list(tmp_path.iterdir()) == []
 
 
-def test_every_argument_of_the_trainer_is_taken_or_refused():
-    import inspect
-
-    from lightning import Trainer
-
-    from lightning_kv.tasks.options import TrainerOptions
-
+@pytest.mark.parametrize("options", [TrainerOptions, TrainingTrainerOptions])
+def test_every_argument_of_the_trainer_is_taken_or_refused(options):
     theirs = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
-    ours = {field.name for field in dataclasses.fields(TrainerOptions)}
-    assert ours | set(TrainerOptions.REFUSED) == theirs and not ours & set(TrainerOptions.REFUSED)
+    ours = {field.name for field in dataclasses.fields(options)}
+    assert ours | set(options.REFUSED) == theirs and not ours & set(options.REFUSED)
+
+
+def test_what_evaluations_and_trainings_take_is_of_one_kind():
+    one, other = map(get_type_hints, (TrainerOptions, TrainingTrainerOptions))
+    both = (set(one) & set(other)) - {"REFUSED"}
+    assert {"accelerator", "logger", "callbacks", "profiler"} <= both
+    assert all(one[name] == other[name] for name in both)

@@ -12,8 +12,9 @@ from lightning_kv.cli import COMMANDS as COMMANDS_KNOWN
 from lightning_kv.cli import command, main, parse
 from lightning_kv.commands.options import options_of, shown
 from lightning_kv.commands.parsing import as_list
-from lightning_kv.tasks.options import TrainerOptions
+from lightning_kv.tasks.options import TrainerOptions, TrainingTrainerOptions
 
+ON_CPU = TrainingTrainerOptions("cpu")
 WARNS = TrainerOptions(deterministic="warn")
 NAMED = {"name": "x", "retain": "y"}
 SWITCHES = ("a, b@2", "c@3")
@@ -135,7 +136,10 @@ def options(command, *words):
         ("generate", "switches", ["p", "-o", "x", "--prompt", "a, b@2", "--prompt=c@3"], SWITCHES),
         ("generate", "prompt", ["-o", "x", "--", "--dusk"], "--dusk"),
         ("report", "runs", ["a", "b"], [Path("a"), Path("b")]),
-        ("pretrain", "accelerator", [*STAGE, "--trainer.accelerator", "cpu"], "cpu"),
+        ("pretrain", "trainer", [*STAGE, "--trainer.accelerator", "cpu"], ON_CPU),
+        ("pretrain", "trainer", [*STAGE, "--accelerator", "cpu"], ON_CPU),
+        ("pretrain-encoder", "trainer", ["--accelerator", "cpu"], ON_CPU),
+        ("generate", "accelerator", ["p", "-o", "x", "--trainer.accelerator", "cpu"], "cpu"),
     ],
 )
 def test_what_is_typed_is_what_is_meant(command, field, words, value):
