@@ -131,7 +131,13 @@ def compare(options: CompareOptions) -> Compared:
     module.warns = False  # the table and the notes say it
     writer = RecordWriter(options.out)
     pictures = PairVideos(options.out, options.videos)
-    trainer = trainer_for(settings, [writer, pictures, FrameProgressBar()], options.out)
+    trainer = trainer_for(
+        settings,
+        [writer, pictures],
+        FrameProgressBar(),
+        options.out,
+        enable_checkpointing=False,
+    )
     if is_first():
         writer.open(trainer, module, data)
         if options.strict:

@@ -154,8 +154,13 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     writer = RecordWriter(options.out, options.latents)
     pictures = [kind(options.out, options.videos) for kind in (ComparisonVideos, TraceWriter)]
     data = data_of(options)
-    callbacks = [writer, *pictures, RolloutProgressBar()]
-    trainer = trainer_for(settings, callbacks, options.out)
+    trainer = trainer_for(
+        settings,
+        [writer, *pictures],
+        RolloutProgressBar(),
+        options.out,
+        enable_checkpointing=False,
+    )
     module = module_for(options, source, data, trainer.strategy.root_device)
     module.warns = False  # the table says it
     if is_first():

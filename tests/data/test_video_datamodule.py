@@ -291,6 +291,26 @@ def test_a_shard_that_changes_after_the_start_is_not_read(tmp_path, films):
         next(seen)
 
 
+@pytest.mark.parametrize("kind", [ValueError, VideoError], ids=["shard", "video"])
+def test_an_error_in_a_worker_is_said_as_without_workers(tmp_path, films, kind):
+    said = []
+    for workers in (0, 2):
+        data = VideoDataModule(films, length=4, workers=workers)  # one of them is shorter
+        if kind is ValueError:
+            if not workers:
+                index = make_video_shards(films, tmp_path, shard_videos=2)
+                whole = index.paths[0].read_bytes()
+            index.paths[0].write_bytes(whole)
+            data = VideoDataModule(tmp_path, workers=workers)
+            data.setup("test")
+            index.paths[0].write_bytes(b"another file")
+        with pytest.raises(kind) as error:
+            list(data.test_dataloader())
+        assert type(error.value) is kind
+        said.append(str(error.value))
+    assert said[0] == said[1] and "\n" not in said[0]
+
+
 def held():
     """Bytes of this process in memory."""
     with open("/proc/self/statm") as file:

@@ -6,9 +6,10 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import lightning
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from lightning_kv.data.datamodule.distribution import dealt, place
+from lightning_kv.data.datamodule.loader import Loader
 from lightning_kv.data.pairs import Alignment
 from lightning_kv.data.video_pairs import Infos, PairedClip, Piece, Videos, pieces, shortest
 from lightning_kv.data.videos import VideoError, VideoFile, VideoInfo, checksum, probe
@@ -101,17 +102,17 @@ class VideoPairDataModule(lightning.LightningDataModule):
         finished = frozenset(self.finished)
         return (clip for clip in self.videos.clips if clip.key not in finished)
 
-    def test_dataloader(self) -> DataLoader[Piece]:
+    def test_dataloader(self) -> Loader[Piece]:
         """Pieces of the videos of this rank."""
-        return DataLoader(
+        return Loader(
             _Pieces(self, *place(self.trainer)), batch_size=None, num_workers=self.workers
         )
 
-    def val_dataloader(self) -> DataLoader[Piece]:
+    def val_dataloader(self) -> Loader[Piece]:
         """The same, for a training that looks at them in between."""
         return self.test_dataloader()
 
-    def predict_dataloader(self) -> DataLoader[Piece]:
+    def predict_dataloader(self) -> Loader[Piece]:
         """The same, for a module that records nothing."""
         return self.test_dataloader()
 

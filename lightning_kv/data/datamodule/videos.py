@@ -11,9 +11,10 @@ from typing import Any
 
 import lightning
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from lightning_kv.data.datamodule.distribution import dealt_by_bytes, place
+from lightning_kv.data.datamodule.loader import Loader
 from lightning_kv.data.shards import Shard, check_shard
 from lightning_kv.data.tars import Member
 from lightning_kv.data.video_sets import (
@@ -121,7 +122,7 @@ class VideoDataModule(lightning.LightningDataModule):
                 f"{hands} workers of all ranks. Use fewer ranks or workers."
             )
 
-    def train_dataloader(self) -> DataLoader[VideoClip]:
+    def train_dataloader(self) -> Loader[VideoClip]:
         """Batches without an end, pass after pass in an order of its own.
 
         Ranks hold different numbers of clips; so none of them ends before the others. Give the
@@ -139,23 +140,21 @@ class VideoDataModule(lightning.LightningDataModule):
             )
         return self._loader(endless=True)
 
-    def val_dataloader(self) -> DataLoader[VideoClip]:
+    def val_dataloader(self) -> Loader[VideoClip]:
         """Every unfinished clip of this rank once."""
         return self._loader()
 
-    def test_dataloader(self) -> DataLoader[VideoClip]:
+    def test_dataloader(self) -> Loader[VideoClip]:
         """Every unfinished clip of this rank once."""
         return self._loader()
 
-    def predict_dataloader(self) -> DataLoader[VideoClip]:
+    def predict_dataloader(self) -> Loader[VideoClip]:
         """Every unfinished clip of this rank once."""
         return self._loader()
 
-    def _loader(self, endless: bool = False) -> DataLoader[VideoClip]:
+    def _loader(self, endless: bool = False) -> Loader[VideoClip]:
         clips = _Clips(self, *place(self.trainer), endless)
-        return DataLoader(
-            clips, batch_size=self.batch, num_workers=self.workers, collate_fn=_together
-        )
+        return Loader(clips, batch_size=self.batch, num_workers=self.workers, collate_fn=_together)
 
 
 class _Clips(IterableDataset):
