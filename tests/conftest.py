@@ -47,6 +47,21 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
 
 
+@pytest.fixture
+def page():
+    """Asked for where ``no_page`` holds for a whole file: here a page is written all the same."""
+
+
+@pytest.fixture
+def no_page(request, monkeypatch):
+    """Runs end with their summary, without a page: to draw it takes longer than many a run.
+
+    Runs that a fixture of a wider scope makes have theirs, and ``report`` writes none here.
+    """
+    if "page" not in request.fixturenames:
+        monkeypatch.setattr("lightning_kv.tasks.report.write_report", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def panorama():
     """The embedded model."""
