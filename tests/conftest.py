@@ -1,5 +1,6 @@
 """Shared fixtures."""
 
+import gc
 from collections import Counter
 
 import pytest
@@ -45,6 +46,12 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("dist", "no") != "no" or hasattr(config, "workerinput"):
         place = {path: number for number, path in enumerate(LONG)}
         items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
+
+
+def pytest_collection_finish():
+    """Modules and items stay to the end: a full collection need not go through all of them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
