@@ -10,6 +10,7 @@ import pytest
 
 from lightning_kv.cli import main
 
+pytestmark = pytest.mark.usefixtures("no_page")
 ROOT = Path(__file__).parents[2]
 QUICK = str(ROOT / "data/panorama-quick")
 SMALL = ["--prompts", "2", "--frames", "18", "--context_frames", "12", "--videos", "0"]
