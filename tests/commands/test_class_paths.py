@@ -14,6 +14,7 @@ from lightning import Trainer
 from lightning_kv.cli import main
 from lightning_kv.tasks.options import TrainerOptions, TrainingTrainerOptions
 
+pytestmark = pytest.mark.usefixtures("no_page")
 ROOT = Path(__file__).parents[2]
 QUICK = str(ROOT / "data/panorama-quick")
 SMALL = ["--prompts", "2", "--frames", "18", "--context_frames", "12", "--videos", "0"]

@@ -239,9 +239,7 @@ def test_traces_of_a_batch_are_those_of_its_clips(tmp_path):
     found = []
     for batch in (1, 2):
         out = tmp_path / str(batch)
-        measured(
-            module(policies=["top-attention@3f"], frames=18), [TraceWriter(out)], 2, batch=batch
-        )
+        measured(module(policies=["top-attention@3f"]), [TraceWriter(out)], 2, batch=batch)
         files = {path.name: np.load(path) for path in (out / "traces").iterdir()}
         found.append({n: {k: each[k] for k in each.files} for n, each in files.items()})
     one, two = found
