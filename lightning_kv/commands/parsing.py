@@ -300,10 +300,10 @@ def check_groups(kind: type, values: Any) -> None:
     Raises:
         ValueError: There is one.
     """
-    for key, hint in typing.get_type_hints(kind).items():
-        if not dataclasses.is_dataclass(hint) or hasattr(values[key], "__dict__"):
+    for key, group in typing.get_type_hints(kind).items():
+        if not dataclasses.is_dataclass(group) or hasattr(values[key], "__dict__"):
             continue
-        names = ", ".join(each.name for each in dataclasses.fields(hint))
+        names = ", ".join(each.name for each in dataclasses.fields(group))
         raise ValueError(
             f"--{key} {values[key]!r} does not fit: it has options of its own. Give those, as "
             f"--{key}.NAME VALUE, or in a file indented below `{key}:`. They are {names}."
