@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lightning_kv.report.charts import Chart
+from lightning_kv.report.tradeoff_charts import Chart
 
 from lightning_kv.report.entries import PageRun
 from lightning_kv.runs.directory import RunDirectory, fingerprint
