@@ -66,7 +66,7 @@ def spread(values: list[float]) -> tuple[float, float] | None:
 @pytest.fixture
 def no_charts(monkeypatch):
     """Pages with empty frames where charts stand: most of the time of a page goes into those."""
-    for drawn in ("charts.tradeoffs", "curves", "chunk_curves"):
+    for drawn in ("tradeoff_charts.tradeoffs", "curves", "chunk_curves"):
         chart = Chart(drawn, "<svg></svg>")
         monkeypatch.setattr(f"lightning_kv.report.page.{drawn}", lambda *_, own=chart: [own])
 
