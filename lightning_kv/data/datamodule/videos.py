@@ -24,7 +24,7 @@ from lightning_kv.data.video_sets import (
     keys_of,
 )
 from lightning_kv.data.video_shards import VideoSample
-from lightning_kv.data.videos import checksum
+from lightning_kv.utilities.files import checksum
 
 
 class VideoDataModule(lightning.LightningDataModule):
