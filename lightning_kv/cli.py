@@ -11,6 +11,7 @@ from lightning_kv import __version__
 from lightning_kv.commands.options import Command
 from lightning_kv.commands.parsing import parse as parse_words
 from lightning_kv.commands.terminal import fail
+from lightning_kv.utilities.errors import said_by
 from lightning_kv.utilities.nearest import hint
 
 COMMANDS = {
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = parse(words[0], words[1:])
         code = command(words[0]).run(options)
     except ValueError as error:
-        fail(str(error))
+        fail(said_by(error))
     if code is not None:
         raise SystemExit(code)
 

@@ -1,5 +1,6 @@
 """Shared fixtures."""
 
+import gc
 from collections import Counter
 
 import pytest
@@ -45,6 +46,27 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("dist", "no") != "no" or hasattr(config, "workerinput"):
         place = {path: number for number, path in enumerate(LONG)}
         items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
+
+
+def pytest_collection_finish():
+    """Modules and items stay to the end: a full collection need not go through all of them."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def page():
+    """Asked for where ``no_page`` holds for a whole file: here a page is written all the same."""
+
+
+@pytest.fixture
+def no_page(request, monkeypatch):
+    """Runs end with their summary, without a page: to draw it takes longer than many a run.
+
+    Runs that a fixture of a wider scope makes have theirs, and ``report`` writes none here.
+    """
+    if "page" not in request.fixturenames:
+        monkeypatch.setattr("lightning_kv.tasks.report.write_report", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

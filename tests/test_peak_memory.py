@@ -21,10 +21,10 @@ from lightning_kv.cache.rotary import Rotary
 MIB = 2**20
 # chunks of 3 frames: a window of 9 is full after 3 of them; focused reading holds every frame
 CHUNKS = {
-    "sliding-window@9f": 6,
-    "infinity-rope@9f": 6,
+    "sliding-window@9f": 5,
+    "infinity-rope@9f": 5,
     "focused-forcing@6f": 10,
-    "int4 window@9f": 6,
+    "int4 window@9f": 5,
 }
 
 

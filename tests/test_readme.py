@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_kv.cli import main, parse
 from lightning_kv.tasks.rollouts.policies import chosen_policies
@@ -30,6 +31,7 @@ MEASURES = [line for line in COMMANDS if "tour/" in line]
 OWN = [line for line in COMMANDS if "mine.thinned" in line]
 COMMANDS = [line for line in COMMANDS if line not in (*TOUR, *MEASURES, *OWN)]
 PYTHON = [block for kind, block in BLOCKS if kind == "python" and "mine" not in block]
+UNDER_LIGHTNING = [code for code in PYTHON if "lightning_kv.tasks" in code]
 OWN_FILE, OWN_PYTHON = (block for kind, block in BLOCKS if kind == "python" and "mine" in block)
 SMALLER = ["--prompts", "1", "--frames", "27", "--videos", "0", "--trainer.devices", "1"]
 SMALLEST = [*SMALLER, "--frames", "18", "--metrics", "[recall,psnr]"]
@@ -38,33 +40,39 @@ READERS = ("recommend", "report", "inspect")
 
 def test_there_is_something_to_test():
     assert len(COMMANDS) > 12
-    assert PYTHON and OWN
+    assert PYTHON and OWN and len(UNDER_LIGHTNING) >= 2
 
 
-UNDER_LIGHTNING = [code for code in PYTHON if "lightning_kv.tasks" in code]
+@pytest.fixture
+def example_folder(tmp_path, monkeypatch):
+    """What a reader has around an example."""
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-@pytest.mark.parametrize(
-    "under_lightning",
-    [
-        pytest.param(False, marks=pytest.mark.slow, id="torch-alone"),
-        pytest.param(True, id="lightning"),
-    ],
-)
-def test_python_runs(tmp_path, under_lightning):
-    """One example after the other; those that need no Lightning in a process that has none."""
-    examples = [code for code in PYTHON if (code in UNDER_LIGHTNING) == under_lightning]
+@pytest.mark.parametrize("number", range(len(UNDER_LIGHTNING)))
+def test_python_under_lightning_runs(number, example_folder, capsys):
+    path = example_folder / "example.py"
+    path.write_text(UNDER_LIGHTNING[number])
+    with torch.random.fork_rng():
+        runpy.run_path(str(path))
+    assert capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_python_runs(example_folder):
+    """One example after the other, in a process that has no Lightning."""
+    examples = [code for code in PYTHON if code not in UNDER_LIGHTNING]
     assert len(examples) >= 2
-    paths = [tmp_path / f"example{number}.py" for number in range(len(examples))]
+    paths = [example_folder / f"example{number}.py" for number in range(len(examples))]
     for path, code in zip(paths, examples, strict=True):
         path.write_text(code)
-    (tmp_path / "data").symlink_to(ROOT / "data")
-    code = "import sys, runpy\n"
-    code += "" if under_lightning else "sys.modules['lightning'] = None\n"
+    code = "import sys, runpy\nsys.modules['lightning'] = None\n"
     code += "for path in sys.argv[1:]: print('==', path, flush=True); runpy.run_path(path)"
     words = [sys.executable, "-c", code, *map(str, paths)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    found = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env)
+    found = subprocess.run(words, capture_output=True, text=True, env=env)
     assert found.returncode == 0, found.stderr
     shown = re.split(r"^== .*\n", found.stdout, flags=re.MULTILINE)[1:]
     assert len(shown) == len(examples) and all(shown)
@@ -127,7 +135,7 @@ def test_the_measuring_tour_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     few = ["--prompts", "5", "--frames", "21", "--videos", "1", "--trainer.devices", "1"]
     few += ["--policies", "[full,sliding-window@9f,top-attention@9f]"]
-    few += ["--data.shards", str(ROOT / "data/panorama-quick")]
+    shards = ["--data.shards", str(ROOT / "data/panorama-quick")]
     done = []
     for line in MEASURES:
         words = [w.replace("configs/", f"{ROOT}/configs/") for w in shlex.split(line)[1:]]
@@ -137,8 +145,11 @@ def test_the_measuring_tour_runs(tmp_path, monkeypatch, capsys):
                 main(words)
             assert stop.value.code == 0
             continue
-        main([*words, *few] if words[0] == "evaluate" else words)
-    assert done == ["evaluate", "check", "export", "compare"]
+        more = shards if "--context_videos" not in words else []
+        main([*words, *few, *more] if words[0] == "evaluate" else words)
+    assert done == ["evaluate", "check", "export", "compare", "shards", "evaluate"]
+    went_on = json.loads((tmp_path / "tour/went_on/summary.json").read_text())
+    assert went_on["policies"]["full"]["metrics"]["recall"]["mean"] > 0.95
     text = capsys.readouterr().out
     assert "PASS" in text and "lightning-kv fetch alexnet" in text
     found = json.loads((tmp_path / "tour/compared/summary.json").read_text())
@@ -153,8 +164,10 @@ def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "run"
     config = ["-c", str(ROOT / "configs/quickstart.yaml"), "--videos", "0", "--out", str(path)]
     shards = ["--data.shards", str(ROOT / "data/panorama-quick"), "--trainer.devices", "1"]
-    smaller = ["--prompts", "5", "--frames", "24", "--policies", "[sliding-window@6f,random@9f]"]
-    main(["evaluate", *config, *shards, *smaller])
+    smaller = ["--prompts", "5", "--frames", "21", "--policies", "[sliding-window@6f,random@9f]"]
+    with pytest.MonkeyPatch.context() as patch:  # `report` makes its page
+        patch.setattr("lightning_kv.tasks.report.write_report", lambda *_: None)
+        main(["evaluate", *config, *shards, *smaller])
     return path
 
 

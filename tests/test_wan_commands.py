@@ -17,6 +17,7 @@ from lightning_kv.cli import main
 from lightning_kv.models.catalogue import CATALOGUE
 from lightning_kv.models.embeddings import PromptBook
 
+pytestmark = pytest.mark.usefixtures("no_page")
 PROMPTS = ["a red fox runs through snow", "a boat on a lake", "a city at night"]
 
 
@@ -46,13 +47,15 @@ def run(tiny_wan, prompts, tmp_path_factory):
             "--data.shards",
             str(prompts),
             "--policies",
-            "[full,sliding-window@6f,longlive]",
+            "[full,sliding-window@3f,longlive]",
             "--latents",
             "true",
             "--precision",
             "float32",
+            "--prompts",
+            "2",
             "--frames",
-            "12",
+            "9",
             "--videos",
             "1",
             "--out",
@@ -79,23 +82,23 @@ def test_text_states_on_disk_are_the_encoders(tiny_wan, prompts):
 @pytest.mark.slow
 def test_an_evaluation_measures_the_rollouts_it_ran(tiny_wan, prompts, run):
     summary = json.loads((run / "summary.json").read_text())
-    assert set(summary["policies"]) == {"full", "sliding-window@6f", "longlive"}
+    assert set(summary["policies"]) == {"full", "sliding-window@3f", "longlive"}
     records = [json.loads(x) for f in (run / "records").glob("*.jsonl") for x in f.open()]
-    assert len(records) == 9 and not any(record["failure"] for record in records)
-    name = "sliding-window@6f"
+    assert len(records) == 6 and not any(record["failure"] for record in records)
+    name = "sliding-window@3f"
     record = next(r for r in records if r["policy"] == name and r["prompt"] == PROMPTS[1])
     model = model_of(tiny_wan, text=prompts)
     kwargs = {"seed": 0, "keys": [record["key"]]}
     full, less = (
-        rollout(model, preset(policy), PROMPTS[1], 12, **kwargs) for policy in ("full", name)
+        rollout(model, preset(policy), PROMPTS[1], 9, **kwargs) for policy in ("full", name)
     )
     mse = (full.latents - less.latents).double().square().mean()
     assert record["metrics"]["latent_mse"] == pytest.approx(float(mse), rel=1e-9)
-    error = (full.frames - less.frames).double().square().flatten(2).mean(-1)[0]  # 45 pictures
+    error = (full.frames - less.frames).double().square().flatten(2).mean(-1)[0]  # 33 pictures
     floored = error.clamp_min(1e-10)  # of every picture; then of every latent frame, and of all
-    each = torch.cat([floored[:1], floored[1:].view(11, 4).mean(1)])
+    each = torch.cat([floored[:1], floored[1:].view(8, 4).mean(1)])
     assert record["metrics"]["psnr"] == pytest.approx(-10 * float(each.mean().log10()), rel=1e-6)
-    assert len(record["curves"]["psnr"]) == 12
+    assert len(record["curves"]["psnr"]) == 9
     with safe_open(run / "latents" / name / f"{record['key']}.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("latents"), less.latents[0])
         assert json.loads(file.metadata()["about"])["prompt"] == PROMPTS[1]
@@ -120,6 +123,7 @@ def test_another_strength_of_a_lora_is_another_run(tiny_wan, prompts, tmp_path, 
     words = ["evaluate", "--model", changed(tiny_wan, tmp_path, lora=str(tmp_path))]
     words += ["--data.shards", str(prompts), "--policies", "[full]", "--precision", "float32"]
     words += ["--frames", "3", "--videos", "0", "--decode", "false", "--out", str(tmp_path / "run")]
+    words += ["--prompts", "1"]
     marks, config = [], tmp_path / "adapter_config.json"
     for alpha in (8, 2):
         config.write_text(json.dumps({"r": 4, "lora_alpha": alpha}))
@@ -146,13 +150,15 @@ def test_another_precision_is_another_run(run, tiny_wan, prompts, capsys):
                 "--data.shards",
                 str(prompts),
                 "--policies",
-                "[full,sliding-window@6f,longlive]",
+                "[full,sliding-window@3f,longlive]",
                 "--latents",
                 "true",
                 "--precision",
                 "fast",
+                "--prompts",
+                "2",
                 "--frames",
-                "12",
+                "9",
                 "--videos",
                 "1",
                 "--out",
@@ -166,14 +172,14 @@ def test_another_precision_is_another_run(run, tiny_wan, prompts, capsys):
 def test_latents_become_videos_later(tiny_wan, run, capsys):
     main(["decode", str(run), "--vae", str(tiny_wan / "vae"), "--precision", "float32"])
     videos = sorted((run / "decoded").rglob("*.mp4"))
-    assert len(videos) == 9 and "9 videos" in capsys.readouterr().out
+    assert len(videos) == 6 and "6 videos" in capsys.readouterr().out
     videos[3].unlink()
     before = [video.stat().st_mtime_ns for video in videos if video.exists()]
     main(["decode", str(run), "--vae", str(tiny_wan / "vae"), "--precision", "float32"])
-    assert "1 videos were written" in (said := capsys.readouterr().out) and "8 were there" in said
+    assert "1 videos were written" in (said := capsys.readouterr().out) and "5 were there" in said
     assert [v.stat().st_mtime_ns for v in videos if v != videos[3]] == before
     shown, rate = frames_of(videos[0])
-    assert (shown.shape, rate) == ((45, 64 * 3, 96 * 3, 3), 16)  # small pictures are enlarged
+    assert (shown.shape, rate) == ((33, 64 * 3, 96 * 3, 3), 16)  # small pictures are enlarged
     name = videos[0].stem
     latents = load_file(run / "latents" / "full" / f"{name}.safetensors")["latents"]
     expected = model_of(tiny_wan).codec.decode(latents[None])[0].permute(0, 2, 3, 1).numpy()
@@ -184,7 +190,7 @@ def test_latents_become_videos_later(tiny_wan, run, capsys):
 def test_pictures_of_a_run_show_reference_and_policies(run):
     (video,) = (run / "videos").glob("*.mp4")
     shown, rate = frames_of(video)
-    assert len(shown) == 45 and rate == 16
+    assert len(shown) == 33 and rate == 16
     assert shown.shape[2] >= 3 * 96
     assert "<video" in (run / "report.html").read_text()
 
@@ -359,6 +365,43 @@ def test_an_evaluation_that_cannot_run_is_said(tiny_wan, prompts, tmp_path, caps
     assert not out.exists()
 
 
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """A folder of videos of 9 pixel frames, as three latent frames show."""
+    folder = tmp_path_factory.mktemp("films")
+    for name, prompt in zip("ab", (PROMPTS[1], "a cow"), strict=True):
+        with av.open(str(folder / f"{name}.mp4"), "w") as file:
+            stream = file.add_stream("libx264", rate=16)
+            stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+            for number in range(9):
+                grey = np.full((64, 96, 3), 20 * number, np.uint8)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(grey, "rgb24")))
+            file.mux(stream.encode())
+        (folder / f"{name}.txt").write_text(prompt)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ([], "--context_frames 0 takes none of them. Give --context_frames 3 or another"),
+        (["--context_frames", "6"], "it has 9 frames, and --context_frames 6 shows 21. Use --con"),
+        (["--context_frames", "4"], "4 context are no multiple of the model's chunk"),
+        (["--context_frames", "3"], "Type `lightning-kv encode FILMS` first (a folder of videos"),
+        (["--context_frames", "3", "--text", "SET"], "no text states for 'a cow'"),
+        (["--data.shards", "SET", "--context_frames", "3"], "Give one of them"),
+    ],
+)
+def test_videos_that_cannot_be_gone_on_from_are_said(
+    tiny_wan, prompts, films, tmp_path, capsys, words, text
+):
+    words = [str(prompts) if word == "SET" else word for word in words]
+    given = ["evaluate", "--model", f"{tiny_wan / 'model.yaml'}", "--out", str(tmp_path / "run")]
+    given += ["--context_videos", str(films), "--policies", "[full]", "--frames", "12"]
+    assert text.replace("FILMS", str(films)) in refused([*given, *words], capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_prompt_without_text_states_is_said(tiny_wan, prompts, tmp_path, capsys):
     given = ["generate", "a red fax", "--model", f"{tiny_wan / 'model.yaml'}"]
     error = refused([*given, "--text", str(prompts), "-o", str(tmp_path / "a.mp4")], capsys)
@@ -416,6 +459,7 @@ def test_a_guided_model_and_its_negative_prompt(tiny_wan, prompts, tmp_path):
     assert not torch.equal(*made)
     out = tmp_path / "run"
     given = ["--data.shards", str(prompts), "--frames", "6", "--decode", "false"]
+    given += ["--prompts", "1"]
     main(
         [
             "evaluate",
@@ -435,10 +479,11 @@ def test_latents_can_be_asked_for_later(tiny_wan, prompts, tmp_path):
     out = tmp_path / "run"
     given = ["evaluate", "--model", f"{tiny_wan / 'model.yaml'}", "--data.shards", str(prompts)]
     given += ["--policies", "[sliding-window@3f]", "--frames", "6", "--decode", "false"]
+    given += ["--prompts", "2"]
     main([*given, "--out", str(out)])
     records = [x for f in (out / "records").glob("*.jsonl") for x in f.open()]
     main([*given, "--latents", "true", "--out", str(out)])
-    assert len(list((out / "latents").rglob("*.safetensors"))) == 2 * 3
+    assert len(list((out / "latents").rglob("*.safetensors"))) == 2 * 2
     assert [x for f in (out / "records").glob("*.jsonl") for x in f.open()] == records
 
 

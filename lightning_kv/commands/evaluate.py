@@ -59,6 +59,8 @@ class EvaluateOptions:
         samples: Noises per prompt; statistics count prompts.
         frames: Latent frames per clip, context included (the model's; panorama 72).
         context_frames: Given frames at the start (0: the prompt alone; panorama 15).
+        context_videos: Folder, shards or .csv of videos: their first frames are given, resized and
+            not cropped, and their captions are the prompts; not beside --data.shards (none).
         size: HEIGHTxWIDTH in pixels (the model's own).
         seed: Of the noise.
         negative: What guidance leads away from, for models with guidance.
@@ -88,6 +90,7 @@ class EvaluateOptions:
     samples: int = 1
     frames: int | None = None
     context_frames: int | None = None
+    context_videos: Path | None = None
     size: str | None = None
     seed: int = 0
     negative: str = ""
@@ -151,8 +154,13 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     writer = RecordWriter(options.out, options.latents)
     pictures = [kind(options.out, options.videos) for kind in (ComparisonVideos, TraceWriter)]
     data = data_of(options)
-    callbacks = [writer, *pictures, RolloutProgressBar()]
-    trainer = trainer_for(settings, callbacks, options.out)
+    trainer = trainer_for(
+        settings,
+        [writer, *pictures],
+        RolloutProgressBar(),
+        options.out,
+        enable_checkpointing=False,
+    )
     module = module_for(options, source, data, trainer.strategy.root_device)
     module.warns = False  # the table says it
     if is_first():
@@ -165,8 +173,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 def data_of(options: EvaluateOptions) -> LightningDataModule:
     """Prompts from shards, or the data module of the user's own.
 
-    What such a class takes of ``shards``, ``prompts``, ``samples``, ``seed`` and ``batch`` it is
-    given, unless ``init_args`` do.
+    What such a class takes of ``shards``, ``prompts``, ``samples``, ``seed``, ``batch`` and
+    ``context_videos`` it is given, unless ``init_args`` do.
 
     Raises:
         ValueError: There is no such class, it is no data module, or cannot be made so.
@@ -174,7 +182,7 @@ def data_of(options: EvaluateOptions) -> LightningDataModule:
     from lightning import LightningDataModule
 
     from lightning_kv.data.datamodule import PromptDataModule
-    from lightning_kv.tasks.class_paths import instance
+    from lightning_kv.tasks.class_paths import class_of, instance, taken_by
 
     own = options.data
     given = {
@@ -183,6 +191,7 @@ def data_of(options: EvaluateOptions) -> LightningDataModule:
         "samples": options.samples,
         "seed": own.seed,
         "batch": options.batch,
+        "context_videos": options.context_videos,
     }
     if own.class_path is None:
         if own.init_args:
@@ -190,6 +199,13 @@ def data_of(options: EvaluateOptions) -> LightningDataModule:
                 f"--data.init_args {own.init_args} belong to no class. Give --data.class_path too."
             )
         return PromptDataModule(**given)
+    taken = taken_by(class_of(own.class_path, LightningDataModule, "--data"))
+    if options.context_videos is not None and "context_videos" not in taken:
+        raise ValueError(
+            f"--context_videos {options.context_videos} would not be used: --data.class_path "
+            f"{own.class_path} takes {', '.join(sorted(taken)) or 'nothing'}. Leave it out, or "
+            "give the class such an argument."
+        )
     spec = {"class_path": own.class_path, "init_args": own.init_args}
     return instance(spec, LightningDataModule, "--data", given)
 
@@ -201,26 +217,35 @@ def settled(options: EvaluateOptions, source: Source) -> EvaluateOptions:
         ValueError: No prompts are given, and the model has none of its own.
     """
     from lightning_kv.metrics.suite import Suite
-    from lightning_kv.models.embeddings import INDEX
     from lightning_kv.tasks.evaluate import known
 
-    world = source.config is None
-    if options.data.shards is None and options.data.class_path is None and not world:
+    world, videos = source.config is None, options.context_videos
+    chosen = (options.data.shards, videos, options.data.class_path)
+    if not world and chosen == (None, None, None):
         raise ValueError(
             f"Nothing says which prompts to give to {source.name!r}. Use --data.shards FOLDER; "
             "`lightning-kv encode prompts.txt --out FOLDER` makes one."
         )
-    shards = options.data.shards or (FAST_PANS if world else None)
-    own = shards if not world and shards and (found(shards) / INDEX).is_file() else None
+    shards = options.data.shards or (FAST_PANS if world and not videos else None)
+    prompts = shards or videos
     rollouts = rollouts_of(options).filled(source.config)
     usual = {
-        "text": own,
+        "text": None if world or prompts is None else states_beside(prompts),
         "precision": "float32" if world else "reference",
         "metrics": list(Suite(None, known(world, options.decode)).choices),
     }
     missing = {name: value for name, value in usual.items() if getattr(options, name) is None}
     data = replace(options.data, shards=shards)
     return replace(options, data=data, **vars(rollouts), **missing)
+
+
+def states_beside(prompts: Path) -> Path | None:
+    """The folder of prompts, or of a table of them, where it holds text states too."""
+    from lightning_kv.models.embeddings import INDEX
+
+    place = found(prompts)
+    folder = place.parent if place.is_file() else place
+    return folder if (folder / INDEX).is_file() else None
 
 
 def rollouts_of(options: EvaluateOptions) -> RolloutSettings:
@@ -239,19 +264,22 @@ def module_for(
     from lightning_kv.models.loading import check_memory
     from lightning_kv.tasks.class_paths import metrics_of
     from lightning_kv.tasks.evaluate import EvaluateModule, known
+    from lightning_kv.tasks.rollouts.context import check_context
     from lightning_kv.tasks.rollouts.policies import chosen_policies
 
     chosen = [file_of(policy) for policy in options.policies]
     policies, reference = chosen_policies(chosen, file_of(options.reference), options.budgets)
     rollouts, accept = rollouts_of(options), tuple(options.accept_license)
     metrics = metrics_of(options.metrics)
-    Suite(metrics, known(source.config is None, options.decode), accept)
+    suite = Suite(metrics, known(source.config is None, options.decode), accept)
     if source.config is not None:  # before gigabytes are read
         everyone = [reference, *policies.values()]
-        rollouts.check(options.model, source.config, False, everyone)
+        rollouts.check(options.model, source.config, everyone)
+        sets = [] if options.real else list(suite.set_metrics())
+        check_context(options.model, source.config, False, rollouts, data, sets)
         check_memory(source.config, options.precision, device)
         check_text(options, source)
-    return EvaluateModule(
+    module = EvaluateModule(
         model_for(options, source, data),
         list(policies.values()),
         reference,
@@ -260,6 +288,8 @@ def module_for(
         real=options.real,
         accept_license=accept,
     )
+    module.check_data(data)
+    return module
 
 
 def model_for(options: EvaluateOptions, source: Source, data: LightningDataModule) -> VideoModel:
@@ -273,7 +303,7 @@ def model_for(options: EvaluateOptions, source: Source, data: LightningDataModul
         precision=options.precision,
         text=options.text,
         vae=options.vae,
-        decode=options.decode,
+        decode=options.decode or options.context_videos is not None,  # or nothing encodes them
         prompts=None if texts is None else texts + [options.negative] * guided,
     )
 
@@ -288,10 +318,11 @@ def check_text(options: EvaluateOptions, source: Source) -> None:
 
     folder = options.text or source.text
     if folder is None or not (folder / INDEX).is_file():
+        prompts = options.data.shards or options.context_videos
         raise ValueError(
-            f"The prompts in {options.data.shards} have no text states, and an evaluation runs no "
-            f"text encoder. Type `lightning-kv encode {options.data.shards}` first, or give --text "
-            "FOLDER that it wrote."
+            f"The prompts in {prompts} have no text states, and an evaluation runs no text "
+            f"encoder. Type `lightning-kv encode {prompts}` first (a folder of videos as shards: "
+            "`lightning-kv shards make`), or give --text FOLDER that it wrote."
         )
 
 
@@ -321,6 +352,7 @@ What is not given is the model's own; see `lightning-kv list policies`, `list pa
         "text": "FOLDER",
         "vae": "FOLDER",
         "real": "FOLDER",
+        "context_videos": "VIDEOS",
         "data.shards": "FOLDER",
         "data.class_path": "CLASS",
         "data.init_args": "ARGS",

@@ -51,6 +51,7 @@ def parse(command: Command, words: Sequence[str]) -> Any:
             f"The settings file of -c cannot be read: {type(error).__name__}: {error}. Give a "
             "YAML file in UTF-8."
         ) from error
+    check_groups(command.options, made)
     missing = [
         command.positional.get(one.key, one.label)
         for one in known
@@ -132,7 +133,8 @@ def normal(command: Command, known: Sequence[Option], words: Sequence[str]) -> l
         name, equals, value = word.partition("=") if word.startswith("--") else (word[:2], "", "")
         value, equals = (word[2:], word[2:]) if not word.startswith("--") else (value, equals)
         if name in ("-c", "--config"):
-            found.append(f"--config={shipped(value if equals else value_of('-c', left, known))}")
+            file = shipped(value if equals else value_of("-c", left, known))
+            found.append(f"--config={with_classes(file, known)}")
             continue
         one, rest = option_named(command, known, name)
         if not equals and kinds_of(one.kind)[0] is bool:
@@ -148,6 +150,21 @@ def normal(command: Command, known: Sequence[Option], words: Sequence[str]) -> l
             f"Type `{usage(command, known)}`."
         )
     return [*found, *(["--", *free] if free else [])]
+
+
+def with_classes(file: str | Path, known: Sequence[Option]) -> str:
+    """A settings file; what it holds where it names a class alone, ``data: package:Class``."""
+    import yaml
+
+    try:
+        held = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return str(file)  # which the parser says
+    named = {one.key.partition(".")[0] for one in known if one.key.endswith(".class_path")}
+    alone = [key for key in named if isinstance(held, dict) and isinstance(held.get(key), str)]
+    if not alone:
+        return str(file)
+    return json.dumps(held | {key: {"class_path": held[key]} for key in alone}, default=str)
 
 
 def said_by(flag: Option) -> set[str]:
@@ -202,6 +219,7 @@ def unknown(command: Command, known: Sequence[Option], name: str) -> str:
     """What to say of an option that is none: why it is refused, or the nearest one."""
     place, _, last = name.rpartition(".")
     owners = {each.name: each for each in dataclasses.fields(command.options)}
+    place = place or "trainer"  # whose arguments are found without it too
     if place in owners:
         kind = typing.get_type_hints(command.options)[place]
         if why := getattr(kind, "REFUSED", {}).get(plain(last)):
@@ -274,6 +292,22 @@ def as_list(value: Any) -> list[Any]:
         raise ValueError(
             f"The list {value!r} cannot be read: {why}. Write [a, {{name: b, key: value}}]."
         ) from error
+
+
+def check_groups(kind: type, values: Any) -> None:
+    """Refuse a value where options of their own are due.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for key, group in typing.get_type_hints(kind).items():
+        if not dataclasses.is_dataclass(group) or hasattr(values[key], "__dict__"):
+            continue
+        names = ", ".join(each.name for each in dataclasses.fields(group))
+        raise ValueError(
+            f"--{key} {values[key]!r} does not fit: it has options of its own. Give those, as "
+            f"--{key}.NAME VALUE, or in a file indented below `{key}:`. They are {names}."
+        )
 
 
 def built(kind: type, values: Any) -> Any:

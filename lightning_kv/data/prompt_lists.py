@@ -47,8 +47,9 @@ def read_captions(
     Args:
         videos: The videos by key, as `videos_in` finds them.
         table: ``.csv`` or ``.json`` with a field `video` (the path inside the folder, with or
-            without suffix) and a prompt as in `read_prompts`, or a JSON object of prompts by
-            video. None: the ``.txt`` or ``.json`` file beside each video, where there is one.
+            without suffix, or that of the file itself) and a prompt as in `read_prompts`, or a
+            JSON object of prompts by video. None: the ``.txt`` or ``.json`` file beside each
+            video, where there is one.
 
     Returns:
         The prompt by key; None where nothing is said.
@@ -155,6 +156,10 @@ def _key(row: Any, videos: Mapping[str, Path], where: str) -> str:
         short = Path(given).with_suffix("").as_posix() if given else ""
         for key in (given, short):
             if key in videos:
+                return key
+        place = Path(given).resolve()  # what `lightning-kv export` writes
+        for key, video in videos.items() if given else ():
+            if video.resolve() == place:
                 return key
     raise ValueError(
         f"{where}: no such video. Given {given!r} in the field {VIDEO!r}. Give one of "

@@ -24,6 +24,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from lightning_kv.data.records import as_json, record_of, text_of
 from lightning_kv.data.tars import grouped, is_hidden
+from lightning_kv.data.videos import VideoFile
 from lightning_kv.utilities.files import checksum
 
 SCHEMA = 1
@@ -38,12 +39,14 @@ class PromptSample(NamedTuple):
         key: Name of the prompt in results, made of its text and its world seed.
         prompt: The text the model is given.
         world_seed: Seed (63 bits) of whatever is drawn for this prompt.
+        video: Whose first frames a rollout is given; None where it is not given those of a video.
     """
 
     # A named tuple because Lightning rebuilds every batch and cannot rebuild a frozen dataclass.
     key: str
     prompt: str
     world_seed: int
+    video: VideoFile | None = None
 
 
 @dataclass(frozen=True)

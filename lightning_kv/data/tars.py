@@ -10,9 +10,8 @@ import io
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
@@ -21,8 +20,7 @@ WHOLE = "Copy the file again from where it came, or pack it again with lightning
 META = re.compile(r"__[^/]*__($|/)")  # what webdataset keeps to itself
 
 
-@dataclass(frozen=True, order=True)
-class Member:
+class Member(NamedTuple):
     """A file inside a tar, which can be opened where it lies.
 
     Args:
@@ -32,6 +30,7 @@ class Member:
         size: Its length in bytes.
     """
 
+    # A named tuple, as PromptSample is, which may hold one.
     tar: Path
     name: str
     start: int

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,15 @@ from lightning_kv.data.pairs import pair_csv, videos_in
 from lightning_kv.data.prompt_lists import read_captions
 from lightning_kv.data.shards import INDEX
 from lightning_kv.data.video_shards import VideoSample, videos_in_shards
-from lightning_kv.data.videos import SUFFIXES, VideoError, VideoInfo, probe, read
+from lightning_kv.data.videos import (
+    SUFFIXES,
+    VideoError,
+    VideoFile,
+    VideoInfo,
+    checksum,
+    probe,
+    read,
+)
 
 BLOCK = 8  # frames that are decoded at a time
 
@@ -174,6 +182,37 @@ def clips_of(
         at = start + length
         key, pixels = cut.key(sample.key, start), torch.stack(list(held))
         yield VideoClip(key, sample.prompt, float(info.fps), start, pixels)
+
+
+def described(samples: Iterable[VideoSample]) -> dict[str, Any]:
+    """What videos are by content: checksums of shards and of files, and what is said of each."""
+    samples = list(samples)
+    shards = {sample.shard.file: sample.shard for sample in samples if sample.shard}
+    return {
+        "shards": {name: shard.sha256 for name, shard in shards.items()},
+        "files": {sample.key: checksum(sample.video) for sample in samples if not sample.shard},
+        "prompts": {sample.key: sample.prompt for sample in samples if sample.prompt},
+    }
+
+
+def first_frames(
+    video: VideoFile | VideoInfo, frames: int, size: tuple[int, int] | None = None
+) -> Tensor:
+    """The beginning of a video, held as a whole; what lies behind it is not decoded.
+
+    Args:
+        video: The video, or what `probe` said about it.
+        frames: How many frames; all where it has fewer.
+        size: Height and width (pixels) to resize to; None: as shown.
+
+    Returns:
+        uint8 ``[T, 3, H, W]``, RGB.
+
+    Raises:
+        VideoError: It cannot be read.
+    """
+    info = video if isinstance(video, VideoInfo) else probe(video)
+    return torch.stack(list(islice(_frames(info, size), frames)))
 
 
 def _frames(info: VideoInfo, size: tuple[int, int] | None) -> Iterator[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -20,6 +20,15 @@ class Codec(Protocol):
 
     def stream(self, latents: Tensor) -> Iterator[Tensor]:
         """The same for one clip ``[F, C, h, w]``, piece by piece ``[n, 3, H, W]``."""
+        ...
+
+
+@runtime_checkable
+class EncodingCodec(Codec, Protocol):
+    """Latents to pixels and back: what a model needs to go on from a video."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels ``[B, F', 3, H, W]`` in [0, 1] to latents ``[B, F, C, h, w]``."""
         ...
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from lightning_kv.data.datamodule import VideoPairDataModule
-from lightning_kv.data.pairs import Alignment
-from lightning_kv.data.video_pairs import Piece
+from lightning_kv.data.pairs import Alignment, pair_csv, pair_folders
+from lightning_kv.data.video_pairs import Piece, Videos, apart, joined
 from lightning_kv.data.videos import VideoError
 from lightning_kv.metrics.base import VideoMetric
 from lightning_kv.metrics.reading import ClipReader, noting
 from lightning_kv.metrics.suite import Suite
 from lightning_kv.metrics.windows import WindowEncoder
+from lightning_kv.report.entries import run_names
+from lightning_kv.runs.directory import Record
 from lightning_kv.runs.verdict import FILES
 from lightning_kv.tasks.measuring.adapter import Measured
 from lightning_kv.tasks.measuring.clip_module import ClipModule, ClipResult
@@ -237,3 +239,76 @@ def usual(paired: bool) -> list[str]:
 def floats(pixels: Tensor) -> Tensor:
     """8-bit pixels in [0, 1]."""
     return pixels.to(torch.float32) / 255
+
+
+def find_videos(
+    folders: Sequence[Path], pairs: Path | None = None, unpaired: bool = False
+) -> Videos:
+    """The videos of two folders or more, or of a table of pairs.
+
+    Args:
+        folders: That of the reference, then those of the candidates.
+        pairs: Instead of folders a table ``reference,candidate[,key][,prompt]``.
+        unpaired: Names do not match: the folders are compared as sets.
+
+    Raises:
+        ValueError: Both or neither are given, a folder twice, or there is nothing to compare.
+    """
+    if pairs is not None:
+        if folders or unpaired:
+            raise ValueError(
+                f"--pairs {pairs} says what is compared, and so do "
+                f"{', '.join(map(str, folders)) or '--unpaired'}. Give one or the other."
+            )
+        found = joined("reference", {"candidate": pair_csv(pairs)})
+        return replace(found, places=dict.fromkeys(found.names, str(pairs)))
+    if len(folders) < 2:
+        raise ValueError(
+            f"Nothing to compare: {len(folders)} folder was given. Give the folder of the "
+            "reference and one candidate or more, or --pairs FILE.csv."
+        )
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError(
+            f"A folder is given twice: {', '.join(map(str, folders))}. Give each once."
+        )
+    names = run_names(folders)
+    places = {name: str(folder) for name, folder in zip(names, folders, strict=True)}
+    if unpaired:
+        return replace(apart(names, folders), places=places)
+    by_name = {
+        name: pair_folders(folders[0], folder)
+        for name, folder in zip(names[1:], folders[1:], strict=True)
+    }
+    return replace(joined(names[0], by_name), places=places)
+
+
+def failures(records: Iterable[Record]) -> list[str]:
+    """The videos that could not be used, and why."""
+    return [f"{r['policy']} {r['key']}: {r['failure']}" for r in records if r.get("failure")]
+
+
+def unjudged(records: Iterable[Record]) -> list[str]:
+    """The metrics that cannot judge some of the videos, and why."""
+    found: dict[str, list[str]] = {}
+    for record in records:
+        for metric, why in (record.get("problems") or {}).items():
+            found.setdefault(metric, []).append(f"{record['policy']} {record['key']}: {why}")
+    return [
+        f"{metric} has no value for {len(videos)} videos. The first: {videos[0]}"
+        for metric, videos in found.items()
+    ]
+
+
+def refuse_skipped(records: Iterable[Record]) -> None:
+    """Refuse to go on where an earlier call skipped something.
+
+    Raises:
+        ValueError: It has.
+    """
+    records = list(records)
+    if skipped := [*failures(records), *unjudged(records)]:
+        raise ValueError(
+            f"{len(skipped)} videos or metrics were skipped, which --strict does not allow. The "
+            f"first: {skipped[0].rstrip('.')}. Leave --strict out, or repair this and compare into "
+            "a new directory."
+        )

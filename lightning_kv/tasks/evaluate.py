@@ -24,7 +24,14 @@ from lightning_kv.tasks.measuring.adapter import Clip, Measured, features, measu
 from lightning_kv.tasks.measuring.clip_module import ClipModule, ClipResult
 from lightning_kv.tasks.measuring.fingerprint import plugged
 from lightning_kv.tasks.measuring.real_videos import real_videos
-from lightning_kv.tasks.rollouts.context import Start, stack_context, start_of
+from lightning_kv.tasks.rollouts.context import (
+    Start,
+    check_codec,
+    check_context,
+    check_prompts,
+    stack_context,
+    start_of,
+)
 from lightning_kv.tasks.rollouts.lengths import read_size
 from lightning_kv.tasks.rollouts.outcome import broken, cost
 from lightning_kv.tasks.rollouts.policies import chosen_policies, needs_of
@@ -54,7 +61,9 @@ class EvaluateModule(ClipModule):
         reference: What the others are compared with.
         metrics: Names and metrics; the usual ones for the model where None.
         frames: Latent frames per clip, the context included; the model's own where None.
-        context_frames: Given frames at the start, in the panorama.
+        context_frames: Given frames at the start: those of the prompt's world in the panorama, or
+            of its video (``PromptDataModule(context_videos=...)``) with any model whose codec can
+            encode.
         size: HEIGHTxWIDTH in pixels; the model's own where None.
         seed: Of the noise.
         negative: What guidance leads away from (models with guidance).
@@ -97,7 +106,7 @@ class EvaluateModule(ClipModule):
             frames, context_frames, size, seed, negative, backend, decode, fps
         ).filled(None if world else config)
         chosen, base = chosen_policies(policies, reference)
-        settings.check(model.name, config, world, [base, *chosen.values()])
+        settings.check(model.name, config, [base, *chosen.values()])
         suite = Suite(metrics, known(world, decode), accept_license)
         names = dict.fromkeys([base.name, *chosen])
         videos = real_videos(None if real is None else Path(real), suite)
@@ -115,8 +124,8 @@ class EvaluateModule(ClipModule):
 
     @property
     def shows_truth(self) -> bool:
-        """Whether sets are compared with what worlds really show."""
-        return self.world and self.settings.context_frames > 0 and self.settings.decode
+        """Whether sets are compared with what worlds, or videos, really show."""
+        return self.settings.context_frames > 0 and self.settings.decode
 
     @property
     def model(self) -> VideoModel:
@@ -161,6 +170,22 @@ class EvaluateModule(ClipModule):
             },
             "model": {"name": self.model_name, **config.to_dict(), **self.source},
         }
+
+    def check_data(self, data: Any) -> None:
+        """Refuse prompts and videos that this module cannot roll out.
+
+        Raises:
+            ValueError: As `check_context`, `check_codec` and `check_prompts` say.
+        """
+        config, sets = self.network.config, [] if self.real else list(self.suite.set_metrics())
+        check_context(self.model_name, config, self.world, self.settings, data, sets)
+        if getattr(data, "video_infos", None):
+            check_codec(self.model_name, self.codec)
+            check_prompts(self.model, data.prompt_texts())
+
+    def setup(self, stage: str) -> None:
+        """Check the data, before the first rollout."""
+        self.check_data(self.trainer.datamodule)
 
     def on_test_start(self) -> None:
         """Warm up, so that the first clip's timing is like the others'; encode real videos."""
@@ -224,8 +249,7 @@ class EvaluateModule(ClipModule):
                     f"{', '.join(keys)}. Give the rollouts of a prompt one after the other, in the "
                     "order of the module's names."
                 )
-            given, frames = self.settings.context_frames, self.settings.frames
-            starts = [start_of(item.prompt, self.codec, frames, given) for item in batch]
+            starts = [start_of(item.prompt, self.model, self.settings) for item in batch]
             group = self._groups[keys] = _Group(starts)
             if self.rolls_first:
                 group.base = self._rollout(self.reference, batch, starts, [], record=self.needs)
@@ -246,14 +270,13 @@ class EvaluateModule(ClipModule):
         if not failure:
             clip = self._clip(start, out, compared, index, probe)
             measured = measure(self.metrics_of(item.policy), clip, self.encoders)
-            if self._shows_world(item):
-                truth = features(
-                    start.scene.truth_pixels, self.encoders, clip.given_pixels, measured.problems
-                )
+            if self._shows_truth(item) and start.real is not None:
+                problems = measured.problems
+                truth = features(start.real, self.encoders, clip.given_pixels, problems)
         result = ClipResult(
             name=item.policy,
             key=item.key,
-            unit=item.prompt.key if self.world else item.prompt.prompt,
+            unit=item.prompt.key if self.world or item.prompt.video else item.prompt.prompt,
             prompt=item.prompt.prompt,
             sample=item.sample,
             measured=measured,
@@ -268,8 +291,8 @@ class EvaluateModule(ClipModule):
         self.add(result)
         return result
 
-    def _shows_world(self, item: RolloutItem) -> bool:
-        """Whether this clip brings what its world really shows: once, not for every noise."""
+    def _shows_truth(self, item: RolloutItem) -> bool:
+        """Whether this clip brings what really follows: once, not for every noise."""
         first = item.policy == self.reference.name and item.sample == 0
         return first and self.shows_truth and not self.real
 

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 NOT_TRAINED = "nothing is trained here, and only a test loop runs"
+NOT_TESTED = "a training here has no other loop"
 OWN_WRITING = "what a run writes is under --out, and it goes on from there"
+OF_RECIPE = "what the numbers depend on is in the recipe"
+ONE_DEVICE = "a recipe gives the same numbers everywhere, so it is trained on one device"
 
 
 @dataclass
@@ -66,6 +69,65 @@ class TrainerOptions:
         "enable_model_summary": "the report says what the model is",
         "enable_autolog_hparams": "config.yaml and run.json hold all options",
         "use_distributed_sampler": "the data module gives each rank its own items",
+        "barebones": "it would run without the callbacks that write the run",
+    }
+    """Arguments of Lightning's Trainer that make no sense here, and why."""
+
+
+@dataclass
+class TrainingTrainerOptions:
+    """Where a training runs, and what of Lightning's Trainer takes part in it: nothing of numbers.
+
+    A class comes as package.module:Class, or as a mapping of class_path and init_args.
+
+    Args:
+        accelerator: cpu, gpu, or auto: a CUDA GPU if there is one; one device.
+        logger: csv, tensorboard, classes: get the losses as it goes (csv, or [] for none).
+        callbacks: Classes, which come after those that write the run (none).
+        profiler: simple, advanced (write under --out) or a class (none).
+        log_every_n_steps: Steps between two lines of a logger.
+        deterministic: Refuse kernels that do not repeat, or warn (false).
+        benchmark: Let cuDNN choose by trying (Lightning's).
+    """
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    logger: list[str | dict[str, Any]] | None = None
+    callbacks: list[str | dict[str, Any]] | None = None
+    profiler: dict[str, Any] | str | None = None
+    log_every_n_steps: int = 10
+    deterministic: bool | Literal["warn"] | None = None
+    benchmark: bool | None = None
+
+    REFUSED: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(
+            ("devices", "num_nodes", "strategy", "plugins", "sync_batchnorm"), ONE_DEVICE
+        ),
+        **dict.fromkeys(
+            (
+                *("max_epochs", "min_epochs", "max_steps", "min_steps", "limit_train_batches"),
+                *("overfit_batches", "accumulate_grad_batches", "gradient_clip_val", "precision"),
+                *("gradient_clip_algorithm", "reload_dataloaders_every_n_epochs"),
+            ),
+            OF_RECIPE,
+        ),
+        **dict.fromkeys(
+            (
+                *("limit_val_batches", "limit_test_batches", "limit_predict_batches"),
+                *("val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps"),
+                "inference_mode",
+            ),
+            NOT_TESTED,
+        ),
+        **dict.fromkeys(
+            ("default_root_dir", "enable_checkpointing", "model_registry"), OWN_WRITING
+        ),
+        "max_time": "stop it whenever you like; the same command goes on",
+        "fast_dev_run": "it would write no weights; a recipe of few steps is as quick",
+        "detect_anomaly": "a loss or weights that are not finite end a training anyway",
+        "enable_progress_bar": "the line is shown in a terminal only",
+        "enable_model_summary": "the recipe says what is trained",
+        "enable_autolog_hparams": "recipe.json holds all that the numbers depend on",
+        "use_distributed_sampler": ONE_DEVICE,
         "barebones": "it would run without the callbacks that write the run",
     }
     """Arguments of Lightning's Trainer that make no sense here, and why."""
@@ -199,7 +261,7 @@ class PretrainOptions:
         threads: CPU threads.
         checkpoint_every: Steps between two checkpoints.
         picture_every: Steps between two sample pictures; 0 for none.
-        accelerator: cpu, gpu, or auto: a CUDA GPU if there is one; one device.
+        trainer: Where it runs.
     """
 
     recipe: Recipe
@@ -207,7 +269,7 @@ class PretrainOptions:
     threads: int = 2
     checkpoint_every: int = 50
     picture_every: int = 100
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    trainer: TrainingTrainerOptions = field(default_factory=TrainingTrainerOptions)
 
 
 @dataclass(frozen=True)
@@ -240,9 +302,11 @@ class PretrainEncoderOptions:
         out: Run directory: checkpoints, losses and, at the end, the weights.
         threads: CPU threads; another number sums in another order and gives other last digits.
         checkpoint_every: Steps between two checkpoints.
+        trainer: Where it runs; a GPU gives other last digits than the CPU.
     """
 
     recipe: EncoderRecipe = field(default_factory=EncoderRecipe)
     out: Path = Path("runs/pretrain_encoder")
     threads: int = 1
     checkpoint_every: int = 50
+    trainer: TrainingTrainerOptions = field(default_factory=TrainingTrainerOptions)

@@ -22,13 +22,11 @@ from lightning_kv.models.sizes import PRESETS
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan
 from lightning_kv.tasks.options import PretrainOptions, Recipe, Stage
-from lightning_kv.tasks.trainer import resolved
 from lightning_kv.tasks.training.module import (
     Training,
+    begin,
     check_numbers,
-    check_options,
     commit,
-    stamp,
     train,
 )
 from lightning_kv.tasks.training.optimizers import JoinedOptimizer, Muon
@@ -330,22 +328,19 @@ def pretrain(
 
     Args:
         options: What to train, where and how.
-        logger: Of Lightning; CSV files in the run directory where None is given.
-        callbacks: Of Lightning, beside the run's own.
+        logger: Of Lightning, instead of those in the options.
+        callbacks: Of Lightning, beside those in the options and the run's own.
 
     Raises:
         ValueError: Settings that train nothing, ``out`` holds another run, or the training has come
             to nothing.
     """
-    out, accelerator = options.out, resolved(options.accelerator)
-    check_options(options)
     check_numbers("The panorama model", {"picture_every": options.picture_every}, 0, whole=True)
     check_recipe(options.recipe)
-    torch.set_num_threads(options.threads)
-    described = stamp(out, options.recipe)
-    task = Pretrain(options.recipe, out, options.picture_every)
-    train(task, out, options.checkpoint_every, accelerator, logger, callbacks)
-    target = out / "panorama.safetensors"
+    trainer, described = begin(options, logger, callbacks)
+    task = Pretrain(options.recipe, options.out, options.picture_every)
+    train(task, trainer, options.out)
+    target = options.out / "panorama.safetensors"
     metadata = {
         "recipe": described,
         "commit": commit(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -43,10 +44,9 @@ from lightning_kv.tasks.training.artefacts import (
 )
 from lightning_kv.tasks.training.module import (
     Training,
+    begin,
     check_numbers,
-    check_options,
     commit,
-    stamp,
     train,
 )
 
@@ -152,7 +152,9 @@ class PretrainEncoder(Training):
 
     def data(self, start: int) -> EncoderBatches:
         """Clips of each step."""
-        return EncoderBatches(self.recipe, self.codec, start)
+        return EncoderBatches(
+            self.recipe, copy.deepcopy(self.codec).cpu(), start
+        )  # worlds are drawn there
 
     def optimizer(self) -> torch.optim.AdamW:
         """AdamW; only matrices decay."""
@@ -189,7 +191,8 @@ class PretrainEncoder(Training):
         """What each column of the clean clips is, and where."""
         worlds, length = batch.codes.shape[:2]
         said = self.column(tokens[: worlds * length].permute(0, 3, 1, 2).flatten(2))  # [N, 4, .]
-        middle = batch.x[:worlds].flatten()[:, None] + COLUMN * (torch.arange(VISIBLE) + 0.5)
+        columns = torch.arange(VISIBLE, device=batch.x.device) + 0.5
+        middle = batch.x[:worlds].flatten()[:, None] + COLUMN * columns
         return {
             "code": 0.5 * F.cross_entropy(said[..., :CODES].flatten(0, 1), batch.codes.flatten()),
             "ruler": F.mse_loss(said[..., CODES:], ruler_code(middle)),
@@ -221,7 +224,8 @@ def place_losses(features: Tensor, batch: EncoderBatch) -> dict[str, Tensor]:
     """
     unit = F.normalize(features, dim=1)
     x, intact = batch.x.flatten().float(), batch.intact.flatten()
-    world = torch.arange(len(batch.palette)).repeat(2).repeat_interleave(batch.x.shape[1])
+    world = torch.arange(len(batch.palette), device=x.device)
+    world = world.repeat(2).repeat_interleave(batch.x.shape[1])
     same = world[:, None] == world
     common = (1 - (x[:, None] - x).abs() / SCREEN).clamp_min(0)
     target = torch.where(same, common * intact[:, None] * intact, 0.0)
@@ -257,19 +261,17 @@ def pretrain_encoder(
 
     Args:
         options: What to train, and where.
-        logger: Of Lightning; CSV files in the run directory where None is given.
-        callbacks: Of Lightning, beside the run's own.
+        logger: Of Lightning, instead of those in the options.
+        callbacks: Of Lightning, beside those in the options and the run's own.
 
     Raises:
         ValueError: Settings that train nothing, ``out`` holds another run, or the training has come
             to nothing.
     """
-    check_options(options)
     check_recipe(options.recipe)
-    torch.set_num_threads(options.threads)
-    described = stamp(options.out, options.recipe)
+    trainer, described = begin(options, logger, callbacks)
     task = PretrainEncoder(options.recipe)
-    train(task, options.out, options.checkpoint_every, logger=logger, callbacks=callbacks)
+    train(task, trainer, options.out)
     target = options.out / "panorama_encoder.safetensors"
     write(target, task, described)
     return target

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from lightning_kv.tasks.class_paths import instance, is_address
-from lightning_kv.tasks.options import TrainerOptions
+from lightning_kv.tasks.options import TrainerOptions, TrainingTrainerOptions
 
 if TYPE_CHECKING:  # it takes seconds
     from lightning import Callback, Trainer
+    from lightning.pytorch.callbacks import ProgressBar
     from lightning.pytorch.loggers import Logger
     from lightning.pytorch.profilers import Profiler
+
+Settings = TypeVar("Settings", TrainerOptions, TrainingTrainerOptions)
 
 
 def resolved(accelerator: str) -> str:
@@ -46,13 +49,7 @@ def launched(options: TrainerOptions) -> TrainerOptions:
         ValueError: A setting contradicts the launcher, or is out of range.
     """
     told, source = _told()
-    for name, value in told.items():
-        own = getattr(options, name)
-        if own not in (None, "auto", value):
-            raise ValueError(
-                f"--trainer.{name} {own} contradicts {source}, which says {value}. "
-                f"Leave --trainer.{name} out, or change what {source} is given."
-            )
+    _agree(options, told, source)
     asked = os.environ.get("LT_STRATEGY", "auto")
     if source and options.strategy is not None and asked not in ("auto", options.strategy):
         raise ValueError(
@@ -68,6 +65,37 @@ def launched(options: TrainerOptions) -> TrainerOptions:
         if isinstance(value, int) and value < 1:
             raise ValueError(f"--trainer.{name} {value} starts no process. Use 1 or more.")
     return settings
+
+
+def alone(options: TrainingTrainerOptions) -> TrainingTrainerOptions:
+    """Trainer settings of a training, which runs in one process on one device.
+
+    Raises:
+        ValueError: The launcher starts more processes, says another device, or there is none.
+    """
+    told, source = _told()
+    if under_launcher():
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+    else:
+        processes = told.get("devices", 1) * told.get("num_nodes", 1)
+    if processes > 1:
+        raise ValueError(
+            f"A training runs on one device: {source} starts {processes} processes, and each would "
+            "train alone into the same --out. Start one."
+        )
+    _agree(options, {name: told[name] for name in ("accelerator",) if name in told}, source)
+    return replace(options, accelerator=resolved(told.get("accelerator", options.accelerator)))
+
+
+def _agree(options: Settings, told: dict[str, int | str], source: str) -> None:
+    """Refuse settings that contradict the launcher."""
+    for name, value in told.items():
+        own = getattr(options, name)
+        if own not in (None, "auto", value):
+            raise ValueError(
+                f"--trainer.{name} {own} contradicts {source}, which says {value}. "
+                f"Leave --trainer.{name} out, or change what {source} is given."
+            )
 
 
 def _told() -> tuple[dict[str, int | str], str]:
@@ -117,54 +145,54 @@ def is_first() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == os.environ.get("NODE_RANK", "0") == "0"
 
 
-def trainer_for(settings: TrainerOptions, callbacks: list[Callback], out: Path) -> Trainer:
-    """A Trainer that only runs; what it would write or show is ours.
+def trainer_for(
+    settings: Settings, callbacks: list[Callback], bar: ProgressBar, out: Path, **given: Any
+) -> Trainer:
+    """A Trainer as its settings say; what it writes or shows is ours, and below ``out``.
 
     Args:
-        settings: As :func:`launched` fills them in.
+        settings: As :func:`launched` or :func:`alone` fills them in: their names are the Trainer's.
         callbacks: Ours; those of the settings come after them.
+        bar: Ours, where no callback is a progress bar.
         out: Run directory, which loggers and profilers write below.
+        given: What else the Trainer is given; a logger here counts instead of the settings'.
 
     Raises:
         ValueError: A class cannot be found or made, or the Trainer refuses an argument.
     """
     from lightning import Callback, Trainer
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.strategies import Strategy
+    from lightning.pytorch.callbacks import ProgressBar
 
+    told = {name: value for name, value in vars(settings).items() if value is not None}
     own = [instance(each, Callback, "--trainer.callbacks") for each in settings.callbacks or ()]
-    plugins = [instance(each, object, "--trainer.plugins") for each in settings.plugins or ()]
-    strategy = settings.strategy or "auto"
-    if is_address(strategy):
-        strategy = instance(strategy, Strategy, "--trainer.strategy")
-    given = {
-        "strategy": strategy,
-        "precision": settings.precision,
-        "profiler": profiler_of(settings.profiler, out),
+    plugins = [instance(x, object, "--trainer.plugins") for x in told.get("plugins", ())]
+    bars = [] if any(isinstance(c, ProgressBar) for c in [*callbacks, *own]) else [bar]
+    loggers = () if "logger" in given else settings.logger or ()
+    made = {
+        "callbacks": [*callbacks, *bars, *own],
         "plugins": plugins or None,
-        "limit_test_batches": settings.limit_test_batches,
-        "deterministic": settings.deterministic,
-        "benchmark": settings.benchmark,
-        "inference_mode": settings.inference_mode,
-        "logger": [logger_of(each, out) for each in settings.logger or ()] or False,
+        "strategy": strategy_of(told.get("strategy", "auto")),
+        "profiler": profiler_of(settings.profiler, out),
+        "logger": [logger_of(each, out) for each in loggers] or False,
+        "default_root_dir": out,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
     }
     try:
-        return Trainer(
-            accelerator=settings.accelerator,
-            devices=settings.devices,
-            num_nodes=settings.num_nodes,
-            callbacks=[*callbacks, *own],
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            **given,
-        )
+        return Trainer(**(told | made | given))
     except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
-        told = {name: value for name, value in vars(settings).items() if value is not None}
         raise ValueError(
             f"Lightning's Trainer refuses what it is given: {error} Given: {told}. Change the "
             "--trainer argument that it names, or leave it out."
         ) from error
+
+
+def strategy_of(spec: dict[str, Any] | str) -> Any:
+    """A strategy by Lightning's name, or of a class."""
+    from lightning.pytorch.strategies import Strategy
+
+    return instance(spec, Strategy, "--trainer.strategy") if is_address(spec) else spec
 
 
 def profiler_of(spec: dict[str, Any] | str | None, out: Path) -> Profiler | str | None:
@@ -177,18 +205,21 @@ def profiler_of(spec: dict[str, Any] | str | None, out: Path) -> Profiler | str 
     return instance(spec, profilers.Profiler, "--trainer.profiler", {"dirpath": str(out)})
 
 
-def logger_of(spec: dict[str, Any] | str, out: Path) -> Logger:
+def logger_of(spec: dict[str, Any] | str, out: Path, versions: bool = False) -> Logger:
     """A logger by name or class, which writes below a run directory.
 
     Args:
         spec: ``csv``, ``tensorboard``, or the address of another class.
         out: The run directory; given where the class takes ``save_dir``.
+        versions: A CSV file for each call that a run took; the last one alone otherwise.
 
     Raises:
         ValueError: There is no such logger.
     """
     from lightning.pytorch import loggers
 
+    if spec == "csv" and versions:
+        return loggers.CSVLogger(out, name="log", flush_logs_every_n_steps=10)
     if spec == "csv":
         return loggers.CSVLogger(out, name="", version="log")
     if spec == "tensorboard":

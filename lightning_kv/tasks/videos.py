@@ -80,7 +80,13 @@ def picture(pixels: Tensor) -> np.ndarray:
 
 
 def fitted(pixels: Tensor, width: int = 320) -> np.ndarray:
-    """A picture of at most ``width`` pixels: larger ones are averaged over whole blocks."""
+    """A picture of at most ``width`` pixels: larger ones are averaged over whole blocks.
+
+    Args:
+        pixels: ``[F, 3, H, W]`` in [0, 1], or uint8.
+        width: The most pixels across.
+    """
+    pixels = pixels if pixels.is_floating_point() else pixels.float() / 255
     block = -(-pixels.shape[-1] // width)
     return picture(avg_pool2d(pixels, block) if block > 1 else pixels)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,6 +31,13 @@ def turn(
     geometry: Geometry, vector: Tensor, time: float, place: Place, sign: float = 1.0
 ) -> Tensor:
     """Rotary embedding of one vector, pair by pair; ``sign=-1`` turns it back."""
+    pairs = torch.view_as_complex(vector.double().reshape(-1, 2).contiguous())
+    return torch.view_as_real(pairs * _turns(geometry, time, place, sign)).flatten()
+
+
+@lru_cache(maxsize=4096)  # every row is met by many queries
+def _turns(geometry: Geometry, time: float, place: Place, sign: float) -> Tensor:
+    """What the pairs of a vector are multiplied with."""
     side = 2 * (geometry.head_dim // 6)
     widths = (geometry.head_dim - 2 * side, side, side)
     angles = [
@@ -39,9 +47,7 @@ def turn(
         )
         for pair in range(width // 2)
     ]
-    pairs = torch.view_as_complex(vector.double().reshape(-1, 2).contiguous())
-    turned = pairs * torch.exp(1j * torch.tensor(angles, dtype=torch.float64))
-    return torch.view_as_real(turned).flatten()
+    return torch.exp(1j * torch.tensor(angles, dtype=torch.float64))
 
 
 @dataclass
@@ -292,20 +298,24 @@ class Twin:
         self, stream: Stream, step: Pass, query: Query, flight: list[Row], keys: list[Tensor]
     ) -> Tensor:
         """What one query reads: a softmax over the rows that its frame may read."""
-        logits, values = [], []
+        extra, read, values = [], [], []
         for index, (row, key) in enumerate(zip(stream.rows + flight, keys, strict=True)):
             asked = (stream, step, query.frame, index, row)
             held = index < len(stream.rows)
             if not (step.rebuild or self.script.reads(*asked, not held)):
                 continue
-            extra = self.script.bias(*asked)
-            logits.append(float(query.turned @ key) / math.sqrt(len(key)) + extra)
-            values.append(row.v.double())
+            extra.append(self.script.bias(*asked))
+            read.append(key)
+            values.append(row.v)
             if held and self.seen is not None:
                 self._note(stream, step, query, row)
+        products = (torch.stack(read) @ query.turned).tolist()
+        width = math.sqrt(len(query.turned))
+        logits = [x / width + more for x, more in zip(products, extra, strict=True)]
         top = max(logits)
         share = [math.exp(x - top) for x in logits]
-        return sum(s * x for s, x in zip(share, values, strict=True)) / sum(share)
+        weights = torch.tensor(share, dtype=torch.float64) / sum(share)
+        return weights @ torch.stack(values).double()
 
     def _note(self, stream: Stream, step: Pass, query: Query, row: Row) -> None:
         where = (stream.namespace, stream.sample, stream.layer, stream.head)

@@ -1,15 +1,20 @@
 """Classes of a user's own package, from the command line: what works, and what is refused."""
 
 import dataclasses
+import inspect
 import json
 import sys
 import textwrap
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+from lightning import Trainer
 
 from lightning_kv.cli import main
+from lightning_kv.tasks.options import TrainerOptions, TrainingTrainerOptions
 
+pytestmark = pytest.mark.usefixtures("no_page")
 ROOT = Path(__file__).parents[2]
 QUICK = str(ROOT / "data/panorama-quick")
 SMALL = ["--prompts", "2", "--frames", "18", "--context_frames", "12", "--videos", "0"]
@@ -23,7 +28,7 @@ import torch
 from lightning import Callback, LightningDataModule
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_kv.data.datamodule import PromptDataModule, RolloutItem
 from lightning_kv.data.shards import PromptSample
@@ -68,6 +73,20 @@ class Sentences(LightningDataModule):
         return DataLoader(
             [[item._replace(policy=name)] for item in left for name in names], batch_size=None
         )
+
+
+class Torn(Sentences, IterableDataset):
+    '''Two workers read, and the second text cannot be read.'''
+
+    def __iter__(self):
+        yield [next(self.items())._replace(policy="full")]
+        try:
+            {}["film"]
+        except KeyError as error:
+            raise ValueError("A film ends early. Given a.mp4.\\nGive a: whole one.") from error
+
+    def test_dataloader(self):
+        return DataLoader(self, batch_size=None, num_workers=2)
 
 
 class Pages(Logger):
@@ -190,6 +209,34 @@ def test_a_data_module_that_knows_no_shards(mine):
     main(["evaluate", "-c", "run/config.yaml"])
 
 
+@pytest.mark.slow
+def test_a_data_module_that_a_settings_file_names_alone(mine):
+    (mine / "own.yaml").write_text("data: mine.things:LastPrompts\n")
+    main(["evaluate", "-c", "own.yaml", "--data.seed", "7", "--out", "run", *SMALL])
+    usual = json.loads((ROOT / "data/panorama-quick/index.json").read_text())["samples"]
+    found = json.loads((mine / "run" / "run.json").read_text())["described"]["data"]
+    assert len(records(mine / "run")) == 4 and usual > 2 and found["seed"] == 7
+    main(["evaluate", "-c", "run/config.yaml", "--out", "again"])
+    first, again = (
+        [(x["key"], x["metrics"]) for x in records(mine / at)] for at in ("run", "again")
+    )
+    assert first == again
+
+
+def test_an_error_of_a_worker_is_said_without_its_traceback(mine, capsys):
+    """One of somebody else's loader, too."""
+    (mine / "own.yaml").write_text(
+        "data: {class_path: mine.things.Torn, init_args: {texts: [dusk fast n7 left]}}"
+    )
+    words = ["-c", "own.yaml", "--out", "run", "--policies", "random@3f", *SMALL[2:-6]]
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", *words])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(
+        "error: A film ends early. Given a.mp4.\nGive a: whole one.\n"
+    )
+
+
 @pytest.mark.parametrize("how", ["mine.things:Mean", "{class_path: mine.things.Mean}"])
 def test_a_metric_and_a_policy(mine, how):
     part = "{class_path: lightning_kv.policies.retain.window.Window, init_args: {budget: 3f}}"
@@ -306,13 +353,15 @@ def test_arguments_that_contradict_the_launcher(
     assert "Leave" in error and list(tmp_path.iterdir()) == []
 
 
-def test_every_argument_of_the_trainer_is_taken_or_refused():
-    import inspect
-
-    from lightning import Trainer
-
-    from lightning_kv.tasks.options import TrainerOptions
-
+@pytest.mark.parametrize("options", [TrainerOptions, TrainingTrainerOptions])
+def test_every_argument_of_the_trainer_is_taken_or_refused(options):
     theirs = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
-    ours = {field.name for field in dataclasses.fields(TrainerOptions)}
-    assert ours | set(TrainerOptions.REFUSED) == theirs and not ours & set(TrainerOptions.REFUSED)
+    ours = {field.name for field in dataclasses.fields(options)}
+    assert ours | set(options.REFUSED) == theirs and not ours & set(options.REFUSED)
+
+
+def test_what_evaluations_and_trainings_take_is_of_one_kind():
+    one, other = map(get_type_hints, (TrainerOptions, TrainingTrainerOptions))
+    both = (set(one) & set(other)) - {"REFUSED"}
+    assert {"accelerator", "logger", "callbacks", "profiler"} <= both
+    assert all(one[name] == other[name] for name in both)

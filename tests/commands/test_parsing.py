@@ -10,10 +10,12 @@ import pytest
 from lightning_kv import __version__
 from lightning_kv.cli import COMMANDS as COMMANDS_KNOWN
 from lightning_kv.cli import command, main, parse
+from lightning_kv.commands.evaluate import DataOptions
 from lightning_kv.commands.options import options_of, shown
 from lightning_kv.commands.parsing import as_list
-from lightning_kv.tasks.options import TrainerOptions
+from lightning_kv.tasks.options import TrainerOptions, TrainingTrainerOptions
 
+ON_CPU = TrainingTrainerOptions("cpu")
 WARNS = TrainerOptions(deterministic="warn")
 NAMED = {"name": "x", "retain": "y"}
 SWITCHES = ("a, b@2", "c@3")
@@ -135,7 +137,10 @@ def options(command, *words):
         ("generate", "switches", ["p", "-o", "x", "--prompt", "a, b@2", "--prompt=c@3"], SWITCHES),
         ("generate", "prompt", ["-o", "x", "--", "--dusk"], "--dusk"),
         ("report", "runs", ["a", "b"], [Path("a"), Path("b")]),
-        ("pretrain", "accelerator", [*STAGE, "--trainer.accelerator", "cpu"], "cpu"),
+        ("pretrain", "trainer", [*STAGE, "--trainer.accelerator", "cpu"], ON_CPU),
+        ("pretrain", "trainer", [*STAGE, "--accelerator", "cpu"], ON_CPU),
+        ("pretrain-encoder", "trainer", ["--accelerator", "cpu"], ON_CPU),
+        ("generate", "accelerator", ["p", "-o", "x", "--trainer.accelerator", "cpu"], "cpu"),
     ],
 )
 def test_what_is_typed_is_what_is_meant(command, field, words, value):
@@ -210,6 +215,10 @@ def test_a_flag_stands_alone_or_says_true_or_false(command, usual, name):
         (["evaluate", "-c", "wrong.yaml"], "No setting 'polices'. Did you mean 'policies'?"),
         (["evaluate", "-c", "inside.yaml"], "No setting 'data.shard'. Did you mean 'data.shards'?"),
         (["evaluate", "-c", "trainer.yaml"], "--trainer.max_epochs is refused: nothing is"),
+        (["evaluate", "-c", "three.yaml"], "--data 3 does not fit: it has options of its own."),
+        (["evaluate", "-c", "none.yaml"], "--data None does not fit"),
+        (["evaluate", "-c", "class.yaml"], "--trainer 'a.b:C' does not fit"),
+        (["pretrain", "-c", "recipe.yaml"], "--recipe 'long' does not fit"),
         (["evaluate", "-c", "no.yaml"], "is no settings file that can be read"),
         (["evaluate", "-c", "torn.yaml"], "The file of -c is no YAML."),
         (["evaluate", "-c", "bytes.yaml"], "The settings file of -c cannot be read"),
@@ -225,6 +234,10 @@ def test_what_cannot_be_meant_is_said(words, said, tmp_path, monkeypatch, capsys
         "wrong.yaml": "polices: [full]",
         "inside.yaml": "data: {shard: x}",
         "trainer.yaml": "trainer: {max_epochs: 3}",
+        "three.yaml": "data: 3",
+        "none.yaml": "data:\nseed: 3",
+        "class.yaml": "trainer: a.b:C",
+        "recipe.yaml": "recipe: long",
         "torn.yaml": "policies: [full",
         "stage.yaml": "recipe: {stages: [{step: 3}]}",
     }.items():
@@ -257,6 +270,18 @@ def test_help_and_version(capsys):
     texts = {run(capsys, *words)[1] for words in ([], ["--help"], ["-h"], ["help"])}
     assert len(texts) == 1 and "lightning-kv help COMMAND" in texts.pop()
     assert run(capsys, "--version") == (0, f"lightning-kv {__version__}\n", "")
+
+
+def test_a_data_module_is_named_alone_or_with_its_arguments(tmp_path):
+    path = tmp_path / "a.yaml"
+    for text in ("data: a.b:C", "data: {class_path: 'a.b:C'}", "data:\n  class_path: a.b:C"):
+        path.write_text(f"{text}\nseed: 3\n")
+        words = ["-c", str(path), "--data.init_args.first", "4", "--data.seed", "5"]
+        found = options("evaluate", *words)
+        assert found.data == DataOptions(None, 5, "a.b:C", {"first": 4}) and found.seed == 3
+        assert options("evaluate", "-c", str(path)).data == DataOptions(class_path="a.b:C")
+        found = options("evaluate", "-c", str(path), "--data", "x.y:Z")
+        assert found.data.class_path == "x.y:Z"
 
 
 def test_settings_of_a_file_may_use_the_same_words(tmp_path):

@@ -177,6 +177,18 @@ def test_captions_in_a_table(tmp_path, films, name):
     assert held == {"a": "1", "b": "2", "B side": "3", "in/c": "4", "d": "5"}
 
 
+def test_captions_by_the_paths_of_the_files(tmp_path, films, monkeypatch):
+    """As `lightning-kv export` writes them: from where it was typed."""
+    monkeypatch.chdir(films.parent)
+    videos = [path for path in films.rglob("*.*") if path.suffix not in (".txt", ".json")]
+    said = {str(path.relative_to(films.parent)): path.name for path in videos}
+    (tmp_path / "said.json").write_text(json.dumps(said))
+    make_video_shards(films, tmp_path / "set", captions=tmp_path / "said.json")
+    held = records(tmp_path / "set").values()
+    assert len(held) == 5
+    assert all(Path(record["prompt"]).stem == Path(record["name"]).name for record in held)
+
+
 @pytest.mark.parametrize(
     ("table", "said"),
     [

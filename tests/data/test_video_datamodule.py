@@ -61,7 +61,7 @@ def pictures(info, block, size):
     yield from (torch.full((1, 1, 1, 1), at, dtype=torch.uint8) for at in range(info.frames))
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None)
 @given(st.data())
 def test_every_clip_of_random_shards_is_read_once(tmp_path_factory, tar, vouch, data):
     """Any shards, ranks, workers, clips and finished sets; lengths by plain arithmetic."""
@@ -102,7 +102,7 @@ def test_every_clip_of_random_shards_is_read_once(tmp_path_factory, tar, vouch, 
         assert len(readers) == len({number for number, _ in readers}), "a shard is read by one"
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None)
 @given(st.data())
 def test_every_prompt_of_random_shards_is_dealt_once(tmp_path_factory, data):
     count = data.draw(st.integers(1, 12), "prompts")
@@ -121,6 +121,21 @@ def test_every_prompt_of_random_shards_is_dealt_once(tmp_path_factory, data):
     seen = [[item.key for batch in batches for item in batch] for batches in found.values()]
     assert sorted(chain(*seen)) == sorted(set(keys) - finished)
     assert all(ordered(part, keys) for part in seen)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=500)
+@given(data=st.data())
+def test_every_clip_of_more_random_shards_is_read_once(tmp_path_factory, tar, vouch, data):
+    once = test_every_clip_of_random_shards_is_read_once.hypothesis.inner_test
+    once(tmp_path_factory, tar, vouch, data)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=500)
+@given(data=st.data())
+def test_every_prompt_of_more_random_shards_is_dealt_once(tmp_path_factory, data):
+    test_every_prompt_of_random_shards_is_dealt_once.hypothesis.inner_test(tmp_path_factory, data)
 
 
 @given(st.lists(st.integers(0, 100), max_size=30), st.integers(1, 8))
@@ -289,6 +304,26 @@ def test_a_shard_that_changes_after_the_start_is_not_read(tmp_path, films):
     assert len([next(seen), next(seen)]) == 2
     with pytest.raises(ValueError, match=r"missing or damaged\. .*000001\.tar"):
         next(seen)
+
+
+@pytest.mark.parametrize("kind", [ValueError, VideoError], ids=["shard", "video"])
+def test_an_error_in_a_worker_is_said_as_without_workers(tmp_path, films, kind):
+    said = []
+    for workers in (0, 2):
+        data = VideoDataModule(films, length=4, workers=workers)  # one of them is shorter
+        if kind is ValueError:
+            if not workers:
+                index = make_video_shards(films, tmp_path, shard_videos=2)
+                whole = index.paths[0].read_bytes()
+            index.paths[0].write_bytes(whole)
+            data = VideoDataModule(tmp_path, workers=workers)
+            data.setup("test")
+            index.paths[0].write_bytes(b"another file")
+        with pytest.raises(kind) as error:
+            list(data.test_dataloader())
+        assert type(error.value) is kind
+        said.append(str(error.value))
+    assert said[0] == said[1] and "\n" not in said[0]
 
 
 def held():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lightning_kv.report.charts import Chart
 
 from lightning_kv.report.entries import PageRun
 from lightning_kv.runs.directory import RunDirectory, fingerprint
@@ -63,6 +64,14 @@ def spread(values: list[float]) -> tuple[float, float] | None:
 
 
 @pytest.fixture
+def no_charts(monkeypatch):
+    """Pages with empty frames where charts stand: most of the time of a page goes into those."""
+    for drawn in ("charts.tradeoffs", "curves", "chunk_curves"):
+        chart = Chart(drawn, "<svg></svg>")
+        monkeypatch.setattr(f"lightning_kv.report.page.{drawn}", lambda *_, own=chart: [own])
+
+
+@pytest.fixture(scope="session")
 def make_run() -> Callable[..., PageRun]:
     """Makes a run with ``recall[policy][prompt]``; ``None`` stands for a clip not measured."""
 

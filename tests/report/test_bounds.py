@@ -65,6 +65,7 @@ def test_markdown_and_latex(run, tmp_path: Path) -> None:
     assert said == (best == "near@6f")
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_the_page(run, tmp_path: Path) -> None:
     made, best = run
     text = " ".join(rows_of(write_page, tmp_path / "report.html", made, []))

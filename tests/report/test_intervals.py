@@ -30,6 +30,7 @@ def shown(tmp_path: Path, run) -> dict[str, str]:
     return {name: re.sub(r"\s+", " ", text) for name, text in texts.items()}
 
 
+@pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize(("prompts", "limit"), [(2, "50 %"), (3, "75 %"), (4, "88 %"), (6, None)])
 def test_every_report_says_what_intervals_of_few_prompts_are(tmp_path, make_run, prompts, limit):
     recall = {"full": [1.0] * prompts, "w@3f": RECALL[:prompts]}

@@ -79,6 +79,18 @@ def run(tmp_path: Path, make_run) -> PageRun:
     return make_run(tmp_path / "my run", RECALL, PROMPTS)
 
 
+VERDICT = ("Run window@6f: it is <enough>.", "It saves 80 %.")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, make_run) -> tuple[PageRun, Page, str]:
+    """A run that nobody changes, its page, and the text of the page."""
+    folder = tmp_path_factory.mktemp("plain")
+    made = make_run(folder / "my run", RECALL, PROMPTS)
+    page = written(folder / "report.html", [made], VERDICT)
+    return made, page, (folder / "report.html").read_text()
+
+
 def written(
     path: Path, runs: list[PageRun], verdict: tuple[str, ...] = ("Run window@6f.",)
 ) -> Page:
@@ -86,20 +98,19 @@ def written(
     return Page(path)
 
 
-def test_nothing_is_loaded_from_anywhere(tmp_path: Path, run: PageRun) -> None:
-    page = written(tmp_path / "report.html", [run])
+def test_nothing_is_loaded_from_anywhere(plain) -> None:
+    _, page, text = plain
     for tag, attrs in page.tags:
         for name in ("src", "srcset", "data", "poster", "action", "xlink:href", "href"):
             value = attrs.get(name) or ""
             assert value.startswith(("data:", "#")) or not value, f"<{tag} {name}={value[:60]}>"
-    text = (tmp_path / "report.html").read_text()
     assert not re.search(r"@import|url\((?!['\"]?#|data:)", text)
     assert not re.search(r"\b(fetch|XMLHttpRequest|import\()", text)
     assert re.findall(r"https?://[^\"'<> ]+", text) == []
 
 
-def test_the_table_holds_the_numbers_of_the_summary(tmp_path: Path, run: PageRun) -> None:
-    page = written(tmp_path / "report.html", [run])
+def test_the_table_holds_the_numbers_of_the_summary(plain) -> None:
+    run, page, _ = plain
     rows = results(page)
     assert list(rows) == list(RECALL)
     heads = page.text("table", "thead")
@@ -121,8 +132,8 @@ def test_the_table_holds_the_numbers_of_the_summary(tmp_path: Path, run: PageRun
     assert text.count("full reference") == 2, "quality and cost, and where time and bytes go"
 
 
-def test_the_best_of_a_column_is_marked_and_the_reference_is_not(tmp_path, run: PageRun) -> None:
-    page = written(tmp_path / "report.html", [run])
+def test_the_best_of_a_column_is_marked_and_the_reference_is_not(plain) -> None:
+    page = plain[1]
     cells = [attrs for tag, attrs in page.tags if tag == "td"]
     cells = [attrs for attrs in cells if "data-value" in attrs]
     columns = len(cells) // len(RECALL)
@@ -130,14 +141,16 @@ def test_the_best_of_a_column_is_marked_and_the_reference_is_not(tmp_path, run: 
     assert best == [2 * columns], "recall of window@6f; in the other columns all are equal"
 
 
-def test_verdict_facts_and_recipes_are_there(tmp_path: Path, run: PageRun) -> None:
-    verdict = ("Run window@6f: it is <enough>.", "It saves 80 %.")
-    page = written(tmp_path / "report.html", [run], verdict)
-    assert page.text("section", "p").startswith(" ".join(verdict))
+def test_verdict_facts_and_recipes_are_there(plain) -> None:
+    run, page, _ = plain
+    assert page.text("section", "p").startswith(" ".join(VERDICT))
     facts = page.text("header", "dl")
     for fact in ("model panorama", "prompts 3", "latent frames 12", "of them given 4", "seed 7"):
         assert fact in facts
-    assert "reference full" in facts
+    assert "reference full" in facts and "given by videos" not in facts
+    run.summary["run"]["context_videos"] = "films"
+    facts = written(tmp_path / "report.html", [run], verdict).text("header", "dl")
+    assert "given by videos films" in facts
     assert "10 log10(1 / mse) < the better" in page.text("dd")
     assert run.summary["fingerprint"] in page.text("code")
     assert "9.9" in page.text("dd")
@@ -147,16 +160,16 @@ def test_verdict_facts_and_recipes_are_there(tmp_path: Path, run: PageRun) -> No
     assert "Half-finished" not in page.text("body")
 
 
-def test_odd_prompts_and_names_are_text(tmp_path: Path, run: PageRun) -> None:
-    page = written(tmp_path / "report.html", [run])
+def test_odd_prompts_and_names_are_text(plain) -> None:
+    page = plain[1]
     assert f"Median: {PROMPTS[1]}" in page.text("h3")
     assert len(page.all("script")) == 1
     assert '<i>"&odd' in page.text("button")
     assert not {"b", "i"} & {tag for tag, attrs in page.tags if tag == "i" and not attrs}
 
 
-def test_moving_pictures_are_inside_and_play(tmp_path: Path, run: PageRun) -> None:
-    page = written(tmp_path / "report.html", [run])
+def test_moving_pictures_are_inside_and_play(plain) -> None:
+    page = plain[1]
     videos = page.all("video")
     assert len(videos) == 3
     greys = []
@@ -178,8 +191,8 @@ def test_moving_pictures_are_inside_and_play(tmp_path: Path, run: PageRun) -> No
     assert "window@3f 0.750 window@6f 1.000" in page.text("figcaption", "ul")
 
 
-def test_pictures_show_what_every_layer_and_head_keeps(tmp_path: Path, run: PageRun) -> None:
-    page = written(tmp_path / "report.html", [run])
+def test_pictures_show_what_every_layer_and_head_keeps(plain) -> None:
+    page = plain[1]
     images = {attrs["alt"]: attrs["src"] for attrs in page.all("img")}
     assert len(images) == len(RECALL) * (1 + 2), "an overview and two layers for each policy"
     assert all(alt for alt in images)
@@ -214,6 +227,7 @@ def test_a_run_without_pictures_says_so(tmp_path: Path, make_run) -> None:
     assert not page.all("video")
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_several_runs_share_the_table(tmp_path: Path, make_run, run: PageRun) -> None:
     other = make_run(tmp_path / "other", {"full": [1.0], "top": [0.9]}, ["p"])
     page = written(tmp_path / "report.html", [run, other])
@@ -225,6 +239,7 @@ def test_several_runs_share_the_table(tmp_path: Path, make_run, run: PageRun) ->
     assert "Only: p" in page.text("h3")
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_damaged_trace_is_an_error_and_leaves_the_old_page(tmp_path: Path, run: PageRun) -> None:
     path = tmp_path / "report.html"
     written(path, [run])
@@ -236,6 +251,7 @@ def test_a_damaged_trace_is_an_error_and_leaves_the_old_page(tmp_path: Path, run
     assert path.read_bytes() == before
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_statistics_stand_in_the_tables(tmp_path: Path, run: PageRun, add_statistics) -> None:
     page = written(tmp_path / "report.html", [add_statistics(run)])
     marked = [attrs for tag, attrs in page.tags if tag == "sup"]
@@ -256,6 +272,7 @@ def test_statistics_stand_in_the_tables(tmp_path: Path, run: PageRun, add_statis
     assert "by Holm's method over all 3 differences to full" in page.text("details", "p")
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_fronts_and_drift_stand_under_their_charts(tmp_path, run: PageRun, add_statistics) -> None:
     page = written(tmp_path / "report.html", [add_statistics(run)])
     text = page.text("section", "table")
@@ -270,6 +287,7 @@ def test_fronts_and_drift_stand_under_their_charts(tmp_path, run: PageRun, add_s
     assert "Drift of psnr" not in page.text("h3")
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_many_metrics_stay_readable(tmp_path: Path, run: PageRun, add_metrics) -> None:
     page = written(tmp_path / "report.html", [add_metrics(run)])
     heads = page.text("section", "thead")
@@ -292,7 +310,8 @@ def test_many_metrics_stay_readable(tmp_path: Path, run: PageRun, add_metrics) -
     assert "0.625" not in best, "the highest brightness is not the best"
 
 
-def test_a_film_of_differences_is_a_button_away(tmp_path: Path, make_run) -> None:
+@pytest.mark.usefixtures("no_charts")
+def test_a_film_of_differences_is_a_button_away(tmp_path: Path, make_run, plain) -> None:
     run = make_run(tmp_path / "run", RECALL, PROMPTS, differences=True)
     page = written(tmp_path / "report.html", [run])
     videos = page.all("video")
@@ -301,12 +320,12 @@ def test_a_film_of_differences_is_a_button_away(tmp_path: Path, make_run) -> Non
         assert attrs["data-difference"].startswith("data:video/mp4;base64,")
         assert attrs["data-difference"] != attrs["src"]
     assert page.text("div", "button").count("difference \N{MULTIPLICATION SIGN}4") == 3
-    bare = make_run(tmp_path / "bare", RECALL, PROMPTS)
-    page = written(tmp_path / "bare.html", [bare])
-    assert not any("data-difference" in attrs for attrs in page.all("video"))
-    assert "difference \N{MULTIPLICATION SIGN}" not in page.text("button")
+    bare = plain[1]
+    assert not any("data-difference" in attrs for attrs in bare.all("video"))
+    assert "difference \N{MULTIPLICATION SIGN}" not in bare.text("button")
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_film_whose_key_has_a_folder_is_found(tmp_path: Path, make_run) -> None:
     run = make_run(tmp_path / "run", {"full": [1.0], "w": [0.5]}, ["p"])
     records = run.directory.path / "records" / "rank-00000.jsonl"
@@ -316,8 +335,8 @@ def test_a_film_whose_key_has_a_folder_is_found(tmp_path: Path, make_run) -> Non
     assert "street/k0" in page.text("figcaption")
 
 
-def test_time_and_bytes_are_broken_down(tmp_path: Path, run: PageRun) -> None:
-    page = written(tmp_path / "report.html", [run])
+def test_time_and_bytes_are_broken_down(plain) -> None:
+    page = plain[1]
     section = page.text("section", "table")
     assert "391 KiB mean, 4.77 MiB peak" in section
     assert "25.0 % read" in section

@@ -107,6 +107,7 @@ def test_the_page(run: PageRun, tmp_path: Path) -> None:
     assert "among the 1 prompt with a moving picture" in text
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_the_page_of_a_run_that_is_not_finished(tmp_path: Path, make_run) -> None:
     """The second of two prompts lacks a sample."""
     recall = {"full": [1.0] * 4, "w@3f": [0.5] * 3}
@@ -118,6 +119,7 @@ def test_the_page_of_a_run_that_is_not_finished(tmp_path: Path, make_run) -> Non
     assert "Half-finished: 1 of 2 prompts finished." in text
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_the_page_of_video_files(run: PageRun, tmp_path: Path) -> None:
     run.summary["model"] = {"name": FILES}
     run.summary["run"]["prompts"] = 6  # videos, as an older comparison counted them
@@ -128,6 +130,7 @@ def test_the_page_of_video_files(run: PageRun, tmp_path: Path) -> None:
     assert "Half-finished" not in text
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_the_share_of_rows_kept_has_a_column_where_it_is_known(
     run: PageRun, tmp_path: Path
 ) -> None:

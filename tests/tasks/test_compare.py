@@ -21,6 +21,8 @@ from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.runs.video import write_mp4
 from lightning_kv.tasks.options import TrainerOptions
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 
 def options(root, *candidates, **given):
     """Of a comparison of folders inside of one; few metrics and no moving pictures."""
@@ -49,7 +51,7 @@ def pixels(path):
     return torch.cat(list(read(path))).double() / 255
 
 
-def test_the_numbers_are_those_of_the_frames(folders):
+def test_the_numbers_are_those_of_the_frames(folders, page):
     found = compare(options(folders, "near", "far", metrics=("psnr", "ssim", "brightness")))
     assert found.skipped == () and found.notes == ()
     summary = strict_json(folders / "run" / "summary.json")
@@ -71,8 +73,8 @@ def test_the_numbers_are_those_of_the_frames(folders):
     paired = summary["policies"]["near"]["metrics"]["brightness"]["paired"]
     assert paired["difference"] == pytest.approx(change) and paired["n"] == 4
     assert summary["policies"]["near"]["metrics"]["psnr"]["paired"] is None
-    page = (folders / "run" / "report.html").read_text()
-    assert "near" in page and not re.search(r"\bnan\b", page, re.IGNORECASE)
+    text = (folders / "run" / "report.html").read_text()
+    assert "near" in text and not re.search(r"\bnan\b", text, re.IGNORECASE)
 
 
 def test_what_a_rollout_cost_is_not_invented(folders, capsys):
@@ -455,7 +457,7 @@ def test_sets_that_are_too_small_or_constant_have_a_status(tmp_path, video):
         assert metric["mean"] is None and metric["status"].startswith("no value: ")
 
 
-def test_weights_that_are_not_here_are_a_row(folders, monkeypatch, tmp_path):
+def test_weights_that_are_not_here_are_a_row(folders, monkeypatch, tmp_path, page):
     monkeypatch.setenv("LIGHTNING_KV_MODELS", str(tmp_path / "none"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "none"))
     found = compare(options(folders, metrics=("psnr", "lpips/vgg")))

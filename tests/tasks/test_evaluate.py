@@ -100,18 +100,18 @@ def test_a_contradiction_is_refused(monkeypatch):
 
 @pytest.mark.parametrize(("policies", "rollouts"), [("[full,random@6f]", 3), ("[random@6f]", 2)])
 def test_a_reference_that_is_asked_for_is_rolled_out_again(
-    tmp_path, monkeypatch, policies, rollouts
+    tmp_path, monkeypatch, no_page, policies, rollouts
 ):
     asked = []
     monkeypatch.chdir(Path(__file__).parents[2])
 
     def counted(model, policy, prompts, frames, **settings):
-        if frames == 24:  # the warm-up is shorter
+        if frames == 18:  # the warm-up is shorter
             asked.append(policy.name)
         return rollout(model, policy, prompts, frames, **settings)
 
     monkeypatch.setattr(evaluate, "rollout", counted)
-    small = ["--prompts", "1", "--frames", "24", "--videos", "0", "--trainer.devices", "1"]
+    small = ["--prompts", "1", "--frames", "18", "--videos", "0", "--trainer.devices", "1"]
     out = ["--policies", policies, "--out", str(tmp_path / "run")]
     main(["evaluate", "-c", "configs/quickstart.yaml", *small, *out])
     assert len(asked) == rollouts

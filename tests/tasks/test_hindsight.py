@@ -27,6 +27,7 @@ from lightning_kv.tasks.rollouts.policies import chosen_policies
 ROOT = Path(__file__).parents[2]
 SHARDS = ROOT / "data/panorama-quick"
 BOUNDS = ["oracle@6f", "oracle-mass@6f", "oracle-reads@6f"]
+pytestmark = pytest.mark.usefixtures("no_page")
 POLICIES = ["full", *BOUNDS, "h2o@6f"]
 FRAMES, CONTEXT = 15, 6
 WORDS = [

@@ -29,7 +29,8 @@ SHARDS = ROOT / "data/panorama-quick"
 FVD = "fvd/panorama-encoder"
 METRICS = ["recall", "psnr", "latent_mse", FVD]
 POLICIES = ["sliding-window@6f", "full"]
-SMALL = {"frames": 24, "context_frames": 6}
+SMALL = {"frames": 15, "context_frames": 6}  # 9 frames: a window of 8 for the distance of sets
+pytestmark = pytest.mark.usefixtures("no_page")
 
 
 def trainer(callbacks=(), logger=False, **more):
@@ -157,7 +158,8 @@ def test_records_that_are_there_are_not_measured_again(single, tmp_path, monkeyp
 def launched(how, out, processes):
     """The command line under a launcher; without one, the Trainer starts the processes."""
     words = ["evaluate", "--data.shards", str(SHARDS), "--prompts", "2", "--samples", "2"]
-    words += ["--frames", "24", "--context_frames", "6", "--policies", "[sliding-window@6f,full]"]
+    words += [f"--{name}={value}" for name, value in SMALL.items()]
+    words += ["--policies", "[sliding-window@6f,full]"]
     words += ["--metrics", f"[{','.join(METRICS)}]", "--videos", "0", "--threads", "1"]
     words += ["--trainer.accelerator", "cpu", "--trainer.logger", "csv", "--out", str(out)]
     script = str(ROOT / "tools/evaluate.py")
@@ -292,7 +294,8 @@ def test_items_out_of_order_are_refused(tmp_path):
 
 def test_lightning_cli_can_be_built_and_run(tmp_path):
     words = ["test", "--model.policies", "[sliding-window@6f]", "--model.metrics", "[recall]"]
-    words += ["--model.frames", "24", "--model.context_frames", "6", "--data.prompts", "1"]
+    words += [f"--model.{name}={value}" for name, value in SMALL.items()]
+    words += ["--data.prompts", "1"]
     words += ["--data.shards", str(SHARDS), "--trainer.accelerator", "cpu", "--trainer.devices"]
     words += ["1", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
     words += ["--trainer.callbacks", "lightning_kv.tasks.callbacks.RecordWriter"]

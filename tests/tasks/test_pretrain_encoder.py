@@ -9,12 +9,16 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from lightning_kv.data.panorama import PALETTES, VISIBLE, world_for
 from lightning_kv.metrics.backbones.panorama_encoder import PanoramaEncoder
 from lightning_kv.tasks.options import EncoderRecipe, PretrainEncoderOptions
 from lightning_kv.tasks.pretrain_encoder import (
     FIRST_WORLD,
+    EncoderBatch,
     EncoderBatches,
     PretrainEncoder,
     place_losses,
@@ -150,4 +154,24 @@ def test_the_settings_file_says_the_defaults():
     read = yaml.safe_load(path.read_text())
     recipe = EncoderRecipe(**read.pop("recipe"))
     read["out"] = Path(read["out"])
+    assert read.pop("trainer") == {"accelerator": "cpu"}, "the shipped weights are of a CPU"
     assert PretrainEncoderOptions(recipe, **read) == PretrainEncoderOptions()
+
+
+@pytest.mark.slow
+def test_the_losses_of_a_lesson_on_a_gpu_are_computed_there(lesson):
+    """On tensors without contents: two devices in one operation would be an error."""
+    task = PretrainEncoder(SMALL)
+
+    def there(tensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        for module in task.modules():
+            for own, kind in (
+                (module._parameters, nn.Parameter),
+                (module._buffers, torch.Tensor.detach),
+            ):
+                own.update({name: kind(there(x)) for name, x in own.items() if x is not None})
+        moved = EncoderBatch(**{name: there(tensor) for name, tensor in vars(lesson).items()})
+        assert {loss.device.type for loss in task.measure(moved).values()} == {"cuda"}

@@ -23,6 +23,7 @@ WORDS = [
     *("--frames", "24", "--context_frames", "6", "--policies", "[sliding-window@6f]"),
     *("--videos", "0", "--threads", "1", "--trainer.accelerator", "cpu"),
 ]
+pytestmark = pytest.mark.usefixtures("no_page")
 
 
 def evaluated(out, *words, metrics=METRICS):
@@ -138,6 +139,7 @@ def test_an_interrupted_run_goes_on(single, tmp_path):
     assert equal(again, summary(single))
 
 
+@pytest.mark.slow
 def test_two_processes_say_what_one_says(single, tmp_path):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("LT_", "TORCHELASTIC"))}
     words = [sys.executable, "-m", "lightning_kv", *WORDS, "--metrics", METRICS]

@@ -6,9 +6,10 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import lightning
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from lightning_kv.data.datamodule.distribution import dealt, place
+from lightning_kv.data.datamodule.loader import Loader
 from lightning_kv.data.pairs import Alignment
 from lightning_kv.data.video_pairs import Infos, PairedClip, Piece, Videos, pieces, shortest
 from lightning_kv.data.videos import VideoError, VideoFile, VideoInfo, probe
@@ -46,6 +47,18 @@ class VideoPairDataModule(lightning.LightningDataModule):
     def names_of(self, key: str) -> list[str]:
         """Names that have a video of a clip."""
         return [name for name, own in self.videos.files.items() if key in own]
+
+    def check_readable(self, strict: bool = False) -> None:
+        """Refuse a comparison of nothing, and where ``strict`` one with a video that has no header.
+
+        Raises:
+            ValueError: It is one.
+        """
+        broken = [info for info in self.infos.values() if isinstance(info, VideoError)]
+        if broken and strict:
+            raise broken[0]
+        if len(broken) == len(self.infos):
+            raise ValueError(f"None of {len(broken)} videos can be read. The first: {broken[0]}")
 
     def first(self, clips: int | None = None) -> list[str]:
         """Keys of the first clips; of all where None."""
@@ -90,17 +103,17 @@ class VideoPairDataModule(lightning.LightningDataModule):
         finished = frozenset(self.finished)
         return (clip for clip in self.videos.clips if clip.key not in finished)
 
-    def test_dataloader(self) -> DataLoader[Piece]:
+    def test_dataloader(self) -> Loader[Piece]:
         """Pieces of the videos of this rank."""
-        return DataLoader(
+        return Loader(
             _Pieces(self, *place(self.trainer)), batch_size=None, num_workers=self.workers
         )
 
-    def val_dataloader(self) -> DataLoader[Piece]:
+    def val_dataloader(self) -> Loader[Piece]:
         """The same, for a training that looks at them in between."""
         return self.test_dataloader()
 
-    def predict_dataloader(self) -> DataLoader[Piece]:
+    def predict_dataloader(self) -> Loader[Piece]:
         """The same, for a module that records nothing."""
         return self.test_dataloader()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -11,15 +11,19 @@ from typing import Any, NamedTuple
 import lightning
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_kv.data.context_videos import context_prompts, context_videos_of
 from lightning_kv.data.datamodule.distribution import dealt, place
 from lightning_kv.data.shards import PromptSample, PromptShards, ShardIndex, read_index
+from lightning_kv.data.video_sets import described
+from lightning_kv.data.video_shards import VideoSample
+from lightning_kv.data.videos import VideoInfo, probe
 
 
 class RolloutItem(NamedTuple):
     """One rollout to do.
 
     Args:
-        prompt: What the model is told, and the seed of its world.
+        prompt: What the model is told, the seed of its world, and the video it goes on from.
         sample: Which noise of this prompt, from 0.
         policy: Name of the policy; empty where nobody has said which there are.
     """
@@ -36,7 +40,11 @@ class RolloutItem(NamedTuple):
 
 
 class PromptDataModule(lightning.LightningDataModule):
-    """Prompts from shards, and for each of them the rollouts that the module asks for.
+    """Prompts, and for each of them the rollouts that the module asks for.
+
+    Prompts come from shards, or from the captions of videos that rollouts go on from: a video is
+    one prompt then, and the module reads its first frames. It is one or the other, never both: in
+    a set of prompts keys are mostly numbers, and joined by them a video would get any prompt.
 
     An item is one (prompt, sample, policy). The policies of a prompt and sample follow each other
     on one rank, the module's first name first; so what comes later can be compared with it. How
@@ -48,9 +56,11 @@ class PromptDataModule(lightning.LightningDataModule):
         samples: Noises per prompt. Statistics count prompts: more samples make each surer.
         seed: Seed of the worlds that are drawn for the prompts.
         batch: Rollouts of one policy that are done together.
+        context_videos: Videos with captions, as `find_videos` takes them, instead of shards.
 
     Raises:
-        ValueError: ``batch`` or ``samples`` is not positive.
+        ValueError: ``batch`` or ``samples`` is not positive; shards and videos are given, or
+            neither.
 
     Attributes:
         finished: Keys of items to leave out, all policies of them; a callback that takes up a run
@@ -61,26 +71,54 @@ class PromptDataModule(lightning.LightningDataModule):
 
     def __init__(
         self,
-        shards: str | Path,
+        shards: str | Path | None = None,
         prompts: int | None = None,
         samples: int = 1,
         seed: int = 0,
         batch: int = 1,
+        context_videos: str | Path | None = None,
     ) -> None:
         super().__init__()
+        if (shards is None) == (context_videos is None):
+            raise ValueError(
+                "Prompts come from shards, or from the captions of context videos. Given shards "
+                f"{shards} and context videos {context_videos}. Give one of them."
+            )
         if batch < 1 or samples < 1:
             raise ValueError(
                 f"A batch holds at least one rollout, and a prompt gets at least one: batch={batch}"
                 f", samples={samples}. Use 1 or more."
             )
-        self.shards = Path(shards)
+        self.shards = None if shards is None else Path(shards)
+        self.context_videos = None if context_videos is None else Path(context_videos)
         self.prompts, self.samples, self.seed, self.batch = prompts, samples, seed, batch
         self.finished = ()
+
+    @property
+    def source(self) -> Path:
+        """Where the prompts come from."""
+        return self.context_videos if self.shards is None else self.shards
 
     @cached_property
     def index(self) -> ShardIndex:
         """The set, checked against its files on first use."""
         return read_index(self.shards)
+
+    @cached_property
+    def videos(self) -> tuple[VideoSample, ...]:
+        """The context videos of the set, found and checked on first use; none with shards."""
+        return () if self.context_videos is None else context_videos_of(self.context_videos)
+
+    @cached_property
+    def video_infos(self) -> Mapping[str, VideoInfo]:
+        """What the context videos of the run hold, by key; none with shards.
+
+        Raises:
+            VideoError: One of them cannot be read.
+        """
+        if self.context_videos is None:  # a subclass may have no set to look into
+            return {}
+        return {sample.key: probe(sample.video) for sample in self.videos[: self.total]}
 
     @property
     def total(self) -> int:
@@ -89,13 +127,13 @@ class PromptDataModule(lightning.LightningDataModule):
         Raises:
             ValueError: The shards cannot be used, or do not hold so many prompts.
         """
-        held = self.index.samples
+        held = len(self.videos) if self.shards is None else self.index.samples
         if self.prompts is None:
             return held
         if not 1 <= self.prompts <= held:
             raise ValueError(
                 "The run asks for a number of prompts that the set cannot give. "
-                f"prompts={self.prompts} was given and {self.shards} holds {held}. "
+                f"prompts={self.prompts} was given and {self.source} holds {held}. "
                 f"Use 1 to {held}, or leave prompts out for all of them."
             )
         return self.prompts
@@ -118,7 +156,7 @@ class PromptDataModule(lightning.LightningDataModule):
         if len(set(prompts)) < self.total:
             raise ValueError(
                 "The prompts of the run have no distinct keys. "
-                f"{self.shards} gives {len(set(prompts))} keys for {self.total} prompts. "
+                f"{self.source} gives {len(set(prompts))} keys for {self.total} prompts. "
                 f"Use another data seed than {self.seed}, or write the set again."
             )
         return [item.key for item in self._items()]
@@ -129,8 +167,10 @@ class PromptDataModule(lightning.LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides which items there are."""
+        chosen = self.videos[: self.total]
+        shards = [] if self.shards is None else [shard.sha256 for shard in self.index.shards]
         return {
-            "shards": [shard.sha256 for shard in self.index.shards],
+            **({"context_videos": described(chosen)} if chosen else {"shards": shards}),
             "seed": self.seed,
             "prompts": self.total,
             "batch": self.batch,
@@ -144,9 +184,12 @@ class PromptDataModule(lightning.LightningDataModule):
             "samples": self.samples,
             "data_seed": self.seed,
             "batch": self.batch,
+            **({"context_videos": self.context_videos.name} if self.context_videos else {}),
         }
 
-    def _prompts(self) -> PromptShards:
+    def _prompts(self) -> Iterable[PromptSample]:
+        if self.shards is None:
+            return context_prompts(self.videos[: self.total], self.seed)
         return PromptShards(self.index, seed=self.seed, limit=self.total)
 
     def _items(self) -> Iterator[RolloutItem]:

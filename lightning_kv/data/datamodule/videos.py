@@ -11,20 +11,21 @@ from typing import Any
 
 import lightning
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from lightning_kv.data.datamodule.distribution import dealt_by_bytes, place
+from lightning_kv.data.datamodule.loader import Loader
 from lightning_kv.data.shards import Shard, check_shard
 from lightning_kv.data.tars import Member
 from lightning_kv.data.video_sets import (
     Cut,
     VideoClip,
     clips_of,
+    described,
     find_videos,
     keys_of,
 )
 from lightning_kv.data.video_shards import VideoSample
-from lightning_kv.utilities.files import checksum
 
 
 class VideoDataModule(lightning.LightningDataModule):
@@ -101,13 +102,8 @@ class VideoDataModule(lightning.LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides which clips there are."""
-        shards = {sample.shard.file: sample.shard for sample in self.samples if sample.shard}
         return {
-            "shards": {name: shard.sha256 for name, shard in shards.items()},
-            "files": {
-                sample.key: checksum(sample.video) for sample in self.samples if not sample.shard
-            },
-            "prompts": {sample.key: sample.prompt for sample in self.samples if sample.prompt},
+            **described(self.samples),
             "length": self.cut.length,
             "stride": self.cut.stride,
             "size": self.cut.size,
@@ -126,7 +122,7 @@ class VideoDataModule(lightning.LightningDataModule):
                 f"{hands} workers of all ranks. Use fewer ranks or workers."
             )
 
-    def train_dataloader(self) -> DataLoader[VideoClip]:
+    def train_dataloader(self) -> Loader[VideoClip]:
         """Batches without an end, pass after pass in an order of its own.
 
         Ranks hold different numbers of clips; so none of them ends before the others. Give the
@@ -144,23 +140,21 @@ class VideoDataModule(lightning.LightningDataModule):
             )
         return self._loader(endless=True)
 
-    def val_dataloader(self) -> DataLoader[VideoClip]:
+    def val_dataloader(self) -> Loader[VideoClip]:
         """Every unfinished clip of this rank once."""
         return self._loader()
 
-    def test_dataloader(self) -> DataLoader[VideoClip]:
+    def test_dataloader(self) -> Loader[VideoClip]:
         """Every unfinished clip of this rank once."""
         return self._loader()
 
-    def predict_dataloader(self) -> DataLoader[VideoClip]:
+    def predict_dataloader(self) -> Loader[VideoClip]:
         """Every unfinished clip of this rank once."""
         return self._loader()
 
-    def _loader(self, endless: bool = False) -> DataLoader[VideoClip]:
+    def _loader(self, endless: bool = False) -> Loader[VideoClip]:
         clips = _Clips(self, *place(self.trainer), endless)
-        return DataLoader(
-            clips, batch_size=self.batch, num_workers=self.workers, collate_fn=_together
-        )
+        return Loader(clips, batch_size=self.batch, num_workers=self.workers, collate_fn=_together)
 
 
 class _Clips(IterableDataset):

@@ -114,6 +114,7 @@ class PolicyEvaluation(L.Callback):
         warn_missing(self.module.suite.missing)
         if isinstance(self.prompts, PromptDataModule):
             self.prompts.keys()
+            self.module.check_data(self.prompts)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count from here on; where a training goes on, from its last evaluation.

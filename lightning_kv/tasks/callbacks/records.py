@@ -43,8 +43,9 @@ class RecordWriter(RunCallback):
         """Make the directory, or check that it holds this very run; for one rank.
 
         Raises:
-            ValueError: It holds something else.
+            ValueError: It holds something else, or the module cannot measure what the data gives.
         """
+        module.check_data(data)
         described = describe(trainer, module, data)
         told = about(trainer, module, data)
         logs = [Path(each.log_dir).resolve().parts for each in trainer.loggers if each.log_dir]

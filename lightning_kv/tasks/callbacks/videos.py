@@ -48,7 +48,7 @@ class ComparisonVideos(FirstPromptsCallback):
 
     def write(self, clip: ClipResult, shown: dict[str, Frames]) -> None:
         """Write both moving pictures."""
-        rows: Rows = [("world", fitted(clip.truth))] if clip.truth is not None else []
+        rows: Rows = [("truth", fitted(clip.truth))] if clip.truth is not None else []
         rows += list(shown.items())
         frames = len(rows[0][1])
         self.run.differences.mkdir(parents=True, exist_ok=True)  # there may be no RecordWriter

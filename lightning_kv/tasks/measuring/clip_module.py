@@ -42,7 +42,7 @@ class ClipResult:
         failure: Why it cannot be measured; None where it can.
         latents: ``[F, C, h, w]``; None where only pixels are known.
         pixels: ``[P, 3, H, W]`` in [0, 1]; None where none were made, or they went by.
-        truth: What the world really looks like, as ``pixels``; None where nobody knows.
+        truth: What really follows, as ``pixels`` or uint8; None where nobody knows.
         real: Features of what sets are compared with, by encoder, where this clip brings them.
         extra: More fields of the record.
         last: Whether it is the last of its prompt and noise.
@@ -112,8 +112,15 @@ class ClipModule(L.LightningModule):
 
     @property
     def shows_truth(self) -> bool:
-        """Whether sets are compared with what worlds really show."""
+        """Whether sets are compared with what worlds, or videos, really show."""
         return False
+
+    def check_data(self, data: Any) -> None:
+        """Refuse a data module whose clips this module cannot measure.
+
+        Raises:
+            ValueError: It is one.
+        """
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """What is known about the metrics: unit, direction, recipe, bounds."""

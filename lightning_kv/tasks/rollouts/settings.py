@@ -29,7 +29,7 @@ class RolloutSettings:
 
     Args:
         frames: Latent frames per clip, the context included.
-        context_frames: Given frames at the start.
+        context_frames: Given frames at the start: of the panorama's world, or of videos.
         size: HEIGHTxWIDTH in pixels; None for that of the model.
         seed: Of the noise.
         negative: What guidance leads away from.
@@ -55,15 +55,12 @@ class RolloutSettings:
         missing = {name: value for name, value in usual.items() if getattr(self, name) is None}
         return replace(self, **missing)
 
-    def check(
-        self, model: str, config: WanConfig, world: bool, policies: Iterable[CachePolicy]
-    ) -> None:
+    def check(self, model: str, config: WanConfig, policies: Iterable[CachePolicy]) -> None:
         """Refuse kernel, frames, budgets and tables that do not work, before anything is run.
 
         Args:
             model: Its name.
             config: Its shape.
-            world: Whether it is of the panorama.
             policies: All of them, the reference included.
 
         Raises:
@@ -71,11 +68,6 @@ class RolloutSettings:
         """
         known_backend(self.backend)
         check_negative(self.negative, model, config)
-        if self.context_frames and not world:
-            raise ValueError(
-                f"--context_frames {self.context_frames} gives frames of the panorama world, and "
-                f"{model!r} has none to give. Use 0."
-            )
         config.plan(self.frames, self.context_frames)
         geometry = config.geometry(read_size(self.size, config))
         policies = list(policies)

@@ -14,12 +14,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_kv.tasks.callbacks.progress import TrainingProgressBar
+from lightning_kv.tasks.options import TrainingTrainerOptions
+from lightning_kv.tasks.trainer import alone, logger_of, trainer_for
 
 FORMAT = 2
 """Of checkpoints: 1 was written with two optimisers side by side and rates as factors."""
@@ -258,31 +260,56 @@ def _unfit(found: Any, task: Training) -> str:
     return ""
 
 
-def train(
-    task: Training,
-    out: Path,
-    checkpoint_every: int,
-    accelerator: str = "cpu",
+def begin(
+    options: Any,
     logger: Logger | Sequence[Logger] | bool | None = None,
     callbacks: Sequence[L.Callback] = (),
-) -> None:
-    """Train on one device until all steps are done, from the last checkpoint in ``out`` on.
+) -> tuple[L.Trainer, str]:
+    """All that comes before a training's module is made: checks, threads, Trainer, directory.
 
     Args:
-        task: What to train.
-        out: Run directory: checkpoints, and losses where no logger is given.
-        checkpoint_every: Steps between two checkpoints.
-        accelerator: ``cpu`` or ``gpu``.
-        logger: Of Lightning; one that writes CSV files to ``out/log`` where None is given.
-        callbacks: Beside the checkpoints and, where none of them is one, the progress bar.
+        options: Dataclass of the command: ``recipe``, ``out``, ``threads``, ``checkpoint_every``
+            and ``trainer``.
+        logger: Of Lightning, instead of those in the options.
+        callbacks: Of Lightning, beside those in the options.
+
+    Returns:
+        The Trainer, and the recipe as JSON.
 
     Raises:
-        ValueError: The checkpoint cannot be taken up, or the training has come to nothing.
-        RuntimeError: It was stopped.
+        ValueError: An option cannot work, or ``out`` holds another run.
     """
-    last = last_checkpoint(out, task)
-    logger = CSVLogger(out, name="log", flush_logs_every_n_steps=10) if logger is None else logger
-    bars = [] if any(isinstance(c, ProgressBar) for c in callbacks) else [TrainingProgressBar()]
+    check_options(options)
+    torch.set_num_threads(options.threads)
+    trainer = training_trainer(
+        options.out, options.checkpoint_every, options.trainer, logger, callbacks
+    )
+    return trainer, stamp(options.out, options.recipe)
+
+
+def training_trainer(
+    out: Path,
+    checkpoint_every: int,
+    settings: TrainingTrainerOptions | None = None,
+    logger: Logger | Sequence[Logger] | bool | None = None,
+    callbacks: Sequence[L.Callback] = (),
+) -> L.Trainer:
+    """A Trainer of one device that writes checkpoints.
+
+    Args:
+        out: Run directory: checkpoints, and what loggers and profilers write.
+        checkpoint_every: Steps between two checkpoints.
+        settings: What else it is told; see there for what is logged where nobody says.
+        logger: Of Lightning, instead of those in the settings.
+        callbacks: Beside the checkpoints, the progress bar and those in the settings.
+
+    Raises:
+        ValueError: The settings do not fit, or not to what started this process.
+    """
+    settings = alone(settings or TrainingTrainerOptions())
+    if logger is None:
+        named = ("csv",) if settings.logger is None else settings.logger
+        logger = [logger_of(each, out, versions=True) for each in named]
     saver = ModelCheckpoint(
         out,
         filename="last",
@@ -290,21 +317,23 @@ def train(
         save_top_k=1,
         enable_version_counter=False,
     )
-    trainer = L.Trainer(
-        accelerator=accelerator,
-        devices=1,
-        max_epochs=1,
-        callbacks=[*callbacks, saver, *bars],
-        logger=logger,
-        log_every_n_steps=10,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(task, ckpt_path=last, weights_only=True)
+    given = {"devices": 1, "max_epochs": 1, "logger": logger}
+    return trainer_for(settings, [*callbacks, saver], TrainingProgressBar(), out, **given)
+
+
+def train(task: Training, trainer: L.Trainer, out: Path) -> None:
+    """Train until all steps are done, from the last checkpoint in ``out`` on.
+
+    Raises:
+        ValueError: The checkpoint cannot be taken up, the training has come to nothing, or a
+            callback or a signal has stopped it.
+    """
+    trainer.fit(task, ckpt_path=last_checkpoint(out, task), weights_only=True)
     if trainer.global_step < task.steps:
-        raise RuntimeError(
-            f"Stopped at step {trainer.global_step} of {task.steps}. "
-            "Give the same command again to go on."
+        raise ValueError(
+            f"The training was stopped before its end: at step {trainer.global_step} of "
+            f"{task.steps}. Give the same command again to go on from the last checkpoint, without "
+            "a callback that stops it."
         )
     check_finite(task.state_dict(), f"after step {trainer.global_step}")
 

@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 
 from lightning_kv.cli import main
-from lightning_kv.commands.compare import CompareOptions, find_videos
 from lightning_kv.data.datamodule import PromptDataModule, VideoPairDataModule
 from lightning_kv.data.pairs import Alignment
 from lightning_kv.metrics import VideoMetric
@@ -30,7 +29,7 @@ from lightning_kv.tasks.callbacks import (
     RolloutProgressBar,
     TraceWriter,
 )
-from lightning_kv.tasks.compare import CompareModule
+from lightning_kv.tasks.compare import CompareModule, find_videos
 from lightning_kv.tasks.evaluate import EvaluateModule
 
 SHARDS = Path(__file__).parents[3] / "data/panorama-quick"
@@ -57,8 +56,7 @@ def measured(own, callbacks=(), prompts=1, **data):
 def pairs(root, *candidates, length="equal"):
     """Videos in folders of one place, and a module that compares them."""
     folders = tuple(root / name for name in ("full", *candidates))
-    asked = CompareOptions(out=root / "run", folders=folders)
-    videos, alignment = find_videos(asked), Alignment(length)
+    videos, alignment = find_videos(folders), Alignment(length)
     own = CompareModule(videos.names, videos.reference, ["psnr"], alignment=alignment)
     return own, VideoPairDataModule(videos, alignment)
 
@@ -241,9 +239,7 @@ def test_traces_of_a_batch_are_those_of_its_clips(tmp_path):
     found = []
     for batch in (1, 2):
         out = tmp_path / str(batch)
-        measured(
-            module(policies=["top-attention@3f"], frames=18), [TraceWriter(out)], 2, batch=batch
-        )
+        measured(module(policies=["top-attention@3f"]), [TraceWriter(out)], 2, batch=batch)
         files = {path.name: np.load(path) for path in (out / "traces").iterdir()}
         found.append({n: {k: each[k] for k in each.files} for n, each in files.items()})
     one, two = found

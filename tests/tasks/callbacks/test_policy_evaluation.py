@@ -26,7 +26,7 @@ from lightning_kv.tasks.options import Recipe, Stage
 from lightning_kv.tasks.pretrain import Pretrain
 
 SHARDS = Path(__file__).parents[3] / "data/panorama-quick"
-SETTINGS = {"metrics": ["recall", "latent_mse", "fvd/panorama-encoder"], "frames": 24}
+SETTINGS = {"metrics": ["recall", "latent_mse", "fvd/panorama-encoder"], "frames": 15}
 SETTINGS |= {"context_frames": 6}
 NAMES = ["kv/full/recall", "kv/sliding-window@6f/recall", "kv/sliding-window@6f/latent_mse"]
 NAMES += ["kv/full/fvd/panorama-encoder", "kv/sliding-window@6f/fvd/panorama-encoder"]
@@ -133,7 +133,7 @@ def test_a_training_with_two_optimisers_by_hand(tmp_path):
 def test_the_training_is_not_disturbed():
     alone, watched = Tuning(), Tuning()
     trained(alone, [])
-    watch = PolicyEvaluation(["random@6f"], PromptDataModule(SHARDS, 1), 1, **SETTINGS)
+    watch = PolicyEvaluation(["random@6f"], PromptDataModule(SHARDS, 1), 2, **SETTINGS)
     trained(watched, [watch])
     assert alone.drawn == watched.drawn and len(alone.drawn) == 5
     assert watched.trained and watched.network.training
@@ -279,11 +279,11 @@ def test_samples_and_batch_of_the_data_module_count(monkeypatch):
     names = ["full", "sliding-window@6f"]
     assert batches == 2 * [[(sample, name) for sample in (0, 1)] for name in names]
     assert found == pytest.approx(evaluated(module, data, **short), rel=1e-9)
-    texts = [sample.prompt for sample in data.prompt_samples()]
+    texts = [sample.prompt for sample in data.prompt_samples()][:1]
     batches.clear()
     watch = PolicyEvaluation(["sliding-window@6f"], texts, 1, samples=3, **short)
     watch.evaluate(trainer, module)
-    assert batches == 2 * [[(sample, name)] for sample in (0, 1, 2) for name in names]
+    assert batches == [[(sample, name)] for sample in (0, 1, 2) for name in names]
 
 
 def test_an_evaluation_by_hand_after_the_training(tmp_path):

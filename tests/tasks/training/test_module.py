@@ -21,7 +21,7 @@ from lightning_kv.tasks.options import (
 )
 from lightning_kv.tasks.pretrain import pretrain
 from lightning_kv.tasks.pretrain_encoder import pretrain_encoder
-from lightning_kv.tasks.training.module import Training, check_finite, train
+from lightning_kv.tasks.training.module import Training, check_finite, train, training_trainer
 
 STAGE = Stage(steps=2, chunks=2, batch=1, sizes=(4, 5), lr=1e-3)
 
@@ -63,6 +63,10 @@ class Straight(Training):
         return 0.1 / (1 + step)
 
 
+def fit(task, out, checkpoint_every, **given):
+    train(task, training_trainer(out, checkpoint_every, **given), out)
+
+
 def by_hand(steps):
     """The same training as a plain loop."""
     weight, bias = torch.full((3,), 0.5), torch.zeros(())
@@ -81,7 +85,7 @@ def by_hand(steps):
 
 def test_a_training_is_a_plain_loop_with_clipping_a_schedule_and_an_average(tmp_path):
     task = Straight()
-    train(task, tmp_path, 3)
+    fit(task, tmp_path, 3)
     weight, average = by_hand(10)
     assert torch.allclose(task.network.weight[0], weight, atol=1e-6)
     assert torch.allclose(task.average.weight[0], average, atol=1e-6)
@@ -90,7 +94,7 @@ def test_a_training_is_a_plain_loop_with_clipping_a_schedule_and_an_average(tmp_
 
 def test_a_training_under_a_trainer_of_ones_own_gives_the_same_numbers(tmp_path):
     ours, theirs = Straight(), Straight()
-    train(ours, tmp_path, 3)
+    fit(ours, tmp_path, 3)
     quiet = dict.fromkeys(
         ("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
@@ -130,7 +134,7 @@ def test_callbacks_and_a_progress_bar_of_ones_own(tmp_path):
             self.steps += 1
 
     count, bar = Count(), TrainingProgressBar()
-    train(Straight(4), tmp_path, 2, callbacks=[count, bar], logger=False)
+    fit(Straight(4), tmp_path, 2, callbacks=[count, bar], logger=False)
     assert count.steps == 4 and bar.bar is None
 
 
@@ -165,7 +169,7 @@ def test_a_checkpoint_that_would_run_code_does_not_and_is_refused(tmp_path, raw,
     held = (out / "last.ckpt").read_bytes()
     with pytest.raises(ValueError, match=r"last\.ckpt.*run code.*Delete .*last\.ckpt") as said:
         if command == "pretrain":
-            pretrain(PretrainOptions(Recipe([STAGE]), out, threads=1, accelerator="cpu"))
+            pretrain(PretrainOptions(Recipe([STAGE]), out, threads=1))
         else:
             pretrain_encoder(PretrainEncoderOptions(EncoderRecipe(steps=2), out))
     assert not sign.exists() and "\n" not in str(said.value)
@@ -208,26 +212,26 @@ def spoilt(kind, file):
     ],
 )
 def test_a_checkpoint_that_cannot_be_taken_up_is_refused_in_words(tmp_path, kind, said):
-    train(Straight(4), tmp_path, 2)
+    fit(Straight(4), tmp_path, 2)
     spoilt(kind, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match=rf"cannot go on from last.ckpt: .*({said}).*Delete"):
-        train(Straight(4), tmp_path, 2)
+        fit(Straight(4), tmp_path, 2)
 
 
 def test_a_loss_that_is_no_number_ends_the_training_and_leaves_the_last_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"step 5 of 10 the loss is nan.*0.0167.*lower learning"):
-        train(Straight(spoil_loss=5), tmp_path, 2)
+        fit(Straight(spoil_loss=5), tmp_path, 2)
     found = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert found["global_step"] == 4
     again = Straight()
-    train(again, tmp_path, 2)
+    fit(again, tmp_path, 2)
     assert torch.allclose(again.network.weight[0], by_hand(10)[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("step", [5, 9], ids=["before a checkpoint", "at the end"])
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path, step):
     with pytest.raises(ValueError, match=rf"after step {step + 1}, 1 of 3 values of network.weigh"):
-        train(Straight(spoil_weight=step), tmp_path, 2 if step == 5 else 4)
+        fit(Straight(spoil_weight=step), tmp_path, 2 if step == 5 else 4)
     found = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert found["global_step"] == (4 if step == 5 else 8)
     check_finite(found["state_dict"], "here")
@@ -236,7 +240,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path, step):
 def test_a_command_whose_loss_is_no_number_writes_no_weights(tmp_path):
     """A rate that no network stands."""
     stage = replace(STAGE, steps=30, lr=1e30)
-    options = PretrainOptions(Recipe([stage]), tmp_path, 1, 50, 0, "cpu")
+    options = PretrainOptions(Recipe([stage]), tmp_path, 1, 50, 0)
     with pytest.raises(ValueError, match=r"come to nothing.*lower learning rate"):
         pretrain(options)
     assert {path.name for path in tmp_path.iterdir()} <= {"recipe.json", "log"}
@@ -342,10 +346,10 @@ def test_the_progress_line_counts_steps_on_a_terminal_and_is_silent_elsewhere(
     tmp_path, screen, terminal
 ):
     task = Straight(6)
-    train(task, tmp_path, 4)
+    fit(task, tmp_path, 4)
     (tmp_path / "log").rename(tmp_path / "first")
     read = screen(terminal)
-    train(Straight(6), tmp_path, 4)
+    fit(Straight(6), tmp_path, 4)
     shown = read()
     if terminal:
         assert "training" in shown and "6/6" in shown and "steps" in shown
