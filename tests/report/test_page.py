@@ -148,9 +148,6 @@ def test_verdict_facts_and_recipes_are_there(plain) -> None:
     for fact in ("model panorama", "prompts 3", "latent frames 12", "of them given 4", "seed 7"):
         assert fact in facts
     assert "reference full" in facts and "given by videos" not in facts
-    run.summary["run"]["context_videos"] = "films"
-    facts = written(tmp_path / "report.html", [run], verdict).text("header", "dl")
-    assert "given by videos films" in facts
     assert "10 log10(1 / mse) < the better" in page.text("dd")
     assert run.summary["fingerprint"] in page.text("code")
     assert "9.9" in page.text("dd")
@@ -158,6 +155,12 @@ def test_verdict_facts_and_recipes_are_there(plain) -> None:
     assert page.text("pre").startswith(f"lightning-kv evaluate -c '{config}' prompts: 3 # <worlds>")
     assert page.text("h1") == "my run"
     assert "Half-finished" not in page.text("body")
+
+
+def test_the_videos_that_rollouts_go_on_from_are_named(tmp_path, run: PageRun) -> None:
+    run.summary["run"]["context_videos"] = "films"
+    facts = written(tmp_path / "report.html", [run]).text("header", "dl")
+    assert "given by videos films" in facts
 
 
 def test_odd_prompts_and_names_are_text(plain) -> None:
