@@ -10,6 +10,7 @@ from lightning_kv.commands.options import Command
 from lightning_kv.commands.terminal import console, quiet, say
 from lightning_kv.shipped import file_of, found
 from lightning_kv.tasks.options import TrainerOptions
+from lightning_kv.utilities.files import write_atomic
 
 if TYPE_CHECKING:  # they take seconds
     import torch
@@ -136,7 +137,6 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     import torch
 
     from lightning_kv.models.sources import find_model
-    from lightning_kv.runs.directory import write_atomic
     from lightning_kv.tasks.callbacks import (
         ComparisonVideos,
         RecordWriter,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_kv.commands.options import Command
+from lightning_kv.commands.options import Command, meanings
 from lightning_kv.commands.terminal import console
 from lightning_kv.utilities.formatting import format_bytes
 from lightning_kv.utilities.nearest import unknown
@@ -139,14 +140,7 @@ def part_row(name: str, cls: Any) -> dict[str, Any]:
 
 def part_settings(cls: type) -> dict[str, str]:
     """What each setting of a part means, as its docstrings say, and its default."""
-    import dataclasses
-
-    from docstring_parser import parse
-
-    told: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        text = parse(base.__dict__.get("__doc__") or "")
-        told |= {own.arg_name: " ".join((own.description or "").split()) for own in text.params}
+    told = meanings(cls)
     return {
         field.name: f"{told.get(field.name, '-')} [{shown(field)}]"
         for field in dataclasses.fields(cls)
@@ -156,8 +150,6 @@ def part_settings(cls: type) -> dict[str, str]:
 
 def shown(field: Any) -> str:
     """The default of a setting as one writes it in YAML."""
-    import dataclasses
-
     value = field.default
     if value is dataclasses.MISSING or dataclasses.is_dataclass(value):  # an empty table
         return "needed"

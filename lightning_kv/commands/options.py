@@ -96,10 +96,7 @@ def options_of(command: Command) -> list[Option]:
 
 
 def _walk(command: Command, kind: type, prefix: str, usual: Any) -> Iterable[Option]:
-    from docstring_parser import parse as read
-
-    told = {own.arg_name: own.description or "" for own in read(kind.__doc__ or "").params}
-    hints = typing.get_type_hints(kind)
+    told, hints = meanings(kind), typing.get_type_hints(kind)
     for each in dataclasses.fields(kind):
         key, hint = prefix + each.name, hints[each.name]
         default = getattr(usual, each.name) if usual is not None else default_of(each)
@@ -112,9 +109,18 @@ def _walk(command: Command, kind: type, prefix: str, usual: Any) -> Iterable[Opt
             typed="" if key in command.positional else command.repeated.get(key, key),
             kind=hint,
             default=default,
-            about=" ".join(told.get(each.name, "").split()),
+            about=told.get(each.name, ""),
             metavar=command.metavars.get(key) or command.positional.get(key) or metavar_of(hint),
         )
+
+
+def meanings(kind: type) -> dict[str, str]:
+    """What the docstrings of a class and of its bases say of each field."""
+    from docstring_parser import parse
+
+    docs = [parse(base.__dict__.get("__doc__") or "") for base in reversed(kind.__mro__)]
+    params = [own for doc in docs for own in doc.params]
+    return {own.arg_name: " ".join((own.description or "").split()) for own in params}
 
 
 def default_of(each: dataclasses.Field) -> Any:

@@ -24,7 +24,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from lightning_kv.data.records import as_json, record_of, text_of
 from lightning_kv.data.tars import grouped, is_hidden
-from lightning_kv.data.videos import VideoFile, checksum
+from lightning_kv.data.videos import VideoFile
+from lightning_kv.utilities.files import checksum
 
 SCHEMA = 1
 INDEX = "index.json"

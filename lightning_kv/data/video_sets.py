@@ -21,10 +21,10 @@ from lightning_kv.data.videos import (
     VideoError,
     VideoFile,
     VideoInfo,
-    checksum,
     probe,
     read,
 )
+from lightning_kv.utilities.files import checksum
 
 BLOCK = 8  # frames that are decoded at a time
 

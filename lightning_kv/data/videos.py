@@ -7,7 +7,6 @@ torchvision, wrote into it. Chroma is upsampled bilinearly at its declared site 
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -98,15 +97,6 @@ class VideoInfo:
     def source(self) -> str:
         """Where the pixels come from, as results record it."""
         return f"decoded:{self.codec}"
-
-
-def checksum(path: str | VideoFile) -> str:
-    """SHA-256 of a file, 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with _file(path).open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _file(path: str | VideoFile) -> VideoFile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from lightning_kv.metrics.panorama import WorldMetric
 from lightning_kv.metrics.set_base import SetMetric
 from lightning_kv.utilities import addresses
 from lightning_kv.utilities.addresses import described, file_of, foreign
+from lightning_kv.utilities.files import checksum
 from lightning_kv.utilities.lists import items_of
 
 BASES = (VideoMetric, LatentMetric, AttentionMetric, WorldMetric, SetMetric)
@@ -88,9 +88,7 @@ def source(kind: type) -> str:
     """Checksum of the files that define a metric of another package; empty for one of ours."""
     homes = sorted({cls.__module__ for cls in kind.__mro__ if foreign(cls.__module__)})
     files = [file for file in map(file_of, homes) if file]
-    if not files:
-        return ""
-    return f"source {hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()}"
+    return f"source {checksum(*files)}" if files else ""
 
 
 def _what(found: Any) -> str:

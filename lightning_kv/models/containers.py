@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_kv.models.names import describe, some, unwrap
+from lightning_kv.utilities.files import checksum
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -253,13 +254,3 @@ def _damaged(path: Path, kind: str, error: Exception) -> ValueError:
         f"{path} ({path.stat().st_size} bytes) cannot be read as {kind}: {reason}. "
         "It may be cut off: compare its size with the original's and copy it again."
     )
-
-
-def checksum(*paths: Path) -> str:
-    """SHA-256 of a file, or of several one after the other, in hexadecimal."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()

@@ -10,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lightning_kv.models.codec import PatchCodec, PhraseEncoder
-from lightning_kv.models.containers import checksum
 from lightning_kv.models.sizes import PRESETS
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
+from lightning_kv.utilities.files import checksum
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
@@ -32,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lightning_kv.models.containers import checksum
+from lightning_kv.utilities.files import checksum, write_atomic
 from lightning_kv.utilities.nearest import hint
 
 SCHEMA = 1
@@ -167,10 +166,12 @@ def write_embeddings(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     held = set(held_prompts(folder, fingerprint, length))
+    for half in folder.glob(f".{PATTERN}.*.tmp"):  # of a run that was killed
+        half.unlink()
     added, fresh = 0, _fresh(items, held, length)
     names = (n for i in count() if not (folder / (n := f"embeddings-{i:06d}.safetensors")).exists())
     while part := list(islice(fresh, per_file)):
-        _write(folder / next(names), _packed(part, fingerprint, length))
+        write_atomic(folder / next(names), _packed(part, fingerprint, length))
         added += len(part)
     _write_index(folder, fingerprint, length)
     return added
@@ -287,7 +288,7 @@ def _write_index(folder: Path, fingerprint: str, length: int) -> None:
     content = (json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode()
     path = folder / INDEX
     if not path.is_file() or path.read_bytes() != content:
-        _write(path, content)
+        write_atomic(path, content)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -317,16 +318,6 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 def _name(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing; what a killed run leaves is overwritten by the next."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _damaged(path: Path, how: str) -> ValueError:

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lightning_kv.models.containers import checksum
 from lightning_kv.models.text import wan_extra
+from lightning_kv.utilities.files import checksum
 
 LIBRARY = "AutoencoderKLWan"
 

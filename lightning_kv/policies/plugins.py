@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import warnings
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from typing import Any
 from lightning_kv.policies.part import PARTS, NameTaken, Part
 from lightning_kv.utilities import addresses
 from lightning_kv.utilities.addresses import described, file_of, foreign, reason
+from lightning_kv.utilities.files import checksum
 
 GROUP = "lightning_kv.policies"
 """Entry points of this group name a part, or a module that holds some."""
@@ -87,7 +87,7 @@ def sources(parts: Iterable[Part]) -> dict[str, str]:
     for name in sorted(sys.modules):
         path = file_of(name)
         if path and (name.partition(".")[0] in tops or path.parent in folders):
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[name] = checksum(path)
     return found
 
 

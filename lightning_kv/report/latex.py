@@ -10,10 +10,10 @@ from lightning_kv.report.columns import Cell, Column, comparison
 from lightning_kv.report.differences import families_words, n_text
 from lightning_kv.report.entries import Entry, PageRun, entries_of, metric_facts, run_names
 from lightning_kv.report.table import NOTHING
-from lightning_kv.runs.directory import write_atomic
 from lightning_kv.runs.intervals import interval_note
 from lightning_kv.runs.units import sets_words
 from lightning_kv.runs.verdict import extent
+from lightning_kv.utilities.files import write_atomic
 
 ACROSS = 8  # columns of values that a page can hold
 ESCAPED = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {

@@ -29,9 +29,9 @@ from lightning_kv.report.entries import (
     without_values,
 )
 from lightning_kv.report.pareto_table import front_axes, front_rows
-from lightning_kv.runs.directory import write_atomic
 from lightning_kv.runs.intervals import interval_note
 from lightning_kv.runs.verdict import FILES, extent
+from lightning_kv.utilities.files import write_atomic
 
 ESCAPED = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;", "*": "\\*", "`": "\\`", "\n": " "})
 

@@ -30,9 +30,10 @@ from lightning_kv.report.pareto_table import front_axes, front_rows
 from lightning_kv.report.players import player, with_video
 from lightning_kv.report.prompts import extremes, finished, ranked
 from lightning_kv.report.styles import styles
-from lightning_kv.runs.directory import Record, write_atomic
+from lightning_kv.runs.directory import Record
 from lightning_kv.runs.intervals import interval_note
 from lightning_kv.runs.verdict import FILES
+from lightning_kv.utilities.files import write_atomic
 
 FILTERS = (
     *(arrow, spoken, unit_text),

@@ -32,13 +32,12 @@ import logging
 import math
 import operator
 import os
-import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning_kv.runs.derived import with_derived
+from lightning_kv.utilities.files import write_atomic
 
 Record = dict[str, Any]
 
@@ -213,26 +212,6 @@ def fingerprint(described: dict[str, Any]) -> str:
     """SHA-256 of the canonical JSON of ``described``: the order of keys does not matter."""
     text = json.dumps(described, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a whole file or nothing; a reader never sees half of it."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` that takes its place if all goes well."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:

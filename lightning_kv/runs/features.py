@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_kv.runs.directory import write_atomic
+from lightning_kv.utilities.files import write_atomic
 
 Features = Mapping[str, NDArray[np.float32]]
 """Features of the windows of one clip, ``[windows, d]``, by the name of an encoder."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_kv.runs.directory import replacing
+from lightning_kv.utilities.files import replacing
 
 Traces = dict[str, dict[str, NDArray]]
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from lightning_kv.runs.directory import replacing
+from lightning_kv.utilities.files import replacing
 
 Frames = NDArray[np.uint8]
 

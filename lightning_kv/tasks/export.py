@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lightning_kv.runs.directory import write_atomic
 from lightning_kv.tasks.decode import decode_all, latents_of
+from lightning_kv.utilities.files import write_atomic
 
 LONGEST = 180  # characters of a prompt in a file name, whose length every system limits
 

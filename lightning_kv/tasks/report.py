@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_kv.runs.analysis import analyse
-from lightning_kv.runs.directory import RunDirectory, write_atomic
+from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.runs.summary import MetricInfo, summarise
 from lightning_kv.runs.verdict import verdict
 from lightning_kv.stats.bootstrap import bca_interval
+from lightning_kv.utilities.files import write_atomic
 
 
 def open_run(path: Path) -> RunDirectory:

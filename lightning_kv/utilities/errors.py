@@ -5,6 +5,12 @@ from __future__ import annotations
 TRACEBACK = "Traceback (most recent call last):\n"
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line without a full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".: ")
+
+
 def said_by(error: BaseException) -> str:
     r"""What an error said where it was raised.
 

@@ -19,12 +19,6 @@ def upper(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
-def first_line(error: Exception) -> str:
-    """What an error of another library says, in one line without a full stop."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".: ")
-
-
 def sureness(confidence: float) -> str:
     """A confidence, rounded down so that 94.9 % does not look like 95 %.
 

@@ -13,7 +13,8 @@ from lightning_kv.data.datamodule import PromptDataModule
 from lightning_kv.data.make_shards import make_prompt_shards, make_video_shards
 from lightning_kv.data.shards import PromptShards, read_index
 from lightning_kv.data.video_sets import find_videos
-from lightning_kv.data.videos import checksum, read
+from lightning_kv.data.videos import read
+from lightning_kv.utilities.files import checksum
 
 SHARED = Path(__file__).parents[3] / "shared"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is not here")

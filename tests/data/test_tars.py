@@ -11,7 +11,8 @@ import pytest
 from lightning_kv.data.check_shards import check_shards
 from lightning_kv.data.datamodule import PromptDataModule, VideoDataModule
 from lightning_kv.data.tars import Member, grouped, members
-from lightning_kv.data.videos import VideoError, checksum, probe
+from lightning_kv.data.videos import VideoError, probe
+from lightning_kv.utilities.files import checksum
 
 
 @pytest.fixture(scope="module")

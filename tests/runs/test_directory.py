@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_kv.runs.directory import RunDirectory, fingerprint, write_atomic
+from lightning_kv.runs.directory import RunDirectory, fingerprint
 
 DESCRIBED = {"model": "panorama", "run": {"frames": 72, "seed": 0}, "policies": ["full", "random"]}
 ABOUT = {"reference": "full", "policies": {"full": {"retain": "everything"}}, "fps": 8}
@@ -263,20 +263,3 @@ def test_fingerprint_is_the_hash_of_canonical_json() -> None:
     expected = hashlib.sha256(canonical).hexdigest()
     assert fingerprint({"b": {"y": 0.5, "x": None}, "a": (1, 2)}) == expected
     assert fingerprint({"b": {"y": 0.5, "x": 1}, "a": (1, 2)}) != expected
-
-
-def test_an_atomic_write_leaves_the_old_file_when_it_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "summary.json"
-    write_atomic(file, "grüße")
-    write_atomic(file, b"\x00\xff")
-    assert contents(tmp_path) == {"summary.json": b"\x00\xff"}
-
-    def full_disk(handle: int) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        write_atomic(file, "new")
-    assert contents(tmp_path) == {"summary.json": b"\x00\xff"}

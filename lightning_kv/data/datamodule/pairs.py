@@ -12,7 +12,8 @@ from lightning_kv.data.datamodule.distribution import dealt, place
 from lightning_kv.data.datamodule.loader import Loader
 from lightning_kv.data.pairs import Alignment
 from lightning_kv.data.video_pairs import Infos, PairedClip, Piece, Videos, pieces, shortest
-from lightning_kv.data.videos import VideoError, VideoFile, VideoInfo, checksum, probe
+from lightning_kv.data.videos import VideoError, VideoFile, VideoInfo, probe
+from lightning_kv.utilities.files import checksum
 
 PIECE = 4  # frames of a video in hand: metrics make several float64 copies of them
 

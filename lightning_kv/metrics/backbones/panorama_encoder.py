@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_kv.metrics.backbones.base import Backbone
+from lightning_kv.utilities.files import checksum
 
 SHIPPED = Path(__file__).parents[2] / "weights" / "panorama_encoder.safetensors"
 SCREEN = 32  # pixels: height and width of a frame
@@ -122,7 +122,7 @@ class PanoramaEncoder(Backbone):
                 f"{path} holds no panorama encoder: {error}. Give a file that "
                 "`lightning-kv pretrain-encoder` has written."
             ) from error
-        return cls(network, hashlib.sha256(path.read_bytes()).hexdigest())
+        return cls(network, checksum(path))
 
     @torch.no_grad()
     def forward(self, block: Tensor) -> Tensor:

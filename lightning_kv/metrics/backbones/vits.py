@@ -18,7 +18,7 @@ from lightning_kv.metrics.backbones.weights import (
     published,
     verified,
 )
-from lightning_kv.utilities.formatting import first_line
+from lightning_kv.utilities.errors import first_line
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

@@ -5,7 +5,6 @@ Nothing here downloads: that is what ``lightning-kv fetch NAME`` is for.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import zipfile
@@ -18,8 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lightning_kv.metrics.backbones.manifest import WEIGHTS, Weights
+from lightning_kv.utilities import files
 from lightning_kv.utilities.downloads import hub_copy, models_folder
-from lightning_kv.utilities.formatting import first_line, format_bytes
+from lightning_kv.utilities.errors import first_line
+from lightning_kv.utilities.formatting import format_bytes
 from lightning_kv.utilities.lists import items_of
 from lightning_kv.utilities.nearest import unknown
 
@@ -115,12 +116,7 @@ def checksum(path: Path | str) -> str:
     Raises:
         ValueError: A folder has no weight files.
     """
-    digest = hashlib.sha256()
-    for file in _tensor_files(Path(path)):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    return files.checksum(*_tensor_files(Path(path)))
 
 
 def verified(path: Path | str, weights: Weights) -> str:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_kv.models.embedded import read_weights
-from lightning_kv.runs.directory import replacing
+from lightning_kv.utilities.files import replacing
 
 SUFFIX = ".safetensors"
 
