@@ -33,7 +33,7 @@ def alone(panorama):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 def test_the_same_seed_gives_the_same_latents(panorama, alone, name):
     again = rollout(panorama, preset(name), PROMPTS[0], FRAMES)
     assert torch.equal(again.latents, alone(name, PROMPTS[0]).latents)
@@ -86,7 +86,7 @@ def test_backends_agree_over_a_rollout(exact, exactly, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 def test_backends_agree_in_float32_in_every_pass(panorama, alone, name):
     worst = []
 

@@ -209,6 +209,7 @@ def byte_drive(precision, amount, chunks, retain="window", **settings):
 
 
 @pytest.mark.parametrize("retain", ["window", "heavy-hitters"])
+@pytest.mark.thinned(2)
 def test_a_budget_in_bytes_holds_more_frames_in_fewer_bits(retain, monkeypatch):
     """And what is held stays within it, in every pass and after every commit."""
     world(monkeypatch, (6, 6), known=True)
