@@ -17,7 +17,7 @@ RULES = {
     "testing": {"cache", "policies", "models", "rollout", "testing"},
     "data": {"data"},
     "stats": {"stats"},
-    "shipped": {"shipped"},
+    "assets": {"assets"},
     "utilities": {"utilities"},
     "metrics": {"metrics", "stats"},
     "runs": {"runs", "stats"},
@@ -33,7 +33,7 @@ FROM_OUTSIDE = {
     "rollout": {"torch"},
     "testing": {"torch", "pytest"},
     "stats": {"numpy", "scipy"},
-    "shipped": set(),
+    "assets": set(),
     "utilities": set(),
     "runs": {"numpy", "av", "PIL"},
 }

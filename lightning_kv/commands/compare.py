@@ -30,7 +30,7 @@ class CompareOptions:
         real: Real videos that sets are compared with (the reference).
         accept_license: Agree to that of non-commercial weights, such as cc-by-nc-4.0.
         strict: Stop at the first video that cannot be used.
-        videos: Pairs with moving pictures.
+        videos: Pairs that get a comparison video.
         threads: CPU threads per process.
         workers: Processes per device that read ahead.
         trainer: Where it runs.
@@ -157,7 +157,7 @@ def check_counts(options: CompareOptions) -> None:
     if options.threads < 1 or options.videos < 0 or options.workers < 0:
         raise ValueError(
             f"--threads {options.threads}, --videos {options.videos} and --workers "
-            f"{options.workers} cannot be. Use 1 thread or more, and 0 moving pictures and workers "
+            f"{options.workers} cannot be. Use 1 thread or more, and 0 videos and workers "
             "or more."
         )
 

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_kv.assets import file_of, found
 from lightning_kv.commands.options import Command
 from lightning_kv.commands.terminal import console, quiet, say
-from lightning_kv.shipped import file_of, found
 from lightning_kv.tasks.options import TrainerOptions
 from lightning_kv.utilities.files import write_atomic
 
@@ -73,8 +73,8 @@ class EvaluateOptions:
         batch: Clips rolled out together.
         backend: Attention kernel, sdpa or reference.
         threads: CPU threads per process; can change the last digit.
-        videos: Prompts with moving pictures (all).
-        fps: Frames per second of the moving pictures (the model's own).
+        videos: Prompts that get a comparison video (all).
+        fps: Frames per second of videos (the model's own).
         trainer: Where it runs.
     """
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lightning_kv.assets import file_of
 from lightning_kv.commands.options import Command
 from lightning_kv.commands.terminal import tell
-from lightning_kv.shipped import file_of
 from lightning_kv.tasks.options import GenerateOptions
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_kv.assets import found as shipped
 from lightning_kv.commands.options import (
     SHORT,
     Command,
@@ -21,7 +22,6 @@ from lightning_kv.commands.options import (
     plain,
     usage,
 )
-from lightning_kv.shipped import found as shipped
 from lightning_kv.utilities.lists import items_of
 from lightning_kv.utilities.nearest import hint
 

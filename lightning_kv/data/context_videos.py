@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_kv.data.shards import PromptSample, check_shard, world_seed_of
-from lightning_kv.data.video_sets import find_videos
+from lightning_kv.data.video_clips import find_videos
 from lightning_kv.data.video_shards import VideoSample
 
 

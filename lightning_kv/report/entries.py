@@ -23,7 +23,7 @@ class PageRun:
     """One run and its summary.
 
     Args:
-        directory: Where its records, moving pictures and traces are.
+        directory: Where its records, videos and traces are.
         summary: Content of ``summary.json``.
     """
 

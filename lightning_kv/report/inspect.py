@@ -165,7 +165,7 @@ def _files(run: RunDirectory) -> Text:
     for path, what in (
         (run.report, "all of this as a page"),
         (run.summary, "every number"),
-        (run.videos, "moving pictures"),
+        (run.videos, "comparison videos"),
         (run.traces, "which frames were kept and read"),
     ):
         if path.is_file() or (path.is_dir() and any(path.iterdir())):

@@ -1,4 +1,4 @@
-"""Moving pictures of the best, the median and the worst prompt, with how they differ."""
+"""Videos of the best, the median and the worst prompt, with how they differ."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightning_kv.runs.directory import Record
 
 
 def with_video(run: PageRun, records: Sequence[Record]) -> set[str]:
-    """Keys of the prompts that have a moving picture."""
+    """Keys of the prompts that have a video."""
     there = {path.name for path in run.directory.videos.glob("*.mp4")}
     return {record["key"] for record in records if video_name(record["key"]) in there}
 
 
 def video_name(key: str) -> str:
-    """The file of a prompt's moving picture.
+    """The file of a prompt's video.
 
     >>> video_name("street/007")
     'street__007.mp4'
@@ -29,7 +29,7 @@ def video_name(key: str) -> str:
 
 
 def player(run: PageRun, rank: str, prompt: Ranked) -> dict[str, Any]:
-    """A moving picture, the same as differences where there is one, and every policy's value."""
+    """A video, the same as differences where there is one, and every policy's value."""
     name, directory = video_name(prompt.key), run.directory
     return {
         "rank": rank,

@@ -41,7 +41,7 @@ def ranked(
         records: Records of the run.
         summary: Its summary.
         metric: What to rank by; None keeps the order of the keys.
-        keys: Prompts that may be ranked, such as those with a moving picture.
+        keys: Prompts that may be ranked, such as those with a video.
     """
     policies = list(summary["policies"])
     own = [record for record in records if record["policy"] in policies]

@@ -6,7 +6,7 @@ Layout::
     config.yaml               the effective configuration
     records/rank-00003.jsonl  one line per clip and policy, written by that rank
     summary.json              means, intervals and costs
-    videos/                   moving pictures, one file per prompt; in difference/ the same with
+    videos/                   comparisons, one file per prompt; in difference/ the same with
                               the amplified difference to the reference
     traces/                   which frames were kept and read, one file per pictured prompt
     features/                 what distances between sets of clips are computed from

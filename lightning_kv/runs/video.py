@@ -1,4 +1,4 @@
-"""Moving pictures: labelled panels side by side, written as H.264."""
+"""Videos: labelled panels side by side, written as H.264."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def amplified(frames: Frames, reference: Frames, gain: int) -> Frames:
     first, second = _checked(frames, "frames"), _checked(reference, "reference")
     if first.shape != second.shape:
         raise ValueError(
-            f"Two moving pictures cannot be compared: their shapes are {first.shape} and "
+            f"Two videos cannot be compared: their shapes are {first.shape} and "
             f"{second.shape}. Give two of equal shape."
         )
     far = np.abs(first.astype(np.int16) - second) * gain
@@ -138,7 +138,7 @@ def _checked(frames: Frames, name: str) -> Frames:
     frames = np.asarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
         raise ValueError(
-            f"{name!r} is no moving picture. Given {frames.dtype} of shape {frames.shape}. "
+            f"{name!r} is no video. Given {frames.dtype} of shape {frames.shape}. "
             "Give uint8 of shape [frames, height, width, 3] with one frame or more."
         )
     return frames

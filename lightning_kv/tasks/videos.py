@@ -49,7 +49,7 @@ def write_comparison(
 
 
 def has_comparison(run: RunDirectory, key: str) -> bool:
-    """Whether a prompt's moving pictures are there, with the difference where there is one."""
+    """Whether a prompt's videos are there, with the difference where there is one."""
     return (run.videos / video_name(key)).is_file()
 
 

@@ -12,7 +12,7 @@ from lightning_kv.data.check_shards import check_shards
 from lightning_kv.data.datamodule import PromptDataModule
 from lightning_kv.data.make_shards import make_prompt_shards, make_video_shards
 from lightning_kv.data.shards import PromptShards, read_index
-from lightning_kv.data.video_sets import find_videos
+from lightning_kv.data.video_clips import find_videos
 from lightning_kv.data.videos import read
 from lightning_kv.utilities.files import checksum
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_kv.data import video_sets
+from lightning_kv.data import video_clips
 from lightning_kv.data.check_shards import check_shards
 from lightning_kv.data.datamodule import (
     PromptDataModule,
@@ -24,8 +24,8 @@ from lightning_kv.data.datamodule import (
 from lightning_kv.data.make_shards import make_video_shards
 from lightning_kv.data.pairs import pair_folders
 from lightning_kv.data.shards import write_prompt_shards
+from lightning_kv.data.video_clips import Cut, clips_of, find_videos
 from lightning_kv.data.video_pairs import joined
-from lightning_kv.data.video_sets import Cut, clips_of, find_videos
 from lightning_kv.data.videos import VideoError, read
 
 
@@ -86,7 +86,7 @@ def test_every_clip_of_random_shards_is_read_once(tmp_path_factory, tar, vouch, 
     finished = data.draw(st.sets(st.sampled_from(expected)), "finished")
     module = VideoDataModule(folder, length, stride)
     module.finished = finished | {"a clip of another run"}
-    with mock.patch.multiple(video_sets, probe=pretend, read=pictures):
+    with mock.patch.multiple(video_clips, probe=pretend, read=pictures):
         found = by_hand(module, world, workers)
         assert module.keys() == expected
     seen = {hand: [clip.key for clip in clips] for hand, clips in found.items()}

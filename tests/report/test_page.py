@@ -190,7 +190,7 @@ def test_moving_pictures_are_inside_and_play(plain) -> None:
         ("Best", "third"),
         ("Worst", "plain"),
     ]
-    assert "among the 3 prompts with a moving picture" in page.text("p")
+    assert "among the 3 prompts with a video" in page.text("p")
     assert "window@3f 0.750 window@6f 1.000" in page.text("figcaption", "ul")
 
 
@@ -225,7 +225,7 @@ def test_a_half_finished_run_says_so(tmp_path: Path, make_run) -> None:
 def test_a_run_without_pictures_says_so(tmp_path: Path, make_run) -> None:
     run = make_run(tmp_path / "bare", {"full": [1.0]}, ["p"], pictured=0)
     page = written(tmp_path / "report.html", [run])
-    assert "No moving pictures" in page.text("p")
+    assert "No videos" in page.text("p")
     assert "No traces" in page.text("p")
     assert not page.all("video")
 

@@ -104,7 +104,7 @@ def test_the_page(run: PageRun, tmp_path: Path) -> None:
     assert f'title="0.5 over {WORDS}' in text
     assert "-band" not in text, "curves have no interval"
     assert "Half-finished" not in text and "kept</dt>" not in text
-    assert "among the 1 prompt with a moving picture" in text
+    assert "among the 1 prompt with a video" in text
 
 
 @pytest.mark.usefixtures("no_charts")

@@ -1,4 +1,4 @@
-"""Moving pictures: read again with PyAV, and compared pixel by pixel before they are encoded."""
+"""Videos: read again with PyAV, and compared pixel by pixel before they are encoded."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("no_page")
 
 
 def options(root, *candidates, **given):
-    """Of a comparison of folders inside of one; few metrics and no moving pictures."""
+    """Of a comparison of folders inside of one; few metrics and no videos."""
     usual = {"metrics": ("psnr", "ssim"), "videos": 0, "threads": 1}
     names = () if "pairs" in given else ("full", *(candidates or ("near",)))
     usual |= {"out": root / "run", "folders": tuple(root / name for name in names)}

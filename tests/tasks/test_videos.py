@@ -1,4 +1,4 @@
-"""Moving pictures of a clip, piece by piece."""
+"""Videos of a clip, piece by piece."""
 
 import numpy as np
 import pytest

@@ -10,7 +10,7 @@ from lightning_kv.data.datamodule.prompts import (
 )
 from lightning_kv.data.datamodule.videos import VideoDataModule
 from lightning_kv.data.shards import PromptSample
-from lightning_kv.data.video_sets import VideoClip
+from lightning_kv.data.video_clips import VideoClip
 
 __all__ = [
     "PIECE",

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_kv.data.context_videos import context_prompts, context_videos_of
 from lightning_kv.data.datamodule.distribution import dealt, place
 from lightning_kv.data.shards import PromptSample, PromptShards, ShardIndex, read_index
-from lightning_kv.data.video_sets import described
+from lightning_kv.data.video_clips import described
 from lightning_kv.data.video_shards import VideoSample
 from lightning_kv.data.videos import VideoInfo, probe
 

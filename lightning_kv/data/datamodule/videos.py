@@ -17,7 +17,7 @@ from lightning_kv.data.datamodule.distribution import dealt_by_bytes, place
 from lightning_kv.data.datamodule.loader import Loader
 from lightning_kv.data.shards import Shard, check_shard
 from lightning_kv.data.tars import Member
-from lightning_kv.data.video_sets import (
+from lightning_kv.data.video_clips import (
     Cut,
     VideoClip,
     clips_of,

@@ -19,7 +19,7 @@ from lightning_kv.tasks.videos import Rows, fitted, has_comparison, write_compar
 
 
 class ComparisonVideos(FirstPromptsCallback):
-    """Writes the moving pictures of a prompt: all policies side by side, and their differences.
+    """Writes the videos of a prompt: all policies side by side, and their differences.
 
     Args:
         out: Run directory.
@@ -38,7 +38,7 @@ class ComparisonVideos(FirstPromptsCallback):
         self.reference, self.fps = module.reference_name, module.settings.fps
 
     def lacking(self, trainer: L.Trainer, module: ClipModule, keys: Collection[str]) -> set[str]:
-        """Clips whose moving picture is missing."""
+        """Clips whose video is missing."""
         shown = self.pictured(trainer, module)
         return {key for key in keys if key in shown and not has_comparison(self.run, key)}
 
@@ -47,7 +47,7 @@ class ComparisonVideos(FirstPromptsCallback):
         return fitted(clip.pixels)
 
     def write(self, clip: ClipResult, shown: dict[str, Frames]) -> None:
-        """Write both moving pictures."""
+        """Write both videos."""
         rows: Rows = [("truth", fitted(clip.truth))] if clip.truth is not None else []
         rows += list(shown.items())
         frames = len(rows[0][1])
@@ -56,7 +56,7 @@ class ComparisonVideos(FirstPromptsCallback):
 
 
 class PairVideos(FirstPromptsCallback):
-    """Writes moving pictures of the first clips: all videos side by side, and their differences.
+    """Writes videos of the first clips: all videos side by side, and their differences.
 
     Args:
         out: Run directory.
@@ -70,7 +70,7 @@ class PairVideos(FirstPromptsCallback):
         self.clips = {clip.key: clip for clip in self.data.videos.clips}
 
     def lacking(self, trainer: L.Trainer, module: ClipModule, keys: Collection[str]) -> set[str]:
-        """Clips whose moving picture is missing and could be made."""
+        """Clips whose video is missing and could be made."""
         data, shown = trainer.datamodule, self.pictured(trainer, module)
         return {
             clip.key

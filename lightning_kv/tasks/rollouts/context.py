@@ -19,7 +19,7 @@ from lightning_kv.data.panorama import (
     ruler,
     world_for,
 )
-from lightning_kv.data.video_sets import first_frames
+from lightning_kv.data.video_clips import first_frames
 from lightning_kv.data.videos import VideoError, VideoFile, VideoInfo
 from lightning_kv.metrics import Scene
 from lightning_kv.metrics.functional.panorama import decode_positions
@@ -42,7 +42,7 @@ class Start:
         sample: Prompt and key.
         scene: What metrics may know of its world; None outside the panorama.
         context: Given latents ``[context_frames, C, h, w]``; None in free generation.
-        truth: What really follows, for the moving pictures: pixels of the world ``[F, 3, 32, 32]``
+        truth: What really follows, for comparison videos: pixels of the world ``[F, 3, 32, 32]``
             in [0, 1], or of a video, uint8 ``[P, 3, H, W]``; None without context, and of a video
             that ends before the clip.
     """

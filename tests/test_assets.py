@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_kv import shipped
+from lightning_kv import assets
 from lightning_kv.data.shards import PromptShards, read_index
 
 ROOT = Path(__file__).parents[1]
@@ -26,16 +26,16 @@ def test_everything_is_found_from_any_folder(elsewhere):
         files = [path for path in (ROOT / kind).rglob("*.*") if path.name != "README.md"]
         assert files
         for path in files:
-            there = shipped.found(path.relative_to(ROOT))
+            there = assets.found(path.relative_to(ROOT))
             assert there.read_bytes() == path.read_bytes()
 
 
 def test_a_bare_name_is_enough(elsewhere):
-    for name in shipped.names("configs"):
-        there = shipped.found(name)
+    for name in assets.names("configs"):
+        there = assets.found(name)
         assert there.name == f"{name}.yaml" and there.is_file()
-    for name in shipped.names("data"):
-        index = read_index(shipped.found(name))
+    for name in assets.names("data"):
+        index = read_index(assets.found(name))
         assert len(list(PromptShards(index))) == index.samples > 0
 
 
@@ -43,12 +43,12 @@ def test_what_is_in_the_current_folder_goes_first(elsewhere):
     own = elsewhere / "configs" / "quickstart.yaml"
     own.parent.mkdir()
     own.write_text("prompts: 1\n")
-    assert shipped.found("configs/quickstart.yaml").resolve() == own.resolve()
+    assert assets.found("configs/quickstart.yaml").resolve() == own.resolve()
 
 
 @pytest.mark.parametrize("path", ["nowhere.yaml", "configs/../../cli.py", "/configs/wan.yaml"])
 def test_nothing_else_is_found(elsewhere, path):
-    assert shipped.found(path) == Path(path)
+    assert assets.found(path) == Path(path)
 
 
 @pytest.mark.slow
@@ -69,4 +69,4 @@ def test_a_wheel_holds_them(tmp_path):
     for kind in ("configs", "data"):
         for path in (ROOT / kind).rglob("*.*"):
             if path.name != "README.md":
-                assert f"lightning_kv/shipped/{path.relative_to(ROOT)}" in held
+                assert f"lightning_kv/assets/{path.relative_to(ROOT)}" in held
