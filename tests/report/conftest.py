@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lightning_kv.report.tradeoff_charts import Chart
 
 from lightning_kv.report.entries import PageRun
+from lightning_kv.report.tradeoff_charts import Chart
 from lightning_kv.runs.directory import RunDirectory, fingerprint
 from lightning_kv.runs.summary import MetricInfo, summarise
 from lightning_kv.runs.traces import write_traces
