@@ -180,12 +180,35 @@ def trainer_for(
         "use_distributed_sampler": False,
     }
     try:
-        return Trainer(**(told | made | given))
+        trainer = Trainer(**(told | made | given))
     except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
         raise ValueError(
             f"Lightning's Trainer refuses what it is given: {error} Given: {told}. Change the "
             "--trainer argument that it names, or leave it out."
         ) from error
+    check_meeting_place(trainer)
+    return trainer
+
+
+def check_meeting_place(trainer: Trainer) -> None:
+    """Refuse several machines where nobody says how they find each other: they would wait.
+
+    Raises:
+        ValueError: Nobody does.
+    """
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+
+    found = getattr(trainer.strategy, "cluster_environment", None)
+    if (
+        trainer.num_nodes > 1
+        and isinstance(found, LightningEnvironment)
+        and not {"MASTER_ADDR", "NODE_RANK"} <= set(os.environ)
+    ):
+        raise ValueError(
+            f"--trainer.num_nodes {trainer.num_nodes} would wait for other machines: nothing says "
+            "where they meet. Start all with torchrun, fabric run or srun, or set MASTER_ADDR, "
+            "MASTER_PORT and NODE_RANK on each."
+        )
 
 
 def strategy_of(spec: dict[str, Any] | str) -> Any:

@@ -8,10 +8,12 @@ import textwrap
 from pathlib import Path
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 from lightning import Trainer
 
 from lightning_kv.cli import main
+from lightning_kv.runs.video import write_mp4
 from lightning_kv.tasks.options import TrainerOptions, TrainingTrainerOptions
 
 pytestmark = pytest.mark.usefixtures("no_page")
@@ -317,6 +319,15 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(mine, capsys, words, s
     assert after == [path for path in before if "__pycache__" not in path.parts]
 
 
+SLURM = {
+    "SLURM_NTASKS": "2",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_NNODES": "1",
+    "SLURM_JOB_NAME": "x",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
 LAUNCHED = {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x", "RANK": "0"}
 
 
@@ -351,6 +362,40 @@ def test_arguments_that_contradict_the_launcher(
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and said in error
     assert "Leave" in error and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare"])
+@pytest.mark.parametrize(
+    ("env", "words", "said"),
+    [
+        ({}, ["--devices", "2"], "--trainer.devices 2 contradicts the launcher, which says 1"),
+        ({}, ["--devices", "0,1"], "--trainer.devices 0,1 contradicts the launcher"),
+        ({}, ["--num_nodes", "2"], "--trainer.num_nodes 2 contradicts the launcher, which says 1"),
+        (SLURM, ["--devices", "3"], "--trainer.devices 3 contradicts srun, which says 2"),
+        (SLURM, ["--num_nodes", "2"], "--trainer.num_nodes 2 contradicts srun, which says 1"),
+        (None, ["--devices", "0"], "--trainer.devices 0 starts no process"),
+        (None, ["--num_nodes", "0"], "--trainer.num_nodes 0 starts no process"),
+        (None, ["--devices", "abc"], "`devices` selected with `CPUAccelerator` should be an int"),
+        (None, ["--num_nodes", "2"], "--trainer.num_nodes 2 would wait for other machines"),
+    ],
+)
+def test_numbers_of_processes_that_cannot_be(mine, monkeypatch, capsys, command, env, words, said):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    one = LAUNCHED | {"LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "1"}
+    for name, value in (one if env == {} else env or {}).items():
+        monkeypatch.setenv(name, value)
+    usual = SMALL
+    if command == "compare":
+        usual = ["one", "other"]
+        for folder in usual:
+            (mine / folder).mkdir()
+            write_mp4(mine / folder / "a.mp4", np.zeros((2, 16, 16, 3), np.uint8), 8)
+    with pytest.raises(SystemExit) as stop:
+        main([command, *usual, "--out", "run", "--accelerator", "cpu", *words])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and said in error and "Traceback" not in error
+    assert not (mine / "run").exists()
 
 
 @pytest.mark.parametrize("options", [TrainerOptions, TrainingTrainerOptions])
