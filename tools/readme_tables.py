@@ -16,6 +16,8 @@ import re
 from pathlib import Path
 
 from lightning_kv.commands.list import policies
+from lightning_kv.policies.part import PRESETS
+from lightning_kv.policies.plugins import HOME
 from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.runs.units import metric_of, unit_means
 from lightning_kv.stats.bootstrap import paired_interval
@@ -36,9 +38,11 @@ RUNS = {
 
 
 def policy_table() -> str:
-    """The presets, one row each."""
+    """The presets of this package, one row each."""
     rows = ["| policy | what it does | saves | parts that differ from `full` |", "|---" * 4 + "|"]
     for row in policies():
+        if not PRESETS[row["policy"]][1].__module__.startswith(HOME):
+            continue  # of another package that is installed here
         paper = "" if row["paper"] == "-" else f" ({row['paper']})"
         about = row["about"].removesuffix(".") + paper + "."
         rows.append(f"| `{row['policy']}` | {about} | {row['saves']} | {row['parts']} |")
