@@ -12,7 +12,7 @@ from lightning_kv.commands.options import Command
 from lightning_kv.commands.parsing import hint
 from lightning_kv.commands.parsing import parse as parse_words
 from lightning_kv.commands.terminal import fail
-from lightning_kv.utilities.errors import said_by
+from lightning_kv.utilities.errors import of_system, said_by
 
 COMMANDS = {
     "evaluate": "roll out the reference and every policy from the same prompts and noise",
@@ -70,6 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = command(words[0]).run(options)
     except ValueError as error:
         fail(said_by(error))
+    except OSError as error:
+        if (text := of_system(error)) is None:
+            raise
+        fail(text)
     if code is not None:
         raise SystemExit(code)
 
