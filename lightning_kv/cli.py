@@ -11,7 +11,7 @@ from lightning_kv import __version__
 from lightning_kv.commands.options import Command
 from lightning_kv.commands.parsing import parse as parse_words
 from lightning_kv.commands.terminal import fail
-from lightning_kv.utilities.errors import said_by
+from lightning_kv.utilities.errors import of_system, said_by
 from lightning_kv.utilities.nearest import hint
 
 COMMANDS = {
@@ -70,6 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = command(words[0]).run(options)
     except ValueError as error:
         fail(said_by(error))
+    except OSError as error:
+        if (text := of_system(error)) is None:
+            raise
+        fail(text)
     if code is not None:
         raise SystemExit(code)
 

@@ -288,8 +288,9 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str | None, str | None]]]:
             rows = csv.DictReader(file)
             columns = rows.fieldnames or []
             if not set(COLUMNS[:2]) <= set(columns) <= set(COLUMNS):
+                given = ",".join(columns)[:80]
                 raise ValueError(
-                    f"The columns of {path} are not those of pairs. Given {','.join(columns)!r}. "
+                    f"The columns of {path} are not those of pairs. Given {given!r}. "
                     "Give a first line 'reference,candidate', and ',key' or ',prompt' where wanted."
                 )
             for row in rows:

@@ -186,18 +186,24 @@ def trainer_for(
             f"Lightning's Trainer refuses what it is given: {error} Given: {told}. Change the "
             "--trainer argument that it names, or leave it out."
         ) from error
-    check_meeting_place(trainer)
+    check_processes(trainer, told.get("strategy"))
     return trainer
 
 
-def check_meeting_place(trainer: Trainer) -> None:
-    """Refuse several machines where nobody says how they find each other: they would wait.
+def check_processes(trainer: Trainer, strategy: Any) -> None:
+    """Refuse processes that never meet, or that keep to themselves what they found.
 
     Raises:
-        ValueError: Nobody does.
+        ValueError: The Trainer would start such.
     """
     from lightning.pytorch.plugins.environments import LightningEnvironment
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            f"--trainer.strategy {strategy} works in processes that end before anybody can "
+            "show what they found. Use ddp."
+        )
     found = getattr(trainer.strategy, "cluster_environment", None)
     if (
         trainer.num_nodes > 1

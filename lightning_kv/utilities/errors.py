@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+
+PLACES = {
+    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+}
+"""Errors of the system that are about a file or folder."""
+
 TRACEBACK = "Traceback (most recent call last):\n"
 
 
@@ -29,3 +37,18 @@ def said_by(error: BaseException) -> str:
     lines = text.rpartition(TRACEBACK)[2].rstrip().split("\n")
     first = next(at for at, line in enumerate(lines) if not line.startswith(" "))
     return "\n".join(lines[first:]).partition(": ")[2] or lines[first]
+
+
+def of_system(error: OSError) -> str | None:
+    """What the system refused, for whoever named the place; None where it is about no place.
+
+    >>> of_system(FileExistsError(17, "File exists", "a/b"))
+    "Nothing is read or written there. Given a/b: 'File exists'. Give another place, or mend it."
+    """
+    if error.filename is None and error.errno not in PLACES:
+        return None
+    place = "" if error.filename is None else f"{error.filename}: "
+    return (
+        f"Nothing is read or written there. Given {place}{error.strerror!r}. Give another "
+        "place, or mend it."
+    )

@@ -376,6 +376,7 @@ def test_arguments_that_contradict_the_launcher(
         (None, ["--devices", "0"], "--trainer.devices 0 starts no process"),
         (None, ["--num_nodes", "0"], "--trainer.num_nodes 0 starts no process"),
         (None, ["--devices", "abc"], "`devices` selected with `CPUAccelerator` should be an int"),
+        (None, ["--trainer.strategy", "ddp_spawn"], "--trainer.strategy ddp_spawn works in proc"),
         (None, ["--num_nodes", "2"], "--trainer.num_nodes 2 would wait for other machines"),
     ],
 )

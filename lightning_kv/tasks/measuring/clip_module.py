@@ -243,9 +243,9 @@ class ClipModule(L.LightningModule):
             for each in self.skipped:
                 log.warning("Skipped: %s", each)
         if self.real and len(self.skipped) == len(self.real):
+            why = self.skipped[0].rstrip(".")
             raise ValueError(
-                f"None of {len(self.real)} real videos can be used. {self.skipped[0]}. Give others "
-                "to --real."
+                f"None of {len(self.real)} real videos can be used. {why}. Give others to --real."
             )
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

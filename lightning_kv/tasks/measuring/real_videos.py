@@ -45,8 +45,8 @@ def real_videos(folder: Path | None, suite: Suite) -> dict[str, VideoFile]:
     if found:
         return found
     raise ValueError(
-        f"There are no videos in --real {folder}. Give a folder of {', '.join(SUFFIXES)} files, or "
-        "of .tar shards that hold some."
+        f"There are no videos in --real {folder}. Given none of {', '.join(SUFFIXES)}, there or in "
+        "its .tar shards. Give a folder of videos, or one of shards that hold some."
     )
 
 
