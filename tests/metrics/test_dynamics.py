@@ -229,7 +229,7 @@ def test_networks_that_do_not_fit_are_refused():
         DynamicDegree("i3d")
     with pytest.raises(ValueError, match="not defined on 'linear-midpoint'"):
         FlowMagnitude("linear-midpoint")
-    with pytest.raises(ValueError, match="no backbone 'rafd'"):
+    with pytest.raises(ValueError, match="No backbone 'rafd'"):
         DynamicDegree("rafd")
     with pytest.raises(ValueError, match=r"gave \(1, 3, 12, 16\) for two frames"):
         DynamicDegree(LinearMidpoint()).curve(random_frames(3), fps=8.0)
