@@ -67,7 +67,13 @@ def refused(capsys, words):
     return error
 
 
-@COMMANDS
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(PANORAMA, marks=pytest.mark.slow, id="pretrain"),
+        pytest.param(ENCODER, id="enc"),
+    ],
+)
 def test_loggers_callbacks_and_a_profiler_change_no_number(mine, command):
     main([*command, "--out", "plain"])
     words = ["--trainer.logger", "csv,trained_by:Kept", "--trainer.profiler", "simple"]
