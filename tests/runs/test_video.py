@@ -8,7 +8,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 
+from lightning_kv.data.panorama import world_for
 from lightning_kv.runs.video import side_by_side, write_mp4
 
 COLOURS = np.array([(200, 40, 40), (40, 180, 60), (50, 60, 210), (230, 220, 90)], np.uint8)
@@ -177,3 +179,14 @@ def _block(canvas: np.ndarray, y: int, x: int, level: int) -> bool:
 def test_panels_that_do_not_fit_are_refused(rows: list, scale: int, columns: int | None) -> None:
     with pytest.raises(ValueError, match="side by side"):
         side_by_side(rows, scale, columns)
+
+
+def test_the_same_frames_give_the_same_bytes(tmp_path):
+    world = world_for("night fast n10 left", 5).render(60)
+    jumps = torch.rand(60, 1, 1, 1, generator=torch.Generator().manual_seed(0)) < 0.2
+    shown = torch.where(jumps, world.flip(0), world)  # as of a cache that has lost its way
+    frames = (255 * shown).round().byte().permute(0, 2, 3, 1).numpy()
+    frames = frames.repeat(10, axis=1).repeat(10, axis=2)
+    for file in "abcde":
+        write_mp4(tmp_path / f"{file}.mp4", frames, 8.0)
+    assert len({(tmp_path / f"{file}.mp4").read_bytes() for file in "abcde"}) == 1
