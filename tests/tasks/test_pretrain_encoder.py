@@ -159,7 +159,7 @@ def test_the_settings_file_says_the_defaults():
 
 
 @pytest.mark.slow
-def test_the_losses_of_a_lesson_on_a_gpu_are_computed_there(lesson):
+def test_the_losses_of_a_batch_on_a_gpu_are_computed_there(batch):
     """On tensors without contents: two devices in one operation would be an error."""
     task = PretrainEncoder(SMALL)
 
@@ -173,5 +173,5 @@ def test_the_losses_of_a_lesson_on_a_gpu_are_computed_there(lesson):
                 (module._buffers, torch.Tensor.detach),
             ):
                 own.update({name: kind(there(x)) for name, x in own.items() if x is not None})
-        moved = EncoderBatch(**{name: there(tensor) for name, tensor in vars(lesson).items()})
+        moved = EncoderBatch(**{name: there(tensor) for name, tensor in vars(batch).items()})
         assert {loss.device.type for loss in task.measure(moved).values()} == {"cuda"}
