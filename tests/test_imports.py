@@ -34,7 +34,7 @@ FROM_OUTSIDE = {
     "testing": {"torch", "pytest"},
     "stats": {"numpy", "scipy"},
     "assets": set(),
-    "utilities": set(),
+    "utilities": {"huggingface_hub"},
     "runs": {"numpy", "av", "PIL"},
 }
 

@@ -176,7 +176,7 @@ def test_latents_become_videos_later(tiny_wan, run, capsys):
     videos[3].unlink()
     before = [video.stat().st_mtime_ns for video in videos if video.exists()]
     main(["decode", str(run), "--vae", str(tiny_wan / "vae"), "--precision", "float32"])
-    assert "1 videos were written" in (said := capsys.readouterr().out) and "5 were there" in said
+    assert "1 video written" in (said := capsys.readouterr().out) and "5 were there" in said
     assert [v.stat().st_mtime_ns for v in videos if v != videos[3]] == before
     shown, rate = frames_of(videos[0])
     assert (shown.shape, rate) == ((33, 64 * 3, 96 * 3, 3), 16)  # small pictures are enlarged

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / "lightning_kv"
 def statements(tree: ast.Module) -> int:
     """Logical lines: statements, without docstrings, comments and blank lines."""
     nodes = list(ast.walk(tree))
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = sum(isinstance(n, documented) and bool(ast.get_docstring(n)) for n in nodes)
     return sum(isinstance(n, ast.stmt) for n in nodes) - docstrings
 
@@ -42,4 +42,7 @@ def show(folder: Path, depth: int = 0) -> int:
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or ["."]:
+        if not (ROOT / name).is_dir():
+            folders = ", ".join(sorted(init.parent.name for init in ROOT.glob("*/__init__.py")))
+            sys.exit(f"No folder {name!r} in {ROOT.name}. Give some of {folders}, or none for all.")
         print(f"{show(ROOT / name)} statements in {(ROOT / name).relative_to(ROOT.parent)}")

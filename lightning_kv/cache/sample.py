@@ -71,7 +71,7 @@ class SampleCache:
             lasts = self.session.buffers == "keep" and self.policy.select.refresh == "chunk"
             out = plan.read(q, store, work, lasts, store.own)
         if step.final and not store.rotated:
-            store.settle(own["raw"], step.final_rows(self.session.geometry.tokens))
+            store.finalise(own["raw"], step.final_rows(self.session.geometry.tokens))
         self._look(plan, view, pass_view, out, layer, step)
         self._count(plan, q.shape[1], step)
         return out

@@ -153,7 +153,7 @@ class LayerStore:
                     old = old.detach()
                 plain.rows[name] = torch.cat([old, own], dim=1)
 
-    def settle(self, k: Tensor, final: slice) -> None:
+    def finalise(self, k: Tensor, final: slice) -> None:
         """Put raw keys ``[H, P, D]`` in place of rotated ones, before rows become permanent."""
         if self.own is not None:
             self.own = self.own | {"k": k}

@@ -40,7 +40,9 @@ def tell(sentences: Sequence[str]) -> None:
 
 
 def quiet() -> None:
-    """Keep Lightning's start-up notes to what a user must know (its import sets the levels)."""
+    """Keep Lightning's start-up notes to what a user must know."""
+    import lightning.pytorch  # noqa: F401  its import sets the levels, so it comes first
+
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for text in (

@@ -30,7 +30,7 @@ def check_shards(folder: str | Path) -> list[str]:
         return [str(error)]
     findings: list[str] = []
     known: dict[str, Path] = {}
-    films = {}
+    videos = {}
     for shard, path in zip(index.shards, index.paths, strict=True):
         samples = _samples(shard, path, findings)
         for key, sample in samples.items():
@@ -40,10 +40,10 @@ def check_shards(folder: str | Path) -> list[str]:
                     "sample of a set its own key."
                 )
             known[key] = path
-            films[key] = bool(video_of(sample))
+            videos[key] = bool(video_of(sample))
             findings += _wrong(f"{key!r} of {path}", sample)
-    if any(films.values()) and not all(films.values()):
-        alone = [key for key, film in films.items() if not film]
+    if any(videos.values()) and not all(videos.values()):
+        alone = [key for key, video in videos.items() if not video]
         findings.append(
             f"Some samples have no video and others do. Given {len(alone)} without, such as "
             f"{alone[0]!r}. Give a set of videos one in every sample."

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_kv.models.samplers import warp
 from lightning_kv.models.sizes import PRESETS
 from lightning_kv.models.wan import WanConfig
-from lightning_kv.utilities.downloads import hub_copy, models_folder
+from lightning_kv.utilities.model_folders import hub_copy, models_folder
 
 FOUR = warp((1000, 750, 500, 250), 5.0)
 """The four noise levels of Self Forcing and of most that came after it."""

@@ -34,8 +34,8 @@ def player(run: PageRun, rank: str, prompt: Ranked) -> dict[str, Any]:
     return {
         "rank": rank,
         "prompt": prompt,
-        "source": _film(directory.videos / name),
-        "difference": _film(directory.differences / name),
+        "source": _address(directory.videos / name),
+        "difference": _address(directory.differences / name),
         "gain": run.summary["run"].get("difference_gain"),
         "values": [
             (policy, NOTHING if value is None else format_number(value, abs(value)))
@@ -49,6 +49,6 @@ def data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _film(path: Path) -> str:
-    """A film as an address; empty where there is none."""
+def _address(path: Path) -> str:
+    """A video as an address; empty where there is none."""
     return data_uri("video/mp4", path.read_bytes()) if path.is_file() else ""

@@ -183,7 +183,8 @@ class RunDirectory:
         A clip is measured again where a crash came between two of its policies: of records with
         the same policy and key, the first counts.
 
-        Metrics that are computed from others of the clip are added, see :mod:`derived`.
+        Metrics that are computed from others of the clip are added, see
+        :mod:`lightning_kv.runs.derived`.
 
         Raises:
             ValueError: A line is damaged, or two records of one policy and key disagree.

@@ -17,6 +17,7 @@ from lightning_kv.runs.video import write_mp4
 from lightning_kv.tasks.progress import ProgressLine
 from lightning_kv.tasks.rollouts.latent_files import SUFFIX, read_latents
 from lightning_kv.tasks.videos import enlarged
+from lightning_kv.utilities.formatting import several
 
 FOLDER = "latents"
 """Where a run keeps the latents of its clips."""
@@ -40,7 +41,7 @@ class Decoded:
     def words(self) -> list[str]:
         """What was done, in a sentence."""
         there = f" {self.kept} were there already." if self.kept else ""
-        return [f"{len(self.videos)} videos were written to {self.out}.{there}"]
+        return [f"{several(len(self.videos), 'video')} written to {self.out}.{there}"]
 
 
 def decode(

@@ -21,8 +21,8 @@ from lightning_kv.cache.kernels import BACKENDS
 from lightning_kv.models.catalogue import CATALOGUE, PARTS, Download
 from lightning_kv.models.embedded import WEIGHTS, read_weights
 from lightning_kv.models.loading import memory_of
-from lightning_kv.utilities.downloads import free_disk, models_folder
 from lightning_kv.utilities.formatting import format_bytes
+from lightning_kv.utilities.model_folders import free_disk, models_folder
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement

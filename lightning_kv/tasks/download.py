@@ -10,8 +10,8 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from lightning_kv.tasks.progress import ProgressLine
-from lightning_kv.utilities.downloads import has_hub
 from lightning_kv.utilities.errors import first_line
+from lightning_kv.utilities.model_folders import has_hub
 
 SILENCE = 60  # seconds without a byte after which a server is given up
 BLOCK = 1 << 20

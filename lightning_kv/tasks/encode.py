@@ -14,6 +14,7 @@ from lightning_kv.data.shards import INDEX, PromptShards, read_index
 from lightning_kv.models.embeddings import held_prompts, remove_embeddings, write_embeddings
 from lightning_kv.models.text import LENGTH, WanText, text_fingerprint
 from lightning_kv.tasks.progress import ProgressLine
+from lightning_kv.utilities.formatting import several
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _read_list(path: Path) -> _Prompts:
             f"The list of prompts {path} holds none: {len(lines)} lines, all blank. "
             "Write one prompt per line."
         )
-    notes = [f"{path}: {len(texts)} prompts."]
+    notes = [f"{path}: {several(len(texts), 'prompt')}."]
     if blank := len(lines) - len(texts):
         notes.append(f"Blank lines left out: {blank}.")
     return _Prompts(texts, (*notes, *_repeats(texts)))
@@ -134,7 +135,7 @@ def _read_shards(path: Path) -> _Prompts:
             "one prompt per line."
         )
     texts = [sample.prompt for sample in PromptShards(read_index(path))]
-    return _Prompts(texts, (f"{path}: {len(texts)} prompts.", *_repeats(texts)))
+    return _Prompts(texts, (f"{path}: {several(len(texts), 'prompt')}.", *_repeats(texts)))
 
 
 def _repeats(texts: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from lightning_kv.tasks.decode import decode_all, latents_of
 from lightning_kv.utilities.files import write_atomic
+from lightning_kv.utilities.formatting import several
 
 LONGEST = 180  # characters of a prompt in a file name, whose length every system limits
 
@@ -43,7 +44,8 @@ class Exported:
         there = f" {self.kept} were there already." if self.kept else ""
         first = self.folders[0]
         return [
-            f"{self.videos} videos were written to {', '.join(map(str, self.folders))}.{there}",
+            f"{several(self.videos, 'video')} written to "
+            f"{', '.join(map(str, self.folders))}.{there}",
             f"VBench: vbench evaluate --videos_path {first} --mode custom_input "
             f"--prompt_file {first}.json --dimension subject_consistency",
         ]

@@ -17,9 +17,9 @@ from lightning_kv.metrics.backbones.weights import (
 )
 from lightning_kv.models.catalogue import CATALOGUE, PARTS, Download
 from lightning_kv.tasks.download import DownloadFailed, download, download_from_hub, need_hub
-from lightning_kv.utilities.downloads import free_disk
 from lightning_kv.utilities.errors import first_line
 from lightning_kv.utilities.formatting import format_bytes
+from lightning_kv.utilities.model_folders import free_disk
 from lightning_kv.utilities.nearest import unknown
 
 

@@ -41,7 +41,7 @@ def summary_of(run: RunDirectory, intervals: bool = True) -> dict[str, Any]:
     Args:
         run: Its directory.
         intervals: Also give what takes seconds: 95 % intervals, of means and of every frame of the
-            curves, distances between sets, and the statistics of :mod:`analysis`.
+            curves, distances between sets, and the statistics of :mod:`lightning_kv.runs.analysis`.
 
     Raises:
         ValueError: As for :func:`open_run`.

@@ -37,7 +37,7 @@ def write_comparison(
         total: Frames of the clip.
         fps: Frames per second.
         reference: Label of the panel that the others are compared with; without such a panel there
-            is no second film.
+            is no second video.
     """
     name = video_name(key)
     labels = [label for label, _ in next(rows())]

@@ -1,1 +1,1 @@
-"""What every part of the package may use: how numbers are written, and what a name may mean."""
+"""What every part may use: numbers and errors in words, names, lists, class addresses, files."""

@@ -143,7 +143,7 @@ def test_a_clip_becomes_the_video_of_its_latents(tmp_path, panorama, dtype):
     write_latents(tmp_path / "clip.safetensors", given, 8, PANORAMA)
     done = decode(tmp_path / "clip.safetensors")
     assert (done.videos, done.kept) == ((tmp_path / "clip.mp4",), 0)
-    assert done.out == tmp_path / "clip.mp4" and "1 videos were written to" in done.words[0]
+    assert done.out == tmp_path / "clip.mp4" and "1 video written to" in done.words[0]
     is_video_of(done.out, panorama.codec, given, [latents(4, seed=1)])
     assert shown(done.out)[1] == 8 and files(tmp_path) == ["clip.mp4", "clip.safetensors"]
 
@@ -212,7 +212,7 @@ def test_a_run_is_taken_up_where_it_was_left(tmp_path, panorama):
     videos[1].unlink()
     again = decode(tmp_path)
     assert (again.videos, again.kept) == ((videos[1],), 3)
-    assert "1 videos were written" in again.words[0] and "3 were there already" in again.words[0]
+    assert "1 video written" in again.words[0] and "3 were there already" in again.words[0]
     assert [video.stat().st_mtime == 1 for video in videos] == [True, False, True, True]
     is_video_of(videos[1], panorama.codec, list(made.values())[1])
     none = decode(tmp_path)
@@ -352,9 +352,9 @@ def test_latents_that_are_no_numbers_are_said(tmp_path):
 def test_the_command_says_what_it_did(tmp_path, capsys):
     a_run(tmp_path, ["full"])
     main(["decode", str(tmp_path)])
-    assert f"2 videos were written to {tmp_path / 'decoded'}." in capsys.readouterr().out
+    assert f"2 videos written to {tmp_path / 'decoded'}." in capsys.readouterr().out
     main(["decode", str(tmp_path)])
-    assert "0 videos were written" in (said := capsys.readouterr().out)
+    assert "0 videos written" in (said := capsys.readouterr().out)
     assert "2 were there already" in said
     clip = tmp_path / "latents" / "full" / "clip-0.safetensors"
     main(["decode", str(clip), "-o", str(tmp_path / "x.mp4")])

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 from lightning_kv.metrics.backbones.manifest import WEIGHTS, Weights
 from lightning_kv.utilities import files
-from lightning_kv.utilities.downloads import hub_copy, models_folder
 from lightning_kv.utilities.errors import first_line
 from lightning_kv.utilities.formatting import format_bytes
 from lightning_kv.utilities.lists import items_of
+from lightning_kv.utilities.model_folders import hub_copy, models_folder
 from lightning_kv.utilities.nearest import unknown
 
 __all__ = [

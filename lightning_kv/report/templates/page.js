@@ -41,7 +41,7 @@ const keep = (family) => {
 };
 for (const chip of chips) chip.addEventListener("click", () => keep(chip.getAttribute("aria-pressed") === "true" ? null : chip.dataset.family));
 
-// The button under a film shows how far the others are from the reference, at the same moment.
+// The button under a video shows how far the others are from the reference, at the same moment.
 for (const group of document.querySelectorAll(".switch")) {
   const [pictures, difference] = group.children;
   const video = group.parentElement.querySelector("video");

@@ -40,7 +40,7 @@ CONFIGS = {
 }
 POLICIES = ("full", "sink-window@9f", "sliding-window@18f")
 REFERENCE, PLAIN = "full", "hard-wired cache"
-SETTLED = 5  # chunk, counted from 1, after which memory should not grow any more
+STEADY = 5  # chunk, counted from 1, after which memory should not grow any more
 
 
 @dataclass(frozen=True)
@@ -323,7 +323,7 @@ def spread(seconds: list[float]) -> dict[str, Any]:
 
 def growth(held: list[int]) -> float | None:
     """Share that bytes grow by from chunk 5 to the last; None where there are no more chunks."""
-    return held[-1] / held[SETTLED - 1] - 1 if len(held) > SETTLED else None
+    return held[-1] / held[STEADY - 1] - 1 if len(held) > STEADY else None
 
 
 def release(device: torch.device) -> None:

@@ -90,9 +90,9 @@ class PairVideos(FirstPromptsCallback):
                 self.pending.setdefault(result.key, {})[result.name] = result.failure
             if result.last and result.key in self.keys and not has_comparison(self.run, result.key):
                 failed = self.pending.pop(result.key, {})
-                self._film(self.clips[result.key], pl_module.reference_name, failed)
+                self._write(self.clips[result.key], pl_module.reference_name, failed)
 
-    def _film(self, clip: PairedClip, base: str, failed: Mapping[str, str]) -> None:
+    def _write(self, clip: PairedClip, base: str, failed: Mapping[str, str]) -> None:
         data = self.data
         reference = data.infos.get(clip.reference)
         able = {

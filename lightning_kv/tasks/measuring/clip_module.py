@@ -103,7 +103,7 @@ class ClipModule(L.LightningModule):
         )
         self.encoders = nn.ModuleDict(suite.encoders())
         self.known: set[tuple[str, str]] = set()
-        self.featured: set[tuple[str | None, str]] = set()
+        self.with_features: set[tuple[str | None, str]] = set()
         self.store: FeatureStore | None = None  # where a callback keeps features, if one does
         self.skipped: list[str] = []
         self.problems: Counter[Problem] = Counter()
@@ -157,9 +157,9 @@ class ClipModule(L.LightningModule):
         self.problems.update((name, what, why) for what, why in found.items())
 
     def _add_features(self, name: str, key: str, unit: str, features: Mapping[str, Tensor]) -> None:
-        if not features or (name, key) in self.featured:
+        if not features or (name, key) in self.with_features:
             return
-        self.featured.add((name, key))
+        self.with_features.add((name, key))
         for metric, each in self.sets_of(name).items():
             found = features.get(self.suite.encoder_of(metric))
             self._update(each, found, False, key, unit)
@@ -171,9 +171,9 @@ class ClipModule(L.LightningModule):
 
     def add_real(self, key: str, unit: str, features: Mapping[str, Tensor]) -> None:
         """Let the metrics of sets know of a real clip: its features by encoder."""
-        if not features or (None, key) in self.featured:
+        if not features or (None, key) in self.with_features:
             return
-        self.featured.add((None, key))
+        self.with_features.add((None, key))
         for name in self.names:
             for metric, each in self.sets_of(name).items():
                 self._update(each, features.get(self.suite.encoder_of(metric)), True, key, unit)
@@ -278,7 +278,7 @@ class ClipModule(L.LightningModule):
         for metrics in (*self.clip_metrics, *self.set_metrics):
             metrics.reset()
         self.known.clear()
-        self.featured.clear()
+        self.with_features.clear()
         self.problems.clear()
         self._taken_up = None
 

@@ -41,7 +41,7 @@ def plugged(policies: Iterable[CachePolicy]) -> dict[str, Any]:
 
 
 def about(trainer: L.Trainer, module: ClipModule, data: Any) -> dict[str, Any]:
-    """What a report must know that has only the run directory; see :mod:`overview`."""
+    """What a report must know that has only the run directory (``tasks/report.py``)."""
     told = module.about()
     told["run"] |= {
         **data.about(),

@@ -10,6 +10,8 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_kv.utilities.formatting import several
+
 Thing = TypeVar("Thing")
 
 Problem = tuple[str, str, str]
@@ -54,7 +56,7 @@ def warn_lacking(
     for (name, what, why), clips in problems.items():
         if name in names and what in kinds:
             reasons[why.rstrip(".")] += clips
-    said = [f"{clips} clips: {why}" for why, clips in reasons.most_common()]
+    said = [f"{several(clips, 'clip')}: {why}" for why, clips in reasons.most_common()]
     rank_zero_warn(
         f"The metric '{metric}' has no value for {', '.join(names)}. {'; '.join(said) or usual}."
     )

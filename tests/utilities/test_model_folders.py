@@ -2,7 +2,7 @@
 
 from lightning_kv.metrics.backbones.weights import weights_folder
 from lightning_kv.models.catalogue import CATALOGUE
-from lightning_kv.utilities.downloads import free_disk, hub_copy, models_folder
+from lightning_kv.utilities.model_folders import free_disk, hub_copy, models_folder
 
 
 def test_models_folder(monkeypatch, tmp_path):

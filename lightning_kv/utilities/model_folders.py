@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import shutil
@@ -30,5 +29,7 @@ def hub_copy(repo: str, file: str) -> Path | None:
     """A file of a repository in the hub's own cache; None where it is not there."""
     if not has_hub():
         return None
-    found = importlib.import_module("huggingface_hub").try_to_load_from_cache(repo, file)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, file)
     return Path(found) if isinstance(found, str) else None
