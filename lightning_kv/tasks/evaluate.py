@@ -175,8 +175,11 @@ class EvaluateModule(ClipModule):
         """Refuse prompts and videos that this module cannot roll out.
 
         Raises:
-            ValueError: As `check_context`, `check_codec` and `check_prompts` say.
+            ValueError: As `PromptDataModule.keys`, `check_context`, `check_codec` and
+                `check_prompts` say.
         """
+        if isinstance(data, PromptDataModule):
+            data.keys()  # two rollouts with one key would share noise and results
         config, sets = self.network.config, [] if self.real else list(self.suite.set_metrics())
         check_context(self.model_name, config, self.world, self.settings, data, sets)
         if getattr(data, "video_infos", None):

@@ -370,7 +370,13 @@ def gone(folder):
     folder.mkdir()
 
 
+def confused(folder):
+    """Called as the second noise of the other."""
+    captioned(folder, name="a-s1")
+
+
 BAD = [
+    (confused, ["--samples", "2"], "Given sample 0 of 'a-s1' and sample 1 of 'a' of VIDEOS, both"),
     (gone, [], "There are no videos in"),
     (silent, [], "1 of 2 videos in VIDEOS have none, such as 'b'. Write it into a .txt"),
     (short, ["--context_frames", "9"], "7 frames, and --context_frames 9 shows 9. Use"),
