@@ -106,7 +106,7 @@ class EvaluateModule(ClipModule):
             frames, context_frames, size, seed, negative, backend, decode, fps
         ).filled(None if world else config)
         chosen, base = chosen_policies(policies, reference)
-        settings.check(model.name, config, [base, *chosen.values()])
+        settings.check(model.name, config, [base, *chosen.values()], world)
         suite = Suite(metrics, known(world, decode), accept_license)
         names = dict.fromkeys([base.name, *chosen])
         videos = real_videos(None if real is None else Path(real), suite)

@@ -327,6 +327,12 @@ class Blind:
         return iter(latents)
 
 
+def test_the_panorama_has_one_size_without_videos_too():
+    with pytest.raises(ValueError, match=r"Given --size 64x64\. Use 32x32"):
+        EvaluateModule("panorama", [POLICY], size="64x64", **SMALL)
+    assert EvaluateModule("panorama", [POLICY], size="32x32", **SMALL).latent_size == (4, 4)
+
+
 @pytest.mark.parametrize(("codec", "what"), [(None, "no codec"), (Blind(), "a Blind without")])
 def test_a_model_that_cannot_encode_is_refused(worlds, panorama, codec, what):
     module = EvaluateModule(
@@ -387,6 +393,7 @@ BAD = [
     (None, ["--context_frames", "0"], "--context_frames 0 takes none of them. Give --con"),
     (None, ["--data.shards", str(SHARDS)], "Give one of them"),
     (None, ["--size", "30x30"], "make no whole number of patches of 8 x 8. Use 32 x 32"),
+    (None, ["--size", "64x64"], "Given --size 64x64. Use 32x32"),
     (None, ["--prompts", "2"], "prompts=2 was given and VIDEOS holds 1"),
     (None, ["--data.class_path", "tests.tasks.test_context_videos:Deaf"], "would not be used"),
 ]

@@ -266,8 +266,8 @@ def distinct(items: Iterable[RolloutItem], source: Path) -> list[str]:
             )
             raise ValueError(
                 f"Two rollouts have one key, and would share noise and results. Given {both} of "
-                f"{source}, both called {item.key!r}. Give one of the prompts another name, or use fewer "
-                "samples."
+                f"{source}, both called {item.key!r}. Give one of the prompts another name, or use "
+                "fewer samples."
             )
     return list(held)
 
