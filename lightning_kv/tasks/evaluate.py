@@ -184,7 +184,8 @@ class EvaluateModule(ClipModule):
         check_context(self.model_name, config, self.world, self.settings, data, sets)
         if getattr(data, "video_infos", None):
             check_codec(self.model_name, self.codec)
-            check_prompts(self.model, data.prompt_texts())
+            if hasattr(data, "prompt_texts"):  # else prompts are read as they come
+                check_prompts(self.model, data.prompt_texts())
 
     def setup(self, stage: str) -> None:
         """Check the data, before the first rollout."""

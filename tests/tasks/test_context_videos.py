@@ -317,6 +317,19 @@ def test_another_rate_and_another_shape_are_said(tmp_path):
     assert "has 32 x 48 pixels, and is stretched to 32 x 32" in shape
 
 
+def test_a_data_module_of_its_own_need_not_say_its_prompts(worlds):
+    """One that is no subclass: its videos are checked, and its prompts as they come."""
+
+    class Own(L.LightningDataModule):
+        video_infos = PromptDataModule(context_videos=worlds[0]).video_infos
+
+    module = EvaluateModule("panorama", [POLICY], metrics=["recall"], **SMALL)
+    module.check_data(Own())
+    Own.prompt_texts = lambda self: ["a red fox"]
+    with pytest.raises(ValueError, match="does not understand the prompt 'a red fox'"):
+        module.check_data(Own())
+
+
 class Blind:
     """A codec that only decodes."""
 
