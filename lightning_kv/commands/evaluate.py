@@ -219,7 +219,7 @@ def settled(options: EvaluateOptions, source: Source) -> EvaluateOptions:
     from lightning_kv.metrics.suite import Suite
     from lightning_kv.tasks.evaluate import known
 
-    world, videos = source.config is None, options.context_videos
+    world, videos = source.config is None, videos_of(options)
     chosen = (options.data.shards, videos, options.data.class_path)
     if not world and chosen == (None, None, None):
         raise ValueError(
@@ -237,6 +237,12 @@ def settled(options: EvaluateOptions, source: Source) -> EvaluateOptions:
     missing = {name: value for name, value in usual.items() if getattr(options, name) is None}
     data = replace(options.data, shards=shards)
     return replace(options, data=data, **vars(rollouts), **missing)
+
+
+def videos_of(options: EvaluateOptions) -> Path | None:
+    """The context videos, of the option or of the ``init_args`` of a data module."""
+    own = options.data.init_args.get("context_videos")
+    return options.context_videos or (Path(own) if isinstance(own, str | Path) else None)
 
 
 def states_beside(prompts: Path) -> Path | None:

@@ -16,11 +16,19 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_kv.cli import main
+from lightning_kv.commands.evaluate import (
+    FAST_PANS,
+    DataOptions,
+    EvaluateOptions,
+    data_of,
+    settled,
+)
 from lightning_kv.data.datamodule import PromptDataModule
 from lightning_kv.data.make_shards import make_video_shards
 from lightning_kv.data.panorama import world_for
 from lightning_kv.data.videos import read
 from lightning_kv.metrics.suite import Suite
+from lightning_kv.models.sources import find_model
 from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.runs.features import FeatureStore
 from lightning_kv.tasks.callbacks import RecordWriter
@@ -328,6 +336,17 @@ def test_a_data_module_of_its_own_need_not_say_its_prompts(worlds):
     Own.prompt_texts = lambda self: ["a red fox"]
     with pytest.raises(ValueError, match="does not understand the prompt 'a red fox'"):
         module.check_data(Own())
+
+
+def test_videos_of_a_named_data_module_leave_out_the_usual_shards(worlds):
+    own = "lightning_kv.data.datamodule:PromptDataModule"
+    init = {"context_videos": str(worlds[0])}
+    options = EvaluateOptions(data=DataOptions(class_path=own, init_args=init))
+    options = settled(options, find_model("panorama"))
+    assert options.data.shards is None
+    assert len(data_of(options).keys()) == 3
+    options = settled(EvaluateOptions(data=DataOptions(class_path=own)), find_model("panorama"))
+    assert options.data.shards == FAST_PANS
 
 
 class Blind:
