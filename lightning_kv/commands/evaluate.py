@@ -324,7 +324,13 @@ def check_text(options: EvaluateOptions, source: Source) -> None:
 
     folder = options.text or source.text
     if folder is None or not (folder / INDEX).is_file():
-        prompts = options.data.shards or options.context_videos
+        prompts = options.data.shards or videos_of(options)
+        if prompts is None:
+            raise ValueError(
+                "Nothing says where the text states of the prompts are, and an evaluation runs no "
+                f"text encoder. Given --data.class_path {options.data.class_path}. Give --text "
+                "FOLDER too; `lightning-kv encode prompts.txt --out FOLDER` makes one."
+            )
         raise ValueError(
             f"The prompts in {prompts} have no text states, and an evaluation runs no text "
             f"encoder. Type `lightning-kv encode {prompts}` first (a folder of videos as shards: "

@@ -20,6 +20,7 @@ from lightning_kv.commands.evaluate import (
     FAST_PANS,
     DataOptions,
     EvaluateOptions,
+    check_text,
     data_of,
     settled,
 )
@@ -347,6 +348,12 @@ def test_videos_of_a_named_data_module_leave_out_the_usual_shards(worlds):
     assert len(data_of(options).keys()) == 3
     options = settled(EvaluateOptions(data=DataOptions(class_path=own)), find_model("panorama"))
     assert options.data.shards == FAST_PANS
+
+
+def test_prompts_of_a_named_data_module_need_text_states_too():
+    options = EvaluateOptions(data=DataOptions(class_path="mine:Texts"))
+    with pytest.raises(ValueError, match=r"Given --data.class_path mine:Texts. Give --text"):
+        check_text(options, replace(find_model("panorama"), text=None))
 
 
 class Blind:
