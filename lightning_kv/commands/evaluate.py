@@ -309,7 +309,7 @@ def model_for(options: EvaluateOptions, source: Source, data: LightningDataModul
         precision=options.precision,
         text=options.text,
         vae=options.vae,
-        decode=options.decode or options.context_videos is not None,  # or nothing encodes them
+        decode=options.decode or bool(getattr(data, "video_infos", None)),  # what encodes them
         prompts=None if texts is None else texts + [options.negative] * guided,
     )
 

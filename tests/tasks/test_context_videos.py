@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import av
 import lightning as L
@@ -22,6 +23,7 @@ from lightning_kv.commands.evaluate import (
     EvaluateOptions,
     check_text,
     data_of,
+    model_for,
     settled,
 )
 from lightning_kv.data.datamodule import PromptDataModule
@@ -356,6 +358,16 @@ def test_prompts_of_a_named_data_module_need_text_states_too():
         check_text(options, replace(find_model("panorama"), text=None))
 
 
+@pytest.mark.parametrize("videos", [True, False])
+def test_without_pixels_the_codec_is_kept_for_videos_of_any_data_module(worlds, videos):
+    data = L.LightningDataModule()
+    data.video_infos = PromptDataModule(context_videos=worlds[0]).video_infos if videos else {}
+    options = EvaluateOptions(decode=False, precision="float32")
+    with mock.patch("lightning_kv.models.loading.load_model") as load:
+        model_for(options, find_model("panorama"), data)
+    assert load.call_args.kwargs["decode"] is videos
+
+
 class Blind:
     """A codec that only decodes."""
 
@@ -377,7 +389,8 @@ def test_a_model_that_cannot_encode_is_refused(worlds, panorama, codec, what):
     module = EvaluateModule(
         replace(panorama, codec=codec), [POLICY], metrics=["latent_mse"], decode=False, **SMALL
     )
-    with pytest.raises(ValueError, match=rf"cannot go on from a video: it has {what}"):
+    said = rf"cannot go on from a video: it has {what}.*decode=False.*load_model\(NAME\)"
+    with pytest.raises(ValueError, match=said):
         module.check_data(PromptDataModule(context_videos=worlds[0]))
 
 

@@ -219,7 +219,9 @@ def check_codec(model: str, codec: object) -> None:
         what = "no codec" if codec is None else f"a {type(codec).__name__} without encode()"
         raise ValueError(
             f"{model!r} cannot go on from a video: it has {what}, which would bring the first "
-            "frames to latents. Use the panorama model, or a Wan model with its VAE."
+            "frames to latents. Use the panorama model, or a Wan model with its VAE; where "
+            "decode=False is to make no pixels, EvaluateModule needs load_model(NAME) in place of "
+            "the name."
         )
 
 
