@@ -184,8 +184,11 @@ class EvaluateModule(ClipModule):
         check_context(self.model_name, config, self.world, self.settings, data, sets)
         if getattr(data, "video_infos", None):
             check_codec(self.model_name, self.codec)
-            if hasattr(data, "prompt_texts"):  # else prompts are read as they come
-                check_prompts(self.model, data.prompt_texts())
+            if isinstance(data, PromptDataModule):
+                captions = {sample.prompt: sample.video for sample in data.prompt_samples()}
+                check_prompts(self.model, captions)
+            elif hasattr(data, "prompt_texts"):  # else prompts are read as they come
+                check_prompts(self.model, dict.fromkeys(data.prompt_texts()))
 
     def setup(self, stage: str) -> None:
         """Check the data, before the first rollout."""

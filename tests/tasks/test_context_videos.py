@@ -441,6 +441,7 @@ BAD = [
     (short, ["--context_frames", "9"], "--context_frames 6 at most"),
     (short, ["--metrics", f"[{FVD}]"], "--frames 6 at most"),
     (unknown, [], "does not understand the prompt 'a red fox'"),
+    (unknown, [], "The caption of VIDEOS/b.mp4 cannot be used. The panorama"),
     (deaf, [], "streams ['audio'], none of them a video"),
     (None, ["--context_frames", "0"], "--context_frames 0 takes none of them. Give --con"),
     (None, ["--data.shards", str(SHARDS)], "Give one of them"),

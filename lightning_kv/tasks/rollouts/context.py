@@ -225,17 +225,26 @@ def check_codec(model: str, codec: object) -> None:
         )
 
 
-def check_prompts(model: VideoModel, prompts: Iterable[str]) -> None:
+def check_prompts(model: VideoModel, prompts: Mapping[str, VideoFile | None]) -> None:
     """Refuse prompts that the model does not read, as far as that can be known beforehand.
 
+    Args:
+        model: That they are for.
+        prompts: Each with the video whose caption it is, where that is known.
+
     Raises:
-        ValueError: Names the first.
+        ValueError: Names the first, and its video.
     """
-    if isinstance(model.codec, PatchCodec):
-        for prompt in prompts:
-            PanoramaPrompt.parse(prompt)
-    elif isinstance(model.encoder, PromptBook):
-        model.encoder.require(list(prompts))
+    for prompt, video in prompts.items():
+        try:
+            if isinstance(model.codec, PatchCodec):
+                PanoramaPrompt.parse(prompt)
+            elif isinstance(model.encoder, PromptBook):
+                model.encoder.require([prompt])
+        except ValueError as error:
+            if video is None:
+                raise
+            raise ValueError(f"The caption of {video} cannot be used. {error}") from error
 
 
 def _check_given(settings: RolloutSettings, config: WanConfig) -> None:
