@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from lightning_kv.cli import main
 from lightning_kv.commands.evaluate import (
+    COMMAND,
     FAST_PANS,
     DataOptions,
     EvaluateOptions,
@@ -26,6 +27,7 @@ from lightning_kv.commands.evaluate import (
     model_for,
     settled,
 )
+from lightning_kv.commands.parsing import parse
 from lightning_kv.data.datamodule import PromptDataModule
 from lightning_kv.data.make_shards import make_video_shards
 from lightning_kv.data.panorama import world_for
@@ -368,6 +370,13 @@ def test_without_pixels_the_codec_is_kept_for_videos_of_any_data_module(worlds, 
     assert load.call_args.kwargs["decode"] is videos
 
 
+def test_null_drops_the_shards_of_a_settings_file(worlds):
+    words = ["-c", str(ROOT / "configs/quickstart.yaml"), "--context_videos", str(worlds[0])]
+    options = parse(COMMAND, [*words, "--data.shards", "null", "--prompts", "2"])
+    options = settled(options, find_model("panorama"))
+    assert options.data.shards is None and len(data_of(options).keys()) == 2
+
+
 class Blind:
     """A codec that only decodes."""
 
@@ -445,6 +454,13 @@ BAD = [
     (deaf, [], "streams ['audio'], none of them a video"),
     (None, ["--context_frames", "0"], "--context_frames 0 takes none of them. Give --con"),
     (None, ["--data.shards", str(SHARDS)], "Give one of them"),
+    (None, ["-c", "configs/quickstart.yaml"], "--data.shards null drops those of a settings"),
+    (
+        None,
+        ["--context_videos", "nope"],
+        "There are no videos in nope. Given no folder and no table. Give",
+    ),
+    (None, ["--context_videos", "README.md"], "or a table of pairs (.csv)"),
     (None, ["--size", "30x30"], "make no whole number of patches of 8 x 8. Use 32 x 32"),
     (None, ["--size", "64x64"], "Given --size 64x64. Use 32x32"),
     (None, ["--prompts", "2"], "prompts=2 was given and VIDEOS holds 1"),

@@ -80,9 +80,10 @@ class PromptDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         if (shards is None) == (context_videos is None):
+            drop = "" if shards is None else "; --data.shards null drops those of a settings file"
             raise ValueError(
                 "Prompts come from shards, or from the captions of context videos. Given shards "
-                f"{shards} and context videos {context_videos}. Give one of them."
+                f"{shards} and context videos {context_videos}. Give one of them{drop}."
             )
         if batch < 1 or samples < 1:
             raise ValueError(
