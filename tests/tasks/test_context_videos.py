@@ -377,6 +377,18 @@ def test_null_drops_the_shards_of_a_settings_file(worlds):
     assert options.data.shards is None and len(data_of(options).keys()) == 2
 
 
+@pytest.mark.parametrize("ends", [("y", "z"), ("é" * 40, "ö" * 40)], ids=["ascii", "bytes"])
+def test_long_names_of_videos_are_shortened_in_results(tmp_path, ends):
+    folder, out = tmp_path / "v", tmp_path / "run"
+    for end in ends:
+        captioned(folder, frames=CONTEXT, name="x" * (240 - len(end.encode())) + end)
+    captioned(folder, frames=CONTEXT, name="a" * 120)
+    data = PromptDataModule(context_videos=folder)
+    evaluated(data, out, frames=9, metrics=["latent_mse"])
+    keys = {record["key"] for record in RunDirectory(out).records()}
+    assert len(keys) == 3 and "a" * 120 in keys and all(len(k.encode()) <= 120 for k in keys)
+
+
 class Blind:
     """A codec that only decodes."""
 
@@ -458,7 +470,7 @@ BAD = [
     (
         None,
         ["--context_videos", "nope"],
-        "There are no videos in nope. Given no folder and no table. Give",
+        "no videos in nope. Given no folder and no table. Give",
     ),
     (None, ["--context_videos", "README.md"], "or a table of pairs (.csv)"),
     (None, ["--size", "30x30"], "make no whole number of patches of 8 x 8. Use 32 x 32"),
