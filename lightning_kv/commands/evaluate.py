@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_kv.assets import file_of, found
 from lightning_kv.commands.options import Command
 from lightning_kv.commands.terminal import console, quiet, say
-from lightning_kv.tasks.options import TrainerOptions
+from lightning_kv.tasks.options import DEFAULT_POLICIES, TrainerOptions
 from lightning_kv.utilities.files import write_atomic
 
 if TYPE_CHECKING:  # they take seconds
@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # they take seconds
     from lightning_kv.tasks.rollouts.settings import RolloutSettings
 
 FAST_PANS = Path("data/panorama-fast13")
-PRESET_POLICIES = ["full", "sliding-window@9f", "sink-window@9f", "top-attention@9f", "random@9f"]
 
 
 @dataclass
@@ -78,7 +77,7 @@ class EvaluateOptions:
         trainer: Where it runs.
     """
 
-    policies: list[str | dict[str, Any]] = field(default_factory=lambda: list(PRESET_POLICIES))
+    policies: list[str | dict[str, Any]] = field(default_factory=lambda: list(DEFAULT_POLICIES))
     budgets: list[str | float] | None = None
     reference: str = "full"
     model: str = "panorama"

@@ -24,6 +24,7 @@ from lightning_kv.tasks.measuring.adapter import Clip, Measured, features, measu
 from lightning_kv.tasks.measuring.clip_module import ClipModule, ClipResult
 from lightning_kv.tasks.measuring.fingerprint import plugged
 from lightning_kv.tasks.measuring.real_videos import real_videos
+from lightning_kv.tasks.options import DEFAULT_POLICIES
 from lightning_kv.tasks.rollouts.context import (
     Start,
     check_codec,
@@ -36,9 +37,6 @@ from lightning_kv.tasks.rollouts.lengths import read_size
 from lightning_kv.tasks.rollouts.outcome import broken, cost
 from lightning_kv.tasks.rollouts.policies import chosen_policies, needs_of
 from lightning_kv.tasks.rollouts.settings import RolloutSettings
-
-POLICIES = ("full", "sliding-window@9f", "sink-window@9f", "top-attention@9f", "random@9f")
-"""Policies where nobody says."""
 
 
 @dataclass
@@ -85,7 +83,7 @@ class EvaluateModule(ClipModule):
     def __init__(
         self,
         model: VideoModel | str = "panorama",
-        policies: Sequence[str | dict[str, Any] | CachePolicy] = POLICIES,
+        policies: Sequence[str | dict[str, Any] | CachePolicy] = DEFAULT_POLICIES,
         reference: str | dict[str, Any] | CachePolicy = "full",
         metrics: Sequence[Any] | None = None,
         *,
