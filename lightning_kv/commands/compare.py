@@ -103,7 +103,7 @@ def compare(options: CompareOptions) -> Compared:
     from lightning_kv.tasks.compare import (
         CompareModule,
         failures,
-        find_videos,
+        paired_videos,
         refuse_skipped,
         unjudged,
     )
@@ -113,7 +113,7 @@ def compare(options: CompareOptions) -> Compared:
     settings = launched(options.trainer)
     torch.set_num_threads(options.threads)
     alignment = Alignment(options.length, "resize" if options.resize else "equal", options.fps)
-    videos = find_videos(options.folders, options.pairs, options.unpaired)
+    videos = paired_videos(options.folders, options.pairs, options.unpaired)
     data = VideoPairDataModule(videos, alignment, options.workers)
     data.check_readable(options.strict)
     module = CompareModule(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_kv.assets import file_of, found
 from lightning_kv.commands.options import Command
 from lightning_kv.commands.terminal import console, quiet, say
-from lightning_kv.tasks.options import TrainerOptions
+from lightning_kv.tasks.options import DEFAULT_POLICIES, TrainerOptions
 from lightning_kv.utilities.files import write_atomic
 
 if TYPE_CHECKING:  # they take seconds
@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # they take seconds
     from lightning_kv.tasks.rollouts.settings import RolloutSettings
 
 FAST_PANS = Path("data/panorama-fast13")
-PRESET_POLICIES = ["full", "sliding-window@9f", "sink-window@9f", "top-attention@9f", "random@9f"]
 
 
 @dataclass
@@ -78,7 +77,7 @@ class EvaluateOptions:
         trainer: Where it runs.
     """
 
-    policies: list[str | dict[str, Any]] = field(default_factory=lambda: list(PRESET_POLICIES))
+    policies: list[str | dict[str, Any]] = field(default_factory=lambda: list(DEFAULT_POLICIES))
     budgets: list[str | float] | None = None
     reference: str = "full"
     model: str = "panorama"
@@ -219,7 +218,7 @@ def settled(options: EvaluateOptions, source: Source) -> EvaluateOptions:
     from lightning_kv.metrics.suite import Suite
     from lightning_kv.tasks.evaluate import known
 
-    world, videos = source.config is None, options.context_videos
+    world, videos = source.config is None, videos_of(options)
     chosen = (options.data.shards, videos, options.data.class_path)
     if not world and chosen == (None, None, None):
         raise ValueError(
@@ -237,6 +236,12 @@ def settled(options: EvaluateOptions, source: Source) -> EvaluateOptions:
     missing = {name: value for name, value in usual.items() if getattr(options, name) is None}
     data = replace(options.data, shards=shards)
     return replace(options, data=data, **vars(rollouts), **missing)
+
+
+def videos_of(options: EvaluateOptions) -> Path | None:
+    """The context videos, of the option or of the ``init_args`` of a data module."""
+    own = options.data.init_args.get("context_videos")
+    return options.context_videos or (Path(own) if isinstance(own, str | Path) else None)
 
 
 def states_beside(prompts: Path) -> Path | None:
@@ -303,7 +308,7 @@ def model_for(options: EvaluateOptions, source: Source, data: LightningDataModul
         precision=options.precision,
         text=options.text,
         vae=options.vae,
-        decode=options.decode or options.context_videos is not None,  # or nothing encodes them
+        decode=options.decode or bool(getattr(data, "video_infos", None)),  # what encodes them
         prompts=None if texts is None else texts + [options.negative] * guided,
     )
 
@@ -318,7 +323,13 @@ def check_text(options: EvaluateOptions, source: Source) -> None:
 
     folder = options.text or source.text
     if folder is None or not (folder / INDEX).is_file():
-        prompts = options.data.shards or options.context_videos
+        prompts = options.data.shards or videos_of(options)
+        if prompts is None:
+            raise ValueError(
+                "Nothing says where the text states of the prompts are, and an evaluation runs no "
+                f"text encoder. Given --data.class_path {options.data.class_path}. Give --text "
+                "FOLDER too; `lightning-kv encode prompts.txt --out FOLDER` makes one."
+            )
         raise ValueError(
             f"The prompts in {prompts} have no text states, and an evaluation runs no text "
             f"encoder. Type `lightning-kv encode {prompts}` first (a folder of videos as shards: "

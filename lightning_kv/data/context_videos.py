@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 from lightning_kv.data.shards import PromptSample, check_shard, world_seed_of
 from lightning_kv.data.video_clips import find_videos
 from lightning_kv.data.video_shards import VideoSample
+
+NAME = 120  # bytes: file systems take 255, and endings come after it
 
 
 def context_videos_of(source: str | Path) -> tuple[VideoSample, ...]:
@@ -61,5 +64,12 @@ def context_prompts(videos: Sequence[VideoSample], seed: int) -> list[PromptSamp
 
 
 def result_key(sample: VideoSample) -> str:
-    """Name of a video in results: its key, in which slashes become two underscores."""
-    return sample.key.replace("/", "__")
+    """Name of a video in results: its key, in which slashes become two underscores.
+
+    Of a long key it is the beginning, with 8 digits of its checksum: files are called so.
+    """
+    name = sample.key.replace("/", "__")
+    content = name.encode(errors="surrogateescape")
+    if len(content) <= NAME:
+        return name
+    return f"{content[: NAME - 9].decode(errors='ignore')}-{sha256(content).hexdigest()[:8]}"

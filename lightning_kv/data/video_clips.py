@@ -58,15 +58,16 @@ def find_videos(source: str | Path, column: str = "reference") -> tuple[VideoSam
     elif path.name == INDEX or (path / INDEX).is_file() or any(path.glob("*.tar")):
         found = videos_in_shards(path)
     else:
-        videos = videos_in(path)
+        videos = videos_in(path) if path.is_dir() else {}
         said = read_captions(videos)
         found = tuple(
             VideoSample(key, file, said[key] or "", _size(file)) for key, file in videos.items()
         )
     if not found:
+        given = f"none of {', '.join(SUFFIXES)}" if path.is_dir() else "no folder and no table"
         raise ValueError(
-            f"There are no videos in {path}. Given none of {', '.join(SUFFIXES)}. Give a folder of "
-            "videos, of shards that lightning-kv shards make has written, or a table of pairs."
+            f"There are no videos in {path}. Given {given}. Give a folder of videos, of shards "
+            "that lightning-kv shards make has written, or a table of pairs (.csv)."
         )
     return found
 

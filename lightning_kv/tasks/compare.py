@@ -25,6 +25,7 @@ from lightning_kv.runs.verdict import FILES
 from lightning_kv.tasks.measuring.adapter import Measured
 from lightning_kv.tasks.measuring.clip_module import ClipModule, ClipResult
 from lightning_kv.tasks.measuring.real_videos import real_videos
+from lightning_kv.utilities.formatting import several
 
 UNKNOWN = {  # what a rollout cost cannot be seen in its video
     "kv_bytes_peak": None,
@@ -241,7 +242,7 @@ def floats(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32) / 255
 
 
-def find_videos(
+def paired_videos(
     folders: Sequence[Path], pairs: Path | None = None, unpaired: bool = False
 ) -> Videos:
     """The videos of two folders or more, or of a table of pairs.
@@ -264,7 +265,7 @@ def find_videos(
         return replace(found, places=dict.fromkeys(found.names, str(pairs)))
     if len(folders) < 2:
         raise ValueError(
-            f"Nothing to compare: {len(folders)} folder was given. Give the folder of the "
+            f"Nothing to compare: given {several(len(folders), 'folder')}. Give the folder of the "
             "reference and one candidate or more, or --pairs FILE.csv."
         )
     if len({folder.resolve() for folder in folders}) < len(folders):

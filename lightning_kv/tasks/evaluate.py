@@ -24,6 +24,7 @@ from lightning_kv.tasks.measuring.adapter import Clip, Measured, features, measu
 from lightning_kv.tasks.measuring.clip_module import ClipModule, ClipResult
 from lightning_kv.tasks.measuring.fingerprint import plugged
 from lightning_kv.tasks.measuring.real_videos import real_videos
+from lightning_kv.tasks.options import DEFAULT_POLICIES
 from lightning_kv.tasks.rollouts.context import (
     Start,
     check_codec,
@@ -36,9 +37,6 @@ from lightning_kv.tasks.rollouts.lengths import read_size
 from lightning_kv.tasks.rollouts.outcome import broken, cost
 from lightning_kv.tasks.rollouts.policies import chosen_policies, needs_of
 from lightning_kv.tasks.rollouts.settings import RolloutSettings
-
-POLICIES = ("full", "sliding-window@9f", "sink-window@9f", "top-attention@9f", "random@9f")
-"""Policies where nobody says."""
 
 
 @dataclass
@@ -85,7 +83,7 @@ class EvaluateModule(ClipModule):
     def __init__(
         self,
         model: VideoModel | str = "panorama",
-        policies: Sequence[str | dict[str, Any] | CachePolicy] = POLICIES,
+        policies: Sequence[str | dict[str, Any] | CachePolicy] = DEFAULT_POLICIES,
         reference: str | dict[str, Any] | CachePolicy = "full",
         metrics: Sequence[Any] | None = None,
         *,
@@ -106,7 +104,7 @@ class EvaluateModule(ClipModule):
             frames, context_frames, size, seed, negative, backend, decode, fps
         ).filled(None if world else config)
         chosen, base = chosen_policies(policies, reference)
-        settings.check(model.name, config, [base, *chosen.values()])
+        settings.check(model.name, config, [base, *chosen.values()], world)
         suite = Suite(metrics, known(world, decode), accept_license)
         names = dict.fromkeys([base.name, *chosen])
         videos = real_videos(None if real is None else Path(real), suite)
@@ -175,13 +173,20 @@ class EvaluateModule(ClipModule):
         """Refuse prompts and videos that this module cannot roll out.
 
         Raises:
-            ValueError: As `check_context`, `check_codec` and `check_prompts` say.
+            ValueError: As `PromptDataModule.keys`, `check_context`, `check_codec` and
+                `check_prompts` say.
         """
+        if isinstance(data, PromptDataModule):
+            data.keys()  # two rollouts with one key would share noise and results
         config, sets = self.network.config, [] if self.real else list(self.suite.set_metrics())
         check_context(self.model_name, config, self.world, self.settings, data, sets)
         if getattr(data, "video_infos", None):
             check_codec(self.model_name, self.codec)
-            check_prompts(self.model, data.prompt_texts())
+            if isinstance(data, PromptDataModule):
+                captions = {sample.prompt: sample.video for sample in data.prompt_samples()}
+                check_prompts(self.model, captions)
+            elif hasattr(data, "prompt_texts"):  # else prompts are read as they come
+                check_prompts(self.model, dict.fromkeys(data.prompt_texts()))
 
     def setup(self, stage: str) -> None:
         """Check the data, before the first rollout."""

@@ -6,6 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+DEFAULT_POLICIES = (
+    "full",
+    "sliding-window@9f",
+    "sink-window@9f",
+    "top-attention@9f",
+    "random@9f",
+)
+"""Policies of an evaluation where nobody says."""
+
 NOT_TRAINED = "nothing is trained here, and only a test loop runs"
 NOT_TESTED = "a training here has no other loop"
 OWN_WRITING = "what a run writes is under --out, and it goes on from there"

@@ -61,7 +61,7 @@ def test_help(command, capsys):
         (["check", "RUN", "--baseline", "RUN", "--margin", "psnr=1,psnr=2"], "twice"),
         (["check", "RUN", "--baseline", "nowhere"], "nowhere is no summary"),
         (["compare", "RUN", "RUN"], "required: -o/--out"),
-        (["compare", "--out", "new"], "Nothing to compare: 0 folder"),
+        (["compare", "--out", "new"], "Nothing to compare: given 0 folders"),
         (["compare", "RUN", "nowhere", "--out", "new"], "There is no such folder of videos"),
         (
             ["compare", "RUN", "x", "--out", "new", "--videos", "few"],

@@ -9,7 +9,7 @@ from lightning_kv.data.make_shards import make_video_shards
 from lightning_kv.data.pairs import Alignment, pair_folders
 from lightning_kv.data.video_pairs import PairedClip, alignable, apart, joined, shortest
 from lightning_kv.data.videos import VideoError, VideoInfo
-from lightning_kv.tasks.compare import find_videos
+from lightning_kv.tasks.compare import paired_videos
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def tree(tmp_path):
 
 def found(tree, *folders, **given):
     places = tuple(tree / folder for folder in folders)
-    return find_videos(places, **given)
+    return paired_videos(places, **given)
 
 
 def test_every_candidate_has_its_own_pairs(tree):
@@ -83,14 +83,14 @@ def test_one_folder_written_in_two_ways(tree):
 def test_a_table_and_folders_contradict_each_other(tree):
     table = tree / "pairs.csv"
     table.write_text("reference,candidate\nfull/a.mp4,near/a.mp4\n")
-    videos = find_videos((), table)
+    videos = paired_videos((), table)
     assert (videos.reference, videos.candidates) == ("reference", ("candidate",))
     with pytest.raises(ValueError, match="Give one or the other"):
         found(tree, "full", "near", pairs=table)
     with pytest.raises(ValueError, match=r"and so do --unpaired\. Give one or the other"):
-        find_videos((), table, unpaired=True)
-    with pytest.raises(ValueError, match="Nothing to compare: 0 folder"):
-        find_videos(())
+        paired_videos((), table, unpaired=True)
+    with pytest.raises(ValueError, match="Nothing to compare: given 0 folders"):
+        paired_videos(())
 
 
 def info(path, frames, width=32):

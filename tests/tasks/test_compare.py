@@ -469,7 +469,7 @@ def test_weights_that_are_not_here_are_a_row(folders, monkeypatch, tmp_path, pag
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"candidates": ()}, "Nothing to compare: 1 folder"),
+        ({"candidates": ()}, "Nothing to compare: given 1 folder"),
         ({"candidates": ("near", "near")}, "A folder is given twice"),
         ({"candidates": ("full",)}, "A folder is given twice"),
         ({"candidates": ("nowhere",)}, "There is no such folder"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import av
 import lightning as L
@@ -16,11 +17,23 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_kv.cli import main
+from lightning_kv.commands.evaluate import (
+    COMMAND,
+    FAST_PANS,
+    DataOptions,
+    EvaluateOptions,
+    check_text,
+    data_of,
+    model_for,
+    settled,
+)
+from lightning_kv.commands.parsing import parse
 from lightning_kv.data.datamodule import PromptDataModule
 from lightning_kv.data.make_shards import make_video_shards
 from lightning_kv.data.panorama import world_for
 from lightning_kv.data.videos import read
 from lightning_kv.metrics.suite import Suite
+from lightning_kv.models.sources import find_model
 from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.runs.features import FeatureStore
 from lightning_kv.tasks.callbacks import RecordWriter
@@ -317,6 +330,65 @@ def test_another_rate_and_another_shape_are_said(tmp_path):
     assert "has 32 x 48 pixels, and is stretched to 32 x 32" in shape
 
 
+def test_a_data_module_of_its_own_need_not_say_its_prompts(worlds):
+    """One that is no subclass: its videos are checked, and its prompts as they come."""
+
+    class Own(L.LightningDataModule):
+        video_infos = PromptDataModule(context_videos=worlds[0]).video_infos
+
+    module = EvaluateModule("panorama", [POLICY], metrics=["recall"], **SMALL)
+    module.check_data(Own())
+    Own.prompt_texts = lambda self: ["a red fox"]
+    with pytest.raises(ValueError, match="does not understand the prompt 'a red fox'"):
+        module.check_data(Own())
+
+
+def test_videos_of_a_named_data_module_leave_out_the_usual_shards(worlds):
+    own = "lightning_kv.data.datamodule:PromptDataModule"
+    init = {"context_videos": str(worlds[0])}
+    options = EvaluateOptions(data=DataOptions(class_path=own, init_args=init))
+    options = settled(options, find_model("panorama"))
+    assert options.data.shards is None
+    assert len(data_of(options).keys()) == 3
+    options = settled(EvaluateOptions(data=DataOptions(class_path=own)), find_model("panorama"))
+    assert options.data.shards == FAST_PANS
+
+
+def test_prompts_of_a_named_data_module_need_text_states_too():
+    options = EvaluateOptions(data=DataOptions(class_path="mine:Texts"))
+    with pytest.raises(ValueError, match=r"Given --data.class_path mine:Texts. Give --text"):
+        check_text(options, replace(find_model("panorama"), text=None))
+
+
+@pytest.mark.parametrize("videos", [True, False])
+def test_without_pixels_the_codec_is_kept_for_videos_of_any_data_module(worlds, videos):
+    data = L.LightningDataModule()
+    data.video_infos = PromptDataModule(context_videos=worlds[0]).video_infos if videos else {}
+    options = EvaluateOptions(decode=False, precision="float32")
+    with mock.patch("lightning_kv.models.loading.load_model") as load:
+        model_for(options, find_model("panorama"), data)
+    assert load.call_args.kwargs["decode"] is videos
+
+
+def test_null_drops_the_shards_of_a_settings_file(worlds):
+    words = ["-c", str(ROOT / "configs/quickstart.yaml"), "--context_videos", str(worlds[0])]
+    options = parse(COMMAND, [*words, "--data.shards", "null", "--prompts", "2"])
+    options = settled(options, find_model("panorama"))
+    assert options.data.shards is None and len(data_of(options).keys()) == 2
+
+
+@pytest.mark.parametrize("ends", [("y", "z"), ("é" * 40, "ö" * 40)], ids=["ascii", "bytes"])
+def test_long_names_of_videos_are_shortened_in_results(tmp_path, ends):
+    folder, out = tmp_path / "v", tmp_path / "run"
+    for end in ends:
+        captioned(folder, frames=CONTEXT, name="x" * (240 - len(end.encode())) + end)
+    captioned(folder, frames=CONTEXT, name="a" * 120)
+    data = PromptDataModule(context_videos=folder)
+    evaluated(data, out, frames=9, metrics=["latent_mse"])
+    keys = {record["key"] for record in RunDirectory(out).records()}
+    assert len(keys) == 3 and "a" * 120 in keys and all(len(k.encode()) <= 120 for k in keys)
+
+
 class Blind:
     """A codec that only decodes."""
 
@@ -327,12 +399,19 @@ class Blind:
         return iter(latents)
 
 
+def test_the_panorama_has_one_size_without_videos_too():
+    with pytest.raises(ValueError, match=r"Given --size 64x64\. Use 32x32"):
+        EvaluateModule("panorama", [POLICY], size="64x64", **SMALL)
+    assert EvaluateModule("panorama", [POLICY], size="32x32", **SMALL).latent_size == (4, 4)
+
+
 @pytest.mark.parametrize(("codec", "what"), [(None, "no codec"), (Blind(), "a Blind without")])
 def test_a_model_that_cannot_encode_is_refused(worlds, panorama, codec, what):
     module = EvaluateModule(
         replace(panorama, codec=codec), [POLICY], metrics=["latent_mse"], decode=False, **SMALL
     )
-    with pytest.raises(ValueError, match=rf"cannot go on from a video: it has {what}"):
+    said = rf"cannot go on from a video: it has {what}.*decode=False.*load_model\(NAME\)"
+    with pytest.raises(ValueError, match=said):
         module.check_data(PromptDataModule(context_videos=worlds[0]))
 
 
@@ -370,17 +449,32 @@ def gone(folder):
     folder.mkdir()
 
 
+def confused(folder):
+    """Called as the second noise of the other."""
+    captioned(folder, name="a-s1")
+
+
 BAD = [
+    (confused, ["--samples", "2"], "Given sample 0 of 'a-s1' and sample 1 of 'a' of VIDEOS, both"),
     (gone, [], "There are no videos in"),
     (silent, [], "1 of 2 videos in VIDEOS have none, such as 'b'. Write it into a .txt"),
     (short, ["--context_frames", "9"], "7 frames, and --context_frames 9 shows 9. Use"),
     (short, ["--context_frames", "9"], "--context_frames 6 at most"),
     (short, ["--metrics", f"[{FVD}]"], "--frames 6 at most"),
     (unknown, [], "does not understand the prompt 'a red fox'"),
+    (unknown, [], "The caption of VIDEOS/b.mp4 cannot be used. The panorama"),
     (deaf, [], "streams ['audio'], none of them a video"),
     (None, ["--context_frames", "0"], "--context_frames 0 takes none of them. Give --con"),
     (None, ["--data.shards", str(SHARDS)], "Give one of them"),
+    (None, ["-c", "configs/quickstart.yaml"], "--data.shards null drops those of a settings"),
+    (
+        None,
+        ["--context_videos", "nope"],
+        "no videos in nope. Given no folder and no table. Give",
+    ),
+    (None, ["--context_videos", "README.md"], "or a table of pairs (.csv)"),
     (None, ["--size", "30x30"], "make no whole number of patches of 8 x 8. Use 32 x 32"),
+    (None, ["--size", "64x64"], "Given --size 64x64. Use 32x32"),
     (None, ["--prompts", "2"], "prompts=2 was given and VIDEOS holds 1"),
     (None, ["--data.class_path", "tests.tasks.test_context_videos:Deaf"], "would not be used"),
 ]

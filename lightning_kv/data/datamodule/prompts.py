@@ -80,9 +80,10 @@ class PromptDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         if (shards is None) == (context_videos is None):
+            drop = "" if shards is None else "; --data.shards null drops those of a settings file"
             raise ValueError(
                 "Prompts come from shards, or from the captions of context videos. Given shards "
-                f"{shards} and context videos {context_videos}. Give one of them."
+                f"{shards} and context videos {context_videos}. Give one of them{drop}."
             )
         if batch < 1 or samples < 1:
             raise ValueError(
@@ -150,7 +151,7 @@ class PromptDataModule(lightning.LightningDataModule):
         """Keys of all items of the run in their order, finished ones included.
 
         Raises:
-            ValueError: As for `total`, or two prompts have one key.
+            ValueError: As for `total`, or two prompts or items have one key.
         """
         prompts = [sample.key for sample in self._prompts()]
         if len(set(prompts)) < self.total:
@@ -159,7 +160,7 @@ class PromptDataModule(lightning.LightningDataModule):
                 f"{self.source} gives {len(set(prompts))} keys for {self.total} prompts. "
                 f"Use another data seed than {self.seed}, or write the set again."
             )
-        return [item.key for item in self._items()]
+        return distinct(self._items(), self.source)
 
     def first(self, prompts: int | None = None) -> list[str]:
         """Keys of the first prompts, each with its first noise; of all where None."""
@@ -246,6 +247,30 @@ class _Rollouts(IterableDataset):
 def each_sample(prompts: Iterable[PromptSample], samples: int) -> Iterator[RolloutItem]:
     """An item for every noise of every prompt, of no policy so far."""
     return (RolloutItem(prompt, sample) for prompt in prompts for sample in range(samples))
+
+
+def distinct(items: Iterable[RolloutItem], source: Path) -> list[str]:
+    """Keys of items in their order.
+
+    Args:
+        items: Of which no two are one prompt and sample.
+        source: Where their prompts come from.
+
+    Raises:
+        ValueError: Two have one key: they would share noise and results.
+    """
+    held: dict[str, RolloutItem] = {}
+    for item in items:
+        if (other := held.setdefault(item.key, item)) is not item:
+            both = " and ".join(
+                f"sample {each.sample} of {each.prompt.key!r}" for each in (other, item)
+            )
+            raise ValueError(
+                f"Two rollouts have one key, and would share noise and results. Given {both} of "
+                f"{source}, both called {item.key!r}. Give one of the prompts another name, or use "
+                "fewer samples."
+            )
+    return list(held)
 
 
 def in_batches(

@@ -219,21 +219,32 @@ def check_codec(model: str, codec: object) -> None:
         what = "no codec" if codec is None else f"a {type(codec).__name__} without encode()"
         raise ValueError(
             f"{model!r} cannot go on from a video: it has {what}, which would bring the first "
-            "frames to latents. Use the panorama model, or a Wan model with its VAE."
+            "frames to latents. Use the panorama model, or a Wan model with its VAE; where "
+            "decode=False is to make no pixels, EvaluateModule needs load_model(NAME) in place of "
+            "the name."
         )
 
 
-def check_prompts(model: VideoModel, prompts: Iterable[str]) -> None:
+def check_prompts(model: VideoModel, prompts: Mapping[str, VideoFile | None]) -> None:
     """Refuse prompts that the model does not read, as far as that can be known beforehand.
 
+    Args:
+        model: That they are for.
+        prompts: Each with the video whose caption it is, where that is known.
+
     Raises:
-        ValueError: Names the first.
+        ValueError: Names the first, and its video.
     """
-    if isinstance(model.codec, PatchCodec):
-        for prompt in prompts:
-            PanoramaPrompt.parse(prompt)
-    elif isinstance(model.encoder, PromptBook):
-        model.encoder.require(list(prompts))
+    for prompt, video in prompts.items():
+        try:
+            if isinstance(model.codec, PatchCodec):
+                PanoramaPrompt.parse(prompt)
+            elif isinstance(model.encoder, PromptBook):
+                model.encoder.require([prompt])
+        except ValueError as error:
+            if video is None:
+                raise
+            raise ValueError(f"The caption of {video} cannot be used. {error}") from error
 
 
 def _check_given(settings: RolloutSettings, config: WanConfig) -> None:

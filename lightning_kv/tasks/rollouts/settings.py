@@ -55,13 +55,16 @@ class RolloutSettings:
         missing = {name: value for name, value in usual.items() if getattr(self, name) is None}
         return replace(self, **missing)
 
-    def check(self, model: str, config: WanConfig, policies: Iterable[CachePolicy]) -> None:
-        """Refuse kernel, frames, budgets and tables that do not work, before anything is run.
+    def check(
+        self, model: str, config: WanConfig, policies: Iterable[CachePolicy], world: bool = False
+    ) -> None:
+        """Refuse kernel, frames, size, budgets and tables that do not work, before anything is run.
 
         Args:
             model: Its name.
             config: Its shape.
             policies: All of them, the reference included.
+            world: Whether the model is of the panorama, which has one size only.
 
         Raises:
             ValueError: The first that does not.
@@ -69,7 +72,14 @@ class RolloutSettings:
         known_backend(self.backend)
         check_negative(self.negative, model, config)
         config.plan(self.frames, self.context_frames)
-        geometry = config.geometry(read_size(self.size, config))
+        size = read_size(self.size, config)
+        if world and size != config.latent_size:
+            own = "x".join(str(config.stride[1] * side) for side in config.latent_size)
+            raise ValueError(
+                f"The panorama world is seen in one size. Given --size {self.size}. Use "
+                f"{own}, or leave --size out."
+            )
+        geometry = config.geometry(size)
         policies = list(policies)
         for policy in policies:
             policy.check(geometry, config.chunk, self.frames)

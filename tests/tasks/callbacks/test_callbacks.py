@@ -29,7 +29,7 @@ from lightning_kv.tasks.callbacks import (
     RolloutProgressBar,
     TraceWriter,
 )
-from lightning_kv.tasks.compare import CompareModule, find_videos
+from lightning_kv.tasks.compare import CompareModule, paired_videos
 from lightning_kv.tasks.evaluate import EvaluateModule
 
 SHARDS = Path(__file__).parents[3] / "data/panorama-quick"
@@ -56,7 +56,7 @@ def measured(own, callbacks=(), prompts=1, **data):
 def pairs(root, *candidates, length="equal"):
     """Videos in folders of one place, and a module that compares them."""
     folders = tuple(root / name for name in ("full", *candidates))
-    videos, alignment = find_videos(folders), Alignment(length)
+    videos, alignment = paired_videos(folders), Alignment(length)
     own = CompareModule(videos.names, videos.reference, ["psnr"], alignment=alignment)
     return own, VideoPairDataModule(videos, alignment)
 
