@@ -22,6 +22,7 @@ class ShardsOptions:
         name: Of the set (that of the list or folder).
         captions: Prompts of videos, .csv or .json (a .txt or .json file beside each video).
         per_shard: Prompts, or videos, in a tar (512 and 256).
+        force: Replace a set of the same name in the folder.
     """
 
     do: Literal["make", "check"]
@@ -30,6 +31,7 @@ class ShardsOptions:
     name: str | None = None
     captions: Path | None = None
     per_shard: int | None = None
+    force: bool = False
 
 
 def run(options: ShardsOptions) -> int | None:
@@ -54,13 +56,25 @@ def make(options: ShardsOptions) -> None:
     Raises:
         ValueError: Something of it cannot be used; nothing is written then.
     """
-    from lightning_kv.data.make_shards import make_prompt_shards, make_video_shards
+    from lightning_kv.data.make_shards import (
+        earlier_set,
+        make_prompt_shards,
+        make_video_shards,
+        name_of,
+    )
 
     source, most = options.source, options.per_shard
+    if not source.exists():
+        raise ValueError(
+            f"{source} is not there. Given as what the shards are made of. Give a .txt, .csv or "
+            ".json list of prompts, or a folder of videos."
+        )
+    name = name_of(source) if options.name is None else options.name
+    replaced = earlier_set(options.out, source, name, options.force)
     if source.is_dir():
         given = {} if most is None else {"shard_videos": most}
         made = make_video_shards(
-            source, options.out, options.name, captions=options.captions, **given
+            source, options.out, name, captions=options.captions, replaced=replaced, **given
         )
     elif options.captions is not None:
         raise ValueError(
@@ -69,7 +83,7 @@ def make(options: ShardsOptions) -> None:
         )
     else:
         given = {} if most is None else {"per_shard": most}
-        made = make_prompt_shards(source, options.out, options.name, **given)
+        made = make_prompt_shards(source, options.out, name, replaced=replaced, **given)
     size = sum(shard.bytes for shard in made.shards)
     tars = f"{len(made.shards)} shard{'s' * (len(made.shards) != 1)}"
     tell([f"{made.samples} samples in {tars} of {size:,} bytes: {options.out}"])
