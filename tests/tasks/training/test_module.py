@@ -174,6 +174,7 @@ def test_a_checkpoint_that_would_run_code_does_not_and_is_refused(tmp_path, raw,
             pretrain_encoder(PretrainEncoderOptions(EncoderRecipe(steps=2), out))
     assert not sign.exists() and "\n" not in str(said.value)
     assert (out / "last.ckpt").read_bytes() == held
+    assert [path.name for path in out.iterdir()] == ["last.ckpt"], "no recipe of a run that is none"
     pickle.loads(pickle.dumps(Payload(sign)))
     assert sign.exists(), "the payload would have worked"
 
@@ -328,7 +329,7 @@ def test_an_encoder_recipe_that_trains_nothing_is_refused(tmp_path, change, said
 def test_a_run_that_cannot_go_is_refused_before_anything_is_written(tmp_path, change):
     (name, value), *_ = change.items()
     options = PretrainOptions(Recipe([STAGE]), tmp_path / "run", **change)
-    with pytest.raises(ValueError, match=f"{name} is {value}. Give a whole number"):
+    with pytest.raises(ValueError, match=f"The panorama model cannot.*{name} is {value}. Give"):
         pretrain(options)
     assert not (tmp_path / "run").exists()
 
@@ -339,6 +340,15 @@ def test_a_file_in_the_place_of_the_run_directory_is_said(tmp_path):
         with pytest.raises(ValueError, match=r"run is a file. Give another --out"):
             pretrain_encoder(PretrainEncoderOptions(EncoderRecipe(steps=2), out))
     assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.parametrize("raw", ["schön".encode("latin-1"), b"{}", None])
+def test_a_recipe_that_is_another_or_none_is_refused(tmp_path, raw):
+    file = tmp_path / "recipe.json"
+    file.mkdir() if raw is None else file.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"another recipe.*recipe\.json.*Give another --out"):
+        pretrain_encoder(PretrainEncoderOptions(EncoderRecipe(steps=2), tmp_path))
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
