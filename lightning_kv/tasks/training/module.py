@@ -136,6 +136,28 @@ class Training(L.LightningModule):
         self.losses = checkpoint["training"]["losses"]
 
 
+class LastStep(L.Callback):
+    """Logs and saves the last step too, wherever it falls.
+
+    Args:
+        file: The checkpoint.
+        every: Steps between two checkpoints, which others write.
+    """
+
+    def __init__(self, file: Path, every: int) -> None:
+        self.file, self.every = file, every
+
+    def on_train_batch_start(self, trainer: L.Trainer, task: Training, *_: Any) -> None:
+        """Have loggers told of the last step, where they are told of any."""
+        if trainer.log_every_n_steps and trainer.global_step + 1 == task.steps:
+            trainer.log_every_n_steps = 1
+
+    def on_train_end(self, trainer: L.Trainer, task: Training) -> None:
+        """Save what nobody has saved."""
+        if trainer.global_step == task.steps and trainer.global_step % self.every:
+            trainer.save_checkpoint(self.file, weights_only=False)
+
+
 def check_finite(weights: Mapping[str, Tensor], when: str) -> None:
     """Refuse weights with NaN or infinite values.
 
@@ -322,7 +344,8 @@ def training_trainer(
         enable_version_counter=False,
     )
     given = {"devices": 1, "max_epochs": 1, "logger": logger}
-    return trainer_for(settings, [*callbacks, saver], TrainingProgressBar(), out, **given)
+    savers = [LastStep(out / LAST, checkpoint_every), saver]
+    return trainer_for(settings, [*callbacks, *savers], TrainingProgressBar(), out, **given)
 
 
 def train(task: Training, trainer: L.Trainer, out: Path, described: str | None = None) -> None:

@@ -126,6 +126,19 @@ def test_any_logger_is_told_the_losses(tmp_path):
     assert not (tmp_path / "log").exists()
 
 
+@pytest.mark.parametrize(("steps", "logged"), [(2, [1]), (12, [9, 11]), (20, [9, 19])])
+def test_the_last_step_is_logged_and_saved_wherever_it_falls(tmp_path, steps, logged):
+    logger, task = Kept(), Straight(steps)
+    fit(task, tmp_path, 8, logger=logger)
+    assert [step for step, _ in logger.rows] == logged
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == steps
+    again = Straight(steps)
+    fit(again, tmp_path, 8, logger=False)
+    assert again.losses == task.losses
+    for one, other in zip(task.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_callbacks_and_a_progress_bar_of_ones_own(tmp_path):
     class Count(L.Callback):
         steps = 0
@@ -355,11 +368,12 @@ def test_a_recipe_that_is_another_or_none_is_refused(tmp_path, raw):
 def test_the_progress_line_counts_steps_on_a_terminal_and_is_silent_elsewhere(
     tmp_path, screen, terminal
 ):
-    task = Straight(6)
-    fit(task, tmp_path, 4)
+    with pytest.raises(ValueError, match="step 5 of 6"):
+        fit(Straight(6, spoil_loss=5), tmp_path, 4)
     (tmp_path / "log").rename(tmp_path / "first")
     read = screen(terminal)
-    fit(Straight(6), tmp_path, 4)
+    task = Straight(6)
+    fit(task, tmp_path, 4)
     shown = read()
     if terminal:
         assert "training" in shown and "6/6" in shown and "steps" in shown
