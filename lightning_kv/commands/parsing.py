@@ -254,7 +254,8 @@ def explain(command: Command, known: Sequence[Option], text: str) -> str:
     value = re.search(r"(?:Got|Given) value: (.*)", text, re.DOTALL)
     if one is None or value is None:
         return f"{' '.join(text.split())}. See `lightning-kv {command.name} --help`."
-    return f"--{one.typed or one.key} {value[1].strip()} does not fit. It takes {words_for(one)}."
+    label = f"--{one.typed}" if one.typed else one.metavar
+    return f"{label} {value[1].strip()} does not fit. It takes {words_for(one)}."
 
 
 def item_fields(one: Option | None) -> list[str]:

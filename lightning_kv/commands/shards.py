@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +40,12 @@ def run(options: ShardsOptions) -> int | None:
     Raises:
         ValueError: Options do not fit what is to be done.
     """
+    if not options.source.exists():
+        kind = "the folder of a set" if options.do == "check" else "a list or a folder of videos"
+        raise ValueError(
+            f"{options.source} is not there. It was given as what is to "
+            f"{'be checked' if options.do == 'check' else 'become shards'}. Give {kind}."
+        )
     if options.do == "check":
         return check(options)
     if options.out is None:
@@ -64,11 +70,6 @@ def make(options: ShardsOptions) -> None:
     )
 
     source, most = options.source, options.per_shard
-    if not source.exists():
-        raise ValueError(
-            f"{source} is not there. Given as what the shards are made of. Give a .txt, .csv or "
-            ".json list of prompts, or a folder of videos."
-        )
     name = name_of(source) if options.name is None else options.name
     replaced = earlier_set(options.out, source, name, options.force)
     if source.is_dir():
@@ -90,9 +91,26 @@ def make(options: ShardsOptions) -> None:
 
 
 def check(options: ShardsOptions) -> int:
-    """Say everything that is wrong with a set; 1 where there is something."""
-    from lightning_kv.data.check_shards import check_shards
+    """Say everything that is wrong with a set; 1 where there is something.
 
+    Raises:
+        ValueError: There is no set, or options are given that are of make.
+    """
+    from lightning_kv.data.check_shards import check_shards
+    from lightning_kv.data.shards import INDEX, load_index
+
+    given = [
+        f"--{each.name}"
+        for each in fields(options)
+        if each.name not in ("do", "source") and getattr(options, each.name) != each.default
+    ]
+    if given:
+        raise ValueError(
+            f"`lightning-kv shards check` reads a set and takes no option of make: "
+            f"{', '.join(given)} was given. Write `lightning-kv shards check {options.source}`."
+        )
+    if options.source.is_dir() and not (options.source / INDEX).exists():
+        load_index(options.source)  # which says that there is none
     findings = check_shards(options.source)
     tell(findings or [f"{options.source} is whole."])
     return int(bool(findings))

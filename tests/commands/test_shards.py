@@ -42,8 +42,12 @@ def test_videos_go_in_with_their_captions(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["make", "p.txt"], "--out is missing"),
-        (["mke", "p.txt"], "It takes 'make' or 'check'"),
+        (["make", "."], "--out is missing"),
+        (["mke", "p.txt"], "error: make|check mke does not fit. It takes 'make' or 'check'"),
+        (["make", "p.txt"], "p.txt is not there"),
+        (["check", "nope"], "nope is not there"),
+        (["check", "."], "There is no index of shards"),
+        (["check", ".", "--captions", "c.csv", "--per_shard", "3"], "--captions, --per_shard was"),
         (["make", "p.txt", "-o", "set"], "p.txt is not there"),
         (["make"], "not given all that is required: SOURCE"),
         (["make", "p.txt", "--per_shrd", "3"], "Did you mean"),
