@@ -23,7 +23,7 @@ from lightning_kv.commands.options import (
     usage,
 )
 from lightning_kv.utilities.lists import items_of
-from lightning_kv.utilities.nearest import hint
+from lightning_kv.utilities.nearest import hint, nearest
 
 COLLECTED = "accept_license"
 
@@ -218,15 +218,20 @@ def option_named(command: Command, known: Sequence[Option], name: str) -> tuple[
 def unknown(command: Command, known: Sequence[Option], name: str) -> str:
     """What to say of an option that is none: why it is refused, or the nearest one."""
     place, _, last = name.rpartition(".")
-    owners = {each.name: each for each in dataclasses.fields(command.options)}
+    kinds = typing.get_type_hints(command.options)
+    if not place and dataclasses.is_dataclass(kinds.get(plain(last))):
+        return f"--{name} alone is no option: {members(plain(last), kinds[plain(last)])}"
     place = place or "trainer"  # whose arguments are found without it too
-    if place in owners:
-        kind = typing.get_type_hints(command.options)[place]
-        if why := getattr(kind, "REFUSED", {}).get(plain(last)):
-            return f"--{name} is refused: {why}. Leave it out."
+    refused = getattr(kinds.get(place), "REFUSED", {})
+    if why := refused.get(plain(last)):
+        return f"--{name} is refused: {why}. Leave it out."
     names = {plain(one.typed): one.typed for one in known if one.typed}
     names |= {one.typed.rpartition(".")[2]: one.typed for one in known if "trainer." in one.typed}
     near = hint(plain(name), names, names)
+    inside = {f"{place}." * ("." in name) + each: each for each in refused}
+    found = nearest(plain(name), [*names, *inside])
+    if found in inside:
+        near = f" Did you mean '{place}.{inside[found]}'? It is refused: {refused[inside[found]]}."
     return f"No setting {name!r}.{near} `lightning-kv {command.name} --help` tells them all."
 
 
@@ -249,7 +254,8 @@ def explain(command: Command, known: Sequence[Option], text: str) -> str:
     value = re.search(r"(?:Got|Given) value: (.*)", text, re.DOTALL)
     if one is None or value is None:
         return f"{' '.join(text.split())}. See `lightning-kv {command.name} --help`."
-    return f"--{one.typed or one.key} {value[1].strip()} does not fit. It takes {words_for(one)}."
+    label = f"--{one.typed}" if one.typed else one.metavar
+    return f"{label} {value[1].strip()} does not fit. It takes {words_for(one)}."
 
 
 def item_fields(one: Option | None) -> list[str]:
@@ -303,11 +309,16 @@ def check_groups(kind: type, values: Any) -> None:
     for key, group in typing.get_type_hints(kind).items():
         if not dataclasses.is_dataclass(group) or hasattr(values[key], "__dict__"):
             continue
-        names = ", ".join(each.name for each in dataclasses.fields(group))
-        raise ValueError(
-            f"--{key} {values[key]!r} does not fit: it has options of its own. Give those, as "
-            f"--{key}.NAME VALUE, or in a file indented below `{key}:`. They are {names}."
-        )
+        raise ValueError(f"--{key} {values[key]!r} does not fit: {members(key, group)}")
+
+
+def members(key: str, group: type) -> str:
+    """What to say where options of their own are due."""
+    names = ", ".join(each.name for each in dataclasses.fields(group))
+    return (
+        f"it has options of its own. Give those, as --{key}.NAME VALUE, or in a file indented "
+        f"below `{key}:`. They are {names}."
+    )
 
 
 def built(kind: type, values: Any) -> Any:

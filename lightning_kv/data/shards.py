@@ -96,7 +96,11 @@ Files = Mapping[str, "bytes | Path"]
 
 
 def write_prompt_shards(
-    samples: Iterable[tuple[str, Mapping[str, Any]]], folder: str | Path, name: str, per_shard: int
+    samples: Iterable[tuple[str, Mapping[str, Any]]],
+    folder: str | Path,
+    name: str,
+    per_shard: int,
+    replaced: Iterable[Path] = (),
 ) -> ShardIndex:
     """Write a set of prompts as tar files and their index; equal input gives equal bytes.
 
@@ -106,6 +110,7 @@ def write_prompt_shards(
         folder: Where to write; made where it is missing.
         name: Name of the set; the files are called ``<name>-000000.tar`` and so on.
         per_shard: Prompts per file.
+        replaced: Tars of an earlier set, which go.
 
     Raises:
         ValueError: A name, a key or a record is not allowed, a key comes twice, there is no
@@ -115,7 +120,7 @@ def write_prompt_shards(
     for key, record in samples:
         text_of(record, repr(key))
     files = [(key, {"json": as_json(record)}) for key, record in samples]
-    return write_shards(files, folder, name, per_shard)
+    return write_shards(files, folder, name, per_shard, replaced=replaced)
 
 
 def write_shards(
@@ -124,6 +129,7 @@ def write_shards(
     name: str,
     per_shard: int,
     shard_bytes: int | None = None,
+    replaced: Iterable[Path] = (),
 ) -> ShardIndex:
     """Write samples of any kind as tar files and their index; equal input gives equal bytes.
 
@@ -133,6 +139,7 @@ def write_shards(
         name: Name of the set.
         per_shard: Samples per tar, at most.
         shard_bytes: Bytes of files per tar, at most, unless one sample alone has more; None: any.
+        replaced: Tars of an earlier set, which go.
 
     Raises:
         ValueError: As `write_prompt_shards`.
@@ -142,6 +149,8 @@ def write_shards(
     folder.mkdir(parents=True, exist_ok=True)
     # An interrupted run must leave no index that vouches for half a set, its own or an older one.
     (folder / INDEX).unlink(missing_ok=True)
+    for tar in replaced:
+        tar.unlink(missing_ok=True)
     shards = []
     for number, part in enumerate(_parts(samples, per_shard, shard_bytes)):
         path = folder / f"{name}-{number:06d}.tar"

@@ -24,9 +24,9 @@ from lightning_kv.models.wan import CausalWan
 from lightning_kv.tasks.options import PretrainOptions, Recipe, Stage
 from lightning_kv.tasks.training.module import (
     Training,
-    begin,
     check_numbers,
     commit,
+    prepare_training,
     train,
 )
 from lightning_kv.tasks.training.optimizers import JoinedOptimizer, Muon
@@ -337,9 +337,9 @@ def pretrain(
     """
     check_numbers("The panorama model", {"picture_every": options.picture_every}, 0, whole=True)
     check_recipe(options.recipe)
-    trainer, described = begin(options, logger, callbacks)
+    trainer, described = prepare_training("The panorama model", options, logger, callbacks)
     task = Pretrain(options.recipe, options.out, options.picture_every)
-    train(task, trainer, options.out)
+    train(task, trainer, options.out, described)
     target = options.out / "panorama.safetensors"
     metadata = {
         "recipe": described,

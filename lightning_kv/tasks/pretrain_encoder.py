@@ -44,11 +44,12 @@ from lightning_kv.tasks.training.artefacts import (
 )
 from lightning_kv.tasks.training.module import (
     Training,
-    begin,
     check_numbers,
     commit,
+    prepare_training,
     train,
 )
+from lightning_kv.utilities.files import write_atomic
 
 FIRST_WORLD = 10**9
 """World seeds of the training are this one and the following; 0 to 9999 are left to evaluations."""
@@ -269,9 +270,9 @@ def pretrain_encoder(
             to nothing.
     """
     check_recipe(options.recipe)
-    trainer, described = begin(options, logger, callbacks)
+    trainer, described = prepare_training("The panorama encoder", options, logger, callbacks)
     task = PretrainEncoder(options.recipe)
-    train(task, trainer, options.out)
+    train(task, trainer, options.out, described)
     target = options.out / "panorama_encoder.safetensors"
     write(target, task, described)
     return target
@@ -294,7 +295,7 @@ def write(target: Path, task: PretrainEncoder, recipe: str) -> None:
         "comparable": "false",
         "reproduce": "lightning-kv pretrain-encoder -c configs/pretrain_encoder.yaml",
     }
-    target.write_bytes(ordered(save(tensors, metadata)))
+    write_atomic(target, ordered(save(tensors, metadata)))
 
 
 def ordered(file: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +12,7 @@ import torch
 
 from lightning_kv.tasks.class_paths import instance, is_address
 from lightning_kv.tasks.options import TrainerOptions, TrainingTrainerOptions
+from lightning_kv.utilities.nearest import hint
 
 if TYPE_CHECKING:  # it takes seconds
     from lightning import Callback, Trainer
@@ -225,12 +227,17 @@ def strategy_of(spec: dict[str, Any] | str) -> Any:
 
 
 def profiler_of(spec: dict[str, Any] | str | None, out: Path) -> Profiler | str | None:
-    """A profiler by name or class; ours write into the run directory."""
+    """A profiler by name or class; ours write into the run directory.
+
+    Raises:
+        ValueError: There is no such profiler.
+    """
     from lightning.pytorch import profilers
 
     ours = {"simple": profilers.SimpleProfiler, "advanced": profilers.AdvancedProfiler}
     if spec in (None, *ours):
         return spec and ours[spec](dirpath=str(out), filename="profile")
+    _check_word(spec, ours, "--trainer.profiler")
     return instance(spec, profilers.Profiler, "--trainer.profiler", {"dirpath": str(out)})
 
 
@@ -253,7 +260,21 @@ def logger_of(spec: dict[str, Any] | str, out: Path, versions: bool = False) -> 
         return loggers.CSVLogger(out, name="", version="log")
     if spec == "tensorboard":
         spec = "lightning.pytorch.loggers:TensorBoardLogger"
+    _check_word(spec, ("csv", "tensorboard"), "--trainer.logger")
     return instance(spec, loggers.Logger, "--trainer.logger", {"save_dir": str(out)})
+
+
+def _check_word(spec: dict[str, Any] | str, known: Iterable[str], option: str) -> None:
+    """Refuse a word that is no address of a class, and none that we know.
+
+    Raises:
+        ValueError: It is such.
+    """
+    if not is_address(spec):
+        raise ValueError(
+            f"{option} {spec!r} is not known.{hint(spec, known)} Give {', '.join(known)}, or a "
+            "class as package.module:Class."
+        )
 
 
 def device_of(accelerator: str) -> str:

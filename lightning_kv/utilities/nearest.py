@@ -22,10 +22,20 @@ def hint(given: Any, known: Iterable[str], shown: Mapping[str, str] | None = Non
     >>> hint("bogus", ["brightness", "causvid"])
     ''
     """
+    near = nearest(given, known)
+    return "" if near is None else f" Did you mean {(shown or {}).get(near, near)!r}?"
+
+
+def nearest(given: Any, known: Iterable[str]) -> str | None:
+    """The nearest known name, as `hint` says.
+
+    >>> nearest("self-forcin", ["causvid", "self-forcing"])
+    'self-forcing'
+    """
     text, names = str(given), list(known)
     near = difflib.get_close_matches(text, names, n=1)
     near = near or [name for name in names if len(text) > 2 and name.startswith(text)]
-    return f" Did you mean {(shown or {}).get(near[0], near[0])!r}?" if near else ""
+    return near[0] if near else None
 
 
 def unknown(what: str, given: Any, known: Iterable[str]) -> str:

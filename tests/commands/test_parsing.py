@@ -204,6 +204,10 @@ def test_a_flag_stands_alone_or_says_true_or_false(command, usual, name):
     [
         (["evaluate", "--see", "1"], "No setting 'see'. Did you mean 'seed'?"),
         (["evaluate", "--trainer.device", "1"], "Did you mean 'trainer.devices'?"),
+        (["evaluate", "--trainer.max_epoch", "3"], "'trainer.max_epochs'? It is refused: nothing"),
+        (["pretrain", "--max_epoch", "3"], "Did you mean 'trainer.max_epochs'? It is refused:"),
+        (["evaluate", "--trainer", "bogus"], "--trainer alone is no option: it has options of its"),
+        (["pretrain-encoder", "--recipe=x"], "They are seed, steps"),
         (["evaluate", "--context-frame", "1"], "Did you mean 'context_frames'?"),
         (["evaluate", "--zzz", "1"], "No setting 'zzz'. `lightning-kv evaluate --help`"),
         (["evaluate", "-z"], "No setting 'z'."),

@@ -123,11 +123,16 @@ def test_no_logger(mine):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--trainer.logger", "wandb"], "'wandb' is no address of a class"),
+        (["--trainer.logger", "wandb"], "'wandb' is not known. Give csv, tensorboard, or a class"),
+        (["--trainer.logger", "tensorbord"], "Did you mean 'tensorboard'?"),
+        (["--trainer.profiler", "simpel"], "Did you mean 'simple'?"),
         (["--trainer.logger", "trained_by:Counts"], "of the wrong kind"),
         (["--trainer.callbacks", "trained_by:Kept"], "of the wrong kind"),
         (["--trainer.callbacks", "trained_by:Counts"], "Counts cannot be made: TypeError"),
-        (["--trainer.profiler", "quick"], "'quick' is no address of a class"),
+        (
+            ["--trainer.profiler", "quick"],
+            "'quick' is not known. Give simple, advanced, or",
+        ),
         (["--trainer.accelerator", "tpu"], "It takes 'auto' or 'cpu' or 'gpu'"),
         (["--trainer.devices", "2"], "--trainer.devices is refused: a recipe gives the same"),
         (["--devices", "2"], "--devices is refused: a recipe gives the same"),

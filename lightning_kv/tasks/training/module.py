@@ -22,11 +22,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_kv.tasks.callbacks.progress import TrainingProgressBar
 from lightning_kv.tasks.options import TrainingTrainerOptions
 from lightning_kv.tasks.trainer import alone, logger_of, trainer_for
+from lightning_kv.utilities.files import write_atomic
 
 FORMAT = 2
 """Of checkpoints: 1 was written with two optimisers side by side and rates as factors."""
 
 LAST = "last.ckpt"
+RECIPE = "recipe.json"
 
 
 class Training(L.LightningModule):
@@ -134,6 +136,28 @@ class Training(L.LightningModule):
         self.losses = checkpoint["training"]["losses"]
 
 
+class LastStep(L.Callback):
+    """Logs and saves the last step too, wherever it falls.
+
+    Args:
+        file: The checkpoint.
+        every: Steps between two checkpoints, which others write.
+    """
+
+    def __init__(self, file: Path, every: int) -> None:
+        self.file, self.every = file, every
+
+    def on_train_batch_start(self, trainer: L.Trainer, task: Training, *_: Any) -> None:
+        """Have loggers told of the last step, where they are told of any."""
+        if trainer.log_every_n_steps and trainer.global_step + 1 == task.steps:
+            trainer.log_every_n_steps = 1
+
+    def on_train_end(self, trainer: L.Trainer, task: Training) -> None:
+        """Save what nobody has saved."""
+        if trainer.global_step == task.steps and trainer.global_step % self.every:
+            trainer.save_checkpoint(self.file, weights_only=False)
+
+
 def check_finite(weights: Mapping[str, Tensor], when: str) -> None:
     """Refuse weights with NaN or infinite values.
 
@@ -184,14 +208,18 @@ def check_numbers(
             )
 
 
-def check_options(options: Any) -> None:
+def check_options(what: str, options: Any) -> None:
     """Refuse settings of a run, other than its recipe, that cannot work.
+
+    Args:
+        what: What is trained, such as ``The panorama encoder``.
+        options: As `prepare_training` is given them.
 
     Raises:
         ValueError: Names the setting, or the place where nothing can be written.
     """
     own = {name: getattr(options, name) for name in ("threads", "checkpoint_every")}
-    check_numbers("The panorama", own, 1, whole=True)
+    check_numbers(what, own, 1, whole=True)
     out = options.out
     taken = next((place for place in (out, *out.parents) if place.exists()), out)
     if taken.exists() and not taken.is_dir():
@@ -200,24 +228,19 @@ def check_options(options: Any) -> None:
         )
 
 
-def stamp(out: Path, recipe: object) -> str:
-    """Make the directory of a training run, or check that it holds one of this recipe.
-
-    Returns:
-        The recipe as JSON.
+def described_for(out: Path, recipe: object) -> str:
+    """The recipe as JSON, where a directory holds no training run of another one.
 
     Raises:
-        ValueError: It holds another.
+        ValueError: It does.
     """
     described = json.dumps(asdict(recipe), indent=2)
-    file = out / "recipe.json"
-    if file.exists() and file.read_text() != described:
+    file = out / RECIPE
+    if file.exists() and (not file.is_file() or file.read_bytes() != described.encode()):
         raise ValueError(
-            f"{out} holds a training run with another recipe. "
-            "Give another --out, or the recipe in its recipe.json."
+            f"{out} holds a training run with another recipe. The recipe given is not that in "
+            f"{file}. Give another --out, or that recipe."
         )
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(described)
     return described
 
 
@@ -260,31 +283,34 @@ def _unfit(found: Any, task: Training) -> str:
     return ""
 
 
-def begin(
+def prepare_training(
+    what: str,
     options: Any,
     logger: Logger | Sequence[Logger] | bool | None = None,
     callbacks: Sequence[L.Callback] = (),
 ) -> tuple[L.Trainer, str]:
-    """All that comes before a training's module is made: checks, threads, Trainer, directory.
+    """All that comes before a training's module is made: checks, threads, Trainer.
 
     Args:
+        what: What is trained, for errors: ``The panorama encoder``.
         options: Dataclass of the command: ``recipe``, ``out``, ``threads``, ``checkpoint_every``
             and ``trainer``.
         logger: Of Lightning, instead of those in the options.
         callbacks: Of Lightning, beside those in the options.
 
     Returns:
-        The Trainer, and the recipe as JSON.
+        The Trainer, and the recipe as JSON, which `train` writes.
 
     Raises:
         ValueError: An option cannot work, or ``out`` holds another run.
     """
-    check_options(options)
+    check_options(what, options)
+    described = described_for(options.out, options.recipe)
     torch.set_num_threads(options.threads)
     trainer = training_trainer(
         options.out, options.checkpoint_every, options.trainer, logger, callbacks
     )
-    return trainer, stamp(options.out, options.recipe)
+    return trainer, described
 
 
 def training_trainer(
@@ -318,17 +344,28 @@ def training_trainer(
         enable_version_counter=False,
     )
     given = {"devices": 1, "max_epochs": 1, "logger": logger}
-    return trainer_for(settings, [*callbacks, saver], TrainingProgressBar(), out, **given)
+    savers = [LastStep(out / LAST, checkpoint_every), saver]
+    return trainer_for(settings, [*callbacks, *savers], TrainingProgressBar(), out, **given)
 
 
-def train(task: Training, trainer: L.Trainer, out: Path) -> None:
+def train(task: Training, trainer: L.Trainer, out: Path, described: str | None = None) -> None:
     """Train until all steps are done, from the last checkpoint in ``out`` on.
+
+    Args:
+        task: What to train.
+        trainer: From `training_trainer`.
+        out: Run directory.
+        described: The recipe, which the directory is to hold once its checkpoint is known to fit.
 
     Raises:
         ValueError: The checkpoint cannot be taken up, the training has come to nothing, or a
             callback or a signal has stopped it.
     """
-    trainer.fit(task, ckpt_path=last_checkpoint(out, task), weights_only=True)
+    checkpoint = last_checkpoint(out, task)
+    if described is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / RECIPE, described)
+    trainer.fit(task, ckpt_path=checkpoint, weights_only=True)
     if trainer.global_step < task.steps:
         raise ValueError(
             f"The training was stopped before its end: at step {trainer.global_step} of "

@@ -126,6 +126,19 @@ def test_any_logger_is_told_the_losses(tmp_path):
     assert not (tmp_path / "log").exists()
 
 
+@pytest.mark.parametrize(("steps", "logged"), [(2, [1]), (12, [9, 11]), (20, [9, 19])])
+def test_the_last_step_is_logged_and_saved_wherever_it_falls(tmp_path, steps, logged):
+    logger, task = Kept(), Straight(steps)
+    fit(task, tmp_path, 8, logger=logger)
+    assert [step for step, _ in logger.rows] == logged
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == steps
+    again = Straight(steps)
+    fit(again, tmp_path, 8, logger=False)
+    assert again.losses == task.losses
+    for one, other in zip(task.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_callbacks_and_a_progress_bar_of_ones_own(tmp_path):
     class Count(L.Callback):
         steps = 0
@@ -174,6 +187,7 @@ def test_a_checkpoint_that_would_run_code_does_not_and_is_refused(tmp_path, raw,
             pretrain_encoder(PretrainEncoderOptions(EncoderRecipe(steps=2), out))
     assert not sign.exists() and "\n" not in str(said.value)
     assert (out / "last.ckpt").read_bytes() == held
+    assert [path.name for path in out.iterdir()] == ["last.ckpt"], "no recipe of a run that is none"
     pickle.loads(pickle.dumps(Payload(sign)))
     assert sign.exists(), "the payload would have worked"
 
@@ -328,7 +342,7 @@ def test_an_encoder_recipe_that_trains_nothing_is_refused(tmp_path, change, said
 def test_a_run_that_cannot_go_is_refused_before_anything_is_written(tmp_path, change):
     (name, value), *_ = change.items()
     options = PretrainOptions(Recipe([STAGE]), tmp_path / "run", **change)
-    with pytest.raises(ValueError, match=f"{name} is {value}. Give a whole number"):
+    with pytest.raises(ValueError, match=f"The panorama model cannot.*{name} is {value}. Give"):
         pretrain(options)
     assert not (tmp_path / "run").exists()
 
@@ -341,15 +355,25 @@ def test_a_file_in_the_place_of_the_run_directory_is_said(tmp_path):
     assert (tmp_path / "run").read_text() == "mine"
 
 
+@pytest.mark.parametrize("raw", ["schön".encode("latin-1"), b"{}", None])
+def test_a_recipe_that_is_another_or_none_is_refused(tmp_path, raw):
+    file = tmp_path / "recipe.json"
+    file.mkdir() if raw is None else file.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"another recipe.*recipe\.json.*Give another --out"):
+        pretrain_encoder(PretrainEncoderOptions(EncoderRecipe(steps=2), tmp_path))
+    assert list(tmp_path.iterdir()) == [file]
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_progress_line_counts_steps_on_a_terminal_and_is_silent_elsewhere(
     tmp_path, screen, terminal
 ):
-    task = Straight(6)
-    fit(task, tmp_path, 4)
+    with pytest.raises(ValueError, match="step 5 of 6"):
+        fit(Straight(6, spoil_loss=5), tmp_path, 4)
     (tmp_path / "log").rename(tmp_path / "first")
     read = screen(terminal)
-    fit(Straight(6), tmp_path, 4)
+    task = Straight(6)
+    fit(task, tmp_path, 4)
     shown = read()
     if terminal:
         assert "training" in shown and "6/6" in shown and "steps" in shown
