@@ -113,6 +113,18 @@ def test_what_every_process_imports_loads_no_torch(first):
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_a_training_loads_no_metric_and_the_callbacks_are_found_by_name():
+    code = """
+import sys
+import lightning_kv.tasks.training.module
+print([x for x in sys.modules if x.startswith(("lightning_kv.metrics", "lightning_kv.report"))])
+import lightning_kv.tasks.callbacks as callbacks
+print({getattr(callbacks, name).__name__ for name in callbacks.__all__} == {*callbacks.__all__})
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.split() == ["[]", "True"], found.stderr
+
+
 def test_the_names_of_the_package_do_not_depend_on_what_was_imported_before():
     """In one process, which forgets the package in between, but not what takes long: torch."""
     code = """

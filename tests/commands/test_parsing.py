@@ -177,6 +177,7 @@ FLAGS = [
     ("export", ["r", "-o", "x"], "force"),
     ("fetch", ["n"], "force"),
     ("generate", ["p", "-o", "x"], "force"),
+    ("shards", ["make", "p"], "force"),
     ("compare", ["a", "b", "-o", "x"], "strict"),
     ("check", ["r", "--baseline", "b"], "json"),
     ("recommend", ["r"], "json"),

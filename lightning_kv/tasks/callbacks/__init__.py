@@ -3,15 +3,32 @@
 All but the last hang on the ordinary batch hooks, and read ``outputs["clips"]`` of the step.
 """
 
-from lightning_kv.tasks.callbacks.policy_evaluation import PolicyEvaluation
-from lightning_kv.tasks.callbacks.progress import (
-    FrameProgressBar,
-    RolloutProgressBar,
-    TrainingProgressBar,
-)
-from lightning_kv.tasks.callbacks.records import RecordWriter
-from lightning_kv.tasks.callbacks.traces import TraceWriter
-from lightning_kv.tasks.callbacks.videos import ComparisonVideos, PairVideos
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_kv.tasks.callbacks.policy_evaluation import PolicyEvaluation
+    from lightning_kv.tasks.callbacks.progress import (
+        FrameProgressBar,
+        RolloutProgressBar,
+        TrainingProgressBar,
+    )
+    from lightning_kv.tasks.callbacks.records import RecordWriter
+    from lightning_kv.tasks.callbacks.traces import TraceWriter
+    from lightning_kv.tasks.callbacks.videos import ComparisonVideos, PairVideos
+
+_HOMES = {
+    "ComparisonVideos": "videos",
+    "FrameProgressBar": "progress",
+    "PairVideos": "videos",
+    "PolicyEvaluation": "policy_evaluation",
+    "RecordWriter": "records",
+    "RolloutProgressBar": "progress",
+    "TraceWriter": "traces",
+    "TrainingProgressBar": "progress",
+}
 
 __all__ = [
     "ComparisonVideos",
@@ -23,3 +40,10 @@ __all__ = [
     "TraceWriter",
     "TrainingProgressBar",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what is asked for: a training needs one progress bar, and none of the metrics."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 
-from lightning_kv.data.video_pairs import Piece
-from lightning_kv.tasks.callbacks.base import check_data
-from lightning_kv.tasks.compare import CompareModule
-from lightning_kv.tasks.measuring.clip_module import ClipModule
 from lightning_kv.tasks.progress import ProgressLine, RolloutProgress
+
+if TYPE_CHECKING:  # a training shows its steps without all that is measured elsewhere
+    from lightning_kv.data.video_pairs import Piece
+    from lightning_kv.tasks.compare import CompareModule
+    from lightning_kv.tasks.measuring.clip_module import ClipModule
 
 
 class LineProgressBar(ProgressBar):
@@ -74,6 +75,8 @@ class RolloutProgressBar(LineProgressBar):
 
     def on_test_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
         """Begin the line."""
+        from lightning_kv.tasks.callbacks.base import check_data
+
         check_data(trainer, self, "left")
         plan = pl_module.network.config.plan(
             pl_module.settings.frames, pl_module.settings.context_frames
@@ -108,6 +111,8 @@ class FrameProgressBar(LineProgressBar):
 
     def on_test_start(self, trainer: L.Trainer, pl_module: CompareModule) -> None:
         """Begin the line."""
+        from lightning_kv.tasks.callbacks.base import check_data
+
         check_data(trainer, self, "frames_left")
         left = trainer.datamodule.frames_left()
         self.begin(ProgressLine(left, "frames", visible=trainer.is_global_zero))
