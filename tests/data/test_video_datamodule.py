@@ -288,7 +288,7 @@ def test_videos_that_do_not_fit(tmp_path, films, film):
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="There are no videos"):
         VideoDataModule(tmp_path / "none").setup("test")
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(ValueError, match="no folder and no table"):
         VideoDataModule(tmp_path / "nowhere").setup("test")
 
 

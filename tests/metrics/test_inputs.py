@@ -195,14 +195,14 @@ def test_what_is_no_batch_at_all_is_refused_in_words(call):
     ],
 )
 def test_a_metric_that_says_no_value_per_frame_is_named(said, words):
-    class Glow(VideoMetric):
+    class Glimmer(VideoMetric):
         def frame_values(self, preds, target=None):
             return said
 
-    metric = Glow()
+    metric = Glimmer()
     with pytest.raises(ValueError) as error:
         metric.update(GREY)
-    three_parts(error, "'glow' must say one value per frame", words, "Return a tensor [2]")
+    three_parts(error, "'glimmer' must say one value per frame", words, "Return a tensor [2]")
     assert "shown 2 frames" in str(error.value) and not metric.values
 
 

@@ -213,7 +213,7 @@ def test_without_a_writer_nothing_is_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-class Glow(VideoMetric):
+class Lamp(VideoMetric):
     """Somebody's own metric."""
 
     higher_is_better = True
@@ -249,7 +249,7 @@ def test_a_writer_that_is_used_again_refuses_another_run(tmp_path):
 
 
 def test_settings_of_a_metric_that_is_an_object_are_of_the_run():
-    class Scaled(Glow):
+    class Scaled(Lamp):
         def __init__(self, scale=1):
             super().__init__()
             self.scale = scale
@@ -279,9 +279,9 @@ def test_metrics_and_policies_may_be_objects(tmp_path):
     from lightning_kv import load_model, preset
 
     own = [preset("sink-window@6f"), {"name": "mine", "retain": {"part": "sliding-window"}}]
-    module = EvaluateModule(load_model("panorama"), own[:1], metrics=[Glow(), "recall"], **SMALL)
+    module = EvaluateModule(load_model("panorama"), own[:1], metrics=[Lamp(), "recall"], **SMALL)
     (found,) = trainer().test(module, datamodule=PromptDataModule(SHARDS, 1), verbose=False)
-    assert 0 < found["sink-window@6f/glow"] <= 1
+    assert 0 < found["sink-window@6f/lamp"] <= 1
 
 
 def test_items_out_of_order_are_refused(tmp_path):
