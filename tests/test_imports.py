@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -95,14 +94,6 @@ def test_a_command_is_found_under_its_name():
     }
     assert files["commands"] == commands | GRAMMAR
     assert files["tasks"] - SHARED <= commands
-
-
-def test_a_module_of_400_lines_is_usually_two_ideas():
-    """A warning: no file is split only to obey a number."""
-    for path in FILES:
-        lines = len(path.read_text().splitlines())
-        if lines > 400:
-            warnings.warn(f"{path.relative_to(ROOT)} has {lines} lines", stacklevel=1)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The package as a tree: one line per file, and how many statements it has.
+"""The package as a tree: one line per file, how many statements it has, and which are long.
 
 python tools/tree.py [FOLDER ...]       all of lightning_kv, or some of its folders
 """
@@ -32,10 +32,12 @@ def show(folder: Path, depth: int = 0) -> int:
             print(f"{'  ' * depth}{path.name}/")
             total += show(path, depth + 1)
         elif path.suffix == ".py":
-            tree = ast.parse(path.read_text())
+            source = path.read_text()
+            tree, lines = ast.parse(source), source.count("\n")
             count = statements(tree)
             about = (ast.get_docstring(tree) or "").split("\n")[0]
-            print(f"{'  ' * depth + path.name:<34} {count:4}  {about}".rstrip())
+            long = f"  ({lines} lines: is it two ideas?)" if lines > 400 else ""
+            print(f"{'  ' * depth + path.name:<34} {count:4}  {about}{long}".rstrip())
             total += count
     return total
 
