@@ -104,7 +104,7 @@ def policies() -> list[dict[str, Any]]:
     """The named presets and the parts they are made of."""
     from lightning_kv.policies.registry import DEFAULTS, presets
 
-    rows = []
+    rows, deployable = [], presets(without_tables=True)
     for name, own in presets().items():
         parts = {
             k: v.get("part", DEFAULTS[k]) if isinstance(v, dict) else v
@@ -117,6 +117,8 @@ def policies() -> list[dict[str, Any]]:
                 "paper": own.paper or "-",
                 "saves": " and ".join(own.saves) or "-",
                 "parts": ", ".join(f"{kind}: {part}" for kind, part in parts.items()) or "-",
+                "published": own.defaults or "-",
+                "deployable": "yes" if name in deployable else "no: needs the reference rollout",
             }
         )
     return rows

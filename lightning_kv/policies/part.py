@@ -37,10 +37,12 @@ class Preset:
 
     Args:
         name: What people type.
-        about: What it does, in a sentence.
+        about: What it keeps, drops and merges, in a sentence.
         paper: Where it was published: title or model, and arXiv id.
         saves: ``memory``, ``reads`` or both; what :mod:`lightning_kv.testing` holds it to.
         parts: What differs from the full cache, as in a policy file.
+        defaults: The paper's own setting, in this package's words: budgets are history frames, the
+            current chunk left out.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Preset:
     paper: str = ""
     saves: tuple[str, ...] = ()
     parts: dict[str, Any] = field(default_factory=dict)
+    defaults: str = ""
 
 
 class Part:
