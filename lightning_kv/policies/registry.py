@@ -189,6 +189,13 @@ def policy_from_dict(values: dict[str, Any], folder: Path = Path()) -> CachePoli
     >>> policy_from_dict({"name": "mine", "retain": {"part": "window", "budget": "6f"}}).retain
     Window(budget=Uniform(amount='6f'), sink=0, switch='keep')
 
+    ``base`` names a policy to start from: other parts replace its own, and settings without
+    ``part`` change them.
+
+    >>> values = {"name": "moved@9f", "base": "sink-window@9f", "positions": "contiguous"}
+    >>> policy_from_dict(values | {"retain": {"sink": 1}}).retain
+    Window(budget=Uniform(amount='9f'), sink=1, switch='keep')
+
     Args:
         values: As in a policy file.
         folder: Where paths start.
@@ -198,13 +205,38 @@ def policy_from_dict(values: dict[str, Any], folder: Path = Path()) -> CachePoli
     """
     known = [field.name for field in fields(CachePolicy) if field.name != "asked"]
     for key in values:
-        if key not in known:
-            raise ValueError(unknown("key of a policy", key, known))
+        if key not in (*known, "base"):
+            raise ValueError(unknown("key of a policy", key, [*known, "base"]))
     if not values.get("name"):
         raise ValueError(f"A policy without `name:`: {values}. The name is its key in results.")
+    asked = True
+    if values.get("base"):
+        try:
+            base = load_policy(_beside(values["base"], folder))
+        except RecursionError:
+            raise ValueError(
+                f"The policy {values['name']!r} starts from itself: base: {values['base']}. "
+                "Start from a preset or from another file."
+            ) from None
+        values, asked = _over(policy_to_dict(base), values), base.asked
     parts = {kind: build_part(kind, values.get(kind) or DEFAULTS[kind], folder) for kind in SLOTS}
     others = {key: values[key] for key in ("bias", "branches") if key in values}
-    return CachePolicy(str(values["name"]), **parts, **others)
+    return CachePolicy(str(values["name"]), **parts, **others, asked=asked)
+
+
+def _beside(base: Any, folder: Path) -> Any:
+    """What a policy starts from; a file is sought from the folder of the one that names it."""
+    file = isinstance(base, str) and ".y" in base and (folder / base.partition("@")[0]).is_file()
+    return str(folder / base) if file else base
+
+
+def _over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """One policy's plain data with another's on top; settings without ``part`` are set in place."""
+    own = {key: value for key, value in values.items() if key != "base"}
+    for kind in SLOTS:
+        if isinstance(own.get(kind), dict) and "part" not in own[kind]:
+            own[kind] = base[kind] | own[kind]
+    return base | own
 
 
 def part_class(kind: str, name: Any) -> type[Part]:

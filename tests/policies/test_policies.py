@@ -82,6 +82,26 @@ def test_a_policy_survives_plain_data(name):
     assert made.name == name
 
 
+def test_a_policy_starts_from_another_and_changes_what_it_says(tmp_path):
+    base = {"name": "b", "retain": {"part": "window", "sink": 2, "budget": "6f"}}
+    (tmp_path / "b.yaml").write_text("name: b\nretain: {part: window, sink: 2, budget: 6f}\n")
+    (tmp_path / "c.yaml").write_text("name: c\nbase: b.yaml@9f\npositions: contiguous\n")
+    made = policy_from_dict({"name": "x", "base": base, "retain": {"sink": 1}})
+    whole = {"name": "x", "retain": {"part": "window", "sink": 1, "budget": "6f"}}
+    assert made == policy_from_dict(whole)
+    made = load_policy(str(tmp_path / "c.yaml"))
+    window = {"part": "window", "sink": 2, "budget": "9f"}
+    whole = {"name": "c", "retain": window, "positions": "contiguous"}
+    assert made == policy_from_dict(whole)
+    for name in presets():
+        assert policy_from_dict({"name": name, "base": name}) == preset(name)
+    with pytest.raises(ValueError, match=r"Did you mean 'h2o'"):
+        policy_from_dict({"name": "x", "base": "h20"})
+    (tmp_path / "d.yaml").write_text("name: d\nbase: d.yaml\n")
+    with pytest.raises(ValueError, match="starts from itself"):
+        load_policy(str(tmp_path / "d.yaml"))
+
+
 def test_a_budget_in_the_name_reaches_the_part():
     made = preset("top-attention@0.5")
     assert made.name == "top-attention@0.5"
