@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 from lightning_kv.testing import Script
 
@@ -80,6 +81,22 @@ class UnitScript(Script):
         ]
         where = (stream.namespace, stream.sample, stream.layer, stream.head)
         self.evictions[where] = self.evictions.get(where, 0) + 1
+
+
+class SnapScript(UnitScript):
+    """SnapKV: the mean mass of the rows that are there around a row."""
+
+    def __init__(self, *settings, pool=3, **more):
+        super().__init__(*settings, **more)
+        self.pool = pool
+
+    def values(self, stream, names, mass):
+        grid, side = stream.geometry.grid, self.pool // 2
+        rows = {
+            name: statistics.fmean(mass[other] for other in near(name, names, grid, side))
+            for name in names
+        }
+        return by_frame(rows) if self.granularity == "frame" else rows
 
 
 def ragged(frames, *shares):
