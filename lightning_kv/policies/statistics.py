@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lightning_kv.cache.rotary import wide
-from lightning_kv.cache.table import summed
+from lightning_kv.cache.table import BLOCK, summed
 from lightning_kv.cache.view import CacheView, PassView
+from lightning_kv.policies.layout import Layout
 
 FLAT = 1e-6  # a spread below this share of the largest score is rounding, not a preference
 State = dict[Any, Any]
@@ -192,6 +193,38 @@ def final_mass(view: PassView, sampled: int = 520) -> Tensor:
     queries = final[spread_rows(len(final), sampled, view.device)]
     held, own = view.attention(queries=queries)
     return view.joint(held[:, 0], own[:, 0, view.final]) / len(queries)
+
+
+def final_salience(view: PassView, sampled: int = 520) -> Tensor:
+    """The largest head-mean softmax mass from any query of the frames that become final in a pass.
+
+    Where heads hold different rows, the mean is that of the heads that have a row.
+
+    Args:
+        view: Of a pass that makes frames final.
+        sampled: Largest number of query rows; evenly spaced ones stand for all.
+
+    Returns:
+        ``[1 or H, N + n]``: of every row as it lies once the n rows of these frames are committed.
+    """
+    if view.apart:
+        raise ValueError(
+            "Mass of some queries was asked for, but query frames meet rows at different times "
+            "here. Use positions that all query frames share."
+        )
+    final = torch.arange(view.flight, device=view.device)[view.final]
+    queries = final[spread_rows(len(final), sampled, view.device)]
+    view.scored += sum(view.lengths) * len(queries)
+    layout, tops = Layout.of(view), []
+    holders = layout.there.expand(view.heads, -1, -1).sum(0, keepdim=True).clamp_min(1)
+    size = max(1, BLOCK // (view.heads * (len(view) + view.flight)))
+    for some in queries.split(size):
+        mass = view.logits(view.query.index_select(1, some)).softmax(-1)  # [H, t, N + P]
+        held = layout.spread(mass[..., : len(view)].transpose(1, 2)).sum(0, keepdim=True)
+        own = mass[..., len(view) :].mean(0, keepdim=True)[..., view.final]
+        tops.append((held.amax(-1) / holders, own.amax(1)))
+    held, own = (torch.stack(x).amax(0) for x in zip(*tops, strict=True))
+    return view.joint(layout.at_rows(view, held), own)
 
 
 def observe_mass(view: PassView, state: State, sampled: int = 520) -> None:

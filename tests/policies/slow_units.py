@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 from lightning_kv.testing import Script
 
 
-def mean_mass(stream, step, count):
-    """Mean softmax mass that every row gets from evenly spaced queries of the final frames."""
+def shares(stream, step, count):
+    """Softmax shares that every row gets from evenly spaced queries of the final frames, a list."""
     asked = [query for query in stream.queries if query.frame in step.final]
     if count < len(asked):
         last = len(asked) - 1
         asked = [asked[round(i * last / max(1, count - 1))] for i in range(count)]
     before = [row for row in stream.rows if row.frame not in step.final]
     rows = before + stream.flight
-    mass = {(row.frame, row.place): 0.0 for row in rows}
+    found = {(row.frame, row.place): [] for row in rows}
     keys = [stream.key(row) for row in rows]
     for query in asked:
         logits = [float(query.turned @ key) / math.sqrt(len(key)) for key in keys]
-        shares = [math.exp(x - max(logits)) for x in logits]
-        for row, share in zip(rows, shares, strict=True):
-            mass[row.frame, row.place] += share / sum(shares) / len(asked)
-    return mass
+        own = [math.exp(x - max(logits)) for x in logits]
+        for row, share in zip(rows, own, strict=True):
+            found[row.frame, row.place].append(share / sum(own))
+    return found
+
+
+def mean_mass(stream, step, count):
+    """Their means."""
+    return {name: sum(own) / len(own) for name, own in shares(stream, step, count).items()}
 
 
 def around(name, names, grid, side):
@@ -52,6 +58,10 @@ class UnitScript(Script):
         self.frames, self.granularity, self.sink, self.queries = frames, granularity, sink, queries
         self.evictions = {}
 
+    def mass(self, stream, step):
+        """What the newest chunk looks at."""
+        return mean_mass(stream, step, self.queries)
+
     def values(self, stream, names, mass):
         """The score of each unit (a frame, or a row's frame and place); by the subclass."""
         raise NotImplementedError
@@ -64,7 +74,7 @@ class UnitScript(Script):
         if len(stream.rows) <= room:
             return
         names = [(row.frame, row.place) for row in stream.rows]
-        value = self.values(stream, names, mean_mass(stream, step, self.queries))
+        value = self.values(stream, names, self.mass(stream, step))
         size = tokens if self.granularity == "frame" else 1
 
         def frame(unit):
@@ -80,6 +90,22 @@ class UnitScript(Script):
         ]
         where = (stream.namespace, stream.sample, stream.layer, stream.head)
         self.evictions[where] = self.evictions.get(where, 0) + 1
+
+
+class SnapScript(UnitScript):
+    """SnapKV: the mean mass of the rows that are there around a row."""
+
+    def __init__(self, *settings, pool=3, **more):
+        super().__init__(*settings, **more)
+        self.pool = pool
+
+    def values(self, stream, names, mass):
+        grid, side = stream.geometry.grid, self.pool // 2
+        rows = {
+            name: statistics.fmean(mass[other] for other in near(name, names, grid, side))
+            for name in names
+        }
+        return by_frame(rows) if self.granularity == "frame" else rows
 
 
 def ragged(frames, *shares):

@@ -1,6 +1,5 @@
 """SnapKV against its slow twin, and where the answer is known beforehand."""
 
-import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from slow_units import RAGGED, UnitScript, by_frame, near
+from slow_units import RAGGED, SnapScript
 
 from lightning_kv.policies.registry import load_policy
 from lightning_kv.testing import (
@@ -22,22 +21,6 @@ from lightning_kv.testing import (
     rolling,
     without_commits,
 )
-
-
-class SnapScript(UnitScript):
-    """The mean mass of the rows that are there around a row."""
-
-    def __init__(self, *settings, pool=3, **more):
-        super().__init__(*settings, **more)
-        self.pool = pool
-
-    def values(self, stream, names, mass):
-        grid, side = stream.geometry.grid, self.pool // 2
-        rows = {
-            name: statistics.fmean(mass[other] for other in near(name, names, grid, side))
-            for name in names
-        }
-        return by_frame(rows) if self.granularity == "frame" else rows
 
 
 def snap(budget, **settings):

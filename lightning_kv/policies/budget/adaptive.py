@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.checks import between, choice
-from lightning_kv.policies.part import BudgetPart
+from lightning_kv.policies.part import BudgetPart, Preset
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,17 @@ class Adaptive(BudgetPart):
     """
 
     name: ClassVar[str] = "adaptive"
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset(
+            "ada-kv",
+            "Keep the frames that the newest chunk looks at, the best over all heads of a layer; "
+            "drop the others.",
+            "Ada-KV, arXiv 2407.11550",
+            ("memory", "reads"),
+            {"retain": {"part": "snap-kv", "budget": {"part": "adaptive", "amount": "9f"}}},
+            "safe 0.2, 128 to 1024 tokens of a text on average",
+        ),
+    )
     compares: ClassVar[bool] = True
     safe: float = 0.2
     over: str = "layer"
