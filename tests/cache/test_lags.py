@@ -30,11 +30,10 @@ def test_every_lag_is_the_mean_over_queries_keys_and_passes():
                             key = held[layer, frame][sample, :, head]
                             query = q[sample, i * tokens : (i + 1) * tokens, head]
                             total = sum(
-                                float(
-                                    turn(geometry, query[a], now, a)
-                                    @ turn(geometry, key[b], frame, b)
+                                float(asked @ turn(geometry, key[b], frame, b))
+                                for asked in (
+                                    turn(geometry, x, now, a) for a, x in enumerate(query)
                                 )
-                                for a in range(tokens)
                                 for b in range(tokens)
                             )
                             at = sample, layer, head, now - frame

@@ -2,6 +2,7 @@
 
 import cmath
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ def drawn(seed, starts, layers=2, heads=4):
     rng, frames = torch.Generator().manual_seed(seed), starts[-1]
     mass = torch.rand(len(starts) - 1, layers, heads, frames, generator=rng) ** 4
     slope = torch.rand(layers, heads, generator=rng) * 2
-    for chunk, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for chunk, end in enumerate(starts[1:]):
         away = (end - torch.arange(frames)).clamp_min(1)
         mass[chunk] *= away ** -slope.unsqueeze(-1)
         if chunk % 2:
@@ -61,8 +62,8 @@ def slow_pyramid(profile, layer, head):
     slope = sum((i - centre) * y for i, y in enumerate(curve))
     slope /= sum((i - centre) ** 2 for i in range(n))
     flat = [y - mean - slope * (i - centre) for i, y in enumerate(curve)]
-    steps = [b - a for a, b in zip(flat, flat[1:], strict=False)]
-    turns = sum(a * b < 0 for a, b in zip(steps, steps[1:], strict=False)) / (n - 2)
+    steps = [b - a for a, b in pairwise(flat)]
+    turns = sum(a * b < 0 for a, b in pairwise(steps)) / (n - 2)
     power = {
         k: abs(sum(y * cmath.exp(-2j * math.pi * k * i / n) for i, y in enumerate(flat)))
         for k in range(1, n // 2 + 1)
@@ -90,9 +91,8 @@ def test_every_label_is_the_slow_rules(method):
             for head, word in enumerate(row):
                 assert word == SLOW[method](made, layer, head), f"{seed}: {layer} {head}"
                 words.append(word)
-    assert len(words) == 320 and len(set(words)) == (
-        2 if method in ("forcing-kv", "duo-attention") else 3
-    )
+    kinds = 2 if method in ("forcing-kv", "duo-attention") else 3
+    assert len(words) == 320 and len(set(words)) == kinds
 
 
 def test_a_profile_that_is_too_short_is_refused():
