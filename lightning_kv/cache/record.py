@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_kv.cache.lags import LagRecorder
 from lightning_kv.cache.mass import MassRecorder, RowRecorder
 from lightning_kv.cache.outputs import OutputRecorder
 from lightning_kv.cache.recorder import Recorder
 
 RECORDERS: dict[str, type[Recorder]] = {
-    own.name: own for own in (MassRecorder, RowRecorder, OutputRecorder)
+    own.name: own for own in (MassRecorder, RowRecorder, OutputRecorder, LagRecorder)
 }
 """What can be recorded, by the name of the table."""
 

@@ -1,0 +1,27 @@
+"""Heads by their label, as masks.
+
+Shapes: H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_kv.cache.host import upload
+from lightning_kv.cache.view import CacheView
+from lightning_kv.policies.tables import HeadTable
+
+
+def heads_of(view: CacheView, labels: HeadTable, kind: str) -> Tensor:
+    """Heads of the view's layer that have a label, bool ``[H, 1]``."""
+    own = [label == kind for label in labels.rows_for(view.geometry)[view.layer]]
+    return upload(own, view._like, torch.bool).unsqueeze(1)
+
+
+def labelled(part: Any, kinds: Mapping[str, int] | Sequence[str]) -> HeadTable:
+    """The setting ``labels`` of a part in words; see :meth:`.HeadTable.labelled`."""
+    return HeadTable.of(part.labels, "labels").labelled(part.name, "labels", kinds)
