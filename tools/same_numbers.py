@@ -54,7 +54,13 @@ MIXED: dict[str, dict[str, Any]] = {
         "bias": "log_weight",
     },
     "future-hyperplane": {
-        "retain": {"part": "future", "merge": "hyperplane", "align": "relative", "budget": "6f"}
+        "retain": {
+            "part": "future",
+            "merge": "hyperplane",
+            "align": "relative",
+            "limit": 0.1,
+            "budget": "6f",
+        }
     },
     "future-cells": {
         "retain": {"part": "future", "proxy": "cells", "variance": True, "budget": "6f"}

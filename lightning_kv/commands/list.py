@@ -154,7 +154,7 @@ def shown(field: Any) -> str:
     """The default of a setting as one writes it in YAML."""
     value = field.default
     if value is dataclasses.MISSING or dataclasses.is_dataclass(value):  # an empty table
-        return "needed"
+        return "null" if getattr(value, "optional", False) else "needed"
     words = {None: "null", True: "true", False: "false"}
     return words[value] if value is None or isinstance(value, bool) else str(value)
 

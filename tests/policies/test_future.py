@@ -40,6 +40,7 @@ from slow import (
 )
 from slow_future import FutureRule, FutureScript
 
+from lightning_kv import rollout
 from lightning_kv.cache.decisions import Event, Retention, Sums
 from lightning_kv.cache.passes import Pass
 from lightning_kv.policies.layout import Layout
@@ -690,6 +691,30 @@ def test_moves_that_were_cut_short_are_counted(limit, align, storage):
         reached = float(turn(key, seen, place) @ mean) / math.sqrt(WIDTH)
         assert reached == pytest.approx(wanted, abs=2e-3)
     assert len(noted) > 8
+
+
+@pytest.mark.slow
+def test_on_the_embedded_model_a_limit_breaks_the_promise_often(panorama):
+    """With a tenth, 4 of 10 moves of frames and half of those of tokens are cut short; else none.
+
+    Without a limit, what a merged row draws is the sum of its sources but for rounding.
+    """
+    for granularity, low, high in (("frame", 0.3, 0.5), ("token", 0.4, 0.6)):
+        for limit in (0.1, None):
+            merge = {"merge": "hyperplane", "limit": limit, "granularity": granularity}
+            made = policy(retain={"part": "future", "budget": "9f", **merge})
+            seen = []
+            rollout(
+                panorama,
+                made,
+                "dusk fast n10 left",
+                24,
+                decode=False,
+                progress=lambda _, on, seen=seen: seen.append(on),
+            )
+            cut, every = seen[-1].samples[0].states["cond"]["retain"]["clipped"].tolist()
+            assert every > 1000
+            assert low <= cut / every <= high if limit else cut == 0
 
 
 def test_of_too_many_for_one_target_the_most_asked_for_go_in(monkeypatch):

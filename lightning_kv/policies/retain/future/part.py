@@ -47,9 +47,11 @@ class Future(ExpectedPart):
         align: Merge keys ``raw`` (before rotation, at the time of the younger) or ``relative``
             (after rotation, each at its own time).
         most: Rows that may go into one at a time.
-        limit: Largest move of a key onto the hyperplane, as a share of its length; None for none.
-            A tenth cuts about half of all moves short, so that the merged row then draws less than
-            the mass of both; how many is counted in the state, under ``clipped``.
+        limit: Largest move of a key onto the hyperplane, as a share of its length; None for none:
+            then every merged row draws from the mean query what its sources drew together. A tenth
+            cuts 4 of 10 moves of frames and half of those of tokens short on the embedded model,
+            and one merged row in ten draws less than 6 tenths of it, with no better recall; moves
+            cut short are counted in the state, under ``clipped``.
     """
 
     name: ClassVar[str] = "future"
@@ -78,7 +80,7 @@ class Future(ExpectedPart):
     merge: str = "drop"
     align: str = "raw"
     most: int = 4
-    limit: float | None = 0.1
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
