@@ -41,7 +41,7 @@ class Rollout:
         costs: One per sample.
         seconds_per_chunk: Wall-clock of each generated chunk, all samples of the batch together;
             with several chunks in flight, between one final chunk and the next.
-        rebuilds: Number of chunks that were encoded again on a policy's word.
+        rebuilds: Number of passes in which frames were encoded again on a policy's word.
         tables: Reference tables that were recorded, by name, one per sample.
         session: The session, for those who want to look into the cache.
     """
@@ -263,13 +263,12 @@ class _Run:
             self._rebuild(sample, answer, replace(step, namespace=namespace), texts[namespace])
 
     def _rebuild(self, sample: int, answer: Rebuild, step: Pass, text: Context) -> None:
-        """Forget one sample's rows and encode past latents again, chunk by chunk, at t = 0."""
+        """Forget one sample's rows and encode past latents again, at t = 0."""
         times = _rebuild_times(answer, step)
         own = [(k[sample : sample + 1], v[sample : sample + 1]) for k, v in text]
-        aside = self.session.clear(sample, step.namespace, answer.spare)
-        chunk = self.model.network.config.chunk
-        for low in range(0, len(answer.frames), chunk):
-            ids = answer.frames[low : low + chunk]
+        aside = self.session.clear(sample, step.namespace, answer)
+        for own_frames in answer.passes(self.model.network.config.chunk):
+            ids = answer.frames[own_frames]
             again = Pass(
                 "prefill",
                 ids,
@@ -278,7 +277,7 @@ class _Run:
                 final=ids,
                 next_chunk=step.next_chunk,
                 namespace=step.namespace,
-                times=times[low : low + chunk],
+                times=times[own_frames],
                 samples=(sample,),
                 rebuild=True,
             )
@@ -289,7 +288,7 @@ class _Run:
             self.session.finish(again)
             self.rebuilds += 1
             self.session.costs[sample].rebuilt_frames += len(ids)
-        self.session.rebuilt(sample, step, answer.hold, aside)
+        self.session.rebuilt(sample, step, answer, aside)
 
 
 def _rebuild_times(answer: Rebuild, step: Pass) -> tuple[float, ...]:
@@ -306,6 +305,11 @@ def _rebuild_times(answer: Rebuild, step: Pass) -> tuple[float, ...]:
             f"A policy wants frames {answer.frames} encoded again at times {answer.times}; "
             f"frames 0 to {made - 1} have been made. Name past frames, ascending, and as many "
             "times or none."
+        )
+    if answer.read and {*past} & {*answer.spare}:
+        raise ValueError(
+            f"A policy wants frames {answer.frames} encoded again while the rows of "
+            f"{answer.spare} are read. Name no frame in both."
         )
     return times
 

@@ -113,6 +113,19 @@ def encoded(network, latents, frames, prompt, chunk=CHUNK):
     return [held(table(store)) for store in session.samples[0].stores["cond"]]
 
 
+@torch.inference_mode()
+def together(network, latents, sink, reach, prompt, before=OLD, chunk=CHUNK):
+    """Rows of past frames in one pass under a prompt, with the sink's, made under another."""
+    session = CacheSession(network.geometry(), preset("full"))
+    parts = [sink[low : low + chunk] for low in range(0, len(sink), chunk)]
+    for ids, own in [*((part, before) for part in parts), (reach, prompt)]:
+        step = Pass("commit", tuple(ids), (0.0,) * len(ids), 0, final=tuple(ids))
+        text = network.prepare(encoder([own]))
+        network(latents[:, list(ids)], torch.zeros(1, len(ids)), text, session, step)
+        session.finish(step)
+    return [held(table(store)) for store in session.samples[0].stores["cond"]]
+
+
 def same(a, b, exact=False):
     if exact:
         return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -130,10 +143,55 @@ def expected(frame, history=9, sink=3):
     return reach, hold[len(hold) - kept :], list(range(min(sink, frame)))
 
 
+def causal(**settings):
+    """LongLive's window, encoded again chunk by chunk."""
+    retain = replace(preset("longlive").retain, switch="recache-causal", **settings)
+    return replace(preset("longlive"), retain=retain)
+
+
+@pytest.mark.parametrize("frame", [3, 6, 9, 12, 15, 18, 21])
+def test_recache_reads_sink_and_window_together(frame):
+    made = model()
+    out, memory = run(preset("longlive"), [Event("prompt_switch", frame, NEW)], made)
+    _, hold, sink = expected(frame)
+    reach = list(range(max(3, frame - 9), frame))
+    fresh = together(made.network, out.latents, sink, reach, NEW) if hold else None
+    chunks = encoded(made.network, out.latents, reach, NEW) if hold else None
+    for layer in range(TINY.layers):
+        before = memory.before[frame, "cond", 0, layer]
+        after = memory.after[frame, "cond", 0, layer]
+        assert list(after) == sink + hold
+        assert all(same(after[f], before[f], exact=True) for f in sink)
+        assert all(same(after[f], fresh[layer][f]) for f in hold)
+        if layer and hold:
+            assert not any(same(after[f], before[f]) for f in hold)
+            assert not any(same(after[f], chunks[layer][f]) for f in hold)
+    assert out.costs[0].rebuilt_frames == (len(reach) if hold else 0)
+    assert out.rebuilds == bool(hold)
+
+
+@pytest.mark.parametrize(
+    ("budget", "sink"), [("6f", 3), ("9f", 0), ("8f", 2), ("4f", 1), ("3f", 0)]
+)
+def test_recache_together_keeps_to_other_budgets(budget, sink):
+    part = {"part": "window", "sink": sink, "budget": budget, "switch": "recache"}
+    policy, made = policy_from_dict({"name": "x", "retain": part}), model()
+    out, memory = run(policy, [Event("prompt_switch", 15, NEW)], made)
+    history = int(budget[:-1])
+    reach = list(range(15 - history - CHUNK + sink, 15))
+    after = [memory.after[15, "cond", 0, layer] for layer in range(TINY.layers)]
+    assert list(after[0]) == [*range(sink), *range(15 - history + sink, 15)]
+    assert out.costs[0].rebuilt_frames == len(reach)
+    if sink in (0, 3):  # chunks of the sink are encoded as they were
+        fresh = together(made.network, out.latents, list(range(sink)), reach, NEW)
+        for own, wanted in zip(after, fresh, strict=True):
+            assert all(same(own[f], wanted[f]) for f in own)
+
+
 @pytest.mark.parametrize("frame", [3, 6, 9, 12, 15, 18, 21])
 def test_recache_holds_the_sink_and_newly_encoded_frames(frame):
     made = model()
-    out, memory = run(preset("longlive"), [Event("prompt_switch", frame, NEW)], made)
+    out, memory = run(causal(), [Event("prompt_switch", frame, NEW)], made)
     reach, hold, sink = expected(frame)
     fresh = encoded(made.network, out.latents, reach, NEW)
     stale = encoded(made.network, out.latents, reach, OLD)
@@ -155,7 +213,7 @@ def test_recache_holds_the_sink_and_newly_encoded_frames(frame):
     ("budget", "sink"), [("6f", 3), ("9f", 0), ("8f", 2), ("4f", 1), ("3f", 0)]
 )
 def test_recache_keeps_to_other_budgets(budget, sink):
-    part = {"part": "window", "sink": sink, "budget": budget, "switch": "recache"}
+    part = {"part": "window", "sink": sink, "budget": budget, "switch": "recache-causal"}
     policy, made = policy_from_dict({"name": "x", "retain": part}), model()
     out, memory = run(policy, [Event("prompt_switch", 15, NEW)], made)
     reach, hold, first = expected(15, int(budget[:-1]), sink)
@@ -173,11 +231,13 @@ def test_recache_holds_nothing_else_where_the_sink_is_the_budget():
 
 def test_a_short_chunk_to_come_does_not_shorten_what_is_encoded():
     out, _ = run(preset("longlive"), [Event("prompt_switch", 21, NEW)], frames=22)
+    assert out.costs[0].rebuilt_frames == 9
+    out, _ = run(causal(), [Event("prompt_switch", 21, NEW)], frames=22)
     assert out.costs[0].rebuilt_frames == 12
 
 
 def test_a_full_cache_is_encoded_anew():
-    part = {"part": "window", "switch": "recache"}
+    part = {"part": "window", "switch": "recache-causal"}
     policy, made = policy_from_dict({"name": "x", "retain": part}), model()
     out, memory = run(policy, [Event("prompt_switch", 15, NEW)], made)
     fresh = encoded(made.network, out.latents, range(15), NEW)
@@ -192,7 +252,7 @@ def test_two_switches(frames):
     made = model()
     prompts = dict(zip(frames, (NEW, THIRD), strict=True))
     events = [Event("prompt_switch", f, p) for f, p in prompts.items()]
-    out, memory = run(preset("longlive"), events[::-1], made)  # their order does not matter
+    out, memory = run(causal(), events[::-1], made)  # their order does not matter
     for frame, prompt in prompts.items():
         reach, hold, sink = expected(frame)
         fresh = encoded(made.network, out.latents, reach, prompt)
@@ -215,7 +275,7 @@ def test_every_sample_of_a_batch_is_encoded_by_itself():
             alone = single.after[12, "cond", 0, layer]
             assert mine.keys() == alone.keys()
             assert all(same(mine[f], alone[f]) for f in mine)
-        assert both.costs[sample].rebuilt_frames == 12
+        assert both.costs[sample].rebuilt_frames == 9
 
 
 @dataclass(frozen=True)
@@ -283,8 +343,12 @@ def test_keep_changes_no_row():
 
 @pytest.mark.parametrize("name", ["longlive", "infinity-rope", "sink-window"])
 def test_a_scene_cut_is_no_prompt_switch(name):
-    cut, _ = run(preset(name), [Event("scene_cut", 12)])
-    assert torch.equal(cut.latents, run(preset(name), [])[0].latents)
+    """No row changes; infinity-rope lets all that is held appear far away."""
+    cut, memory = run(preset(name), [Event("scene_cut", 12)])
+    plain = run(preset(name), [])[0].latents
+    assert torch.equal(cut.latents[:, :12], plain[:, :12])
+    assert torch.equal(cut.latents, plain) == (name != "infinity-rope")
+    assert list(memory.before[12, "cond", 0, 0]) == list(memory.after[12, "cond", 0, 0])
     assert cut.rebuilds == 0
 
 
@@ -316,7 +380,7 @@ def test_chunks_after_a_switch_meet_the_new_text(name):
         if not step.rebuild:
             assert prompt == (OLD if step.start < 9 else NEW if step.start < 18 else THIRD)
     again = [(step.chunk, prompt) for step, prompt in calls if step.rebuild]
-    encodings = [(3, NEW)] * 3 + [(6, THIRD)] * 4
+    encodings = [(3, NEW), (6, THIRD)]
     assert again == (encodings if name == "longlive" else [])
 
 
@@ -324,7 +388,7 @@ def test_chunks_after_a_switch_meet_the_new_text(name):
 @torch.inference_mode()
 def test_under_guidance_each_branch_is_encoded_under_its_own_text(branches):
     made, calls = model(sampler="flow", timesteps=spaced(2, 5.0), guidance=2.0), []
-    policy = replace(preset("longlive"), branches=branches)
+    policy = replace(causal(), branches=branches)
     texts(made, calls)
     out, memory = run(policy, [Event("prompt_switch", 15, NEW)], made)
     again = [(step.namespace, prompt) for step, prompt in calls if step.rebuild]
@@ -396,7 +460,7 @@ def test_a_switch_with_chunks_in_flight_encodes_final_frames_alone():
 
     events = [Event("prompt_switch", 15, NEW)]
     out = rollout(made, preset("longlive"), OLD, FRAMES, decode=False, events=events, watch=watch)
-    fresh = encoded(made.network, out.latents, range(9), NEW)
+    fresh = together(made.network, out.latents, range(3), range(3, 9), NEW)
     for layer, after in seen.items():
         assert list(after) == list(range(9))
         assert all(same(after[f], fresh[layer][f]) for f in range(3, 9))

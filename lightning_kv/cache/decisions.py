@@ -131,8 +131,11 @@ class Rebuild:
         prompt: At a prompt switch, encode under the ``new`` prompt or the ``old`` one.
         times: Their rotary times; the frame ids where not given.
         hold: Which of these frames stay in memory in the end; all where not given.
-        spare: Frames whose rows are not forgotten but put aside, unread while the others are
-            encoded, and put back in front of them.
+        spare: Frames whose rows are not forgotten but put aside, and put back in front of the
+            others once these are encoded.
+        together: Encode all frames in one pass, in which each reads all others; chunk by chunk,
+            each reading those before it, where not.
+        read: The rows of ``spare`` are read while the others are encoded.
     """
 
     frames: tuple[int, ...]
@@ -140,6 +143,17 @@ class Rebuild:
     times: tuple[float, ...] | None = None
     hold: tuple[int, ...] | None = None
     spare: tuple[int, ...] = ()
+    together: bool = False
+    read: bool = False
+
+    def passes(self, chunk: int) -> list[slice]:
+        """Which of the frames are encoded in one pass, pass by pass.
+
+        Args:
+            chunk: Frames of a chunk.
+        """
+        size = max(1, len(self.frames)) if self.together else chunk
+        return [slice(low, low + size) for low in range(0, len(self.frames), size)]
 
 
 @dataclass(frozen=True)

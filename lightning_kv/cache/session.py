@@ -218,14 +218,14 @@ class CacheSession:
                 if (told := getattr(part, name, None)) is not None:
                     told(*given(row), state)
 
-    def clear(self, sample: int, namespace: str, spare: Sequence[int] = ()) -> list[Aside]:
-        """Forget the rows of one sample, before a rebuild.
+    def clear(self, sample: int, namespace: str, answer: Rebuild) -> list[Aside]:
+        """Forget the rows of one sample, before a rebuild; spared ones stay if they are read.
 
         Returns:
-            Per layer, the rows of the frames ``spare``, for :meth:`rebuilt`.
+            Per layer, the rows of spared frames that are unread, for :meth:`rebuilt`.
         """
         stores = self.samples[sample].stores[namespace]
-        masks = [store.table.rows_from(spare) for store in stores]
+        masks = [store.table.rows_from(answer.spare) for store in stores]
         asked = [Retention(keep=mask) for mask in masks]
         measured = [store.measured(x) for store, x in zip(stores, asked, strict=True)]
         known = iter(fetch([x for own in measured for x in own]))
@@ -234,21 +234,22 @@ class CacheSession:
             store.apply(decision, known)
             aside.append((store.memory, store.frames, store.whole, store.weighted))
             store.clear()
+            if answer.read:
+                store.put_in_front(*aside.pop())
         return aside
 
-    def rebuilt(
-        self, sample: int, step: Pass, hold: Sequence[int] | None, aside: list[Aside]
-    ) -> None:
-        """Close a rebuild: only ``hold`` stays of its frames, behind the rows put aside.
+    def rebuilt(self, sample: int, step: Pass, answer: Rebuild, aside: list[Aside]) -> None:
+        """Close a rebuild: only what it ``holds`` stays of its frames, behind spared rows.
 
         Then rows get their codecs, and bytes are counted.
         """
         cache = self.samples[sample]
         stores = cache.stores[step.namespace]
-        if hold is not None:
-            keep = [Retention(keep=store.table.rows_from(hold)) for store in stores]
+        if answer.hold is not None:
+            stay = {*answer.hold, *(answer.spare if answer.read else ())}
+            keep = [Retention(keep=store.table.rows_from(stay)) for store in stores]
             self._carry_out([(cache, keep)], step)
-        for store, saved in zip(stores, aside, strict=True):
+        for store, saved in zip(stores, aside, strict=False):  # none where they were read
             store.put_in_front(*saved)
         self._recode([cache], step)
         cache.weigh(step)

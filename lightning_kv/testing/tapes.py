@@ -175,18 +175,18 @@ class Tape:
 
     def _rebuild(self, on: Cache, sample: int, answer: Rebuild, step: Pass) -> None:
         """Past frames go through the layers again, with what they had when they became final."""
-        aside = on.clear(sample, step.namespace, answer.spare)
+        aside = on.clear(sample, step.namespace, answer)
         chunk = self.geometry.chunk or len(step.frames)
         times = answer.times or tuple(map(float, answer.frames))
-        for low in range(0, len(answer.frames), chunk):
-            ids = answer.frames[low : low + chunk]
-            still, own = (0.0,) * len(ids), times[low : low + chunk]
+        for part in answer.passes(chunk):
+            ids, own = answer.frames[part], times[part]
+            still = (0.0,) * len(ids)
             again = Pass("prefill", ids, still, step.chunk, final=ids, next_chunk=step.next_chunk)
             again = replace(again, namespace=step.namespace, times=own, samples=(sample,))
             again = replace(again, rebuild=True)
             self.through(on, again, self._again(sample, ids, step.namespace))
             on.finish(again)
-        on.rebuilt(sample, step, answer.hold, aside)
+        on.rebuilt(sample, step, answer, aside)
 
     def _again(self, sample: int, ids: Sequence[int], namespace: str) -> Layers:
         """Queries, keys and values of frames of one sample when they became final."""

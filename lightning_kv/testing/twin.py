@@ -248,20 +248,20 @@ class Twin:
         ]
         return [found for found in answers if found[2] is not None]
 
-    def clear(self, sample: int, namespace: str, spare: Sequence[int] = ()) -> list[list[Row]]:
+    def clear(self, sample: int, namespace: str, answer: Rebuild) -> list[list[Row]]:
         """Forget one sample's rows before a rebuild; those of spared frames are given back."""
         aside = []
         for stream in self.of(sample, namespace):
-            aside.append([row for row in stream.rows if row.frame in spare])
-            stream.rows, stream.archive = [], []
+            aside.append([row for row in stream.rows if row.frame in answer.spare])
+            stream.rows, stream.archive = [*aside[-1]] if answer.read else [], []
         return aside
 
-    def rebuilt(
-        self, sample: int, step: Pass, hold: Sequence[int] | None, aside: list[list[Row]]
-    ) -> None:
-        """Close a rebuild: only ``hold`` stays of its frames, behind the rows put aside."""
+    def rebuilt(self, sample: int, step: Pass, answer: Rebuild, aside: list[list[Row]]) -> None:
+        """Close a rebuild: only what it ``holds`` stays of its frames, behind those put aside."""
         for stream, saved in zip(self.of(sample, step.namespace), aside, strict=True):
-            stream.rows = saved + [r for r in stream.rows if hold is None or r.frame in hold]
+            made = stream.rows[len(saved) if answer.read else 0 :]
+            made = [r for r in made if answer.hold is None or r.frame in answer.hold]
+            stream.rows = saved + made
 
     def of(self, sample: int, namespace: str = CONDITIONAL) -> list[Stream]:
         """All streams of one sample."""

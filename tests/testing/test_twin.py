@@ -192,6 +192,9 @@ def test_what_is_read_is_counted_by_query_frame(commits):
 class RecacheScript(Script):
     """A window of 4 frames; at a prompt switch what is in reach is made again."""
 
+    def __init__(self, together):
+        self.together = together
+
     def commit(self, stream, step):
         frames = sorted({row.frame for row in stream.rows})
         kept = frames[:1] + frames[1:][-3:]
@@ -200,19 +203,20 @@ class RecacheScript(Script):
     def event(self, event, streams, step):
         if event.kind != "prompt_switch":
             return None
-        made = step.start
-        return Rebuild(
-            tuple(range(max(0, made - 6), made)), hold=tuple(range(made - 3, made)), spare=(0,)
-        )
+        made, reach = step.start, step.start - 6 + self.together
+        hold, both = tuple(range(made - 3, made)), self.together
+        return Rebuild(tuple(range(reach, made)), hold=hold, spare=(0,), together=both, read=both)
 
 
+@pytest.mark.parametrize("switch", ["recache", "recache-causal"])
 @pytest.mark.parametrize("namespaces", [1, 2])
-def test_frames_are_encoded_again_at_a_prompt_switch(namespaces):
+def test_frames_are_encoded_again_at_a_prompt_switch(namespaces, switch):
     events = (Event("prompt_switch", 8, "another"), Event("scene_cut", 10))
     steps = chunked((2,) * 7, 1) if namespaces == 1 else guided(chunked((2,) * 7, 1))
     tape = random_tape(steps, layers=1, heads=2, grid=(1, 3), events=events)
-    retain = {"part": "window", "sink": 1, "budget": "4f", "switch": "recache"}
-    session, twin = assert_same_as_twin(policy(retain=retain), RecacheScript(), tape)
+    retain = {"part": "window", "sink": 1, "budget": "4f", "switch": switch}
+    script = RecacheScript(switch == "recache")
+    session, twin = assert_same_as_twin(policy(retain=retain), script, tape)
     assert session.samples[0].stores["cond"][0].frames == (0, 11, 12, 13)
     assert len(twin.branches) == namespaces
 

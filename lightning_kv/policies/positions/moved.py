@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_kv.cache.decisions import Selection
+from lightning_kv.cache.decisions import Event, Selection
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import PositionsPart
 from lightning_kv.policies.checks import between, choice
@@ -18,14 +18,32 @@ from lightning_kv.policies.checks import between, choice
 class Contiguous(PositionsPart):
     """The held frames of each head stand side by side, right before the current chunk.
 
-    Block-relative rotary positions of Infinity-RoPE (arXiv 2511.20649).
+    Block-relative rotary positions of Infinity-RoPE (arXiv 2511.20649), and its RoPE cut: the chunk
+    after a scene cut stands at a fixed place, counted from the oldest held frame, so that all that
+    is held appears far away; chunks after it stand as always. Ours: a cut never brings frames
+    nearer; with several chunks in flight it holds once the chunk after it is the oldest.
+
+    Args:
+        cut: Frames between the oldest held frame and the chunk after a scene cut (the paper's 45);
+            0 lets a scene cut change nothing.
     """
 
     name: ClassVar[str] = "contiguous"
+    cut: int = 0
+
+    def __post_init__(self) -> None:
+        between(self, 0, None, "cut")
+
+    def event(self, event: Event, views: list[CacheView], state: Any) -> None:
+        """Remember where a scene is cut."""
+        if event.kind == "scene_cut":
+            state["cut"] = event.frame
 
     def lags(self, view: CacheView, state: Any, selection: Selection | None = None) -> Tensor:
         """The frame's rank, counted from the newest of its head."""
         rank = view.present.flip(1).cumsum(1).flip(1)  # [1 or H, F], newest is 1
+        if self.cut and view.step.start == state.get("cut"):
+            rank = rank + (self.cut - view.present.sum(1, keepdim=True)).clamp_min(0)
         return view.at_rows(rank.unsqueeze(1)).float()
 
 

@@ -36,9 +36,10 @@ class Window(RetainPart):
     Args:
         sink: First frames of the video that are never dropped; they count in the budget.
         switch: At a prompt switch, ``keep`` the memory; ``recache``: the frames in reach are
-            encoded again under the new prompt, the sink stays as it is (LongLive, arXiv
-            2509.22622); or ``flush`` all but the sink and the newest frame (Infinity-RoPE, arXiv
-            2511.20649).
+            encoded again under the new prompt in one pass, in which each reads all others and the
+            sink, which stays as it is (LongLive, arXiv 2509.22622); ``recache-causal``: the same
+            chunk by chunk, without the sink; or ``flush`` all but the sink and the newest frame
+            (Infinity-RoPE, arXiv 2511.20649).
     """
 
     name: ClassVar[str] = "window"
@@ -49,6 +50,7 @@ class Window(RetainPart):
             "Self Forcing, arXiv 2506.08009",
             ("memory", "reads"),
             {"retain": {"part": "window", "budget": "9f"}},
+            "18f (a window of 21)",
         ),
         Preset(
             "sink-window",
@@ -59,28 +61,30 @@ class Window(RetainPart):
         ),
         Preset(
             "longlive",
-            "The same, encoded again under the new prompt at a prompt switch.",
+            "The same, encoded again together under the new prompt at a prompt switch.",
             "LongLive, arXiv 2509.22622",
             ("memory", "reads"),
             {"retain": {"part": "window", "sink": 3, "budget": "9f", "switch": "recache"}},
+            "9f (a window of 12)",
         ),
         Preset(
             "infinity-rope",
-            "Keep the first frame and the newest, at rotary times side by side; flush at a prompt "
-            "switch.",
+            "Keep the first frame and the newest, at rotary times side by side, far away after a "
+            "scene cut; flush at a prompt switch.",
             "Infinity-RoPE, arXiv 2511.20649",
             ("memory", "reads"),
             {
                 "retain": {"part": "window", "sink": 1, "budget": "3f", "switch": "flush"},
-                "positions": "contiguous",
+                "positions": {"part": "contiguous", "cut": 45},
             },
+            "3f (a window of 6), cut 45",
         ),
     )
     sink: int = 0
     switch: str = "keep"
 
     def __post_init__(self) -> None:
-        choice(self, switch=("keep", "recache", "flush"))
+        choice(self, switch=("keep", "recache", "recache-causal", "flush"))
 
     def protected(self, view: CacheView, scores: Tensor) -> Tensor:
         """The sink."""
@@ -101,10 +105,15 @@ class Window(RetainPart):
             return [Retention(keep=self._newest(view)) for view in views]
         made, chunk = view.step.start, view.geometry.chunk or view.query_frames
         history = made if self.budget is None else min(made, int(self.budget.frames(view)))
+        sink = tuple(range(min(self.sink, made)))
+        hold = tuple(range(max(self.sink, made - history + len(sink)), made))
+        if not hold:
+            return None
         reach = range(max(0, made - history - chunk), made)
-        sink = range(min(self.sink, made))
-        hold = range(max(self.sink, made - history + len(sink)), made)
-        return Rebuild(tuple(reach), hold=tuple(hold), spare=tuple(sink)) if hold else None
+        if self.switch == "recache-causal":
+            return Rebuild(tuple(reach), hold=hold, spare=sink)
+        reach = tuple(range(max(self.sink, reach.start + len(sink)), made))
+        return Rebuild(reach, hold=hold, spare=sink, together=True, read=True)
 
     def _newest(self, view: CacheView) -> Tensor:
         """Rows of the sink and of the newest frame of each head, bool ``[1 or H, N]``."""
