@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_kv.cache.decisions import Selection
+from lightning_kv.cache.host import upload
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import PositionsPart
 from lightning_kv.policies.checks import between, choice
@@ -19,14 +20,38 @@ class Contiguous(PositionsPart):
     """The held frames of each head stand side by side, right before the current chunk.
 
     Block-relative rotary positions of Infinity-RoPE (arXiv 2511.20649).
+
+    Args:
+        of: Frames that take a place: all that are ``held``, or those that are ``read``; others
+            share that of the next newer one.
     """
 
     name: ClassVar[str] = "contiguous"
+    of: str = "held"
+
+    def __post_init__(self) -> None:
+        choice(self, of=("held", "read"))
+
+    @property
+    def depends(self) -> bool:
+        """Only frames that are read take a place."""
+        return self.of == "read"
 
     def lags(self, view: CacheView, state: Any, selection: Selection | None = None) -> Tensor:
         """The frame's rank, counted from the newest of its head."""
-        rank = view.present.flip(1).cumsum(1).flip(1)  # [1 or H, F], newest is 1
+        there = view.present if selection is None else read_frames(view, selection)
+        rank = there.flip(1).cumsum(1).flip(1)  # [1 or H, F], newest is 1
         return view.at_rows(rank.unsqueeze(1)).float()
+
+
+def read_frames(view: CacheView, selection: Selection) -> Tensor:
+    """Frames of which some query frame reads at least a row, bool ``[1 or H, F]``."""
+    if selection.rows is not None:
+        return view.rows_in(selection.rows.any(1)) > 0
+    if isinstance(selection.frames, Tensor):
+        return view.present & selection.frames.any(1)
+    chosen = view.frames if selection.frames is None else selection.frames
+    return view.present & upload([f in chosen for f in view.frames], view.time, torch.bool)
 
 
 @dataclass(frozen=True)
