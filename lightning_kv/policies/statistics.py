@@ -280,6 +280,21 @@ def earliest(present: Tensor, count: int) -> Tensor:
     return present & (present.cumsum(-1) <= count)
 
 
+def by_token(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Latent cells ``[F, h, w]``, averaged over the patch of each token, ``[F, T]``.
+
+    Raises:
+        ValueError: Patches do not divide the latents evenly.
+    """
+    rows, columns = (divmod(n, m) for n, m in zip(x.shape[1:], grid, strict=True))
+    if rows[1] or columns[1]:
+        raise ValueError(
+            f"Latents of {tuple(x.shape[1:])} cells do not make a grid of {grid} tokens. Use "
+            "latents whose height and width are multiples of it."
+        )
+    return x.unflatten(2, (-1, columns[0])).unflatten(1, (-1, rows[0])).mean((2, 4)).flatten(1)
+
+
 def pooled(x: Tensor, bucket: Tensor, shape: tuple[int, int], mean_share: float) -> Tensor:
     """One vector per frame: the mean over token groups of a mix of their mean and maximum.
 
