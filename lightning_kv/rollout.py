@@ -23,6 +23,7 @@ from lightning_kv.models.samplers import (
     Sampler,
     Steps,
     keyed_noise,
+    renoise,
     sampler_of,
     stable_seed,
 )
@@ -167,8 +168,8 @@ def rollout(
         )
     like = next(model.network.parameters())
     latents = like.new_empty(len(prompts), frames, *shape)
-    run = _Run(model, session, prompts, negative, latents)
     source = noise or keyed_noise(seed, keys, plan, shape)
+    run = _Run(model, session, prompts, negative, latents, source)
     given = None if context is None else context.to(like)
     sample = sampler or sampler_of(config)
     steps = sample(plan, config.timesteps, lambda c, s: send(source(c, s), like), given)
@@ -188,8 +189,9 @@ class _Run:
         prompts: list[str],
         negative: str,
         latents: Tensor,
+        noise: Noise,
     ):
-        self.model, self.session, self.latents = model, session, latents
+        self.model, self.session, self.latents, self.noise = model, session, latents, noise
         self.batch, self.negative, self.rebuilds = len(prompts), negative, 0
         self.texts = {CONDITIONAL: self._prepare(prompts)}
 
@@ -223,6 +225,8 @@ class _Run:
                 began = time.perf_counter()
             while coming and coming[0].frame <= step.frames[-1]:
                 self._event(coming.pop(0), step)
+            if step.phase == "prefill" and step.start:
+                self._probe(step, x)
             estimate = self._forward(step, x)
             if step.phase == "denoise":
                 self.session.on_prediction(step, step.timesteps[0], estimate)
@@ -231,6 +235,20 @@ class _Run:
             for sample, answer in self.session.finish(step):
                 self._rebuild(sample, answer, step, self.texts[step.namespace])
             last = step
+
+    def _probe(self, step: Pass, x: Tensor) -> None:
+        """Show parts that ask for it what the model makes of given frames at a noise level.
+
+        It reads the frames before them, and its own rows are thrown away.
+        """
+        config, levels = self.model.network.config, self.model.network.config.timesteps
+        asked = [part.probed for part in self.session.policy.parts if hasattr(part, "probed")]
+        for index in sorted({probed(len(levels)) for probed in asked}):
+            t, count = levels[index], len(step.frames)
+            noisy = renoise(x, send(self.noise(step.chunk, index), x), t, config.shift)
+            scratch = replace(step, phase="denoise", mode="scratch", step=index, final=())
+            scratch = replace(scratch, opens=False, timesteps=(t,) * count)
+            self.session.on_prediction(scratch, t, self._forward(scratch, noisy))
 
     def _keep(self, step: Pass, x: Tensor) -> None:
         """Latents of the frames that have become final."""

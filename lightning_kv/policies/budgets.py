@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -154,6 +155,28 @@ class Amount:
                 f"{history} history frames it must lie between {smallest}f and {history}f "
                 f"({smallest}f of this model, with the current chunk, are {least} bytes)."
             )
+
+
+def part_of(size: float, budget: float) -> int:
+    """Frames of a setting that counts them, or below 1 gives a share of a budget.
+
+    >>> part_of(3, 21), part_of(0.15, 21), part_of(0.15, 6), part_of(0.15, 1), part_of(0, 21)
+    (3, 3, 1, 1, 0)
+
+    Args:
+        size: Frames from 1 on; below 1 a share, of which at least one frame is taken.
+        budget: What it is a share of, in frames.
+    """
+    return int(size) if size >= 1 or not size else max(1, math.floor(size * budget + 0.5))
+
+
+def least_with(size: float, rest: int) -> int:
+    """The smallest budget in frames that holds a part of it (:func:`part_of`) and so many others.
+
+    >>> least_with(3, 4), least_with(0.15, 4), least_with(0.5, 4)
+    (7, 5, 8)
+    """
+    return next(n for n in itertools.count(rest) if part_of(size, n) + rest <= n)
 
 
 def read_memory(text: str | None) -> int | None:

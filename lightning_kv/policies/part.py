@@ -63,7 +63,9 @@ class Part:
     tensors and modules count as cache bytes.
 
     A part may also have ``on_prediction(step, timestep, x0, state)`` and ``on_final(x0, state)``,
-    which are shown the clean estimates ``[F, C, h, w]`` of a pass and the latents that stay.
+    which are shown the clean estimates ``[F, C, h, w]`` of a pass and the latents that stay. With
+    ``probed(steps)``, the index of one of so many denoising steps, it is shown an estimate of given
+    frames too, at that noise level: a scratch pass for each chunk but the first.
     """
 
     kind: ClassVar[str] = ""

@@ -87,6 +87,15 @@ class ScoredPart(Part):
             return tuple(math.floor(frames + ROUNDING) * tokens for frames in allowed)
         return tuple(math.floor(frames * tokens + ROUNDING) for frames in allowed)
 
+    def evenly(self) -> None:
+        """Refuse budgets that give heads different amounts: this part decides for all together."""
+        if self.budget is not None and self.budget.name != "uniform":
+            raise ValueError(
+                f"The {self.kind} part {self.name!r} decides for all heads of a layer together, "
+                f"and the budget part {self.budget.name!r} gives heads different amounts. Use a "
+                "uniform budget, such as 9f."
+            )
+
     def most(self, view: CacheView) -> int:
         """Units that any head may have; all where that depends on scores."""
         rows, units = self.rows(view), len(view.frames) if self.unit == "frame" else len(view)

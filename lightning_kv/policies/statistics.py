@@ -9,12 +9,14 @@ queries, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_kv.cache.host import upload
 from lightning_kv.cache.rotary import wide
 from lightning_kv.cache.table import BLOCK, summed
 from lightning_kv.cache.view import CacheView, PassView
@@ -260,6 +262,18 @@ def collected_mass(view: CacheView, state: State, column: str, decay: float = 1.
     return decay * old + mass
 
 
+def mean_logits(view: PassView) -> Tensor:
+    """What the frames that become final look at, before rotation: mean logits ``[F]``.
+
+    The mean over heads, queries and the tokens of a frame; counts each held key once, since the
+    mean query stands for all.
+    """
+    query = wide(view.raw_query[:, view.final]).mean(1, keepdim=True)
+    view.scored += sum(view.lengths)
+    logits = query @ wide(view.keys("raw")).transpose(1, 2) / query.shape[-1] ** 0.5
+    return view.by_frame(logits, "mean")[:, 0].mean(0)
+
+
 # -- frames ----------------------------------------------------------------------------------
 
 
@@ -282,9 +296,36 @@ def standardised(scores: Tensor, present: Tensor) -> Tensor:
     return torch.where(flat, 0.0, centred / spread.masked_fill(flat, 1.0))
 
 
+def apart(mass: Tensor, frames: Sequence[int]) -> Tensor:
+    """How far in time each frame lies from others with much mass, 0 to 1, of mass ``[F]``.
+
+    1 minus the largest ``mass · exp(-distance / reach)`` of the others; the reach is half of the
+    time from the first to the last (TetherCache, arXiv 2606.13035).
+    """
+    ids = upload(frames, mass, mass.dtype)
+    reach = max(1.0, 0.5 * (frames[-1] - frames[0] + 1))
+    near = (-(ids.unsqueeze(1) - ids).abs() / reach).exp().fill_diagonal_(0)
+    return (1 - (near * mass).amax(1)).clamp_min(0)
+
+
 def earliest(present: Tensor, count: int) -> Tensor:
     """The first ``count`` frames that are there, of bool ``[..., F]``."""
     return present & (present.cumsum(-1) <= count)
+
+
+def by_token(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Latent cells ``[F, h, w]``, averaged over the patch of each token, ``[F, T]``.
+
+    Raises:
+        ValueError: Patches do not divide the latents evenly.
+    """
+    rows, columns = (divmod(n, m) for n, m in zip(x.shape[1:], grid, strict=True))
+    if rows[1] or columns[1]:
+        raise ValueError(
+            f"Latents of {tuple(x.shape[1:])} cells do not make a grid of {grid} tokens. Use "
+            "latents whose height and width are multiples of it."
+        )
+    return x.unflatten(2, (-1, columns[0])).unflatten(1, (-1, rows[0])).mean((2, 4)).flatten(1)
 
 
 def pooled(x: Tensor, bucket: Tensor, shape: tuple[int, int], mean_share: float) -> Tensor:

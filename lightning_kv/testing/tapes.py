@@ -278,10 +278,11 @@ class Recorder(CacheSession):
         self.entries: list[Entry] = []
         self._layers: list[tuple[Tensor, Tensor, Tensor]] = []
         self._events: list[Event] = []
+        self._x0: Tensor | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Pass) -> Tensor:
         """As any session."""
-        if not step.rebuild:
+        if not step.rebuild and step.mode != "scratch":
             self._layers.append(tuple(x.detach().clone() for x in (q, k, v)))
         return super().attend(layer, q, k, v, step)
 
@@ -290,11 +291,22 @@ class Recorder(CacheSession):
         self._events.append(event)
         return super().event(event, step)
 
+    def on_prediction(self, step: Pass, timestep: float, x0: Tensor) -> None:
+        """As any session."""
+        if step.mode != "scratch":
+            self._x0 = x0.detach().clone()
+        super().on_prediction(step, timestep, x0)
+
+    def on_final(self, step: Pass, x0: Tensor) -> None:
+        """As any session."""
+        if step.phase != "denoise":
+            self._x0 = x0.detach().clone()
+        super().on_final(step, x0)
+
     def finish(self, step: Pass) -> list[tuple[int, Rebuild]]:
         """As any session."""
         if not step.rebuild:
-            x0 = torch.zeros(len(self.seeds), len(step.frames), 1, 1, 1)
-            self.entries.append(Entry(step, tuple(self._layers), x0, tuple(self._events)))
+            self.entries.append(Entry(step, tuple(self._layers), self._x0, tuple(self._events)))
             self._layers, self._events = [], []
         return super().finish(step)
 

@@ -142,8 +142,14 @@ class Script:
     def open(self, stream: Stream, step: Pass, q: Tensor) -> None:
         """In the first pass of a chunk, before attention."""
 
+    def open_all(self, streams: list[Stream], step: Pass) -> None:
+        """The same once for all heads of a layer, before :meth:`open` of each."""
+
     def closing(self, stream: Stream, step: Pass, q: Tensor) -> None:
         """In a pass that makes frames final, before attention."""
+
+    def closing_all(self, streams: list[Stream], step: Pass) -> None:
+        """The same once for all heads of a layer, before :meth:`closing` of each."""
 
     def look(self, stream: Stream, step: Pass, q: Tensor, k: Tensor) -> None:
         """In every pass, before attention."""
@@ -215,10 +221,17 @@ class Twin:
         """Attention of one layer, float64 ``[B, T, H, D]``."""
         out = torch.empty(q.shape, dtype=torch.float64)
         for b, sample in enumerate(self._chosen(step)):
-            for head in range(self.geometry.heads):
-                stream = self.branch(step.namespace)[sample, layer, head]
-                given = (x[b, :, head] for x in (q, k, v))
-                out[b, :, head] = self._one(stream, *given, step)
+            branch = self.branch(step.namespace)
+            streams = [branch[sample, layer, head] for head in range(self.geometry.heads)]
+            given = [tuple(x[b, :, head] for x in (q, k, v)) for head in range(len(streams))]
+            passing = [
+                self._passing(stream, *own, step)
+                for stream, own in zip(streams, given, strict=True)
+            ]
+            if step.mode != "scratch":
+                self._ask(streams, passing, step)
+            for head, (stream, own) in enumerate(zip(streams, passing, strict=True)):
+                out[b, :, head] = self._one(stream, *own, *given[head][:2], step)
         return out
 
     def finish(self, step: Pass) -> list[tuple[int, Rebuild]]:
@@ -270,15 +283,39 @@ class Twin:
     def _chosen(self, step: Pass) -> Sequence[int]:
         return range(self.batch) if step.samples is None else step.samples
 
-    def _one(self, stream: Stream, q: Tensor, k: Tensor, v: Tensor, step: Pass) -> Tensor:
-        """One stream in one pass ``[T, D]``."""
-        tokens, script = self.geometry.tokens, self.script
+    def _passing(
+        self, stream: Stream, q: Tensor, k: Tensor, v: Tensor, step: Pass
+    ) -> tuple[list[Query], list[Row]]:
+        """Queries and rows of the frames in flight of one stream."""
+        tokens = self.geometry.tokens
         at = [(step.frames[i // tokens], step.query_times[i // tokens]) for i in range(len(q))]
         at = [(frame, time, i % tokens) for i, (frame, time) in enumerate(at)]
         queries = [Query(*own, x, stream.turn(x, *own[1:])) for own, x in zip(at, q, strict=True)]
-        flight = [Row(*own, x, y) for own, x, y in zip(at, k, v, strict=True)]
+        return queries, [Row(*own, x, y) for own, x, y in zip(at, k, v, strict=True)]
+
+    def _ask(
+        self, streams: list[Stream], passing: list[tuple[list[Query], list[Row]]], step: Pass
+    ) -> None:
+        """What a script decides for all heads of a layer before attention."""
+        for stream, own in zip(streams, passing, strict=True):
+            stream.queries, stream.flight = own
+        if step.opens and not step.rebuild:
+            self.script.open_all(streams, step)
+        if step.final and not step.rebuild:
+            self.script.closing_all(streams, step)
+
+    def _one(
+        self,
+        stream: Stream,
+        queries: list[Query],
+        flight: list[Row],
+        q: Tensor,
+        k: Tensor,
+        step: Pass,
+    ) -> Tensor:
+        """One stream in one pass ``[T, D]``."""
+        script = self.script
         if step.mode != "scratch":
-            stream.queries, stream.flight = queries, flight
             if step.opens and not step.rebuild:
                 script.open(stream, step, q)
             if step.final and not step.rebuild:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_kv.cache.decisions import Event, Selection
+from lightning_kv.cache.host import upload
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import PositionsPart
 from lightning_kv.policies.checks import between, choice
@@ -24,15 +25,24 @@ class Contiguous(PositionsPart):
     nearer; with several chunks in flight it holds once the chunk after it is the oldest.
 
     Args:
-        cut: Frames between the oldest held frame and the chunk after a scene cut (the paper's 45);
-            0 lets a scene cut change nothing.
+        of: Frames that take a place: all that are ``held``, or those that are ``read``; others
+            share that of the next newer one.
+        cut: Frames between the oldest of them and the chunk after a scene cut (the paper's 45); 0
+            lets a scene cut change nothing.
     """
 
     name: ClassVar[str] = "contiguous"
+    of: str = "held"
     cut: int = 0
 
     def __post_init__(self) -> None:
+        choice(self, of=("held", "read"))
         between(self, 0, None, "cut")
+
+    @property
+    def depends(self) -> bool:
+        """Only frames that are read take a place."""
+        return self.of == "read"
 
     def event(self, event: Event, views: list[CacheView], state: Any) -> None:
         """Remember where a scene is cut."""
@@ -41,10 +51,21 @@ class Contiguous(PositionsPart):
 
     def lags(self, view: CacheView, state: Any, selection: Selection | None = None) -> Tensor:
         """The frame's rank, counted from the newest of its head."""
-        rank = view.present.flip(1).cumsum(1).flip(1)  # [1 or H, F], newest is 1
+        there = view.present if selection is None else read_frames(view, selection)
+        rank = there.flip(1).cumsum(1).flip(1)  # [1 or H, F], newest is 1
         if self.cut and view.step.start == state.get("cut"):
-            rank = rank + (self.cut - view.present.sum(1, keepdim=True)).clamp_min(0)
+            rank = rank + (self.cut - there.sum(1, keepdim=True)).clamp_min(0)
         return view.at_rows(rank.unsqueeze(1)).float()
+
+
+def read_frames(view: CacheView, selection: Selection) -> Tensor:
+    """Frames of which some query frame reads at least a row, bool ``[1 or H, F]``."""
+    if selection.rows is not None:
+        return view.rows_in(selection.rows.any(1)) > 0
+    if isinstance(selection.frames, Tensor):
+        return view.present & selection.frames.any(1)
+    chosen = view.frames if selection.frames is None else selection.frames
+    return view.present & upload([f in chosen for f in view.frames], view.time, torch.bool)
 
 
 @dataclass(frozen=True)
