@@ -70,3 +70,5 @@ def test_a_wheel_holds_them(tmp_path):
         for path in (ROOT / kind).rglob("*.*"):
             if path.name != "README.md":
                 assert f"lightning_kv/assets/{path.relative_to(ROOT)}" in held
+    for path in (ROOT / "lightning_kv" / "policies" / "heads").glob("*.json"):
+        assert str(path.relative_to(ROOT)) in held

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -32,6 +32,8 @@ class Geometry:
         chunk: Frames that become final together; 0 where it is not known.
         flight: The most frames that one pass takes; 0 where it is not known.
         branches: Namespaces that a sample has a cache in: 2 under guidance.
+        model: Name of the model whose head tables apply; nothing where it is not known. Models of
+            the same sizes have equal geometries.
     """
 
     layers: int
@@ -44,6 +46,7 @@ class Geometry:
     chunk: int = 0
     flight: int = 0
     branches: int = 1
+    model: str = field(default="", compare=False)
 
     @property
     def tokens(self) -> int:

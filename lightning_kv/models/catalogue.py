@@ -96,7 +96,7 @@ class Published(Download):
     @property
     def config(self) -> WanConfig:
         """Sizes and sampling of this checkpoint."""
-        return replace(PRESETS[self.preset], **self.changes)
+        return replace(PRESETS[self.preset], model=self.name, **self.changes)
 
     @property
     def lora(self) -> Path | None:

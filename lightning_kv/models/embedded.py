@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ def load_embedded(path: Path, device: str | torch.device, precision: str) -> Vid
     tensors, metadata = read_weights(path)
     try:
         config = WanConfig.from_dict(UNSAID | json.loads(metadata["config"]))
+        config = replace(config, model=path.stem if path.parent == WEIGHTS else "")
         phrases = json.loads(metadata["phrases"])
         network = CausalWan(config)
         parts = {

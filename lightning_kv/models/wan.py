@@ -7,7 +7,7 @@ attention history is whatever the given session answers, so the model does not k
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
@@ -51,6 +51,7 @@ class WanConfig:
             exact.
         first_timesteps: Noise levels of the first chunk where they differ.
         guidance: Scale of classifier-free guidance (``flow`` only); 1 means none.
+        model: Name of the model whose head tables apply; nothing where none is known to.
     """
 
     dim: int
@@ -76,6 +77,7 @@ class WanConfig:
     shift: float = 0.0
     first_timesteps: tuple[float, ...] = ()
     guidance: float = 1.0
+    model: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         levels = [self.timesteps, *([self.first_timesteps] if self.first_timesteps else [])]
@@ -181,6 +183,7 @@ class WanConfig:
             chunk=self.chunk,
             flight=self.chunk * (len(self.timesteps) if self.sampler == "rolling" else 1),
             branches=2 if self.sampler == "flow" and self.guidance != 1 else 1,
+            model=self.model,
         )
 
 

@@ -249,7 +249,7 @@ def build_part(kind: str, spec: str | dict[str, Any], folder: Path = Path()) -> 
         if key not in allowed:
             raise ValueError(unknown(f"setting of the {kind} part {name!r}", key, allowed))
         if isinstance(value, str | Path) and hasattr(hints[key], "read"):
-            value = hints[key].read(folder / value, key)  # a file that the part reads
+            value = hints[key].read(value, key, folder)  # by name, or a file that the part reads
         elif key == "budget" and value is not None and not isinstance(value, BudgetPart):
             value = build_budget(value, folder)
         settings[key] = frozen(value)

@@ -386,8 +386,8 @@ def test_shipped_policy_files_work_from_any_folder(tmp_path, monkeypatch):
         load_policy(str(path))
     table = load_policy(str(ROOT / "configs/policies/focused_forcing_paper.yaml"))
     budget = policy_to_dict(table)["select"]["budget"]["importance"]
-    heads = ROOT / "configs/heads/focused_forcing_wan_1.3b.json"
-    assert budget["file"] == heads.name
+    heads = ROOT / "lightning_kv/policies/heads/focused-forcing-wan-1.3b.json"
+    assert budget["file"] == heads.stem
     assert budget["sha256"] == hashlib.sha256(heads.read_bytes()).hexdigest()
 
 

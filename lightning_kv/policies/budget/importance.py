@@ -26,8 +26,9 @@ class Importance(BudgetPart):
         amount: The most, that of the most important head.
         least: What the least important head gets, in the same unit.
         gamma: Above 1, the middle heads come closer to the least.
-        importance: One row per layer, one number per head; or the path of a JSON file with them
-            under ``importance`` (see configs/heads).
+        importance: One row per layer, one number per head; the name of a shipped table, such as
+            ``focused-forcing-wan-1.3b``; or the path of a JSON file with them under
+            ``importance``.
     """
 
     name: ClassVar[str] = "importance"
@@ -45,8 +46,8 @@ class Importance(BudgetPart):
             )
         if self.gamma <= 0:
             raise ValueError(f"gamma={self.gamma} of an importance budget must be above 0, like 2.")
-        object.__setattr__(self, "importance", HeadTable.of(self.importance))
-        self.importance.check(self.name, "importance")
+        given = HeadTable.of(self.importance, "importance").numbered(self.name, "importance")
+        object.__setattr__(self, "importance", given)
 
     @property
     def bounds(self) -> tuple[Amount, Amount]:
@@ -55,7 +56,7 @@ class Importance(BudgetPart):
 
     def check(self, geometry: Geometry, least: int) -> None:
         """The table has the model's shape, and no head gets less than what is protected."""
-        self.importance.check_heads(geometry, "importance table")
+        self.importance.check_heads(geometry, "importance table", self.name)
         low = self.bounds[1]
         frames = low.value / (geometry.tokens if low.unit == "t" else 1)
         if low.unit != "share" and frames < least:
@@ -67,7 +68,8 @@ class Importance(BudgetPart):
     def allowed(self, view: CacheView) -> tuple[float, ...]:
         """The layer's row of :func:`budgets`."""
         most, least = (bound.frames(view) for bound in self.bounds)
-        return budgets(self.importance.rows, self.gamma, most, least)[view.layer]
+        rows = self.importance.rows_for(view.geometry)
+        return budgets(rows, self.gamma, most, least)[view.layer]
 
 
 @lru_cache

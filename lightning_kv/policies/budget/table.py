@@ -17,8 +17,8 @@ class Table(BudgetPart):
     """A share of the amount for each head, so that some keep more and some less.
 
     Args:
-        shares: One row per layer, one number per head, or the path of a JSON file with them under
-            ``shares``; 1 is the amount itself. A head gets
+        shares: One row per layer, one number per head, the name of a shipped table, or the path of
+            a JSON file with them under ``shares``; 1 is the amount itself. A head gets
             ``round(share * amount)`` frames, and never less than what is protected.
     """
 
@@ -27,8 +27,8 @@ class Table(BudgetPart):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "shares", HeadTable.of(self.shares))
-        self.shares.check(self.name, "shares", low=0)
+        given = HeadTable.of(self.shares, "shares").numbered(self.name, "shares", low=0)
+        object.__setattr__(self, "shares", given)
 
     def check(self, geometry: Geometry, least: int) -> None:
         """The table has the model's shape, and no head gets less than what is protected.
@@ -36,12 +36,12 @@ class Table(BudgetPart):
         Raises:
             ValueError: It does not, or one does.
         """
-        self.shares.check_heads(geometry, "budget table")
+        self.shares.check_heads(geometry, "budget table", self.name)
         amount = Amount.parse(self.amount)
         if amount.unit not in "ft":
             return
         frames = amount.value / (geometry.tokens if amount.unit == "t" else 1)
-        share = min(map(min, self.shares.rows))
+        share = min(map(min, self.shares.rows_for(geometry)))
         if round(share * frames) < least:
             raise ValueError(
                 f"The smallest share of a budget table is {share:g} of {self.amount}: "
@@ -51,5 +51,5 @@ class Table(BudgetPart):
 
     def allowed(self, view: CacheView) -> tuple[float, ...]:
         """The layer's row of the table, in frames."""
-        frames = self.frames(view)
-        return tuple(float(round(share * frames)) for share in self.shares.rows[view.layer])
+        frames, shares = self.frames(view), self.shares.rows_for(view.geometry)[view.layer]
+        return tuple(float(round(share * frames)) for share in shares)

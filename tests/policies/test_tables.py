@@ -1,0 +1,115 @@
+"""Head tables: by name, from the files that authors publish, and those that cannot work."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from slow import sessions
+
+from lightning_kv.models import load_model
+from lightning_kv.models.catalogue import CATALOGUE
+from lightning_kv.policies.registry import build_budget, policy_from_dict, policy_to_dict
+from lightning_kv.policies.tables import HeadTable, shipped
+
+WAN = replace(sessions.GEOMETRY, layers=30, heads=12)
+KINDS = {"wave": -1, "anchor": 1, "veil": 2}
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_what_is_shipped_says_whose_it_is(name):
+    own = shipped()[name]
+    assert own.about and own.source and own.method
+    shape = {len(row) for row in own.rows}
+    assert len(shape) == 1
+    for model in own.models:
+        of = CATALOGUE[model].config if model in CATALOGUE else load_model(model).network.config
+        assert (len(own.rows), *shape) == (of.layers, of.heads)
+    assert HeadTable.of(name).rows == own.rows
+
+
+def test_a_shipped_table_is_given_by_its_bare_name():
+    part = build_budget({"part": "importance", "importance": "focused-forcing-wan-1.3b"})
+    assert part.importance.rows[0][0] == 0.30059
+    assert part.importance.file == "focused-forcing-wan-1.3b" and len(part.importance.sha256) == 64
+    plain = json.loads(json.dumps(policy_to_dict(policy_from_dict(
+        {"name": "x", "select": {"part": "focused", "budget": part}}
+    ))))  # fmt: skip
+    assert policy_from_dict(plain).select.budget == part
+
+
+def test_an_unknown_name_hears_the_nearest_and_the_list():
+    with pytest.raises(ValueError, match=r"Did you mean 'focused-forcing-wan-1.3b'\? Shipped: "):
+        build_budget({"part": "importance", "importance": "focused-forcing-wan-1.3"})
+    with pytest.raises(ValueError, match="Or give the path of a file"):
+        HeadTable.read("nothing-like-it", "labels")
+
+
+def test_a_table_of_another_shape_names_those_that_fit():
+    part = build_budget({"part": "importance", "importance": [[0.5, 1.0]]})
+    with pytest.raises(ValueError, match=r"another model.*30 layers of 12.*focused-forcing-wan"):
+        part.check(WAN, 1)
+    with pytest.raises(ValueError, match=r"2 layers of 3 heads\. Give one value for each"):
+        part.check(sessions.GEOMETRY, 1)
+
+
+def test_auto_is_the_table_that_is_shipped_for_the_model():
+    part = build_budget({"part": "importance", "importance": "auto"})
+    known = replace(WAN, model="self-forcing")
+    part.check(known, 1)
+    assert part.importance.rows_for(known) == shipped()["focused-forcing-wan-1.3b"].rows
+    assert part.importance == replace(part).importance and part.importance.sha256
+    with pytest.raises(ValueError, match=r"for the model 'mine', .*Shipped and of this shape: foc"):
+        part.check(replace(WAN, model="mine"), 1)
+    with pytest.raises(ValueError, match=r"a model without a name, .*Give one value for each head"):
+        part.check(sessions.GEOMETRY, 1)
+
+
+def test_models_say_their_name():
+    assert load_model("panorama").network.geometry().model == "panorama"
+    assert CATALOGUE["longlive"].config.geometry().model == "longlive"
+    assert replace(WAN, model="longlive") == WAN  # sizes alone make geometries equal
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([[-1, 2.0], ["anchor", 1]], (("wave", "veil"), ("anchor", "anchor"))),
+        ([["veil", "wave"]], (("veil", "wave"),)),
+    ],
+)
+def test_labels_are_words_or_the_numbers_that_stand_for_them(rows, words):
+    assert HeadTable.of(rows).labelled("mine", "labels", KINDS).rows == words
+
+
+@pytest.mark.parametrize("rows", [[], [[0]], [["wav"]], [[True]], [[1.5]], ["wave"], [[None]]])
+def test_labels_that_mean_nothing(rows):
+    with pytest.raises(ValueError, match=r"'mine' needs `labels`.*wave \(-1\), anchor \(1\), veil"):
+        HeadTable.of(rows).labelled("mine", "labels", KINDS)
+
+
+def test_words_in_their_order_stand_for_numbers_from_0():
+    found = HeadTable.of([[0, 1, "static"]]).labelled("mine", "labels", ("static", "dynamic"))
+    assert found.rows == (("static", "dynamic", "static"),)
+
+
+def heads(static, dynamic, layer=0):
+    return {"layer_idx": layer, "local_head": static, "temporal_head": dynamic}
+
+
+def test_files_as_authors_publish_them(tmp_path):
+    path = tmp_path / "heads.json"
+    expected = (("dynamic",) * 3, ("static", "dynamic", "static"))
+    for layers in ([heads([2, 0], [1], 1)], {"layers": [heads([0, 2], [1], 1)], "num_layers": 2}):
+        path.write_text(json.dumps(layers))  # a layer that is missing is all dynamic
+        assert HeadTable.read(path, "labels").rows == expected
+    path.write_text(json.dumps([heads([0, 1], [1])]))
+    with pytest.raises(ValueError, match="does not name each of 3 heads once"):
+        HeadTable.read(path, "labels")
+    (tmp_path / "best.csv").write_text("-1,2\n1,1\n")
+    assert HeadTable.read("best.csv", "labels", tmp_path).rows == ((-1.0, 2.0), (1.0, 1.0))
+    (tmp_path / "full.tsv").write_text("1.00e+00\t-5.3e-04\n0.5\t0\n")
+    assert HeadTable.read("full.tsv", "labels", tmp_path).rows == ((1.0, -5.3e-4), (0.5, 0.0))
