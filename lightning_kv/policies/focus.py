@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_kv.cache.view import CacheView, PassView
+from lightning_kv.policies.scored import top_units
 from lightning_kv.policies.statistics import pooled_flight, pooled_keys, pooled_logits
 
 
@@ -59,6 +60,35 @@ def final_frames(view: CacheView) -> int:
     """Frames of the chunk that becomes final next; the paper counts them in its budgets."""
     step = view.step
     return len(step.final) or step.next_chunk or view.query_frames
+
+
+def in_proportion(
+    scores: Tensor, held: Tensor, anchor: Tensor, middle: Tensor, may: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Every query frame's anchor, itself, and the best of the rest, shared by their numbers.
+
+    Args:
+        scores: ``[H, Q, F + Q]`` of held frames and of those in flight.
+        held: bool ``[1 or H, 1, F]``: what may be read.
+        anchor: bool ``[H, Q, F]``: what is read of the first frames.
+        middle: bool, as ``held``: those among which a share of the budget is chosen.
+        may: int64 ``[1 or H, 1, 1]``: frames of each head; one that may read all reads all.
+
+    Returns:
+        What is read of held frames ``[H, Q, F]`` and of those in flight ``[H, Q, Q]``, bool.
+    """
+    heads, flight, past = len(scores), scores.shape[1], held.shape[-1]
+    now = torch.ones_like(scores[..., past:], dtype=torch.bool)
+    itself = torch.eye(flight, dtype=torch.bool, device=scores.device).expand_as(now)
+    first = anchor.sum(-1, keepdim=True)
+    from_middle, from_tail = shared(
+        (may - first - 1).clamp_min(0), middle.sum(-1, keepdim=True), flight - 1
+    )
+    size = (middle | anchor).expand(heads, flight, -1).long()
+    frames = top_units(scores[..., :past], (from_middle + first)[..., 0], anchor, size)
+    current = top_units(scores[..., past:], (from_tail + 1)[..., 0], itself, now.long())
+    every = may >= held.sum(-1, keepdim=True) + flight
+    return frames | (every & held), current | every
 
 
 def shared(need: Tensor, middle: Tensor, tail: int) -> tuple[Tensor, Tensor]:

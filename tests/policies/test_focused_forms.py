@@ -2,6 +2,7 @@
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import slow_focused
 
-from lightning_kv.policies.registry import load_policy
+from lightning_kv.policies.registry import load_policy, presets
 from lightning_kv.testing import chunked, random_tape, rolling
 
 
@@ -25,40 +26,11 @@ FORMS = {
     "focused-forcing-paper-longlive": (slow_focused.LongLive, 4, 12, 0.46),
     "focused-forcing-paper-rolling": (slow_focused.RollingForcing, 4, 12, 0.46),
 }
-PARTS = {
-    "focused-forcing-paper": {
-        "retain": {"part": "window", "sink": 15, "budget": "18f"},
-        "select": {
-            "part": "focused",
-            "start": "paper",
-            "budget": {"part": "importance", "amount": "6f", "least": "1f"},
-        },
-        "positions": {"part": "sink-lag", "sink": 15, "lag": 21},
-    },
-    "focused-forcing-paper-longlive": {
-        "retain": {"part": "window", "sink": 3, "budget": "18f"},
-        "select": {
-            "part": "focused",
-            "attention_weight": 0.46,
-            "standardise": "all",
-            "start": "paper",
-            "budget": {"part": "importance", "amount": "9f", "least": "1f"},
-        },
-    },
-    "focused-forcing-paper-rolling": {
-        "retain": {"part": "window", "sink": 3, "budget": "21f"},
-        "select": {
-            "part": "focused-rolling",
-            "budget": {"part": "importance", "amount": "9f", "least": "1f"},
-        },
-        "positions": {"part": "sink-lag", "sink": 3, "lag": 21, "to": "end"},
-    },
-}
 
 
 def made(name, table):
     """The preset with another table of importances."""
-    parts = PARTS[name]
+    parts = presets()[name].parts
     select = parts["select"]
     budget = select["budget"] | {"importance": table}
     return load_policy({"name": name, **parts, "select": select | {"budget": budget}})
@@ -106,3 +78,24 @@ def test_every_pick_is_that_of_the_release(name, frames):
     assert not wrong, f"{len(wrong)} of {len(ours)}"
     chosen = {len(read) for key, read in theirs.items() if key[2] >= 6}
     assert frames < 21 or chosen <= set(range(least, most + 1))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_model_of_another_shape_is_told_what_works(name):
+    """The head importances are those of causal Wan 1.3B."""
+    policy = load_policy(name)
+    tape = random_tape()
+    with pytest.raises(ValueError, match=r"another model.*2 layers of 3 heads.*`focused-forcing`"):
+        policy.check(tape.geometry, 3, 24)
+    policy.check(replace(tape.geometry, layers=30, heads=12), 3, 24)
+
+
+def test_the_importances_are_rounded_as_they_should_be():
+    """Those of the release to five digits: 0.2179957796, 0.226453826 and the extremes."""
+    rows = load_policy("focused-forcing-paper").select.budget.importance.rows
+    assert (rows[15][2], rows[29][9], rows[0][10], rows[0][0]) == (0.218, 0.22645, 0.17009, 0.30059)
+
+
+def test_those_of_one_model_can_be_left_out():
+    assert set(FORMS) <= set(presets()) - set(presets(any_model=True))
+    assert "focused-forcing" in presets(any_model=True)

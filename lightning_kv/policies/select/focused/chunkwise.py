@@ -9,7 +9,7 @@ from lightning_kv.cache.decisions import Selection
 from lightning_kv.cache.view import PassView
 from lightning_kv.policies.checks import between
 from lightning_kv.policies.part import Preset
-from lightning_kv.policies.select.focused.scores import FocusedScores
+from lightning_kv.policies.select.focused.scores import FocusedScores, by_importance
 
 WINDOW = 21  # frames: the window whose filling starts the paper's selection
 
@@ -36,6 +36,37 @@ class Focused(FocusedScores):
             "Focused Forcing, arXiv 2605.18346",
             ("reads",),
             {"select": {"part": "focused", "budget": "9f"}},
+        ),
+        Preset(
+            "focused-forcing-paper",
+            "As published for Self Forcing: keep a sink of 15 that follows the chunk, and the "
+            "newest 3; read 1 to 6 of them by the importance of the head, once the window is full.",
+            "Focused Forcing, arXiv 2605.18346",
+            ("memory", "reads"),
+            {
+                "retain": {"part": "window", "sink": 15, "budget": "18f"},
+                "select": {"part": "focused", "start": "paper", "budget": by_importance("6f")},
+                "positions": {"part": "sink-lag", "sink": 15, "lag": 21},
+            },
+            "window 21, sink 15; 4 to 9 frames with the current chunk",
+        ),
+        Preset(
+            "focused-forcing-paper-longlive",
+            "As published for LongLive: keep the first 3 frames and the newest 15; read 1 to 9 of "
+            "them by the importance of the head, once the window is full.",
+            "Focused Forcing, arXiv 2605.18346",
+            ("memory", "reads"),
+            {
+                "retain": {"part": "window", "sink": 3, "budget": "18f"},
+                "select": {
+                    "part": "focused",
+                    "attention_weight": 0.46,
+                    "standardise": "all",
+                    "start": "paper",
+                    "budget": by_importance("9f"),
+                },
+            },
+            "window 21, sink 3; 4 to 12 frames with the current chunk",
         ),
     )
     start: str | int = "budget"

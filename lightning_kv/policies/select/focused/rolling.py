@@ -12,9 +12,10 @@ from lightning_kv.cache.decisions import Selection
 from lightning_kv.cache.host import upload
 from lightning_kv.cache.view import CacheView, PassView
 from lightning_kv.policies.checks import between
-from lightning_kv.policies.focus import final_frames, shared
-from lightning_kv.policies.scored import top_units
+from lightning_kv.policies.focus import final_frames, in_proportion
+from lightning_kv.policies.part import Preset
 from lightning_kv.policies.select.focused.chunkwise import Focused
+from lightning_kv.policies.select.focused.scores import by_importance
 from lightning_kv.policies.statistics import earliest
 
 
@@ -22,14 +23,13 @@ from lightning_kv.policies.statistics import earliest
 class FocusedRolling(Focused):
     """Focused reading where several chunks are in flight, at different noise levels.
 
-    Focused Forcing (arXiv 2605.18346), the form for rolling-window models. What may be read is what
-    shares a reach with the query, and while denoising the first held frames. A denoising query
-    frame reads the best of these, itself, and the frames with the highest attention, shared between
-    the other held frames and the other frames in flight in proportion to their numbers. A commit
-    pass follows the rule for chunk-wise models, standardised over its own frames too.
+    Focused Forcing (arXiv 2605.18346), the form for rolling-window models. Read is what shares a
+    reach with the query, and while denoising the first held frames. A denoising query frame reads
+    the best of these, itself, and what has the highest attention, shared between the other held
+    frames and the others in flight by their numbers. A commit follows the chunk-wise rule.
 
-    Ours: the release knows a reach of exactly 21 frames; here a short video selects from what there
-    is, a budget beyond the reach widens it, and a head that may read all there is reads all.
+    Ours: the release knows 21 frames in reach, no other number; here a short video selects from
+    what there is, a budget beyond it widens the reach, and a head that may read all reads all.
 
     Args:
         denoise_start: First chunk whose denoising passes select.
@@ -38,6 +38,21 @@ class FocusedRolling(Focused):
     """
 
     name: ClassVar[str] = "focused-rolling"
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset(
+            "focused-forcing-paper-rolling",
+            "As published for Rolling Forcing: memory and positions as there; read 4 to 12 frames "
+            "of history and flight by the importance of the head.",
+            "Focused Forcing, arXiv 2605.18346",
+            ("memory", "reads"),
+            {
+                "retain": {"part": "window", "sink": 3, "budget": "21f"},
+                "select": {"part": "focused-rolling", "budget": by_importance("9f")},
+                "positions": {"part": "sink-lag", "sink": 3, "lag": 21, "to": "end"},
+            },
+            "reach 21, sink 3; 4 to 12 frames with the chunk that becomes final next",
+        ),
+    )
     attention_weight: float = 0.46
     standardise: str = "all"
     denoise_start: int = 2
@@ -58,15 +73,13 @@ class FocusedRolling(Focused):
                 )
 
     def pick(self, view: PassView, state: Any) -> Selection | None:
-        """One rule for denoising, another for the commit pass; all in reach before they start."""
+        """One rule for denoising, another for the commit pass; everything before they start."""
         denoise = view.step.phase == "denoise"
         first = self.denoise_start if denoise else self.commit_start
         if not len(view) or self.budget is None or view.step.chunk < first:
-            read = self._reached(view)
-            return None if len(read) == len(view.frames) else Selection(frames=read)
-        if denoise:
-            return self._denoise(view, state)
-        return Selection(frames=self.choose([view], state)[0])
+            return None
+        frames = None if denoise else self.choose([view], state)[0]
+        return self._denoise(view, state) if denoise else Selection(frames=frames)
 
     def fits(self, view: CacheView) -> bool:
         """What is out of reach is left out whatever the budget."""
@@ -74,41 +87,26 @@ class FocusedRolling(Focused):
 
     def sizes(self, view: CacheView) -> Tensor:
         """No rows where a frame is out of reach."""
-        return super().sizes(view) * self.near(view).unsqueeze(1)
+        near, own = self.near(view), super().sizes(view)
+        return own if near is None else own * near.unsqueeze(1)
 
-    def near(self, view: CacheView) -> Tensor:
-        """What is in reach, bool ``[1, F]``."""
-        read = self._reached(view)
-        return upload([f in read for f in view.frames], view.query, torch.bool).unsqueeze(0)
-
-    def _reached(self, view: CacheView) -> tuple[int, ...]:
-        """Frames that share the reach with the query; while denoising, the first ones too."""
+    def near(self, view: CacheView) -> Tensor | None:
+        """What shares the reach with the query; while denoising, the first frames too."""
         if self.reach is None:
-            return view.frames
-        rows = None if self.budget is None else self.rows(view)
+            return None
+        rows, first = self.rows(view), self.anchors if view.step.phase == "denoise" else 0
         most = max(rows) // view.geometry.tokens + final_frames(view) if rows else 0
-        first = self.anchors if view.step.phase == "denoise" else 0
         room = max(0, max(self.reach, most) - view.query_frames - first)
-        return tuple(
-            f for f in view.frames if f >= view.step.start - room or f in view.frames[:first]
-        )
+        late, early = view.step.start - room, view.frames[:first]
+        near = [f >= late or f in early for f in view.frames]
+        return upload(near, view.query, torch.bool).unsqueeze(0)
 
     def _denoise(self, view: PassView, state: Any) -> Selection:
-        scores, flight = self.attention(view, state, flight=True), view.query_frames
-        held = self.there(view).unsqueeze(1).expand(len(scores), -1, -1)
-        past = held.shape[-1]
-        anchor = self.protected(view, scores[..., :past])
+        scores, held = self.attention(view, state, flight=True), self.there(view).unsqueeze(1)
+        anchor = self.protected(view, scores[..., : held.shape[-1]])
         middle = held & ~earliest(held, self.anchors)  # the first frames have had their turn
-        now = torch.ones_like(scores[..., past:], dtype=torch.bool)
-        itself = torch.eye(flight, dtype=torch.bool, device=scores.device).expand_as(now)
-        may, first = self._frames(view), anchor.sum(-1, keepdim=True)
-        need = (may - first - 1).clamp_min(0)
-        from_middle, from_tail = shared(need, middle.sum(-1, keepdim=True), flight - 1)
-        size = (middle | anchor).expand(-1, flight, -1).long()
-        frames = top_units(scores[..., :past], (from_middle + first)[..., 0], anchor, size)
-        current = top_units(scores[..., past:], (from_tail + 1)[..., 0], itself, now.long())
-        every = may >= held.sum(-1, keepdim=True) + flight  # a head that may read all
-        return Selection(frames=frames | (every & held), current=current | every)
+        frames, current = in_proportion(scores, held, anchor, middle, self._frames(view))
+        return Selection(frames=frames, current=current)
 
     def _frames(self, view: PassView) -> Tensor:
         """The budget in frames, those that become final next included, int64 ``[1 or H, 1, 1]``."""

@@ -20,6 +20,12 @@ SCORES = ("logit", "lse", "mass")
 OVER = ("history", "all")
 
 
+def by_importance(most: str) -> dict[str, str]:
+    """The published budget: 1 history frame to ``most`` by the authors' head importances."""
+    table = "focused-forcing-wan-1.3b"
+    return {"part": "importance", "amount": most, "least": "1f", "importance": table}
+
+
 @dataclass(frozen=True)
 class FocusedScores(SelectPart):
     """``λ · attention + (1 - λ) · diversity`` per head and query frame, both standardised.
