@@ -16,7 +16,7 @@ COMBINATION = {
     "positions": "contiguous",
     "precision": {"part": "aged", "codec": "int8", "age": 3},
 }
-POLICIES = [preset(sized(name, "6f")) for name in presets(without_tables=True)] + [
+POLICIES = [preset(sized(name, "6f")) for name in presets(without_tables=True, any_model=True)] + [
     policy_from_dict(COMBINATION)
 ]
 

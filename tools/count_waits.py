@@ -84,7 +84,7 @@ def cases(layers: int) -> list[Case]:
     adaptive = mass | {"budget": {"part": "adaptive", "amount": "4f"}}
     coded = {"part": "aged", "codec": "int4", "age": 3}
     found = []
-    for name in presets():
+    for name in presets(any_model=True):
         fixed = name in ("infinity-rope", "rolling-forcing")
         spec = name if fixed else sized(name, "12f" if name == "future-focused" else "6f")
         for sampler in SAMPLERS:

@@ -141,7 +141,7 @@ def seeds(chosen: argparse.Namespace, save: Save) -> dict[str, Any]:
     model, frames = load_model(), 24 if chosen.device == "cuda" else 12
     moved = (x.to(chosen.device) for x in (model.network, model.codec, model.encoder))
     model, rows = VideoModel(*moved), {}
-    for name in presets(without_tables=True):
+    for name in presets(without_tables=True, any_model=True):
         spec = sized(name, "6f")
         try:
             one, two = (

@@ -108,7 +108,7 @@ def rollouts() -> Iterator[tuple[str, Rollout]]:
     """All of them, by name."""
     model, prompts = load_model("panorama"), ["dusk fast n10 left", "mist fast n7 left"]
     switch = [Event("prompt_switch", 18, "noon slow n4 left")]
-    for name in [*presets(without_tables=True), *MIXED]:
+    for name in [*presets(without_tables=True, any_model=True), *MIXED]:
         if name == "rolling-forcing":
             continue  # wants several chunks in flight
         policy = load_policy(spec_of(name))
@@ -117,7 +117,7 @@ def rollouts() -> Iterator[tuple[str, Rollout]]:
         policy = load_policy(spec_of(name))
         made = rollout(model, policy, prompts, FRAMES, events=switch, decode=False)
         yield f"switch/{name}", made
-    names = [*presets(without_tables=True), "ragged-rows"]
+    names = [*presets(without_tables=True, any_model=True), "ragged-rows"]
     levels = (1000.0, 750.0, 500.0, 250.0)
     models = {
         "rolling": small(sampler="rolling", timesteps=levels),

@@ -23,6 +23,7 @@ from lightning_kv.policies.plugins import (
     installed_parts,
 )
 from lightning_kv.policies.scored import ScoredPart
+from lightning_kv.policies.tables import HeadTable
 from lightning_kv.utilities.nearest import unknown
 
 SLOTS = tuple(kind for kind in KINDS if kind != "budget")
@@ -68,17 +69,26 @@ def _drop_broken() -> None:
             )
 
 
-def presets(without_tables: bool = False) -> dict[str, Preset]:
+def presets(without_tables: bool = False, any_model: bool = False) -> dict[str, Preset]:
     """The published methods: the full cache first, then by the kind of their main part.
 
     Args:
         without_tables: Leave out those that need a table of a reference rollout.
+        any_model: Leave out those that bring a head table of one model, and so fit no other.
     """
     discover()
     _drop_broken()
     order = sorted(PRESETS.values(), key=lambda own: KINDS.index(own[1].kind))
     names = ["full", *(own.name for own, _ in order if own.name != "full")]
-    return {n: PRESETS[n][0] for n in names if not (without_tables and preset(n).needs)}
+    left_out = {n for n in names if without_tables and preset(n).needs}
+    left_out |= {n for n in names if any_model and _of_one_model(preset(n))}
+    return {n: PRESETS[n][0] for n in names if n not in left_out}
+
+
+def _of_one_model(policy: CachePolicy) -> bool:
+    """Whether a part holds a head table that is one model's, and not the one ``auto`` finds."""
+    values = [getattr(part, own.name) for part in policy.parts for own in fields(part)]
+    return any(isinstance(x, HeadTable) and x.file not in (None, "auto") for x in values)
 
 
 def preset(name: str) -> CachePolicy:

@@ -413,23 +413,43 @@ def token_group(place: Tensor, tokens: int, groups: int) -> Tensor:
     return (place.long() * groups).div(tokens, rounding_mode="floor")
 
 
-def diversity(view: CacheView) -> Tensor:
-    """How unlike the average history each frame is, ``[H, F]``; counts its rows.
+def diversity(view: CacheView, among: Tensor | None = None, own: Tensor | None = None) -> Tensor:
+    """How unlike the average frame each frame is, ``[H, F]``; counts its rows.
 
     Minus the mean over tokens of the cosine between a key and the mean key of its place (Focused
     Forcing, arXiv 2605.18346).
+
+    Args:
+        view: Of the layer.
+        among: bool ``[1 or H, F]``: held frames that make up the average; all where None. The
+            answer means nothing for the others.
+        own: Keys of frames in flight ``[H, P, D]``, which belong to the average too and stand
+            behind the held ones: then the answer is ``[H, F + Q]``.
     """
     tokens, keys = view.geometry.tokens, wide(view.keys("read"))
     view.scored += sum(view.lengths)
+    flight = 0 if own is None else own.shape[1] // tokens
+    if own is not None:
+        keys = torch.cat([keys, wide(own)], dim=1)
     if in_order(view):
         keys = keys.unflatten(1, (-1, tokens))  # [H, F, T, D]
-        alike = cosine(keys, keys.sum(1, keepdim=True))
-        slot = view.frame_index[0, ::tokens].argsort()
-        return -alike.mean(-1).index_select(1, slot)
-    place = torch.where(view.valid, view.raster, -1)
+        index, total = view.frame_index[0, ::tokens], keys.sum(1, keepdim=True)
+        if among is not None:
+            counts = torch.nn.functional.pad(among[:, index], (0, flight), value=True)
+            total = (keys * counts[..., None, None]).sum(1, keepdim=True)
+        alike = cosine(keys, total).mean(-1)
+        held = alike[:, : len(index)].index_select(1, index.argsort())
+        return -torch.cat([held, alike[:, len(index) :]], dim=1) if flight else -held
+    counts = view.valid if among is None else view.rows_of(among)
+    place, lines = torch.where(counts, view.raster, -1), len(keys)
+    if flight:
+        raster = torch.arange(tokens, device=keys.device).repeat(flight)
+        place = torch.cat([place.expand(lines, -1), raster.expand(lines, -1)], dim=1)
     index = place.clamp_min(0).unsqueeze(-1).expand_as(keys)
     alike = cosine(keys, summed(keys, place, tokens).gather(1, index))
-    return -view.by_frame(alike.unsqueeze(1), "mean")[:, 0]
+    held = view.by_frame(alike[:, : len(view)].unsqueeze(1), "mean")[:, 0]
+    late = alike[:, len(view) :].unflatten(1, (flight, tokens)).mean(-1) if flight else None
+    return -held if late is None else -torch.cat([held, late], dim=1)
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:

@@ -218,11 +218,12 @@ def generous(policy: CachePolicy, own: Tape) -> CachePolicy:
     Parts without a budget, positions and codecs may well lose something: they do not say that
     they lose nothing.
     """
-    policy, every = headed(policy, own), Uniform(f"{own.frames}f")
-    parts = {
-        kind: replace(part, budget=every) if part.budget is not None else getattr(FULL, kind)
-        for kind, part in (("retain", policy.retain), ("select", policy.select))
-    }
+    policy, parts = headed(policy, own), {}
+    for kind in ("retain", "select"):
+        part, parts[kind] = getattr(policy, kind), getattr(FULL, kind)
+        if part.budget is not None:
+            most = max(own.frames, part.smallest(own.geometry.chunk))
+            parts[kind] = replace(part, budget=Uniform(f"{most}f"))
     plain = {"positions": FULL.positions, "precision": FULL.precision}
     return replace(policy, asked=False, **parts, **plain)
 

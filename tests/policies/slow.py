@@ -262,6 +262,7 @@ class FocusedRule:
     mean_share: float = 0.5
     per_query_frame: bool = True
     anchors: int = 3
+    standardise: str = "history"
     start: int = 0
     refresh: str = "pass"
     log_weight: bool = False
@@ -324,13 +325,14 @@ def focused_frames(rule, rows, q, k, step):
     sizes = {f: len(own) / sessions.GEOMETRY.tokens for f, own in past.items()}
     if step.chunk < rule.start or sum(sizes.values()) <= rule.budget:
         return {f: list(past) for f in step.frames}
-    unlike = unlikeness({f: dict(own) for f, own in past.items()})
-    unlike = dict(zip(past, zscores(list(unlike.values())), strict=True))
+    every = past | flight if rule.standardise == "all" else past
+    unlike = unlikeness({f: dict(own) for f, own in every.items()})
+    unlike = dict(zip(every, zscores(list(unlike.values())), strict=True))
     found = {}
     for frame in step.frames:
         own = {frame: asked[frame]} if rule.per_query_frame else asked
-        scores = attention_scores(rule, past, own, flight, weight)
-        looked = dict(zip(past, zscores(list(scores.values())), strict=True))
+        scores = attention_scores(rule, every, own, flight, weight)
+        looked = dict(zip(every, zscores(list(scores.values())), strict=True))
         w = rule.attention_weight
         total = {f: w * looked[f] + (1 - w) * unlike[f] for f in past}
         anchor = best_of({f: total[f] for f in list(past)[: rule.anchors]}, 1)
@@ -366,13 +368,14 @@ class RollingScript(FocusedScript):
     def look(self, stream, step, q, k):
         """Choose for every query frame, past and frames in flight."""
         past, flight = past_of(stream.rows), list(step.frames)
-        found = {f: [*past, *flight] for f in flight}
-        if step.chunk >= self.first[step.phase] and len(past) > self.rule.budget:
-            if step.phase == "denoise":
+        found, may = {f: [*past, *flight] for f in flight}, self.rule.budget + sessions.CHUNK
+        if step.chunk >= self.first[step.phase]:
+            if step.phase == "commit":
+                rule = replace(self.rule, standardise="all")
+                chosen = focused_frames(rule, stream.rows, q, k, step)
+                found = {f: chosen[f] + flight for f in flight}
+            elif len(past) + len(flight) > may:
                 found = self.denoise(past, step, q, k)
-            else:
-                chosen = focused_frames(self.rule, stream.rows, q, k, step)
-                found = {f: chosen[f] + flight[-sessions.CHUNK :] for f in flight}
         self.kept[id(stream)] = found
 
     def denoise(self, past, step, q, k):

@@ -192,6 +192,8 @@ RULES = {
     "log-sum-exp": FocusedRule(3, score="lse", refresh="chunk"),
     "log-sum-exp together": FocusedRule(4, score="lse", per_query_frame=False, start=3),
     "mass": FocusedRule(3, score="mass", attention_weight=1.0, anchors=1),
+    "over the chunk too": FocusedRule(3, standardise="all", attention_weight=0.46),
+    "over the chunk too, diversity": FocusedRule(3, standardise="all", attention_weight=0.0),
     "mass together": FocusedRule(2, score="mass", per_query_frame=False, anchors=0, start=4),
 }
 
@@ -588,17 +590,58 @@ def test_a_budget_of_everything_is_the_full_cache(budget, score):
 
 
 @pytest.mark.parametrize("anchors", [0, 3])
-@pytest.mark.parametrize("budget", EVERYTHING)
+@pytest.mark.parametrize("budget", [b for b in EVERYTHING if b != "1"])
 def test_rolling_with_a_budget_of_everything_is_the_full_cache(budget, anchors):
-    """Where all that is held fits into the budget there is nothing to choose in flight either."""
-    select = {
-        "part": "focused-rolling",
-        "budget": budget,
-        "anchors": anchors,
-        "denoise_start": 0,
-        "commit_start": 0,
-    }
-    assert_full(select, tape(rolling(4, 2)))
+    """Everything: what is held and what is in flight."""
+    assert_full(all_rolling(budget, anchors), tape(rolling(4, 2)))
+
+
+def all_rolling(budget, anchors=3, **settings):
+    """A selection in all passes."""
+    starts = {"denoise_start": 0, "commit_start": 0} | settings
+    return {"part": "focused-rolling", "budget": budget, "anchors": anchors, **starts}
+
+
+def test_rolling_budgets_that_cover_what_is_held_leave_out_what_is_in_flight():
+    """A head that may read all 6 held frames and 2 more reads 8 of 10, not all."""
+    seen = []
+
+    def question(view):
+        if view.step.chunk < 3 or view.step.phase == "commit":
+            return
+        chosen = build_part("select", all_rolling("6f")).pick(view, {})
+        assert (chosen.frames.sum(-1) + chosen.current.sum(-1) == 8).all()
+        assert (chosen.frames[..., :3].sum(-1) == 1).all()
+        seen.append(chosen)
+
+    views(question, rolling(4, 2))
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize(("reach", "budget", "room"), [(7, 3, 0), (9, 3, 2), (9, 8, 3)])
+def test_rolling_reads_within_reach(reach, budget, room):
+    """The first three frames, as many of the newest as there is room for, and the query of 4; at a
+    commit the newest alone, with a query of 2. A budget of more, the next chunk included, widens
+    the reach."""
+    seen = []
+
+    def question(view):
+        if view.step.chunk < 5:
+            return
+        first, denoise = view.step.start, view.step.phase == "denoise"
+        near = {
+            *range(first - room - (0 if denoise else 5), first),
+            *((0, 1, 2) if denoise else ()),
+        }
+        part = build_part("select", all_rolling(f"{budget}f", reach=reach))
+        chosen = part.pick(view, {}).frames.flatten(0, 1).any(0)
+        read = {view.frames[i] for i in chosen.nonzero()}
+        assert read <= near and len(read) > 1
+        assert {f for f, x in zip(view.frames, part.near(view)[0], strict=True) if x} == near
+        seen.append(view.step.phase)
+
+    views(question, rolling(6, 2))
+    assert {"denoise", "commit"} == set(seen)
 
 
 def test_a_sample_of_a_batch_is_as_if_alone():
@@ -627,6 +670,8 @@ def test_a_sample_of_a_batch_is_as_if_alone():
         ({"start": -1}, r"start=-1 .* 0 or more"),
         ({"attention_weight": float("nan")}, r"attention_weight=nan .* must be from 0 to 1"),
         ({"refresh": "never"}, "neither 'pass' nor 'chunk'"),
+        ({"standardise": "chunk"}, r"standardise='chunk' .* history, all"),
+        ({"standardise": "all", "score": "lse"}, r"standardise='all' .* Use score: logit"),
     ],
 )
 @pytest.mark.parametrize("part", ["focused", "focused-rolling"])
@@ -655,6 +700,7 @@ def test_rolling_refuses_what_it_cannot_do():
         ({"start": 4}, r"start=4 .* Use start: budget"),
         ({"denoise_start": -1}, r"denoise_start=-1 .* 0 or more"),
         ({"commit_start": -2}, r"commit_start=-2 .* 0 or more"),
+        ({"reach": 0}, r"reach=0 .* 1 or more"),
     ):
         with pytest.raises(ValueError, match=text):
             build_part("select", {"part": "focused-rolling", "budget": "3f", **wrong})

@@ -384,7 +384,7 @@ def test_shipped_policy_files_work_from_any_folder(tmp_path, monkeypatch):
     assert files
     for path in files:
         load_policy(str(path))
-    table = load_policy(str(ROOT / "configs/policies/focused_forcing_paper.yaml"))
+    table = load_policy("focused-forcing-paper")
     budget = policy_to_dict(table)["select"]["budget"]["importance"]
     heads = ROOT / "lightning_kv/policies/heads/focused-forcing-wan-1.3b.json"
     assert budget["file"] == heads.stem

@@ -56,7 +56,11 @@ class Importance(BudgetPart):
 
     def check(self, geometry: Geometry, least: int) -> None:
         """The table has the model's shape, and no head gets less than what is protected."""
-        self.importance.check_heads(geometry, "importance table", self.name)
+        try:
+            self.importance.check_heads(geometry, "importance table", self.name)
+        except ValueError as error:
+            way = "Or let all heads share one amount, as `focused-forcing` does."
+            raise ValueError(f"{error} {way}") from None
         low = self.bounds[1]
         frames = low.value / (geometry.tokens if low.unit == "t" else 1)
         if low.unit != "share" and frames < least:
