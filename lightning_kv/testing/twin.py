@@ -148,6 +148,9 @@ class Script:
     def look(self, stream: Stream, step: Pass, q: Tensor, k: Tensor) -> None:
         """In every pass, before attention."""
 
+    def open_all(self, streams: list[Stream], step: Pass) -> None:
+        """In the first pass of a chunk: all heads of one layer, after the hooks above of each."""
+
     def gathered(self, streams: list[Stream], step: Pass) -> None:
         """Final rows are in memory, and no stream of the sample has decided yet."""
 
@@ -215,10 +218,16 @@ class Twin:
         """Attention of one layer, float64 ``[B, T, H, D]``."""
         out = torch.empty(q.shape, dtype=torch.float64)
         for b, sample in enumerate(self._chosen(step)):
-            for head in range(self.geometry.heads):
-                stream = self.branch(step.namespace)[sample, layer, head]
-                given = (x[b, :, head] for x in (q, k, v))
-                out[b, :, head] = self._one(stream, *given, step)
+            branch, heads = self.branch(step.namespace), range(self.geometry.heads)
+            streams = [branch[sample, layer, head] for head in heads]
+            met = [
+                self._met(stream, *(x[b, :, head] for x in (q, k, v)), step)
+                for head, stream in enumerate(streams)
+            ]
+            if step.mode != "scratch" and step.opens and not step.rebuild:
+                self.script.open_all(streams, step)
+            for head, (stream, own) in enumerate(zip(streams, met, strict=True)):
+                out[b, :, head] = self._one(stream, *own, step)
         return out
 
     def finish(self, step: Pass) -> list[tuple[int, Rebuild]]:
@@ -270,8 +279,10 @@ class Twin:
     def _chosen(self, step: Pass) -> Sequence[int]:
         return range(self.batch) if step.samples is None else step.samples
 
-    def _one(self, stream: Stream, q: Tensor, k: Tensor, v: Tensor, step: Pass) -> Tensor:
-        """One stream in one pass ``[T, D]``."""
+    def _met(
+        self, stream: Stream, q: Tensor, k: Tensor, v: Tensor, step: Pass
+    ) -> tuple[list[Query], list[Row]]:
+        """Queries and rows in flight of one stream, once the script has seen them."""
         tokens, script = self.geometry.tokens, self.script
         at = [(step.frames[i // tokens], step.query_times[i // tokens]) for i in range(len(q))]
         at = [(frame, time, i % tokens) for i, (frame, time) in enumerate(at)]
@@ -284,6 +295,11 @@ class Twin:
             if step.final and not step.rebuild:
                 script.closing(stream, step, q)
             script.look(stream, step, q, k)
+        return queries, flight
+
+    def _one(self, stream: Stream, queries: list[Query], flight: list[Row], step: Pass) -> Tensor:
+        """One stream in one pass ``[T, D]``."""
+        script = self.script
         now, out, past = [stream.key(row) for row in flight], [], {}
         for query in queries:
             if query.frame not in past:
