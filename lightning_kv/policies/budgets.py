@@ -156,6 +156,15 @@ class Amount:
             )
 
 
+def frames_of(portion: float, budget: float) -> int:
+    """Frames that a setting means: whole numbers are frames, others a share of the budget.
+
+    >>> frames_of(3, 18), frames_of(0.55, 18)
+    (3, 10)
+    """
+    return portion if isinstance(portion, int) else math.floor(portion * budget + 0.5)
+
+
 def read_memory(text: str | None) -> int | None:
     """Bytes from ``24GiB``; None from None.
 
