@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -78,14 +77,14 @@ class MemRoPE(RetainPart):
 
     def folding(self, view: CacheView, state: Any) -> Retention | None:
         """The decision for one layer."""
-        room = max(math.floor(self.budget.frames(view)), self.smallest(view.geometry.chunk))
+        room = max(self.rows(view)[0] // view.geometry.tokens, self.smallest(view.geometry.chunk))
         behind = view.frames[self.sink :]
         memories, gone = behind[:2], behind[2:][: max(len(view.frames) - room, 0)]
         if not gone:  # a share of little
             return None
         first, state[view.layer] = view.layer not in state, True
-        sums = self.folded(view, memories, gone, first)
-        return Retention(sums=sums, keep=~view.rows_from((*memories, *gone)))
+        kept = ~view.rows_from((*memories, *gone))
+        return Retention(sums=self.folded(view, memories, gone, first), keep=kept)
 
     def folded(self, view: CacheView, memories: tuple, gone: tuple, first: bool) -> Sums:
         """Both memories as sums of what they were and of the frames that leave."""
@@ -95,10 +94,10 @@ class MemRoPE(RetainPart):
         leaving = torch.cat([row[frame] for frame in gone], 1)
         if self.mean == "frame":  # every row that leaves goes into every place
             leaving = leaving.repeat_interleave(tokens, 1)
-        count = leaving.shape[1] // tokens
-        into = place.repeat(1, count)
+        into = place.repeat(1, count := leaving.shape[1] // tokens)
         source, target, coefficient = [], [], []
-        for i, rate in enumerate(self.rates(view, row[memories[1]], leaving, into, first)):
+        rates = self.rates(view, row[memories[1]], leaving, into)
+        for i, rate in enumerate([torch.ones_like(rates[0])] * 2 if first else rates):
             source += [leaving, row[memories[i]]]
             target += [into + i * tokens, place + i * tokens]
             coefficient += [(rate / count).gather(1, into), 1 - rate]
@@ -107,13 +106,11 @@ class MemRoPE(RetainPart):
         pairs = (torch.cat(x, 1) for x in (source, target, coefficient))
         return Sums(*pairs, ids, ids.float(), spots, weight=torch.ones_like(ids).float())
 
-    def rates(
-        self, view: CacheView, old: Tensor, leaving: Tensor, into: Tensor, first: bool
-    ) -> list[Tensor]:
+    def rates(self, view: CacheView, old: Tensor, leaving: Tensor, into: Tensor) -> list[Tensor]:
         """How far each place of the long and the short memory moves, ``[1, T]`` each."""
         blank = torch.ones(1, view.geometry.tokens, device=view.device)
-        if first or not self.adaptive:
-            return [blank if first else blank * rate for rate in (self.long, self.short)]
+        if not self.adaptive:
+            return [blank * self.long, blank * self.short]
         keys = wide(view.keys("raw"))
         view.scored += (leaving.shape[1] + old.shape[1]) * view.heads
         moved = summed(keys[:, leaving[0]], into, view.geometry.tokens)
