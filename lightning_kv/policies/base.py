@@ -34,7 +34,8 @@ class RetainPart(ScoredPart):
     moments: ClassVar[tuple[str, ...]] = ("commit",)
     """When it is asked: ``commit`` (after the commit pass, all layers together), ``open`` (in the
     first pass of a chunk) or ``closing`` (in the commit pass, whose attention reads the result),
-    the latter two layer by layer, before attention, with the queries at hand."""
+    the latter two layer by layer, before attention, with the queries at hand. Between a commit and
+    the next ``open`` the newest chunk is still the current one, which no budget counts."""
 
     def suits(self, bias: str | None) -> None:
         """Refuse the policy's bias where it contradicts what this part does."""

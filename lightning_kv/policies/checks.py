@@ -35,3 +35,31 @@ def between(part: Any, low: float, high: float | None, *names: str) -> None:
                 f"{name}={value} of the {part.kind} part {part.name!r} is out of range. "
                 f"It must be {room}."
             )
+
+
+def portion(part: Any, *names: str) -> None:
+    """Refuse what is neither a number of frames (0, 1, 2, ...) nor a share from 0 to below 1.
+
+    Raises:
+        ValueError: Names the setting, what it is and what it may be.
+    """
+    for name in names:
+        value = getattr(part, name)
+        if not (value >= 0 and (isinstance(value, int) or value < 1)):
+            raise ValueError(
+                f"{name}={value} of the {part.kind} part {part.name!r} is neither frames nor a "
+                "share of the budget. Give a whole number of frames, or a share from 0 to below 1."
+            )
+
+
+def one_for_all_heads(part: Any) -> None:
+    """Refuse a budget that gives heads different lengths where all of them hold the same rows.
+
+    Raises:
+        ValueError: Names the budget and what would work.
+    """
+    if part.budget is not None and part.budget.name != "uniform":
+        raise ValueError(
+            f"The {part.kind} part {part.name!r} keeps the same rows in all heads, and the budget "
+            f"part {part.budget.name!r} gives them different lengths. Use the budget uniform."
+        )
