@@ -57,14 +57,20 @@ class QueryTable:
         return cls(**value)
 
     @classmethod
-    def read(cls, path: str | Path, name: str) -> QueryTable:
+    def read(cls, path: str | Path, name: str, folder: Path = Path()) -> QueryTable:
         """From a JSON file.
+
+        Args:
+            path: Of the file.
+            name: Of the setting.
+            folder: Where the path starts.
 
         Raises:
             ValueError: No such file, or it holds no means of queries.
         """
+        path = folder / path
         try:
-            content = Path(path).read_bytes()
+            content = path.read_bytes()
             found = json.loads(content)
             rows = [
                 tuple(tuple(tuple(map(float, head)) for head in layer) for layer in found[key])
@@ -77,7 +83,7 @@ class QueryTable:
             raise ValueError(
                 f"{str(path)!r} holds no means of queries: {text}. {WANTED}"
             ) from error
-        return cls(*rows, Path(path).name, hashlib.sha256(content).hexdigest())
+        return cls(*rows, path.name, hashlib.sha256(content).hexdigest())
 
     def check(self, geometry: Geometry) -> None:
         """Refuse those of another model.

@@ -1,0 +1,397 @@
+"""Write docs/catalogue.md from the catalogue's runs; every statement in it is computed from them.
+
+lightning-kv evaluate -c configs/catalogue.yaml
+lightning-kv evaluate -c configs/catalogue_any_start.yaml
+python tools/catalogue.py --close        # prints the commands that give the close ones 32 worlds
+lightning-kv evaluate -c configs/catalogue_bytes.yaml
+lightning-kv evaluate -c configs/catalogue_positions.yaml
+python tools/catalogue.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from lightning_kv.policies.part import PRESETS
+from lightning_kv.policies.registry import presets
+from lightning_kv.runs.directory import RunDirectory
+from lightning_kv.runs.units import metric_of, unit_means
+from lightning_kv.stats.bootstrap import bca_interval
+from lightning_kv.stats.inference import holm, sign_flip_p
+
+ROOT = Path(__file__).resolve().parents[1]
+CLOSE = 0.05  # of recall: near enough to the front for more worlds, and a loss that is small
+BYTES, READS = "kv_bytes_peak", "kv_read_fraction"
+SETTINGS = {
+    "catalogue": "The camera starts at the left wall: the given frames show the whole world",
+    "catalogue_any_start": "The camera starts anywhere: much is first seen later",
+}
+SEEDS = ("focused-forcing", "future-forcing", "future-focused", "forcing-kv", "hfs")
+RIVALS = (
+    *("deep-forcing", "expected-attention", "tri-attention", "echo-forcing", "density-kv"),
+    *("h2o", "snap-kv", "sliding-window", "random-memory", "oracle"),
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference of recall over worlds.
+
+    Args:
+        mean: Of the differences.
+        interval: 95 %, of this comparison alone.
+        p: Two-sided, corrected for all comparisons of its list.
+        n: Worlds.
+    """
+
+    mean: float
+    interval: tuple[float, float]
+    p: float
+    n: int
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+    @property
+    def sure(self) -> bool:
+        """Whether it is no chance, all comparisons of its list together at 5 %."""
+        return self.p <= 0.05
+
+
+class Run:
+    """A finished run.
+
+    Args:
+        folder: Where it is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.summary = json.loads((folder / "summary.json").read_text())
+
+    @cached_property
+    def recall(self) -> dict[str, dict[str, float]]:
+        """Recall of every policy by world."""
+        clips: dict[str, list] = {}
+        for record in RunDirectory(self.folder).records():
+            clips.setdefault(record["policy"], []).append(record)
+        return {name: unit_means(own, metric_of("recall")) for name, own in clips.items()}
+
+    @property
+    def hindsight(self) -> list[str]:
+        """Policies that know what is to come."""
+        return self.summary["run"]["hindsight"]
+
+    @property
+    def names(self) -> list[str]:
+        """All policies, the reference first."""
+        return list(self.summary["policies"])
+
+    def mean(self, name: str) -> float:
+        """Recall."""
+        own = self.recall[name]
+        return math.fsum(own.values()) / len(own)
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """Of the mean."""
+        return bca_interval(list(self.recall[name].values()))
+
+    def cost(self, name: str, axis: str) -> float:
+        """Of a policy, by an axis."""
+        return self.summary["policies"][name]["cost"][axis]
+
+    def on_front(self, name: str, axis: str) -> float | None:
+        """How probably it is on the front of recall and an axis; None for hindsight."""
+        found = self.summary["pareto"]["recall"][axis].get(name)
+        return None if found is None else found["p"]
+
+    def gap(self, name: str, axis: str) -> float:
+        """Recall below the best policy that costs no more."""
+        cost = self.cost(name, axis)
+        rivals = [n for n in self.names if n not in self.hindsight and self.cost(n, axis) <= cost]
+        return max(self.mean(rival) for rival in rivals) - self.mean(name)
+
+    def close(self) -> list[str]:
+        """Policies within a small loss of the front of bytes or of reads."""
+        own = [name for name in self.names if name not in self.hindsight]
+        return [n for n in own if min(self.gap(n, BYTES), self.gap(n, READS)) <= CLOSE]
+
+    def differences(self, pairs: Sequence[tuple[str, str]]) -> list[Difference]:
+        """Of recall, first minus second, for a list of comparisons."""
+        found = []
+        for first, second in pairs:
+            a, b = self.recall[first], self.recall[second]
+            found.append([a[unit] - b[unit] for unit in sorted(a.keys() & b.keys())])
+        many = holm([sign_flip_p(values) for values in found])
+        return [
+            Difference(math.fsum(v) / len(v), bca_interval(v), p, len(v))
+            for v, p in zip(found, many, strict=True)
+        ]
+
+
+def base_of(name: str) -> str:
+    """The preset of ``NAME@BUDGET``."""
+    return name.partition("@")[0]
+
+
+def budget_of(name: str) -> str:
+    """The budget of ``NAME@BUDGET``, empty where it has none."""
+    return name.partition("@")[2]
+
+
+def saves(name: str) -> tuple[str, ...]:
+    """What a preset saves: memory, reads."""
+    own = presets().get(base_of(name))
+    return own.saves if own else ()
+
+
+def memory(run: Run) -> list[str]:
+    """Methods that decide what stays in memory, at all their budgets; controls left out."""
+    controls = ("random-memory", "sliding-window", "sink-window")
+    return [
+        name
+        for name in run.names
+        if "memory" in saves(name)
+        and PRESETS[base_of(name)][1].kind == "retain"
+        and base_of(name) not in controls
+        and name not in run.hindsight
+    ]
+
+
+# -- tables ----------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def overview(run: Run) -> str:
+    """All policies, the best first."""
+    names = sorted(run.names, key=lambda name: -run.mean(name))
+    losses = run.differences([(name, run.summary["reference"]) for name in names])
+    rows = []
+    for name, loss in zip(names, losses, strict=True):
+        low, high = run.interval(name)
+        sure = [run.on_front(name, axis) for axis in (BYTES, READS)]
+        rows.append(
+            [
+                f"`{name}`",
+                f"{run.mean(name):.3f} [{low:.3f}, {high:.3f}]",
+                "-" if name == run.summary["reference"] else str(loss),
+                f"{run.cost(name, BYTES) / 2**20:.2f}",
+                f"{100 * run.cost(name, READS):.0f} %",
+                f"{100 * run.cost(name, 'kv_scored_fraction'):.0f} %",
+                *("knows the future" if p is None else f"{100 * p:.0f} %" for p in sure),
+            ]
+        )
+    head = ["policy", "recall", "against full", "MiB", "reads", "scored"]
+    return table([*head, "P(front, bytes)", "P(front, reads)"], rows)
+
+
+def duel_rows(run: Run, pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """One line for each comparison."""
+    return [
+        [f"`{a}`", f"`{b}`", str(d), "yes" if d.sure else "no"]
+        for (a, b), d in zip(pairs, run.differences(pairs), strict=True)
+    ]
+
+
+def duels(run: Run, pairs: Sequence[tuple[str, str]]) -> str:
+    """Comparisons as a table."""
+    return table(["policy", "against", "recall", "sure"], duel_rows(run, pairs))
+
+
+# -- readings --------------------------------------------------------------------------------
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Names in a sentence."""
+    return ", ".join(f"`{name}`" for name in names) or "none"
+
+
+def what_to_run(run: Run) -> list[str]:
+    """The cheapest policies that lose little for sure, and the best at each budget."""
+    reference, lines = run.summary["reference"], []
+    own = [n for n in run.names if n not in run.hindsight and n != reference]
+    losses = dict(zip(own, run.differences([(n, reference) for n in own]), strict=True))
+    for axis, word, unit in ((BYTES, "bytes", 2**20), (READS, "reads", 0.01)):
+        sure = [n for n in own if losses[n].interval[0] >= -CLOSE]
+        saving = [n for n in sure if run.cost(n, axis) < run.cost(reference, axis)]
+        best = sorted(saving, key=lambda n: run.cost(n, axis))[:3]
+        form = "{:.2f} MiB" if axis == BYTES else "{:.0f} %"
+        if not best:
+            lines.append(
+                f"- To save {word}: no policy here stays within {CLOSE} of the full cache's recall "
+                "with its whole interval."
+            )
+        for name in best:
+            amount = form.format(run.cost(name, axis) / unit)
+            whole = form.format(run.cost(reference, axis) / unit)
+            lines.append(
+                f"- To save {word}: `{name}` takes {amount} (full: {whole}) at {losses[name]} of "
+                "recall."
+            )
+    for budget in ("6f", "9f", "15f"):
+        at = sorted((n for n in memory(run) if budget_of(n) == budget), key=lambda n: -run.mean(n))
+        first = [f"`{n}` {run.mean(n):.3f} ({losses[n]} against full)" for n in at[:3]]
+        if first:
+            lines.append(f"- Best memories of {budget}: {'; '.join(first)}.")
+    return lines
+
+
+def against(run: Run, rival: str) -> list[str]:
+    """How the memories stand against one control at the same budget."""
+    pairs = [
+        (name, f"{rival}@{budget_of(name)}")
+        for name in memory(run)
+        if f"{rival}@{budget_of(name)}" in run.names
+    ]
+    if not pairs:
+        return []
+    found = list(zip(pairs, run.differences(pairs), strict=True))
+    groups = {
+        "better": [(a, d) for (a, _), d in found if d.sure and d.mean > 0],
+        "worse": [(a, d) for (a, _), d in found if d.sure and d.mean < 0],
+    }
+    undecided = len(found) - sum(map(len, groups.values()))
+    lines = [
+        f"Of {len(found)} comparisons at equal budgets, {len(groups['better'])} are better than "
+        f"`{rival}`, {len(groups['worse'])} worse, {undecided} undecided (sign-flip tests over "
+        f"{found[0][1].n} worlds, Holm over the list, 5 %)."
+    ]
+    for word, own in groups.items():
+        own = sorted(own, key=lambda pair: pair[1].mean, reverse=word == "better")
+        lines += [f"- {word}: `{name}` {d}" for name, d in own]
+    return lines
+
+
+def seeds(run: Run) -> list[str]:
+    """Where the methods this package started from stand."""
+    lines = []
+    for name in (n for n in run.names if base_of(n) in SEEDS):
+        word, axis = ("bytes", BYTES) if "memory" in saves(name) else ("reads", READS)
+        cost, own = run.cost(name, axis), base_of(name)
+        rivals = [
+            n
+            for n in run.names
+            if n not in run.hindsight and base_of(n) != own and run.cost(n, axis) <= cost
+        ]
+        if not rivals:
+            continue
+        best = max(rivals, key=run.mean)
+        (difference,) = run.differences([(name, best)])
+        lines.append(
+            f"- `{name}`: {difference} against `{best}`, the best other policy that takes no more "
+            f"{word}."
+        )
+    return lines
+
+
+def equal_bytes(run: Run) -> str:
+    """Future Forcing against its rivals at the same number of bytes."""
+    pairs = []
+    for mine in (n for n in run.names if base_of(n) == "future-forcing"):
+        rivals = (f"{rival}@{budget_of(mine)}" for rival in RIVALS)
+        pairs += [(mine, rival) for rival in rivals if rival in run.names]
+    return duels(run, pairs)
+
+
+def crossing(run: Run) -> str:
+    """Absolute against contiguous positions of every memory."""
+    pairs = [(name.replace("-contiguous", ""), name) for name in run.names if "-contiguous" in name]
+    pairs = [(a, b) for a, b in pairs if a in run.names]
+    rows = [
+        [f"`{a}`", f"{run.mean(a):.3f}", f"{run.mean(b):.3f}", str(d), "yes" if d.sure else "no"]
+        for (a, b), d in zip(pairs, run.differences([(b, a) for a, b in pairs]), strict=True)
+    ]
+    return table(["policy", "absolute", "contiguous", "difference", "sure"], rows)
+
+
+# -- the document ----------------------------------------------------------------------------
+
+
+def found_run(name: str) -> Run | None:
+    """A run, if it is there."""
+    folder = ROOT / "runs" / name
+    return Run(folder) if (folder / "summary.json").is_file() else None
+
+
+def section(name: str, about: str) -> list[str]:
+    """All that is said about one setting."""
+    run = found_run(name)
+    if run is None:
+        return [f"## {about}", "", f"Not run yet: `lightning-kv evaluate -c configs/{name}.yaml`."]
+    worlds = run.summary["run"]["prompts"]
+    lines = [f"## {about}", "", f"`lightning-kv evaluate -c configs/{name}.yaml`, {worlds} worlds."]
+    lines += ["", "### What to run", "", *what_to_run(run)]
+    lines += ["", "### Where the seeds stand", "", *seeds(run)]
+    lines += ["", "### Against random memory", "", *against(run, "random-memory")]
+    lines += ["", "### Against a sliding window", "", *against(run, "sliding-window")]
+    for suffix, title, made in (
+        ("close", "The close ones on 32 worlds", overview),
+        ("bytes", "Future Forcing at equal bytes", equal_bytes),
+        ("positions", "Absolute against contiguous positions", crossing),
+    ):
+        other = found_run(f"{name}_{suffix}")
+        if other is not None:
+            lines += ["", f"### {title}", "", made(other)]
+    return [*lines, "", "### All policies", "", overview(run)]
+
+
+INTRODUCTION = """# The catalogue: every published cache policy on one model
+
+Written by `python tools/catalogue.py` from the runs named below; nothing here is typed by hand.
+The embedded panorama model (72 latent frames, 15 given, 24 for the way there and back) rolls out
+every preset at budgets of 6, 9 and 15 history frames, from the same worlds and the same noise.
+**recall** is the share of the content of places seen before that is right (1 is perfect), **MiB**
+the peak of the whole cache, **reads** the history rows attended to and **scored** those touched to
+choose, both as shares of the full cache's reads. Differences are paired by world; the brackets are
+95 % intervals of each comparison alone, and **sure** says that a sign-flip test holds at 5 % over
+its whole list (Holm). **P(front)** is how often a policy is on the front of recall and cost when
+the worlds are drawn anew. The world is small and made to punish forgetting: it says which methods
+keep what must be kept, not how films look.
+"""
+
+
+def document() -> str:
+    """The whole page."""
+    parts = ["\n".join(section(name, about)) for name, about in SETTINGS.items()]
+    return INTRODUCTION + "\n" + "\n\n".join(parts) + "\n"
+
+
+def close_commands() -> list[str]:
+    """What gives the policies near the front more worlds."""
+    lines = []
+    for name in SETTINGS:
+        run = found_run(name)
+        if run is not None:
+            chosen = ",".join(run.close())
+            lines.append(
+                f"lightning-kv evaluate -c configs/{name}.yaml --prompts 32 --budgets null "
+                f"--policies '[{chosen}]' --out runs/{name}_close"
+            )
+    return lines
+
+
+def main() -> None:
+    """Write the page, or print commands."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--close", action="store_true", help="print the commands for 32 worlds")
+    if parser.parse_args().close:
+        sys.stdout.write("\n".join(close_commands()) + "\n")
+        return
+    (ROOT / "docs" / "catalogue.md").write_text(document())
+
+
+if __name__ == "__main__":
+    main()
