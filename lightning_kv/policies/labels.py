@@ -6,6 +6,7 @@ Shapes: H heads.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,18 @@ def heads_of(view: CacheView, labels: HeadTable, kind: str) -> Tensor:
     return upload(own, view._like, torch.bool).unsqueeze(1)
 
 
-def labelled(part: Any, kinds: Mapping[str, int] | Sequence[str]) -> HeadTable:
-    """The setting ``labels`` of a part in words; see :meth:`.HeadTable.labelled`."""
-    return HeadTable.of(part.labels, "labels").labelled(part.name, "labels", kinds)
+def labelled(
+    part: Any, kinds: Mapping[str, int] | Sequence[str], threshold: float | None = None
+) -> HeadTable:
+    """The setting ``labels`` of a part in words; see :meth:`.HeadTable.labelled`.
+
+    Args:
+        part: That has it.
+        kinds: The words.
+        threshold: Where given, numbers mean the second of two words from there on, else the first.
+    """
+    given = HeadTable.of(part.labels, "labels")
+    if threshold is not None and all(isinstance(x, int | float) for x in given.values):
+        rows = tuple(tuple(float(x >= threshold) for x in row) for row in given.rows)
+        given = replace(given, rows=rows)
+    return given.labelled(part.name, "labels", kinds)
