@@ -106,22 +106,26 @@ class Clamp(PositionsPart):
     """No row appears further back than a largest lag.
 
     Args:
-        lag: Largest distance to the start of the current chunk, in frames; what the model's
-            training allows (its horizon minus the chunk) where None.
+        lag: Largest distance in frames; what the model's training allows (its horizon minus the
+            chunk) where None.
+        to: To the ``start`` of the query, or to its ``end``, so that history and a query of any
+            length share a reach of ``lag`` frames.
     """
 
     name: ClassVar[str] = "clamp"
     lag: int | None = None
+    to: str = "start"
 
     def __post_init__(self) -> None:
+        choice(self, to=("start", "end"))
         if self.lag is not None:
             between(self, 0, None, "lag")
 
     def lags(self, view: CacheView, state: Any, selection: Selection | None = None) -> Tensor:
         """Those of the recorded times, none larger than allowed."""
-        most = self.lag
-        if most is None:
-            most = view.geometry.train_horizon - view.query_frames
+        most = view.geometry.train_horizon if self.lag is None else self.lag
+        if self.lag is None or self.to == "end":
+            most = max(most - view.query_frames, 0)
         return (view.step.query_times[0] - view.time).clamp_max(most).unsqueeze(1)
 
 

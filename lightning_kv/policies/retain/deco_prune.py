@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_kv.cache.decisions import Retention
 from lightning_kv.cache.passes import Pass
-from lightning_kv.cache.view import CacheView, PassView
+from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import RetainPart, newest
 from lightning_kv.policies.checks import between
 from lightning_kv.policies.part import Preset
@@ -43,8 +43,7 @@ class DecoPrune(RetainPart):
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             "deco-prune",
-            "Drop tokens that an early denoising step foresaw, in all layers and heads alike; "
-            "squeeze the times of the rest.",
+            "Drop tokens that an earlier denoising step foresaw, alike in all layers and heads.",
             "CMBench, no arXiv id",
             ("memory", "reads"),
             {"retain": "deco-prune", "positions": "virtual-age"},
@@ -60,10 +59,7 @@ class DecoPrune(RetainPart):
         between(self, 0, None, "gamma", "probe")
         between(self, 1, None, "local")
 
-    @property
-    def unit(self) -> str:
-        """Single tokens."""
-        return "token"
+    unit: ClassVar[str] = "token"
 
     def smallest(self, chunk: int) -> int:
         """The newest chunk."""
@@ -94,13 +90,12 @@ class DecoPrune(RetainPart):
         pairs = zip(views, self.choose(views, state), strict=True)
         made = state.pop("error")
         return [
-            Retention({"error": made[v.layer]}, keep=None if units is None else units[:, 0])
-            for v, units in pairs
+            Retention({"error": made[v.layer]}, keep=u if u is None else u[:, 0]) for v, u in pairs
         ]
 
     def errors(self, view: CacheView, state: Any) -> Tensor:
         """Of all rows, ``[1 or H, N]``."""
-        new, old, off = view.frame_id >= newest(view), view.field("error"), state["off"]
+        new, old, off = view.frame_id >= newest(view), view.field("error"), state.get("off")
         if off is None:
             return torch.where(new, WHOLE, old)
         off = by_token(off, view.geometry.grid).nan_to_num(WHOLE, WHOLE).flatten()
@@ -115,7 +110,7 @@ class DecoPrune(RetainPart):
         """The newest chunk."""
         return (view.frame_id >= newest(view)).unsqueeze(1)
 
-    def closing(self, view: PassView, state: Any) -> Retention | None:
+    def closing(self, view: CacheView, state: Any) -> Retention | None:
         """Drop what was foreseen in the chunks that are old enough."""
         starts, old = state.get("starts", [0]), view.step.chunk + 1 - 2 * self.local
         if self.budget is not None or not 1 < old < len(starts):
