@@ -20,7 +20,7 @@ from lightning_kv.cache.view import CacheView, PassView
 from lightning_kv.policies.budget.uniform import Uniform
 from lightning_kv.policies.budgets import Amount
 from lightning_kv.policies.checks import choice
-from lightning_kv.policies.part import Part, State
+from lightning_kv.policies.part import PARTS, Part, State
 from lightning_kv.policies.scored import ScoredPart
 
 ENDLESS = 10**9  # frames
@@ -36,6 +36,11 @@ class RetainPart(ScoredPart):
     first pass of a chunk) or ``closing`` (in the commit pass, whose attention reads the result),
     the latter two layer by layer, before attention, with the queries at hand. Between a commit and
     the next ``open`` the newest chunk is still the current one, which no budget counts."""
+
+    @property
+    def layered(self) -> bool:
+        """In the middle of a pass it is."""
+        return "commit" not in self.moments
 
     def suits(self, bias: str | None) -> None:
         """Refuse the policy's bias where it contradicts what this part does."""
@@ -124,6 +129,11 @@ class SelectPart(ScoredPart):
     def __post_init__(self) -> None:
         if self.refresh not in ("pass", "chunk"):
             raise ValueError(f"refresh={self.refresh!r} is neither 'pass' nor 'chunk'.")
+
+    @property
+    def layered(self) -> bool:
+        """In a pass it is."""
+        return True
 
     def pick(self, view: PassView, state: State) -> Selection | None:
         """The selection of one layer; everything where None."""
@@ -307,12 +317,7 @@ class CachePolicy:
         for part in (self.retain, self.select):
             part.check(geometry, chunk, frames)
             if part.budget is not None:
-                if part.budget.compares and not part.comparable:
-                    raise ValueError(
-                        f"The budget part {part.budget.name!r} compares scores between heads, and "
-                        f"those of {part.name!r} in {self.name!r} only rank within one. Give "
-                        "another budget, or another score."
-                    )
+                self._check_budget(part)
                 part.budget.check(geometry, part.smallest(chunk))
                 amount = Amount.parse(part.budget.amount)
                 if amount.unit == "B" and part.kind == "select":
@@ -323,3 +328,20 @@ class CachePolicy:
                 least = part.smallest(chunk)
                 row = self.precision.row_bytes(geometry)
                 amount.check(self.name, least, history, chunk, geometry, row)
+
+    def _check_budget(self, part: ScoredPart) -> None:
+        """Refuse a budget that wants to know what its part cannot tell."""
+        budget, where = part.budget, f"the {part.kind} part {part.name!r} in {self.name!r}"
+        if budget.compares and not part.comparable:
+            fits = [name for name, cls in PARTS["budget"].items() if not cls.compares]
+            raise ValueError(
+                f"The budget part {budget.name!r} compares scores between heads, and those of "
+                f"{where} only rank within one. Give it the budget part {' or '.join(fits)}, or "
+                "another score."
+            )
+        if budget.gathers and part.layered:
+            raise ValueError(
+                f"The budget part {budget.name!r} divides among the heads of all layers, and "
+                f"{where} decides layer by layer. Use over: layer, or a retain part that decides "
+                "at a commit."
+            )

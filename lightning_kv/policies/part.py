@@ -164,6 +164,11 @@ class BudgetPart(Part, ABC):
     """Whether it compares scores of different heads."""
     amount: str = "9f"
 
+    @property
+    def gathers(self) -> bool:
+        """Whether it needs the scores of all layers at once, which only a commit has."""
+        return False
+
     def __post_init__(self) -> None:
         Amount.parse(self.amount)
 

@@ -265,6 +265,18 @@ def part_class(kind: str, name: Any) -> type[Part]:
             )
         return found
     if not isinstance(name, str) or name not in PARTS[kind]:
+        elsewhere = [other for other in KINDS if isinstance(name, str) and name in PARTS[other]]
+        if elsewhere:
+            raise ValueError(
+                f"{name!r} is given as the {kind} part, and it is a {elsewhere[0]} part. Write it "
+                f"under `{elsewhere[0]}:`, and under `{kind}:` one of: "
+                f"{', '.join(sorted(PARTS[kind]))}."
+            )
+        if isinstance(name, str) and name in PRESETS:
+            raise ValueError(
+                f"{name!r} is given as the {kind} part, and it is a published method. It is made "
+                f"of {PRESETS[name][0].parts or 'the default parts'}: write these instead."
+            )
         raise ValueError(unknown(f"{kind} part", name, sorted(PARTS[kind])))
     refuse_clash(name)
     return checked(PARTS[kind][name])

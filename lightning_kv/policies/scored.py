@@ -41,6 +41,11 @@ class ScoredPart(Part):
         """Whether scores of different heads can be compared, as softmax mass can."""
         return True
 
+    @property
+    def layered(self) -> bool:
+        """Whether it is asked layer by layer, so that no budget can look at all of them."""
+        return False
+
     budget: BudgetPart | None = None
 
     @property

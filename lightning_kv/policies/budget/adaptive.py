@@ -50,6 +50,11 @@ class Adaptive(BudgetPart):
         between(self, 0, 1, "safe")
         choice(self, over=("layer", "model"))
 
+    @property
+    def gathers(self) -> bool:
+        """Heads of the whole model share only where all are asked together."""
+        return self.over == "model"
+
     def lengths(
         self,
         views: Sequence[CacheView],

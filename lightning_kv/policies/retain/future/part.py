@@ -93,14 +93,14 @@ class Future(ExpectedPart):
                 "Use granularity: token, or neighbourhood: 0."
             )
 
+    @property
+    def layered(self) -> bool:
+        """At a commit too: what the queries to come say takes a buffer for each layer."""
+        return True
+
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
         """The bank lies within the history, the neighbourhood within the frame."""
         super().check(geometry, chunk, frames)
-        if getattr(self.budget, "over", "layer") == "model":
-            raise ValueError(
-                f"The budget part {self.budget.name!r} shares over: model, but the retain part "
-                f"{self.name!r} decides layer by layer. Use over: layer."
-            )
         if self.neighbourhood >= max(geometry.grid):
             raise ValueError(
                 f"neighbourhood={self.neighbourhood} is larger than the frame of "
