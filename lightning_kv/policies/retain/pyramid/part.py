@@ -93,10 +93,10 @@ class PyramidForcing(PyramidHeads, RetainPart):
         frames = range(low * size, done * size)
         at = upload([view.frames.index(f) for f in frames], view._like, torch.int64)
         row = Layout.of(view).row.expand(view.heads, -1, -1).index_select(1, at)  # [H, f, T]
-        place, square, squares = self.squares(view)
+        place, tokens, square = self.squares(view)
+        squares = len(place)
         block = torch.arange(count, device=row.device).repeat_interleave(size)
         target = block.unsqueeze(1) * squares + square  # [f, T]
-        tokens = square.bincount(minlength=squares)
         share = (1.0 / (tokens * size))[square].expand_as(target)
         middle = (low + torch.arange(count, device=row.device)) * size + (size - 1) // 2
         middle = middle.repeat_interleave(squares).unsqueeze(0)
@@ -109,11 +109,12 @@ class PyramidForcing(PyramidHeads, RetainPart):
             place.repeat(count, 1).unsqueeze(0),
         )
 
-    def squares(self, view: CacheView) -> tuple[Tensor, Tensor, int]:
-        """The middle of each square ``[G, 2]``, the square of each token ``[T]``, their number."""
+    def squares(self, view: CacheView) -> tuple[Tensor, Tensor, Tensor]:
+        """The middle of each square ``[G, 2]``, its tokens ``[G]``, and that of each token."""
         rows, columns = view.geometry.grid
         place, wide = view.geometry.places(view.device), -(-columns // self.patch)
         square = place[:, 0] // self.patch * wide + place[:, 1] // self.patch
-        count = -(-rows // self.patch) * wide
-        total = torch.zeros(count, 2, device=place.device).index_add(0, square, place.float())
-        return total / square.bincount(minlength=count).unsqueeze(1), square, count
+        every = torch.arange(-(-rows // self.patch) * wide, device=view.device)
+        members = (every.unsqueeze(1) == square).float()
+        tokens = members.sum(1)
+        return members @ place.float() / tokens.unsqueeze(1), tokens, square
