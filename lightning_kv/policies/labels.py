@@ -24,7 +24,10 @@ def heads_of(view: CacheView, labels: HeadTable, kind: str) -> Tensor:
 
 
 def labelled(
-    part: Any, kinds: Mapping[str, int] | Sequence[str], threshold: float | None = None
+    part: Any,
+    kinds: Mapping[str, int] | Sequence[str],
+    threshold: float | None = None,
+    method: str | None = None,
 ) -> HeadTable:
     """The setting ``labels`` of a part in words; see :meth:`.HeadTable.labelled`.
 
@@ -32,9 +35,10 @@ def labelled(
         part: That has it.
         kinds: The words.
         threshold: Where given, numbers mean the second of two words from there on, else the first.
+        method: Whose shipped tables ``auto`` means; the part's name where not given.
     """
     given = HeadTable.of(part.labels, "labels")
     if threshold is not None and all(isinstance(x, int | float) for x in given.values):
         rows = tuple(tuple(float(x >= threshold) for x in row) for row in given.rows)
         given = replace(given, rows=rows)
-    return given.labelled(part.name, "labels", kinds)
+    return given.labelled(method or part.name, "labels", kinds)
