@@ -49,10 +49,11 @@ class DummyForcing(RetainPart):
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             "dummy-forcing",
-            "Keep the first frame, the newest chunk, or its last frame, by the kind of head.",
+            "Keep by the kind of head the first frame, the newest chunk or its last, drop the rest.",
             "Dummy Forcing, arXiv 2601.20499",
             ("memory", "reads"),
             {"retain": "dummy-forcing"},
+            "half of the heads dummy, told apart in chunk 1 by 520 queries; 1f or a chunk is kept",
         ),
     )
     limited: ClassVar[bool] = False

@@ -30,10 +30,9 @@ class TriAttention(UnitPart):
 
     Ours: the statistics, which the paper takes from videos made beforehand, are those of the clean
     queries of this very rollout up to the ``horizon``, unless a file is given. Lags are those of
-    the frames themselves (the released code counts from the end of the buffer, which is wrong once
-    a row has gone). Ties go to the earlier row, without noise; a frame scores as much as all its
-    rows. The paper's 6 frames, less a sink of 3 and the last 3, would leave nothing to choose, so
-    the preset protects no sink.
+    the frames themselves (the released code counts from the end of the buffer, wrong once a row has
+    gone). Ties go to the earlier row, without noise; a frame scores as much as all its rows. The
+    paper's 6 frames, less a sink of 3 and the last 3, would leave nothing to choose: no sink here.
 
     Args:
         mode: ``perhead``: heads of one number keep the same rows in all layers, by their mean score
@@ -48,12 +47,11 @@ class TriAttention(UnitPart):
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             "tri-attention",
-            "Keep the rows that the mean query of the past, asked at later times, will look at, "
-            "and the newest chunk; drop the others.",
+            "Keep the rows that the mean query will look at later, drop the others.",
             "TriAttention, arXiv 2604.04921",
             ("memory", "reads"),
             {"retain": {"part": "tri-attention", "granularity": "token", "budget": "6f"}},
-            "6f: sink 3, offsets 1 to 128, mode perhead, statistics of 81 frames made beforehand",
+            "6f: sink 3, offsets 1 to 128, perhead, statistics of 81 pixel frames made beforehand",
         ),
     )
     observes: ClassVar[tuple[str, ...]] = ("prefill", "commit")
@@ -109,19 +107,17 @@ class TriAttention(UnitPart):
         """Standardised expected logits of one layer's rows, ``[H, N]``."""
         means = self.known(view, state)
         view.scored += sum(view.lengths)  # one query meets every key
-        geometry, start = view.geometry, view.ahead().step.query_times[0]
-        most = min(self.furthest, geometry.train_horizon)
-        offsets = [2**i for i in range(most.bit_length())]
-        rows = start - view.time, offsets, geometry.rotary
-        return standardised(future_scores(means, view.keys("raw"), *rows), view.valid)
+        lag, most = view.ahead().step.query_times[0] - view.time, view.geometry.train_horizon
+        offsets = [2**i for i in range(min(self.furthest, most).bit_length())]
+        score = future_scores(means, view.keys("raw"), lag, offsets, view.geometry.rotary)
+        return standardised(score, view.valid)
 
     def known(self, view: CacheView, state: Any) -> QueryMeans:
         """What the queries of a layer are like."""
-        if self.statistics.mean:
-            return self.statistics.means(view)
-        if view.layer not in state.get("query_means", {}):
+        given = self.statistics.mean
+        if not given and view.layer not in state.get("query_means", {}):
             raise ValueError(
                 f"{named(self, view)} knows no query of a clean pass. Use a sampler that commits "
                 "frames in a pass at t = 0, or give statistics: FILE."
             )
-        return state["query_means"][view.layer]
+        return self.statistics.means(view) if given else state["query_means"][view.layer]
