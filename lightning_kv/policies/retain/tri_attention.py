@@ -24,9 +24,9 @@ class TriAttention(UnitPart):
     """Keep the rows that the mean query, asked at later times, will look at.
 
     TriAttention (arXiv 2604.04921), as on LongLive. Before rotation the queries of a head gather
-    around a centre, so the logit of a key is a known function of the time between them. Its mean
-    over 1, 2, 4, ... frames to come, and what queries have beyond their centre times the length of
-    the key, is the score of a row, standardised over all that a head holds.
+    around a centre, so the logit of a key is a function of the time between them. Its mean over 1,
+    2, 4, ... frames to come, and what queries have beyond the centre times the length of the key,
+    is the score of a row, standardised over all that a head holds.
 
     Ours: the statistics, which the paper takes from videos made beforehand, are those of the clean
     queries of this very rollout up to the ``horizon``, unless a file is given. Lags are those of
@@ -76,18 +76,16 @@ class TriAttention(UnitPart):
         self.statistics.check(geometry)
         if self.mode == "perhead" and self.budget is not None and self.budget.name != "uniform":
             raise ValueError(
-                f"mode: perhead of the retain part {self.name!r} keeps the same rows in all "
-                f"layers, and the budget part {self.budget.name!r} may allow other numbers. Use "
-                "mode: layer_perhead, or the budget part 'uniform'."
+                f"mode: perhead of the retain part {self.name!r} keeps the same in all layers; the "
+                f"budget part {self.budget.name!r} does not. Use mode: layer_perhead, or 'uniform'."
             )
 
     def observe(self, view: PassView, state: Any) -> None:
         """The queries of a clean pass, until the horizon; those of the first pass in any case."""
-        if self.statistics.mean:
-            return
         horizon = self.horizon or view.geometry.train_horizon
-        begun = view.layer in state.get("query_means", {})
-        update_query_means(view, state, horizon if begun else None)
+        if not self.statistics.mean:
+            begun = view.layer in state.get("query_means", {})
+            update_query_means(view, state, horizon if begun else None)
 
     def commit(self, views: list[CacheView], state: Any) -> list[Retention | None]:
         """All layers rank together, or each for itself."""
@@ -99,8 +97,7 @@ class TriAttention(UnitPart):
 
     def scores(self, view: CacheView, state: Any) -> Tensor:
         """The score of each row, of a frame that of all its rows."""
-        ranking = state["ranking"] if "ranking" in state else self.expected(view, state)
-        rows = ranking.unsqueeze(1)
+        rows = (state["ranking"] if "ranking" in state else self.expected(view, state)).unsqueeze(1)
         return view.by_frame(rows) if self.unit == "frame" else rows
 
     def expected(self, view: CacheView, state: Any) -> Tensor:
