@@ -30,10 +30,9 @@ class DummyForcing(RetainPart):
     larger share lies. From then on first heads keep the first frame, dummy heads the last frame of
     the newest chunk, and mid heads the newest chunk.
 
-    Ours: each sample tells its heads apart; sampled queries are evenly spaced, not drawn, which has
-    less error and needs no seed; ties go to the lower layer and head; a prompt switch empties the
-    memory and encodes the last frames again, the oldest of which is then the first. In chunks of
-    one frame with ``ar_start`` 1 nothing lies between first and newest, and no head is mid.
+    Ours: each sample tells its heads apart; sampled queries are evenly spaced; ties go to the lower
+    layer and head; a prompt switch empties the memory and encodes the last frames again, the oldest
+    of which is then the first. In chunks of one frame with ``ar_start`` 1 no head is mid.
 
     Args:
         dummy: Share of all heads that are dummy, rounded to heads (half of one: up).
@@ -49,10 +48,11 @@ class DummyForcing(RetainPart):
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             "dummy-forcing",
-            "Keep the first frame, the newest chunk, or its last frame, by the kind of head.",
+            "Keep by the kind of head the first frame, the newest chunk or its last; drop others.",
             "Dummy Forcing, arXiv 2601.20499",
             ("memory", "reads"),
             {"retain": "dummy-forcing"},
+            "half of the heads dummy, told apart in chunk 1 by 520 queries; 1f or a chunk is kept",
         ),
     )
     limited: ClassVar[bool] = False

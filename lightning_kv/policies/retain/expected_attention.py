@@ -42,10 +42,12 @@ class ExpectedAttention(UnitPart):
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             "expected-attention",
-            "Keep the frames that queries distributed as past ones are expected to look at.",
+            "Keep the frames that queries distributed as past ones are expected to look at, and "
+            "the newest chunk; drop the others.",
             "Expected Attention, arXiv 2510.00636",
             ("memory", "reads"),
             {"retain": {"part": "expected-attention", "budget": "9f"}},
+            "single tokens of a text: horizon 512, sink of 4, epsilon 0",
         ),
     )
     observes: ClassVar[tuple[str, ...]] = ("prefill", "commit")

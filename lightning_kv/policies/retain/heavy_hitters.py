@@ -30,10 +30,12 @@ class HeavyHitters(UnitPart):
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             "h2o",
-            "Keep the frames with the largest accumulated softmax mass.",
+            "Keep the frames with the largest accumulated softmax mass and the newest chunk; drop "
+            "the others.",
             "H2O, arXiv 2306.14048",
             ("memory", "reads"),
             {"retain": {"part": "heavy-hitters", "budget": "9f"}},
+            "single tokens of a text: half by mass, half the newest",
         ),
     )
     columns: ClassVar[dict[str, str]] = {"mass": "sum"}

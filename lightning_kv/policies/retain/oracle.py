@@ -35,7 +35,8 @@ class Oracle(UnitPart):
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             "oracle",
-            "Keep what the reference rollout of the same clip attends to later: an upper bound.",
+            "Keep what the reference rollout of the same clip attends to later, drop the rest: an "
+            "upper bound.",
             saves=("memory", "reads"),
             parts={"retain": {"part": "oracle", "budget": "9f"}},
         ),

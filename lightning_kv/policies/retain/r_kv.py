@@ -48,10 +48,12 @@ class RKV(UnitPart):
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             "r-kv",
-            "Keep the frames that the newest chunk looks at and that repeat no other.",
+            "Keep the frames that the newest chunk looks at and that repeat no other, and the "
+            "chunk; drop the others.",
             "R-KV, arXiv 2505.24133",
             ("memory", "reads"),
             {"retain": {"part": "r-kv", "budget": "9f"}},
+            "single tokens of a text: 128, the last 8 look and stay, 7 are pooled, weight 0.1",
         ),
     )
     observes: ClassVar[tuple[str, ...]] = ("prefill", "commit")

@@ -39,10 +39,12 @@ class SnapKV(UnitPart):
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             "snap-kv",
-            "Keep the frames that the newest chunk looks at, neighbourhoods pooled.",
+            "Keep the frames that the newest chunk looks at, neighbourhoods pooled, and the chunk; "
+            "drop the others.",
             "SnapKV, arXiv 2404.14469",
             ("memory", "reads"),
             {"retain": {"part": "snap-kv", "budget": "9f"}},
+            "single tokens of a text: the last 64 look and stay, 5 in a row are pooled",
         ),
     )
     observes: ClassVar[tuple[str, ...]] = ("prefill", "commit")

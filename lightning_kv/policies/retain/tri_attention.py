@@ -24,16 +24,15 @@ class TriAttention(UnitPart):
     """Keep the rows that the mean query, asked at later times, will look at.
 
     TriAttention (arXiv 2604.04921), as on LongLive. Before rotation the queries of a head gather
-    around a centre, so the logit of a key is a known function of the time between them. Its mean
-    over 1, 2, 4, ... frames to come, and what queries have beyond their centre times the length of
-    the key, is the score of a row, standardised over all that a head holds.
+    around a centre, so the logit of a key is a function of the time between them. Its mean over 1,
+    2, 4, ... frames to come, and what queries have beyond the centre times the length of the key,
+    is the score of a row, standardised over all that a head holds.
 
     Ours: the statistics, which the paper takes from videos made beforehand, are those of the clean
     queries of this very rollout up to the ``horizon``, unless a file is given. Lags are those of
-    the frames themselves (the released code counts from the end of the buffer, which is wrong once
-    a row has gone). Ties go to the earlier row, without noise; a frame scores as much as all its
-    rows. The paper's 6 frames, less a sink of 3 and the last 3, would leave nothing to choose, so
-    the preset protects no sink.
+    the frames themselves (the released code counts from the end of the buffer, wrong once a row has
+    gone). Ties go to the earlier row, without noise; a frame scores as much as all its rows. The
+    paper's 6 frames, less a sink of 3 and the last 3, would leave nothing to choose: no sink here.
 
     Args:
         mode: ``perhead``: heads of one number keep the same rows in all layers, by their mean score
@@ -48,12 +47,11 @@ class TriAttention(UnitPart):
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             "tri-attention",
-            "Keep the rows that the mean query of the past, asked at later times, will look at, "
-            "and the newest chunk; drop the others.",
+            "Keep the rows that the mean query will look at later, drop the others.",
             "TriAttention, arXiv 2604.04921",
             ("memory", "reads"),
             {"retain": {"part": "tri-attention", "granularity": "token", "budget": "6f"}},
-            "6f: sink 3, offsets 1 to 128, mode perhead, statistics of 81 frames made beforehand",
+            "6f: sink 3, offsets 1 to 128, perhead, statistics of 81 pixel frames made beforehand",
         ),
     )
     observes: ClassVar[tuple[str, ...]] = ("prefill", "commit")
@@ -78,18 +76,16 @@ class TriAttention(UnitPart):
         self.statistics.check(geometry)
         if self.mode == "perhead" and self.budget is not None and self.budget.name != "uniform":
             raise ValueError(
-                f"mode: perhead of the retain part {self.name!r} keeps the same rows in all "
-                f"layers, and the budget part {self.budget.name!r} may allow other numbers. Use "
-                "mode: layer_perhead, or the budget part 'uniform'."
+                f"mode: perhead of the retain part {self.name!r} keeps the same in all layers; the "
+                f"budget part {self.budget.name!r} does not. Use mode: layer_perhead, or 'uniform'."
             )
 
     def observe(self, view: PassView, state: Any) -> None:
         """The queries of a clean pass, until the horizon; those of the first pass in any case."""
-        if self.statistics.mean:
-            return
         horizon = self.horizon or view.geometry.train_horizon
-        begun = view.layer in state.get("query_means", {})
-        update_query_means(view, state, horizon if begun else None)
+        if not self.statistics.mean:
+            begun = view.layer in state.get("query_means", {})
+            update_query_means(view, state, horizon if begun else None)
 
     def commit(self, views: list[CacheView], state: Any) -> list[Retention | None]:
         """All layers rank together, or each for itself."""
@@ -101,27 +97,24 @@ class TriAttention(UnitPart):
 
     def scores(self, view: CacheView, state: Any) -> Tensor:
         """The score of each row, of a frame that of all its rows."""
-        ranking = state["ranking"] if "ranking" in state else self.expected(view, state)
-        rows = ranking.unsqueeze(1)
+        rows = (state["ranking"] if "ranking" in state else self.expected(view, state)).unsqueeze(1)
         return view.by_frame(rows) if self.unit == "frame" else rows
 
     def expected(self, view: CacheView, state: Any) -> Tensor:
         """Standardised expected logits of one layer's rows, ``[H, N]``."""
         means = self.known(view, state)
         view.scored += sum(view.lengths)  # one query meets every key
-        geometry, start = view.geometry, view.ahead().step.query_times[0]
-        most = min(self.furthest, geometry.train_horizon)
-        offsets = [2**i for i in range(most.bit_length())]
-        rows = start - view.time, offsets, geometry.rotary
-        return standardised(future_scores(means, view.keys("raw"), *rows), view.valid)
+        lag, most = view.ahead().step.query_times[0] - view.time, view.geometry.train_horizon
+        offsets = [2**i for i in range(min(self.furthest, most).bit_length())]
+        score = future_scores(means, view.keys("raw"), lag, offsets, view.geometry.rotary)
+        return standardised(score, view.valid)
 
     def known(self, view: CacheView, state: Any) -> QueryMeans:
         """What the queries of a layer are like."""
-        if self.statistics.mean:
-            return self.statistics.means(view)
-        if view.layer not in state.get("query_means", {}):
+        given = self.statistics.mean
+        if not given and view.layer not in state.get("query_means", {}):
             raise ValueError(
                 f"{named(self, view)} knows no query of a clean pass. Use a sampler that commits "
                 "frames in a pass at t = 0, or give statistics: FILE."
             )
-        return state["query_means"][view.layer]
+        return self.statistics.means(view) if given else state["query_means"][view.layer]

@@ -50,7 +50,7 @@ class Window(RetainPart):
             "Self Forcing, arXiv 2506.08009",
             ("memory", "reads"),
             {"retain": {"part": "window", "budget": "9f"}},
-            "18f (a window of 21)",
+            "18f: a window of 21 with chunks of 3, no sink",
         ),
         Preset(
             "sink-window",
@@ -58,6 +58,7 @@ class Window(RetainPart):
             "StreamingLLM, arXiv 2309.17453",
             ("memory", "reads"),
             {"retain": {"part": "window", "sink": 3, "budget": "9f"}},
+            "sink of 4 tokens and the newest of a text, at positions side by side",
         ),
         Preset(
             "longlive",
@@ -65,7 +66,7 @@ class Window(RetainPart):
             "LongLive, arXiv 2509.22622",
             ("memory", "reads"),
             {"retain": {"part": "window", "sink": 3, "budget": "9f", "switch": "recache"}},
-            "9f (a window of 12)",
+            "9f: a window of 12 with chunks of 3, sink 3",
         ),
         Preset(
             "infinity-rope",
@@ -77,7 +78,7 @@ class Window(RetainPart):
                 "retain": {"part": "window", "sink": 1, "budget": "3f", "switch": "flush"},
                 "positions": {"part": "contiguous", "cut": 45},
             },
-            "3f (a window of 6), cut 45",
+            "3f: a window of 6 with chunks of 3, sink 1; cut 45",
         ),
     )
     sink: int = 0

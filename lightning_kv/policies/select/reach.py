@@ -38,6 +38,7 @@ class Reach(SelectPart):
                 "select": {"part": "reach", "reach": 21, "sink": 3},
                 "positions": {"part": "sink-lag", "sink": 3, "lag": 21, "to": "end"},
             },
+            "reach 21 with 15 in flight: 3f of anchor, 3f of history; 18f in the commit pass",
         ),
     )
     limited: ClassVar[bool] = False

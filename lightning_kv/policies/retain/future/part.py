@@ -58,14 +58,17 @@ class Future(ExpectedPart):
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             "future-forcing",
-            "Keep what queries to come will ask for, once; rebuilt from the paper's description.",
+            "Keep the frames that queries to come will ask for, drop the others and the older of "
+            "alike ones; rebuilt from the paper's description.",
             "Future Forcing, arXiv 2605.30083",
             ("memory", "reads"),
             {"retain": {"part": "future", "budget": "9f"}},
+            "not public",
         ),
         Preset(
             "future-focused",
-            "Future Forcing's memory, Focused Forcing's reads.",
+            "Keep what queries to come will ask for, once, and read what is looked at and diverse "
+            "of it.",
             "arXiv 2605.30083 and 2605.18346",
             ("memory", "reads"),
             {
