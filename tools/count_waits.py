@@ -90,9 +90,8 @@ def cases(layers: int) -> list[Case]:
         for sampler in SAMPLERS:
             if sampler != "rolling" and name == "rolling-forcing":
                 continue
-            found.append(
-                Case(spec if sampler == "few-step" else f"{spec}, {sampler}", spec, sampler)
-            )
+            title = spec if sampler == "few-step" else f"{spec}, {sampler}"
+            found.append(Case(title, spec, sampler, codes=preset(name).precision.codes))
     return [
         *found,
         Case("full, written down", "full", record=("mass", "outputs")),

@@ -71,9 +71,9 @@ MIXED: dict[str, dict[str, Any]] = {
         "select": {"part": "top-attention", "budget": "3f", "per_query_frame": True},
         "positions": "contiguous",
     },
-    "int8": {"precision": {"part": "aged", "codec": "int8", "age": 3}},
+    "aged-int8": {"precision": {"part": "aged", "codec": "int8", "age": 3}},
     "int4-window": {"retain": WINDOW, "precision": {"part": "aged", "codec": "int4", "age": 3}},
-    "int2": {"precision": {"part": "aged", "codec": "int2-centroids", "age": 6}},
+    "int2": {"precision": {"part": "aged", "codec": "quant-video-gen", "age": 6}},
     "sink-lag": {"retain": WINDOW, "positions": {"part": "sink-lag", "sink": 1, "lag": 9}},
     "clamp": {"positions": {"part": "clamp", "lag": 9}},
     "correction": {

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class Segment:
         """Store keys and values ``[h, n, D]`` with a codec."""
         rows, shared = {}, {}
         for name, x in (("k", k), ("v", v)):
-            own, common = CODECS[codec].encode(x)
+            own, common = CODECS[codec].of(name).encode(x)
             rows |= {f"{name}.{key}": value for key, value in own.items()}
             shared |= {f"{name}.{key}": value for key, value in common.items()}
         return cls(rows, k.shape[1], shared, codec)
@@ -69,14 +70,35 @@ class Segment:
             return self.rows[name][:, : self.length]
         start = len(name) + 1
         rows = {k[start:]: x for k, x in self.rows.items() if k.startswith(f"{name}.")}
+        rows |= {"at": self.rows["at"]} if "at" in self.rows else {}
         shared = {k[start:]: x for k, x in self.shared.items() if k.startswith(f"{name}.")}
-        return CODECS[self.codec].decode(rows, shared)
+        return CODECS[self.codec].of(name).decode(rows, shared)
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What must agree for the heads of two segments to be stored together."""
+        shared = sorted(
+            (name, x if isinstance(x, int) else tuple(x.shape[1:]))
+            for name, x in self.shared.items()
+        )
+        return self.codec, self.length, "at" in self.rows, *shared
 
     def taken(self, heads: Tensor | None, rows: Tensor, room: int = 0) -> Segment:
         """Rows ``[1 or h', n']`` of some heads (positions ``[h']``; all where None)."""
+        whole = rows.shape[1] == self.length  # all of them, in order
+        if self.codec and CODECS[self.codec].placed and not whole and "at" not in self.rows:
+            return self._placed().taken(heads, rows, room)
         own = {name: picked(x, heads, rows, room) for name, x in self.rows.items()}
         shared = self.shared if heads is None else self._heads(heads)
         return Segment(own, rows.shape[1], shared, self.codec)
+
+    def _placed(self) -> Segment:
+        """With the place of each row, which the codec must know once some of them go."""
+        first = next(iter(self.rows.values()))
+        small = torch.int16 if self.length < 2**15 else torch.int32
+        at = torch.arange(self.length, dtype=small, device=first.device)
+        rows = self.rows | {"at": at.expand(len(first), -1).contiguous()}
+        return Segment(rows, self.length, self.shared, self.codec)
 
     def _heads(self, heads: Tensor) -> dict[str, Tensor | int]:
         return {
@@ -171,9 +193,9 @@ class Group:
         return [*self.coded, self.plain]
 
     @property
-    def layout(self) -> tuple[tuple[str | None, int], ...]:
-        """Codec and length of each segment."""
-        return tuple((segment.codec, len(segment)) for segment in self.segments)
+    def layout(self) -> tuple[tuple[Any, ...], ...]:
+        """That of each segment."""
+        return tuple(segment.layout for segment in self.segments)
 
     @property
     def index(self) -> Tensor:
@@ -190,7 +212,8 @@ class Group:
         plain = self.plain.rows[name][:, : self.plain.length + flight]
         if not self.coded:
             return plain
-        return torch.cat([*(segment.decoded(name) for segment in self.coded), plain], dim=1)
+        coded = [segment.decoded(name).to(plain.dtype) for segment in self.coded]
+        return torch.cat([*coded, plain], dim=1)
 
     def counted(self, mask: Tensor) -> list[Tensor]:
         """What the host must know to take rows ``[1 or h, n]``: see :meth:`taken`."""

@@ -44,6 +44,7 @@ class SampleCache:
         self.stores: dict[str, list[LayerStore]] = {}
         self.states: dict[str, dict[str, State]] = {}
         self.plans: dict[tuple[str, int, bool], ReadPlan] = {}
+        self.turns = self.policy.positions.moves or self.policy.precision.raw
         self._said: dict[str, Any] = {}  # answers that other branches take over
         self._doubts: list[tuple[Tensor, str]] = []
 
@@ -113,7 +114,7 @@ class SampleCache:
 
     def _move(self, view: CacheView, selection: Selection | None) -> None:
         positions = self.policy.positions
-        if not positions.moves:
+        if not self.turns:
             return
         state = self.states[self._decides(view.step.namespace)]["positions"]
         with self._asking(self.policy.positions, view):
@@ -317,9 +318,9 @@ class SampleCache:
         found = self.stores.get(namespace)
         if found is None:
             policy, geometry = self.policy, self.session.geometry
-            columns, rotated = dict(policy.columns), not policy.positions.moves
+            columns = dict(policy.columns)
             found = [
-                LayerStore(geometry, rotated, columns, like.detach())
+                LayerStore(geometry, not self.turns, columns, like.detach())
                 for _ in range(geometry.layers)
             ]
             self.stores[namespace] = found
@@ -376,8 +377,9 @@ class SampleCache:
     def _fixed_bytes(self, namespace: str) -> int:
         states = self.states[self._decides(namespace)]
         stores = self.stores[namespace]
-        codebooks = [s.shared for x in stores for group in x.memory.groups for s in group.coded]
-        return reachable_bytes(states, [store.archive for store in stores], codebooks)
+        coded = [s for x in stores for group in x.memory.groups for s in group.coded]
+        shared = [(s.shared, s.rows.get("at")) for s in coded]
+        return reachable_bytes(states, [store.archive for store in stores], shared)
 
     def held_bytes(self) -> int:
         """Distinct storages reachable from the stores, the states and what plans keep."""

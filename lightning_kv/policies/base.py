@@ -181,17 +181,24 @@ class PrecisionPart(Part):
         """Rows of one layer to store with a codec, asked after each retention."""
         return []
 
-    def ends_in(self) -> tuple[str | None, int]:
-        """The codec in which rows end, and after how many frames."""
+    @property
+    def raw(self) -> bool:
+        """Whether keys are stored before rotation, because the codec wants them so."""
+        codec, _ = self.ends_in()
+        return codec is not None and CODECS[codec].raw
+
+    def ends_in(self) -> tuple[str | None, int | None]:
+        """The codec in which rows end, and after how many frames; None: after a chunk."""
         return None, 0
 
     def row_bytes(self, geometry: Geometry) -> tuple[float, int]:
         """Bytes of a row and head in the codec it ends in, fields included, and the age for it."""
         codec, age = self.ends_in()
-        plain = 2.0 * geometry.head_dim * geometry.element_size
-        if codec is not None:
-            plain = 2.0 * CODECS[codec].row_bytes(geometry.head_dim, geometry.element_size)
-        return plain + ROW_BYTES, age
+        width, element, chunk = geometry.head_dim, geometry.element_size, max(1, geometry.chunk)
+        plain = 2.0 * width * element
+        if codec is not None:  # rows of a chunk age together
+            plain = CODECS[codec].row_bytes(width, element, chunk * geometry.tokens)
+        return plain + ROW_BYTES, chunk if age is None else age
 
 
 @dataclass(frozen=True)

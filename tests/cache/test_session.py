@@ -483,7 +483,9 @@ def test_aged_rows_are_coded_once_and_survive_eviction():
 
 
 def test_two_bit_centroids_shrink_the_cache():
-    made = policy_from_dict({"name": "q", "precision": {"part": "aged", "codec": "int2-centroids"}})
+    made = policy_from_dict(
+        {"name": "q", "precision": {"part": "aged", "codec": "quant-video-gen"}}
+    )
     session = session_of(made)
     plain = session_of(policy())
     ours, exact = drive(session, passes(6), 1), drive(plain, passes(6), 1)
@@ -499,7 +501,7 @@ def test_centroids_beat_plain_two_bits_on_clustered_rows():
     centre = 5 * torch.randn(2, 8, 24, generator=rng)
     x = centre.repeat(1, 32, 1) + 0.3 * torch.randn(2, 256, 24, generator=rng)
     error = {}
-    for name, codec in (("plain", Integer(2)), ("centroids", CODECS["int2-centroids"])):
+    for name, codec in (("plain", Integer(2)), ("centroids", CODECS["quant-video-gen"].keys)):
         error[name] = (codec.decode(*codec.encode(x)) - x).square().mean()
     assert error["centroids"] < 0.1 * error["plain"]
 

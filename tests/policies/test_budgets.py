@@ -242,15 +242,15 @@ def test_frames_that_are_too_young_for_a_codec_count_as_computed(age, monkeypatc
 
 
 @pytest.mark.parametrize("age", [0, 3])
-@pytest.mark.parametrize("codec", ["int8", "int4", "int2-centroids"])
+@pytest.mark.parametrize("codec", ["int8", "int4", "kivi", "quant-video-gen", "budget-pca"])
 def test_rows_that_go_one_by_one_free_what_a_budget_counts_on(codec, age, monkeypatch):
     """Whatever is dropped of rows that were encoded together, what is left stays within it."""
     world(monkeypatch, (4, 4), known=True)
     precision = {"part": "aged", "codec": codec, "age": age}
     settings = {"granularity": "token", "bank_frames": 4}
-    on, most = byte_drive(precision, "160KiB", 24, "future", **settings)
+    on, most = byte_drive(precision, "128KiB", 24, "future", **settings)
     assert stores(on)[0].memory.lengths[0] < 48 * 16, "the budget should bind"
-    assert most <= 160 * 2**10
+    assert most <= 128 * 2**10
 
 
 @dataclass(frozen=True)
