@@ -109,8 +109,8 @@ def rollout(
         decode: Also give pixels.
         watch: Told of every pass of every layer, such as a :class:`lightning_kv.cache.trace.Trace`.
         progress: Called after every chunk with its index and the session.
-        inputs: Side inputs by frame, by name (such as a camera's pose); parts find them in
-            ``view.inputs``.
+        inputs: Side inputs by frame, by name (such as a camera's pose), for all samples or a list
+            with one for each; parts find them in ``view.inputs``.
         buffers: See :class:`~lightning_kv.cache.session.CacheSession`.
 
     Raises:

@@ -346,7 +346,10 @@ class SampleCache:
             "key": session.keys[self.index],
             "seed": session.seeds[self.index],
             "tables": {name: own[self.index] for name, own in session.tables.items()},
-            "inputs": session.inputs,
+            "inputs": {
+                name: own[self.index] if isinstance(own, list | tuple) else own
+                for name, own in session.inputs.items()
+            },
             "log_weight": self.policy.bias == "log_weight",
             "fixed_bytes": partial(self._fixed_bytes, step.namespace),
             "old_row_bytes": self.policy.precision.row_bytes(session.geometry),

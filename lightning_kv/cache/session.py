@@ -34,6 +34,7 @@ class Policy(Protocol):
     branches: str
     columns: dict[str, str]
     needs: dict[str, Any]
+    inputs: tuple[str, ...]
 
 
 @dataclass
@@ -70,7 +71,8 @@ class CacheSession:
         tables: Values for declared needs, by name, one per sample.
         watch: Told of every pass of every layer, once it has attended.
         keys: Prompt key of each sample.
-        inputs: Side inputs by frame, by name; parts find them in ``view.inputs``.
+        inputs: Side inputs by frame, by name, such as ``pose`` ``[F, 4, 4]`` (camera to world);
+            a list has one for each sample. Parts find them in ``view.inputs``.
         buffers: Turned and gathered copies of rows are made anew in every pass (``remake``: one
             layer's work buffer), or live as long as their plan (``keep``: faster, up to one more
             copy of what is read).
@@ -105,6 +107,13 @@ class CacheSession:
         self.costs = [Cost() for _ in self.seeds]
         self.samples = [SampleCache(self, index) for index in range(len(self.seeds))]
         self._trig: tuple[Any, Tensor, Tensor] | None = None
+        absent = [name for name in policy.inputs if name not in self.inputs]
+        if absent:
+            raise ValueError(
+                f"The policy needs the side input {', '.join(absent)} of every frame. There: "
+                f"{', '.join(sorted(self.inputs)) or 'none'}. `evaluate` brings the pose of the "
+                "camera in a known panorama; in Python: rollout(..., inputs={'pose': ...})."
+            )
         missing = sorted(policy.needs.keys() - self.tables.keys())
         if missing:
             raise ValueError(

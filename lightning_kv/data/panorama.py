@@ -148,6 +148,13 @@ class World:
         return self.codes.unfold(0, VISIBLE, 1)[self.positions(frames) * self.prompt.stride]
 
 
+def poses(positions: Tensor) -> Tensor:
+    """Camera-to-world matrices ``[F, 4, 4]`` of positions ``[F]``: it moves, and never turns."""
+    pose = torch.eye(4).repeat(len(positions), 1, 1)
+    pose[:, 0, 3] = positions.float().cpu()
+    return pose
+
+
 def bounce(step: Tensor, size: int) -> Tensor:
     """Position on a line of ``size`` places after ``step`` moves; an end is shown once."""
     turn = size - 1

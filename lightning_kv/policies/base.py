@@ -277,6 +277,11 @@ class CachePolicy:
                     )
         return found
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Side inputs by frame that the parts ask for, by name."""
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.inputs))
+
     def budgeted(self, amount: str, name: str | None = None) -> CachePolicy:
         """The same policy with another budget.
 

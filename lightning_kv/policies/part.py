@@ -91,6 +91,11 @@ class Part:
         """Tables that the caller must bring for this part (``view.tables``), with settings."""
         return {}
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Side inputs by frame that the rollout must bring (``view.inputs``), such as ``pose``."""
+        return ()
+
     def fresh(self) -> State:
         """State of one sample in one rollout."""
         return {}

@@ -31,11 +31,12 @@ from lightning_kv.tasks.rollouts.context import (
     check_context,
     check_prompts,
     stack_context,
+    stack_inputs,
     start_of,
 )
 from lightning_kv.tasks.rollouts.lengths import read_size
 from lightning_kv.tasks.rollouts.outcome import broken, cost
-from lightning_kv.tasks.rollouts.policies import chosen_policies, needs_of
+from lightning_kv.tasks.rollouts.policies import check_inputs, chosen_policies, needs_of
 from lightning_kv.tasks.rollouts.settings import RolloutSettings
 
 
@@ -105,6 +106,7 @@ class EvaluateModule(ClipModule):
         ).filled(None if world else config)
         chosen, base = chosen_policies(policies, reference)
         settings.check(model.name, config, [base, *chosen.values()], world)
+        check_inputs([base, *chosen.values()], model.name, world)
         suite = Suite(metrics, known(world, decode), accept_license)
         names = dict.fromkeys([base.name, *chosen])
         videos = real_videos(None if real is None else Path(real), suite)
@@ -346,6 +348,7 @@ class EvaluateModule(ClipModule):
             context=stack_context(starts),
             watch=together(watching),
             tables=tables,
+            inputs=stack_inputs(starts, policy.inputs),
             record=record or {},
             progress=lambda chunk, session: [hear(chunk, session) for hear in self.heard],
         )

@@ -121,6 +121,8 @@ class Tape:
         given = {"context_frames": self.context, "keys": self.keys} | settings
         if policy.needs and "tables" not in given:
             given["tables"] = self.tables(policy.needs)
+        if policy.inputs and "inputs" not in given:
+            given["inputs"] = {"pose": [camera(seed, self.frames) for seed in self.seeds]}
         return CacheSession(self.geometry, policy, self.seeds, **given)
 
     def tables(self, needs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -200,6 +202,17 @@ class Tape:
             tuple(torch.cat([own[layer][i][one, at] for own, at in each], 1) for i in range(3))
             for layer in range(self.geometry.layers)
         )
+
+
+def camera(seed: int, frames: int) -> Tensor:
+    """A camera that wanders and turns about: its pose in the world, ``[F, 4, 4]``."""
+    rng = torch.Generator().manual_seed(seed)
+    turn, move = torch.randn(frames, generator=rng).cumsum(0), torch.randn(frames, 3, generator=rng)
+    pose = torch.eye(4).repeat(frames, 1, 1)
+    pose[:, 0, 0] = pose[:, 2, 2] = turn.cos()
+    pose[:, 0, 2], pose[:, 2, 0] = turn.sin(), -turn.sin()
+    pose[:, :3, 3] = move.cumsum(0)
+    return pose
 
 
 def _tell(on: Any, name: str, *given: Any) -> None:

@@ -16,6 +16,7 @@ from lightning_kv.data.panorama import (
     VISIBLE,
     PanoramaPrompt,
     column_tiles,
+    poses,
     ruler,
     world_for,
 )
@@ -157,6 +158,18 @@ def code_latents(prompt: PanoramaPrompt, codec: PatchCodec) -> tuple[Tensor, Ten
 def stack_context(starts: list[Start]) -> Tensor | None:
     """Contexts of a batch, ``[B, context_frames, C, h, w]``, or None."""
     return None if starts[0].context is None else torch.stack([s.context for s in starts])
+
+
+def stack_inputs(starts: Sequence[Start], names: Sequence[str]) -> dict[str, list[Tensor]]:
+    """Side inputs by frame of a batch, as far as somebody asks for them and they are known.
+
+    The pose of the camera is known in a panorama that is given, or starts at the left wall.
+    """
+    if "pose" not in names:
+        return {}
+    found = [None if start.scene is None else start.scene.positions for start in starts]
+    known = all(each is not None for each in found)
+    return {"pose": [poses(each) for each in found]} if known else {}
 
 
 def pixel_size(settings: RolloutSettings, config: WanConfig) -> tuple[int, int]:

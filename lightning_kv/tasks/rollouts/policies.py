@@ -100,6 +100,22 @@ def needs_of(policies: Iterable[CachePolicy]) -> dict[str, dict[str, Any]]:
     return {name: how for name, (_, how) in found.items()}
 
 
+def check_inputs(policies: Iterable[CachePolicy], model: str, world: bool) -> None:
+    """Refuse policies that need what a model's world does not bring.
+
+    Raises:
+        ValueError: Names the policy and the side input.
+    """
+    for policy in policies:
+        absent = [name for name in policy.inputs if not (world and name == "pose")]
+        if absent:
+            raise ValueError(
+                f"The policy {policy.name!r} needs the side input {', '.join(absent)} of every "
+                f"frame, and {model!r} brings none. Use a model of the panorama, or a setting that "
+                "does without, such as by: keys of world-kv."
+            )
+
+
 def by_name(policies: list[CachePolicy]) -> dict[str, CachePolicy]:
     """Policies by name.
 
