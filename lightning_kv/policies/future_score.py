@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_kv.cache.checks import named
 from lightning_kv.cache.host import upload
 from lightning_kv.cache.rotary import Rotary, rotate, wide
-from lightning_kv.cache.view import PassView
+from lightning_kv.cache.view import CacheView, PassView
 from lightning_kv.policies.statistics import clean_queries
 
 
@@ -56,6 +57,21 @@ def update_query_means(view: PassView, state: dict[Any, Any], until: int | None 
         share = query.shape[1] / rows
         mean, length = old.mean.lerp(mean, share), old.length.lerp(length, share)
     state["query_means"][view.layer] = QueryMeans(mean, length, rows)
+
+
+def query_means(part: Any, view: CacheView, state: dict[Any, Any]) -> QueryMeans:
+    """The means that :func:`update_query_means` has collected for a layer.
+
+    Raises:
+        ValueError: There were no clean passes.
+    """
+    found = state.get("query_means", {}).get(view.layer)
+    if found is None:
+        raise ValueError(
+            f"{named(part, view)} expects by the queries of clean passes, and there were none. "
+            "Use a sampler that commits frames in a pass at t = 0."
+        )
+    return found
 
 
 def future_scores(

@@ -107,5 +107,5 @@ def test_settings_that_cannot_be():
     with pytest.raises(ValueError, match="sink"):
         policy(9, sink=-1)
     own = load_policy({"name": "x", "retain": {"part": "rolling-sink", "budget": "0.5"}})
-    with pytest.raises(ValueError, match="the archive is filled once"):
+    with pytest.raises(ValueError, match="archive is filled once"):
         own.check(random_tape().geometry, 3, 24)

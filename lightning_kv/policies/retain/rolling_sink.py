@@ -7,19 +7,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from lightning_kv.cache.checks import named
 from lightning_kv.cache.decisions import Retention, Sums
 from lightning_kv.cache.host import upload
-from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
-from lightning_kv.policies.base import RetainPart, newest
-from lightning_kv.policies.budgets import Amount
-from lightning_kv.policies.checks import between, one_for_all_heads
+from lightning_kv.policies.archived import ArchivingPart, played
+from lightning_kv.policies.base import newest
+from lightning_kv.policies.checks import between
 from lightning_kv.policies.part import Preset
 
 
 @dataclass(frozen=True)
-class RollingSink(RetainPart):
+class RollingSink(ArchivingPart):
     """The first frames play back and forth behind the newest chunk, at the times of what was there.
 
     Rolling Sink (arXiv 2602.07775). The first frames of the video, as many as the budget has, go to
@@ -57,34 +55,16 @@ class RollingSink(RetainPart):
         """The sink and the newest chunk."""
         return self.sink + chunk
 
-    def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
-        """All heads play the same frames, and their number does not change."""
-        one_for_all_heads(self)
-        if self.budget is not None and Amount.parse(self.budget.amount).unit == "share":
-            raise ValueError(
-                f"The budget {self.budget.amount} of {self.name!r} is a share, which grows with "
-                "the video, but the archive is filled once. Give frames (18f), tokens or bytes."
-            )
+    def held(self, window: int, chunk: int) -> int:
+        """The archive is as large as the window."""
+        return 2 * window
 
     def commit(self, views: list[CacheView], state: Any) -> list[Retention | None]:
         """Archive what is early, replace what is no longer new, drop what is old."""
         if self.budget is None:
             return [None] * len(views)
-        if "frames" not in state:
-            state["frames"] = self.frames(views[0])
-        return [self.rolled(view, state["frames"]) for view in views]
-
-    def frames(self, view: CacheView) -> int:
-        """Frames of memory, and of the archive; of bytes each gets half."""
-        amount, least = self.budget.amount, self.smallest(view.geometry.chunk)
-        half = 2 if Amount.parse(amount).unit == "B" else 1
-        found = int(self.budget.frames(view) / half)
-        if found < least:
-            raise ValueError(
-                f"{named(self, view)} has a budget of {amount}, which is {found} frames beside as "
-                f"many in the archive; {least} are protected. Give more."
-            )
-        return found
+        period = self.window(views[0], state)
+        return [self.rolled(view, period) for view in views]
 
     def rolled(self, view: CacheView, period: int) -> Retention:
         """The decision for one layer."""
@@ -110,9 +90,3 @@ class RollingSink(RetainPart):
         at = upload(times, order, torch.float32).repeat_interleave(tokens).unsqueeze(0)
         spots = view.geometry.places(view.device).float().repeat(len(times), 1).unsqueeze(0)
         return Sums(source, target, torch.ones_like(at), frames, at, spots)
-
-
-def played(time: int, period: int) -> int:
-    """The archived frame that stands at a time: forwards, backwards, forwards, ..."""
-    run, place = divmod(time, period)
-    return period - 1 - place if run % 2 else place

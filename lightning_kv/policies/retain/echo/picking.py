@@ -1,0 +1,70 @@
+"""Which rows of an archive queries to come will want.
+
+Shapes: H heads, N rows of the archive's candidates, T tokens of a frame, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_kv.cache.rotary import wide
+from lightning_kv.cache.view import PassView
+from lightning_kv.policies.future_score import QueryMeans, future_scores
+from lightning_kv.policies.statistics import cosine
+
+
+def picked(
+    view: PassView,
+    means: QueryMeans,
+    wins: dict[int, Tensor],
+    frames: Sequence[int],
+    count: int,
+    offsets: Sequence[int],
+    drift: float,
+    reuse: int,
+) -> Tensor:
+    """The rows that win, one ranking for all heads, int64 ``[count]``, in the archive's order.
+
+    Rows that have won as often as they can are taken only when there are no others. Counts every
+    candidate once.
+
+    Args:
+        view: Of the pass whose window is filled.
+        means: Of clean queries of the layer.
+        wins: How often the rows ``[T]`` of each frame have won; brought up to date, and those of
+            frames that are no candidates any more are forgotten.
+        frames: The candidates: the last ones of the archive, ascending.
+        count: How many rows win.
+        offsets: Frames ahead at which queries are asked.
+        drift: See :func:`likeness`.
+        reuse: How often a row can win; 0 for no limit.
+    """
+    aside, tokens = view.archive, view.geometry.tokens
+    low = len(aside) - len(frames) * tokens
+    lag = view.step.query_times[0] - aside.time[:, low:]
+    keys, rotary = aside.keys("raw")[:, low:], view.geometry.rotary
+    gate = likeness(view, means, drift)
+    score = future_scores(means, keys, lag, offsets, rotary, gate).mean(0)
+    view.scored += score.shape[0] * view.heads
+    blank = torch.zeros(tokens, device=view.device)
+    won = torch.cat([wins.get(frame, blank) for frame in frames])
+    order = score.argsort(descending=True, stable=True)
+    if reuse:
+        order = order[(won[order] >= reuse).long().argsort(stable=True)]
+    best = order[:count].sort().values
+    won = won.index_add(0, best, torch.ones_like(best).to(won))
+    wins.clear()
+    wins.update(zip(frames, won.split(tokens), strict=True))
+    return low + best
+
+
+def likeness(view: PassView, means: QueryMeans, drift: float) -> Tensor:
+    """How like their mean the queries of this pass are: ``exp(-drift (1 - cosine))``.
+
+    One cosine over all heads and pairs together, of the mean query of the pass and of before.
+    """
+    now = wide(view.raw_query).mean(1).flatten()
+    return torch.exp(-drift * (1 - cosine(now, means.mean.flatten())))
