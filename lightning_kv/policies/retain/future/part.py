@@ -50,8 +50,9 @@ class Future(ExpectedPart):
         limit: Largest move of a key onto the hyperplane, as a share of its length; None for none:
             then every merged row draws from the mean query what its sources drew together. A tenth
             cuts 4 of 10 moves of frames and half of those of tokens short on the embedded model,
-            and one merged row in ten draws less than 6 tenths of it, with no better recall; moves
-            cut short are counted in the state, under ``clipped``.
+            and one merged row in ten draws less than 6 tenths of it; frames recall as much either
+            way, tokens at most a little more with it. Moves cut short are counted in the state,
+            under ``clipped``.
     """
 
     name: ClassVar[str] = "future"
