@@ -10,7 +10,6 @@ from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import RetainPart
 from lightning_kv.policies.budgets import Amount
-from lightning_kv.policies.checks import one_for_all_heads
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class ArchivingPart(RetainPart):
 
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
         """All heads have the same window, and its length does not change."""
-        one_for_all_heads(self)
+        self.evenly()
         if self.budget is not None and Amount.parse(self.budget.amount).unit == "share":
             raise ValueError(
                 f"The budget {self.budget.amount} of {self.name!r} is a share, which grows with "

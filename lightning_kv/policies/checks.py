@@ -50,16 +50,3 @@ def portion(part: Any, *names: str) -> None:
                 f"{name}={value} of the {part.kind} part {part.name!r} is neither frames nor a "
                 "share of the budget. Give a whole number of frames, or a share from 0 to below 1."
             )
-
-
-def one_for_all_heads(part: Any) -> None:
-    """Refuse a budget that gives heads different lengths where all of them hold the same rows.
-
-    Raises:
-        ValueError: Names the budget and what would work.
-    """
-    if part.budget is not None and part.budget.name != "uniform":
-        raise ValueError(
-            f"The {part.kind} part {part.name!r} keeps the same rows in all heads, and the budget "
-            f"part {part.budget.name!r} gives them different lengths. Use the budget uniform."
-        )

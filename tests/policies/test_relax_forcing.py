@@ -103,7 +103,7 @@ def relax(budget="4f", frames=120, sink=2, **settings):
             "name": "x",
             "retain": {"part": "reservoir", "frames": frames, "sink": sink},
             "select": {"part": "relax-forcing", "budget": budget, "sink": sink, **settings},
-            "positions": "contiguous-read",
+            "positions": {"part": "contiguous", "of": "read"},
         }
     )
 

@@ -146,13 +146,13 @@ CASES = {
     "single frames": (
         chunked([1] * 15, noisy=1),
         {"grid": (2, 3), "batch": 2},
-        ("9f", {"recent": 2, "sinks": 2}),
+        ("9f", {"recent": 2, "sink": 2}),
         (2, 5, 2),
     ),
     "pairs that do not fill it": (
         chunked([2] * 14, noisy=1),
         {"grid": (1, 5), "heads": 2},
-        ("11f", {"sinks": 1, "diversity": 0.0}),
+        ("11f", {"sink": 1, "diversity": 0.0}),
         (1, 6, 4),
     ),
     "fours, a short last chunk": (
@@ -170,13 +170,13 @@ CASES = {
     "no sink, guided": (
         guided(chunked([2] * 14, noisy=1)),
         {"grid": (1, 3), "heads": 2},
-        ("7f", {"sinks": 0}),
+        ("7f", {"sink": 0}),
         (0, 3, 4),
     ),
     "several chunks in flight": (
         rolling(2, 28, 3),
         {"grid": (1, 2), "heads": 2},
-        ("9f", {"sinks": 2}),
+        ("9f", {"sink": 2}),
         (2, 3, 4),
     ),
     "a prompt switch": (
@@ -239,7 +239,7 @@ def test_the_worked_example():
 @pytest.mark.parametrize(
     ("budget", "settings", "text"),
     [
-        ("9f", {"sinks": -1}, "sinks"),
+        ("9f", {"sink": -1}, "sink"),
         ("9f", {"tether": 1.5}, "tether"),
         ("9f", {"temperature": 0}, "temperature"),
         ({"part": "table", "amount": "9f", "shares": [[1, 1, 1]] * 2}, {}, "uniform"),

@@ -163,13 +163,13 @@ CASES = {
     "pairs, no gap": (
         chunked([2] * 14, noisy=1),
         {"grid": (2, 2), "heads": 2},
-        ("40t", {"close_gap": True, "sinks": 2}),
+        ("40t", {"close_gap": True, "sink": 2}),
         (40, 2, {"gap": True}),
     ),
     "fours, a short last chunk": (
         chunked([4] * 13 + [1], noisy=1),
         {"grid": (1, 2), "heads": 2},
-        ("9f", {"sinks": 0}),
+        ("9f", {"sink": 0}),
         (18, 0, {}),
     ),
     "guided": (
@@ -259,9 +259,7 @@ def test_a_pose_for_each_sample_and_none(panorama):
         rollout(panorama, made, text, 24, decode=False)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"by": "depth"}, {"recent": 0}, {"sinks": 0.7}, {"start": "now"}]
-)
+@pytest.mark.parametrize("wrong", [{"by": "depth"}, {"recent": 0}, {"sink": 0.7}, {"start": "now"}])
 def test_settings_that_cannot_be(wrong):
     with pytest.raises(ValueError, match=r"out of range|unknown"):
         world("9f", **wrong)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_kv.cache.decisions import Event, Selection
 from lightning_kv.cache.host import upload
+from lightning_kv.cache.plan import masks
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import PositionsPart
 from lightning_kv.policies.checks import between, choice
@@ -25,8 +26,9 @@ class Contiguous(PositionsPart):
     nearer; with several chunks in flight it holds once the chunk after it is the oldest.
 
     Args:
-        of: Frames that take a place: all that are ``held``, or those that are ``read``; others
-            share that of the next newer one.
+        of: Frames that take a place: all that are ``held``, or those that are ``read`` (Relax
+            Forcing, arXiv 2603.21366), of each query frame its own; others share that of the next
+            newer one.
         cut: Frames between the oldest of them and the chunk after a scene cut (the paper's 45); 0
             lets a scene cut change nothing.
     """
@@ -51,21 +53,18 @@ class Contiguous(PositionsPart):
 
     def lags(self, view: CacheView, state: Any, selection: Selection | None = None) -> Tensor:
         """The frame's rank, counted from the newest of its head."""
-        there = view.present if selection is None else read_frames(view, selection)
-        rank = there.flip(1).cumsum(1).flip(1)  # [1 or H, F], newest is 1
+        there = view.present.unsqueeze(1)
+        if selection is not None and (read := masks(selection, view)[0]) is not None:
+            there = view.by_frame(read.float(), "max") > 0
+        rank = there.flip(2).cumsum(2).flip(2)  # [1 or H, 1 or Q, F], newest is 1
         if self.cut and view.step.start == state.get("cut"):
-            rank = rank + (self.cut - there.sum(1, keepdim=True)).clamp_min(0)
-        return view.at_rows(rank.unsqueeze(1)).float()
-
-
-def read_frames(view: CacheView, selection: Selection) -> Tensor:
-    """Frames of which some query frame reads at least a row, bool ``[1 or H, F]``."""
-    if selection.rows is not None:
-        return view.rows_in(selection.rows.any(1)) > 0
-    if isinstance(selection.frames, Tensor):
-        return view.present & selection.frames.any(1)
-    chosen = view.frames if selection.frames is None else selection.frames
-    return view.present & upload([f in chosen for f in view.frames], view.time, torch.bool)
+            rank = rank + (self.cut - there.sum(2, keepdim=True)).clamp_min(0)
+        rank = view.at_rows(rank).float()
+        if rank.shape[1] == 1:
+            return rank
+        times = view.step.query_times  # each query frame counts from itself
+        later = upload([time - times[0] for time in times], rank, rank.dtype)
+        return rank + later.unsqueeze(1)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lightning_kv.cache.passes import Geometry, following
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import RetainPart
 from lightning_kv.policies.budgets import part_of
-from lightning_kv.policies.checks import one_for_all_heads, portion
+from lightning_kv.policies.checks import portion
 from lightning_kv.policies.part import Preset
 
 
@@ -57,7 +57,7 @@ class DeepSink(RetainPart):
 
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
         """All heads turn the same sink."""
-        one_for_all_heads(self)
+        self.evenly()
 
     def history(self, view: CacheView) -> int:
         """Whole frames of the budget."""

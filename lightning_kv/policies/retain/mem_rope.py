@@ -15,7 +15,7 @@ from lightning_kv.cache.rotary import wide
 from lightning_kv.cache.table import summed
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import RetainPart
-from lightning_kv.policies.checks import between, choice, one_for_all_heads
+from lightning_kv.policies.checks import between, choice
 from lightning_kv.policies.layout import Layout
 from lightning_kv.policies.part import Preset
 
@@ -69,7 +69,7 @@ class MemRoPE(RetainPart):
 
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
         """All heads drop the same frames."""
-        one_for_all_heads(self)
+        self.evenly()
 
     def commit(self, views: list[CacheView], state: Any) -> list[Retention | None]:
         """Fold the oldest frames behind the sink into both memories."""

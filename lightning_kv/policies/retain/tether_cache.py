@@ -32,7 +32,7 @@ class TetherCache(RetainPart):
     the last pass decides.
 
     Args:
-        sinks: First frames that always stay; below 1 a share of the budget.
+        sink: First frames that always stay; below 1 a share of the budget.
         recent: Newest frames, the chunk just made included.
         diversity: Weight of the distance in time to what is looked at; 0 for mass alone.
         tether: How far newcomers are drawn, from 0 to 1.
@@ -56,14 +56,14 @@ class TetherCache(RetainPart):
     )
     moments: ClassVar[tuple[str, ...]] = ("commit", "closing")
     columns: ClassVar[dict[str, str]] = {"aside": "max"}
-    sinks: float = 0.15
+    sink: float = 0.15
     recent: int = 4
     diversity: float = 0.35
     tether: float = 0.35
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        between(self, 0, 0.5 if self.sinks < 1 else None, "sinks")
+        between(self, 0, 0.5 if self.sink < 1 else None, "sink")
         between(self, 0, None, "diversity")
         between(self, 1, None, "recent")
         between(self, 0, 1, "tether")
@@ -75,7 +75,7 @@ class TetherCache(RetainPart):
 
     def smallest(self, chunk: int) -> int:
         """The sink and what is recent, and no memory."""
-        return least_with(self.sinks, max(self.recent, chunk))
+        return least_with(self.sink, max(self.recent, chunk))
 
     def regions(self, view: CacheView, coming: int) -> tuple[int, int, int] | None:
         """Frames that are held, of the sink, and recent ones; None while all fit."""
@@ -85,7 +85,7 @@ class TetherCache(RetainPart):
         held = max(int(self.budget.frames(view) + 1e-6), self.smallest(chunk))
         if len(view.frames) + coming <= held:
             return None
-        return held, part_of(self.sinks, held), max(self.recent, chunk)
+        return held, part_of(self.sink, held), max(self.recent, chunk)
 
     def commit(self, views: list[CacheView], state: Any) -> list[Retention | None] | None:
         """Set aside what the next chunk will push out, until its commit pass."""

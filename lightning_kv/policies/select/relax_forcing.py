@@ -48,7 +48,7 @@ class RelaxForcing(SelectPart):
             {
                 "retain": {"part": "reservoir", "sink": 2, "frames": 120},
                 "select": {"part": "relax-forcing", "budget": "4f"},
-                "positions": "contiguous-read",
+                "positions": {"part": "contiguous", "of": "read"},
             },
             "sink 2, 1 of 4 candidates, tail 1, reservoir 120",
         ),
@@ -62,11 +62,10 @@ class RelaxForcing(SelectPart):
         super().__post_init__()
         between(self, 0, None, "sink", "tail", "tail_weight")
         between(self, 1, None, "candidates")
-        if self.budget is not None and self.budget.name != "uniform":
-            raise ValueError(
-                f"A relax-forcing selection with the budget part {self.budget.name!r} does not "
-                "work: all heads of all layers read the same frames. Give one amount, like 4f."
-            )
+
+    def check(self, *_: Any) -> None:
+        """All heads read the same frames."""
+        self.evenly()
 
     def smallest(self, chunk: int) -> int:
         """The first frames and the newest."""

@@ -35,7 +35,7 @@ class WorldKV(SelectPart):
     Args:
         by: ``pose`` needs the side input ``pose`` (camera to world, ``[F, 4, 4]``); ``keys`` does
             without: mean keys of chunks, in the first layer, like those of the newest.
-        sinks: First frames that are always read; below 1 a share of the budget.
+        sink: First frames that are always read; below 1 a share of the budget.
         recent: Newest frames that are read, the query included.
         close_gap: The newest old chunk may be read too; the authors' code leaves it out.
         start: ``budget``: when more is held than the budget; ``paper``: with the first old chunk.
@@ -54,7 +54,7 @@ class WorldKV(SelectPart):
     )
     observes: ClassVar[tuple[str, ...]] = ("prefill", "commit")
     by: str = "pose"
-    sinks: float = 0.16
+    sink: float = 0.16
     recent: int = 6
     close_gap: bool = False
     start: str = "budget"
@@ -62,7 +62,7 @@ class WorldKV(SelectPart):
     def __post_init__(self) -> None:
         super().__post_init__()
         choice(self, by=("pose", "keys"), start=("budget", "paper"), refresh=("chunk",))
-        between(self, 0, 0.5 if self.sinks < 1 else None, "sinks")
+        between(self, 0, 0.5 if self.sink < 1 else None, "sink")
         between(self, 1, None, "recent")
 
     @property
@@ -76,7 +76,7 @@ class WorldKV(SelectPart):
 
     def smallest(self, chunk: int) -> int:
         """The sink and recent history, or one frame."""
-        return max(1, least_with(self.sinks, max(0, self.recent - chunk)))
+        return max(1, least_with(self.sink, max(0, self.recent - chunk)))
 
     def observe(self, view: PassView, state: Any) -> None:
         """Where chunks begin."""
@@ -89,7 +89,7 @@ class WorldKV(SelectPart):
             return None
         starts, tokens, begin = state["starts"], view.geometry.tokens, view.step.start
         rows = self.rows(view)[0]
-        sink = part_of(self.sinks, rows / tokens)
+        sink = part_of(self.sink, rows / tokens)
         late = max(0, begin - max(0, self.recent - view.query_frames))
         ends = [*starts[1:], begin]
         old = [i for i, first in enumerate(starts) if first >= sink and ends[i] <= late]

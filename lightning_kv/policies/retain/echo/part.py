@@ -12,7 +12,7 @@ from lightning_kv.cache.decisions import Retention, Sums
 from lightning_kv.cache.host import upload
 from lightning_kv.cache.view import CacheView, PassView
 from lightning_kv.policies.archived import ArchivingPart, played
-from lightning_kv.policies.budgets import frames_of
+from lightning_kv.policies.budgets import part_of
 from lightning_kv.policies.checks import between, choice, portion
 from lightning_kv.policies.future_score import query_means, update_query_means
 from lightning_kv.policies.part import Preset
@@ -72,7 +72,7 @@ class EchoForcing(ArchivingPart):
 
     def rolling(self, window: int, chunk: int) -> int:
         """Frames that roll."""
-        return min(frames_of(self.cycle, window - chunk), window - chunk - 1)
+        return min(part_of(self.cycle, window - chunk), window - chunk - 1)
 
     def held(self, window: int, chunk: int) -> int:
         """The archive has what rolls, and as many candidates as the window has frames."""

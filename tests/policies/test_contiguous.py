@@ -12,6 +12,8 @@ from slow import Ask, Scattered, agree, passes, play, policy, rolling, session, 
 from lightning_kv.cache.decisions import Selection
 from lightning_kv.testing import Script
 
+READ = {"part": "contiguous", "of": "read"}
+
 
 def reads(frame, layer, head, query):
     """What looks like a random choice."""
@@ -67,20 +69,18 @@ class ReadScript(Script):
 @pytest.mark.parametrize("steps", [passes(5, noisy=1), rolling(4, 2)], ids=["chunks", "rolling"])
 def test_ranks_among_what_is_read(apart, heads, steps):
     steps = list(steps)
-    made = policy(select=Ask(question=question(apart, heads)), positions="contiguous-read")
+    made = policy(select=Ask(question=question(apart, heads)), positions=READ)
     agree(made, ReadScript(apart, heads), tape(steps))
 
 
 def test_heads_that_hold_other_rows():
     retain, steps = Scattered(share=0.4), passes(5, noisy=1)
-    made = policy(
-        retain=retain, select=Ask(question=question(True, True)), positions="contiguous-read"
-    )
+    made = policy(retain=retain, select=Ask(question=question(True, True)), positions=READ)
     agree(made, ReadScript(True, True, retain), tape(steps))
 
 
 def test_where_everything_is_read_it_is_contiguous():
-    found = [policy(positions=name) for name in ("contiguous-read", "contiguous")]
+    found = [policy(positions=name) for name in (READ, "contiguous")]
     recorded = tape(passes(4, noisy=1))
     one, other = (play(session(made), recorded) for made in found)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
