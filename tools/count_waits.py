@@ -26,6 +26,7 @@ from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
 from lightning_kv.policies.registry import preset, presets, sized
 from lightning_kv.tasks.benchmark.waits import counting
+from lightning_kv.testing.candidate import headed
 
 CHUNK, HEADS = 8, 12
 LEVELS = (1000.0, 750.0, 500.0, 250.0)
@@ -136,7 +137,7 @@ def counted(case: Case, layers: int, chunk: int = CHUNK) -> Row:
     model = random_model(replace(config, **SAMPLERS[case.sampler]))
     frames = 3 * (chunk + 2)
     prompts = [f"prompt {i}" for i in range(case.batch)]
-    policy, about = load_policy(case.policy), {"decode": False}
+    policy, about = headed(load_policy(case.policy), model.network.geometry()), {"decode": False}
     if policy.needs:
         told = rollout(model, preset("full"), prompts, frames, record=policy.needs, **about)
         about["tables"] = told.tables

@@ -30,6 +30,7 @@ from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
 from lightning_kv.policies.registry import presets, sized
 from lightning_kv.rollout import Rollout
+from lightning_kv.testing.candidate import headed
 
 FRAMES = 36
 SHARES = {"part": "table", "amount": "6f", "shares": [[0.5, 1.5, 1.0, 0.75]] * 6}
@@ -132,7 +133,7 @@ def rollouts() -> Iterator[tuple[str, Rollout]]:
                 spec: Any = {"name": name, "retain": part, "branches": "shared"}
             else:
                 spec = spec_of(name)
-            policy = load_policy(spec)
+            policy = headed(load_policy(spec), model.network.geometry())
             made = rollout(model, policy, ["a", "b"], FRAMES, decode=False)
             yield f"{kind}/{name}", made
 

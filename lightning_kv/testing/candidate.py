@@ -171,7 +171,7 @@ def within(policy: CachePolicy, own: Tape, most: int) -> CachePolicy:
 
     Head tables are of the tape's layers and heads.
     """
-    policy, changed = headed(policy, own), {}
+    policy, changed = headed(policy, own.geometry), {}
     for kind, limit in (("retain", most), ("select", most * 2 // 3)):
         part = getattr(policy, kind)
         if part.budget is None:
@@ -188,9 +188,9 @@ def within(policy: CachePolicy, own: Tape, most: int) -> CachePolicy:
     return replace(policy, asked=False, **changed)
 
 
-def headed(policy: CachePolicy, own: Tape) -> CachePolicy:
-    """The policy with head tables of a tape's layers and heads, drawn from what is in its own."""
-    parts = {kind: _headed(getattr(policy, kind), own.geometry) for kind in SLOTS}
+def headed(policy: CachePolicy, of: Geometry) -> CachePolicy:
+    """The policy with head tables of a model's layers and heads, drawn from what is in its own."""
+    parts = {kind: _headed(getattr(policy, kind), of) for kind in SLOTS}
     return replace(policy, **parts)
 
 
@@ -218,7 +218,7 @@ def generous(policy: CachePolicy, own: Tape) -> CachePolicy:
     Parts without a budget, positions and codecs may well lose something: they do not say that
     they lose nothing.
     """
-    policy, parts = headed(policy, own), {}
+    policy, parts = headed(policy, own.geometry), {}
     for kind in ("retain", "select"):
         part, parts[kind] = getattr(policy, kind), getattr(FULL, kind)
         if part.budget is not None:
