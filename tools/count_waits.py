@@ -26,6 +26,7 @@ from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
 from lightning_kv.policies.registry import preset, presets, sized
 from lightning_kv.tasks.benchmark.waits import counting
+from lightning_kv.testing.tapes import camera
 
 CHUNK, HEADS = 8, 12
 LEVELS = (1000.0, 750.0, 500.0, 250.0)
@@ -48,6 +49,7 @@ class Case:
         planned: Waits that a plan may take, over all layers and samples.
         each: A plan is made in every pass.
         codes: Rows get codecs.
+        closing: Waits of retentions in the commit pass, before its attention, over all layers.
         record: Tables that are made on the way.
     """
 
@@ -58,6 +60,7 @@ class Case:
     planned: int = 0
     each: bool = False
     codes: bool = False
+    closing: int = 0
     record: tuple[str, ...] = ()
 
 
@@ -90,9 +93,13 @@ def cases(layers: int) -> list[Case]:
         for sampler in SAMPLERS:
             if sampler != "rolling" and name == "rolling-forcing":
                 continue
-            found.append(
-                Case(spec if sampler == "few-step" else f"{spec}, {sampler}", spec, sampler)
-            )
+            each = layers * (2 if sampler == "guided" else 1)
+            own = load_policy(spec)
+            tells = own.select.name in ("quarantine", "world-kv")  # what is read is on the device
+            row = spec if sampler == "few-step" else f"{spec}, {sampler}"
+            closing = each * ("closing" in own.retain.moments)
+            again = tells and sampler == "rolling"  # the commit pass has other frames in flight
+            found.append(Case(row, spec, sampler, 1, each * tells, again, closing=closing))
     return [
         *found,
         Case("full, written down", "full", record=("mass", "outputs")),
@@ -141,6 +148,8 @@ def counted(case: Case, layers: int, chunk: int = CHUNK) -> Row:
     if policy.needs:
         told = rollout(model, preset("full"), prompts, frames, record=policy.needs, **about)
         about["tables"] = told.tables
+    if policy.inputs:
+        about["inputs"] = {"pose": [camera(i, frames) for i in range(case.batch)]}
     about["record"] = case.record
     with counting("cpu") as waits:
         watched = waits.watched(sampler_of(model.network.config))

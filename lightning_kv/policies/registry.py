@@ -72,13 +72,18 @@ def presets(without_tables: bool = False) -> dict[str, Preset]:
     """The published methods: the full cache first, then by the kind of their main part.
 
     Args:
-        without_tables: Leave out those that need a table of a reference rollout.
+        without_tables: Leave out those that need a table of a reference rollout, or a side input
+            such as the camera's pose: all others run from a prompt alone.
     """
     discover()
     _drop_broken()
     order = sorted(PRESETS.values(), key=lambda own: KINDS.index(own[1].kind))
     names = ["full", *(own.name for own, _ in order if own.name != "full")]
-    return {n: PRESETS[n][0] for n in names if not (without_tables and preset(n).needs)}
+    every = {n: PRESETS[n][0] for n in names}
+    if not without_tables:
+        return every
+    made = {n: preset(n) for n in names}
+    return {n: own for n, own in every.items() if not (made[n].needs or made[n].inputs)}
 
 
 def preset(name: str) -> CachePolicy:
