@@ -33,9 +33,10 @@ def test_every_policy_is_counted():
 @pytest.mark.thinned(8)
 def test_waits(case):
     """At most one at a commit, two where rows get codecs; one per layer and sample where how much
-    is read depends on scores; none in any other pass."""
+    is read, or kept before the commit pass attends, depends on scores; none in any other pass."""
     row = count_waits.counted(case, LAYERS, CHUNK)
     assert row.denoising > 0 or case.sampler == "rolling"
-    assert row.commit <= (2 if case.codes else 1) + case.planned * row.replanned
+    most = (2 if case.codes else 1) + case.closing
+    assert row.commit <= most + case.planned * row.replanned
     assert row.first <= case.planned
     assert row.denoise <= case.planned * row.replanned * row.denoising

@@ -27,9 +27,12 @@ from lightning_kv.models.wan import CausalWan, WanConfig
 from lightning_kv.policies.registry import preset, presets, sized
 from lightning_kv.tasks.benchmark.waits import counting
 from lightning_kv.testing.candidate import headed
+from lightning_kv.testing.tapes import camera
 
 CHUNK, HEADS = 8, 12
 LEVELS = (1000.0, 750.0, 500.0, 250.0)
+COUNTED = ("quarantine", "world-kv", "pyramid-reads")
+"""Selections of single rows, whose number only the device knows."""
 SAMPLERS: dict[str, dict[str, Any]] = {
     "few-step": {"timesteps": LEVELS},
     "rolling": {"timesteps": LEVELS, "sampler": "rolling"},
@@ -49,6 +52,7 @@ class Case:
         planned: Waits that a plan may take, over all layers and samples.
         each: A plan is made in every pass.
         codes: Rows get codecs.
+        closing: Waits of retentions in the commit pass, before its attention, over all layers.
         record: Tables that are made on the way.
     """
 
@@ -59,6 +63,7 @@ class Case:
     planned: int = 0
     each: bool = False
     codes: bool = False
+    closing: int = 0
     record: tuple[str, ...] = ()
 
 
@@ -91,8 +96,19 @@ def cases(layers: int) -> list[Case]:
         for sampler in SAMPLERS:
             if sampler != "rolling" and name == "rolling-forcing":
                 continue
-            title = spec if sampler == "few-step" else f"{spec}, {sampler}"
-            found.append(Case(title, spec, sampler, codes=preset(name).precision.codes))
+            own, all_layers = preset(name), layers * (1 + (sampler == "guided"))
+            counts = own.select.name in COUNTED
+            found.append(
+                Case(
+                    spec if sampler == "few-step" else f"{spec}, {sampler}",
+                    spec,
+                    sampler,
+                    planned=all_layers * counts,
+                    each=counts and sampler == "rolling",  # the commit pass has other frames
+                    codes=own.precision.codes,
+                    closing=all_layers * ("closing" in own.retain.moments),
+                )
+            )
     return [
         *found,
         Case("full, written down", "full", record=("mass", "outputs")),
@@ -141,6 +157,8 @@ def counted(case: Case, layers: int, chunk: int = CHUNK) -> Row:
     if policy.needs:
         told = rollout(model, preset("full"), prompts, frames, record=policy.needs, **about)
         about["tables"] = told.tables
+    if policy.inputs:
+        about["inputs"] = {"pose": [camera(i, frames) for i in range(case.batch)]}
     about["record"] = case.record
     with counting("cpu") as waits:
         watched = waits.watched(sampler_of(model.network.config))

@@ -102,9 +102,9 @@ def listing(what: str) -> list[dict[str, Any]]:
 
 def policies() -> list[dict[str, Any]]:
     """The named presets and the parts they are made of."""
-    from lightning_kv.policies.registry import DEFAULTS, presets
+    from lightning_kv.policies.registry import DEFAULTS, preset, presets
 
-    rows, deployable = [], presets(without_tables=True)
+    rows = []
     for name, own in presets().items():
         parts = {
             k: v.get("part", DEFAULTS[k]) if isinstance(v, dict) else v
@@ -118,7 +118,7 @@ def policies() -> list[dict[str, Any]]:
                 "saves": " and ".join(own.saves) or "-",
                 "parts": ", ".join(f"{kind}: {part}" for kind, part in parts.items()) or "-",
                 "published": own.defaults or "-",
-                "deployable": "yes" if name in deployable else "no: needs the reference rollout",
+                "deployable": "no: needs the reference rollout" if preset(name).needs else "yes",
             }
         )
     return rows

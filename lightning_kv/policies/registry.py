@@ -73,15 +73,17 @@ def presets(without_tables: bool = False, any_model: bool = False) -> dict[str, 
     """The published methods: the full cache first, then by the kind of their main part.
 
     Args:
-        without_tables: Leave out those that need a table of a reference rollout.
+        without_tables: Leave out those that need a table of a reference rollout, or a side input
+            such as the camera's pose: all others run from a prompt alone.
         any_model: Leave out those that bring a head table of one model, and so fit no other.
     """
     discover()
     _drop_broken()
     order = sorted(PRESETS.values(), key=lambda own: KINDS.index(own[1].kind))
     names = ["full", *(own.name for own, _ in order if own.name != "full")]
-    left_out = {n for n in names if without_tables and preset(n).needs}
-    left_out |= {n for n in names if any_model and _of_one_model(preset(n))}
+    made = {n: preset(n) for n in names} if without_tables or any_model else {}
+    left_out = {n for n, own in made.items() if without_tables and (own.needs or own.inputs)}
+    left_out |= {n for n, own in made.items() if any_model and _of_one_model(own)}
     return {n: PRESETS[n][0] for n in names if n not in left_out}
 
 
