@@ -94,7 +94,8 @@ def cases(layers: int) -> list[Case]:
             # it reads single rows, whose number only the device knows
             planned = layers * (1 + (sampler == "guided")) if name == "pyramid-forcing" else 0
             told = spec if sampler == "few-step" else f"{spec}, {sampler}"
-            found.append(Case(told, spec, sampler, planned=planned))
+            each = bool(planned) and sampler == "rolling"  # other frames in flight: another plan
+            found.append(Case(told, spec, sampler, planned=planned, each=each))
     return [
         *found,
         Case("full, written down", "full", record=("mass", "outputs")),
