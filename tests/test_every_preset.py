@@ -10,9 +10,9 @@ from lightning_kv.cache.decisions import Event
 from lightning_kv.models.samplers import spaced
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
-from lightning_kv.policies.registry import presets, sized
+from lightning_kv.policies.registry import preset, presets, sized
 from lightning_kv.rollout import rollout
-from lightning_kv.testing.candidate import on_heads_of
+from lightning_kv.testing.candidate import headed
 
 FRAMES, SWITCH = 23, 12  # chunks of three: eight, of which the last has two frames
 LEVELS = (1000.0, 750.0, 500.0, 250.0)
@@ -34,7 +34,7 @@ SAMPLERS = {
     "rolling": {"sampler": "rolling", "timesteps": LEVELS},
     "guided": {"sampler": "flow", "timesteps": spaced(2, 5.0), "guidance": 3.0},
 }
-NAMES = [sized(name, "6f") for name in presets(without_tables=True)]
+NAMES = [sized(name, "9f") for name in presets(any_model=True) if not preset(name).needs]
 
 
 def encoder(prompts):
@@ -57,7 +57,7 @@ def rolled(sampler, name, switch):
     """A rollout of two clips of one prompt each, alone or with a switch on the way."""
     events = [Event("prompt_switch", SWITCH, "two dogs")] if switch else []
     own, poses = model(sampler), torch.eye(4).repeat(FRAMES, 1, 1)
-    policy = on_heads_of(name, own.network.geometry())
+    policy = headed(preset(name), own.network.geometry())
     poses[:, 0, 3] = torch.arange(FRAMES) % 7
     prompts = ["a cat", "a fox"]
     return rollout(
