@@ -4,7 +4,9 @@ lightning-kv evaluate -c configs/catalogue.yaml
 lightning-kv evaluate -c configs/catalogue_any_start.yaml
 python tools/catalogue.py --close        # prints the commands that give the close ones 32 worlds
 lightning-kv evaluate -c configs/catalogue_bytes.yaml
+lightning-kv evaluate -c configs/catalogue_any_start_bytes.yaml
 lightning-kv evaluate -c configs/catalogue_positions.yaml
+lightning-kv evaluate -c configs/catalogue_any_start_positions.yaml
 python tools/catalogue.py
 """
 
