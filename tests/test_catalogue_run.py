@@ -63,7 +63,8 @@ def run(tmp_path_factory):
     config |= {"prompts": 3, "frames": 33, "budgets": ["6f"], "out": str(out), "batch": 3}
     names = ["full", "h2o", "future-forcing", "focused-forcing", "random-memory", "oracle"]
     crossed = {"name": "h2o-contiguous@6f", "base": "h2o@6f", "positions": "contiguous"}
-    config |= {"policies": [*names, crossed], "data": {"shards": str(ROOT / "data/panorama-fast13")}}
+    config["policies"] = [*names, crossed]
+    config["data"] = {"shards": str(ROOT / "data/panorama-fast13")}
     path = out.parent / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     from lightning_kv.cli import main
