@@ -29,12 +29,14 @@ class Entries:
         count: Frames of a pool, the summary among them.
         merged: Whether there is a summary of frames that have left.
         leaves: For each frame that left last, the first frame that had not entered then.
+        new: The summary was made of these; there was none before.
     """
 
     edge: int
     count: int = 0
     merged: bool = False
     leaves: tuple[int, ...] = ()
+    new: bool = False
 
     def until(self, edge: int, size: int) -> Entries:
         """Let the frames before ``edge`` enter, one at a time, into pools of so many frames.
@@ -48,7 +50,8 @@ class Entries:
                 leaves.append(limit)
                 count -= merged or not size
                 merged = merged or size > 0
-        return Entries(max(edge, self.edge), count, merged, tuple(leaves))
+        new = merged and not self.merged
+        return Entries(max(edge, self.edge), count, merged, tuple(leaves), new)
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,25 @@ class Pools:
             found.append(earliest(like == like.amax(1, keepdim=True), 1))
             there = there & ~found[-1]
         return found
+
+    def updated(
+        self, view: CacheView, sink: int, entries: Entries, rate: float
+    ) -> tuple[Sums | None, Tensor]:
+        """The summary with what leaves, and the frames that stay as they are, bool ``[M, K]``.
+
+        Args:
+            view: Of the layer.
+            sink: First frames of the video, which belong to no pool.
+            entries: After the frames have entered that belong to the pools now.
+            rate: Weight in the summary of a frame that leaves.
+        """
+        parts = self.leaving(view, sink, entries.leaves)
+        if parts and entries.merged and not entries.new:
+            parts = [self.summary, *parts]
+        stay = torch.ones_like(self.summary)
+        for part in parts:
+            stay = stay & ~part
+        return self.summed(view, parts, rate) if parts and entries.merged else None, stay
 
     def frame(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Id ``[M, 1]`` and rows ``[M, T]`` of one frame for each head, of bool ``[M, K]``."""

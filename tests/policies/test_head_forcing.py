@@ -194,8 +194,8 @@ def test_entries():
     entries = Entries(3).until(9, 6)
     assert (entries.count, entries.leaves) == (6, ())
     entries = entries.until(12, 6)
-    assert (entries.count, entries.leaves) == (6, (10, 10, 11, 12))
-    assert entries.until(15, 6).leaves == (13, 14, 15)
+    assert entries == Entries(12, 6, True, (10, 10, 11, 12), new=True)
+    assert entries.until(15, 6) == Entries(15, 6, True, (13, 14, 15))
     assert entries.until(11, 6) == Entries(12, 6, True, ())  # a share of more leaves more as newest
     assert Entries(3).until(5, 0) == Entries(5, 0, False, (4, 5))
 

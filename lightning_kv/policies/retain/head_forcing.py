@@ -70,10 +70,10 @@ class HeadForcing(RetainPart):
         between(self, 1, None, "anchor_last")
         between(self, 0, 1, "rate")
         object.__setattr__(self, "labels", labelled(self, ("local", "anchor", "memory")))
-        if self.last < 1 <= self.first + self.last and self.first < 1:
+        if max(self.first, self.last) < 1 <= self.first + self.last:
             raise ValueError(
-                f"The retain part 'head-forcing' keeps shares of its budget, first={self.first} and "
-                f"last={self.last}, and no pool fits. Give shares of less than 1 together."
+                f"first={self.first} and last={self.last} of the retain part {self.name!r} leave "
+                "nothing of the budget to a pool. Give shares of less than 1 together."
             )
 
     def smallest(self, chunk: int) -> int:
@@ -91,18 +91,15 @@ class HeadForcing(RetainPart):
     def commit(self, views: list[CacheView], state: Any) -> list[Retention | None]:
         """Nothing while all fits; then each head keeps its own."""
         view, made = views[0], views[0].step.final[-1] + 1
-        tokens = view.geometry.tokens
-        room = max(self.rows(view)[0] // tokens, self.smallest(0)) if self.budget else made
+        rows = self.rows(view)[0] if self.budget else made * view.geometry.tokens
+        room = max(rows // view.geometry.tokens, self.smallest(0))
         if made <= room:
             return [None] * len(views)
         sink, last = state.setdefault("first", part_of(self.first, room)), part_of(self.last, room)
-        before = state.get("pool", Entries(sink))
-        state["pool"] = after = before.until(made - last, room - sink - last)
-        return [self.keeping(own, sink, made - last, before, after) for own in views]
+        state["pool"] = state.get("pool", Entries(sink)).until(made - last, room - sink - last)
+        return [self.keeping(own, sink, made - last, state["pool"]) for own in views]
 
-    def keeping(
-        self, view: CacheView, sink: int, near: int, before: Entries, after: Entries
-    ) -> Retention:
+    def keeping(self, view: CacheView, sink: int, near: int, pool: Entries) -> Retention:
         """The decision for one layer; ``near`` is the first of the newest frames."""
         ids, made = view.frame_ids.unsqueeze(0), view.step.final[-1] + 1
         anchor = (ids < sink) | (ids >= made - self.anchor_last)
@@ -111,14 +108,8 @@ class HeadForcing(RetainPart):
         heads = [head for head, word in enumerate(words) if word == "memory"]
         if not heads:
             return Retention(keep=view.rows_of(keep))
-        pools, sums = Pools.of(view, heads), None
-        parts = gone = pools.leaving(view, sink, after.leaves)
-        if parts and after.merged:
-            parts = [pools.summary, *gone] if before.merged else gone
-            sums = pools.summed(view, parts, self.rate)
-        stay = torch.ones_like(pools.summary)
-        for part in parts:
-            stay = stay & ~part
+        pools = Pools.of(view, heads)
+        sums, stay = pools.updated(view, sink, pool, self.rate)
         own = torch.zeros_like(keep[:1]).repeat(len(heads), 1).scatter(1, pools.index, stay)
         keep = keep.index_copy(0, pools.heads, own)
         return Retention(sums=sums, keep=view.rows_of(keep))
