@@ -230,7 +230,7 @@ def test_the_preset_takes_budgets():
         ({"first": -1}, "first"),
         ({"last": 0}, "last"),
         ({"last": 1.5}, "last"),
-        ({"first": 0.5, "last": 0.5}, "no pool fits"),
+        ({"first": 0.5, "last": 0.5}, "leave nothing"),
         ({"anchor_last": 0}, "anchor_last"),
         ({"rate": 2}, "rate"),
         ({"labels": [["both"]]}, r"local \(0\), anchor \(1\), memory \(2\)"),
