@@ -22,7 +22,8 @@ class MemScript(Script):
     """A list of frames: sink, long, short, recent; what leaves recent goes into the means."""
 
     def __init__(self, budget, sink=3, long=0.01, short=0.1, adaptive=False, mean="place"):
-        self.budget, self.sink, self.rate = budget, sink, (long, short)
+        self.budget, self.rate = budget, (long, short)
+        self.sink = sink if isinstance(sink, int) else round(sink * budget)
         self.adaptive, self.mean, self.begun, self.events = adaptive, mean, set(), 0
 
     def commit_all(self, streams, step):
@@ -90,14 +91,14 @@ class MemScript(Script):
 
 
 def policy(budget, **settings):
-    retain = {"part": "mem-rope", "budget": f"{budget}f", **settings}
+    retain = {"part": "mem-rope", "budget": f"{budget}f", "sink": 3, **settings}
     return load_policy({"name": "x", "retain": retain, "positions": "contiguous"})
 
 
 WORLD = {"heads": 2, "batch": 2, "grid": (1, 2)}
 SWITCH = (Event("prompt_switch", 12, "another"), Event("scene_cut", 20))
 CASES = {
-    "threes": ({}, 9, chunked([3] * 14, noisy=1), WORLD | {"layers": 1}),
+    "threes": ({"sink": 0.333}, 9, chunked([3] * 14, noisy=1), WORLD | {"layers": 1}),
     "single frames": ({"sink": 1}, 5, chunked([1] * 14, noisy=1), WORLD | {"grid": (3, 2)}),
     "adaptive, pairs": (
         {"adaptive": True}, 7, chunked([2] * 14, noisy=1), WORLD | {"batch": 1, "grid": (2, 2)},
@@ -153,6 +154,15 @@ def test_the_cache_of_twelve_frames():
         torch.testing.assert_close(seen[12][1][memory], rate * moved + (1 - rate) * begun)
 
 
+@pytest.mark.parametrize(("frames", "sink"), [(4, 1), (6, 2), (9, 3), (15, 5)])
+def test_the_sink_is_a_share_of_the_budget(frames, sink):
+    tape = random_tape(chunked([1] * (frames + 3), noisy=0), layers=1, heads=1, grid=(1, 1))
+    session = tape.session(preset(f"mem-rope@{frames}f"))
+    tape.play(session)
+    held = session.samples[0].stores["cond"][0].table.frames
+    assert held == (*range(sink + 2), *range(sink + 5, frames + 3))
+
+
 def test_a_rate_of_one_keeps_the_last_frames_that_left():
     tape = random_tape(chunked([1] * 9, noisy=0), layers=1, dtype=torch.float64)
     session = tape.session(policy(4, sink=1, long=1.0, short=1.0))
@@ -165,7 +175,12 @@ def test_a_rate_of_one_keeps_the_last_frames_that_left():
 
 @pytest.mark.parametrize(
     ("settings", "text"),
-    [({"sink": -1}, "sink"), ({"long": 1.5}, "long"), ({"mean": "global"}, "place, frame")],
+    [
+        ({"sink": -1}, "sink"),
+        ({"sink": 1.5}, "sink"),
+        ({"long": 1.5}, "long"),
+        ({"mean": "global"}, "place, frame"),
+    ],
 )
 def test_settings_that_cannot_be(settings, text):
     with pytest.raises(ValueError, match=text):

@@ -15,7 +15,8 @@ from lightning_kv.cache.rotary import wide
 from lightning_kv.cache.table import summed
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import RetainPart
-from lightning_kv.policies.checks import between, choice
+from lightning_kv.policies.budgets import least_with, part_of
+from lightning_kv.policies.checks import between, choice, portion
 from lightning_kv.policies.layout import Layout
 from lightning_kv.policies.part import Preset
 
@@ -28,31 +29,30 @@ class MemRoPE(RetainPart):
     values), and two memories, each a frame behind the sink, move towards the average. When frames
     first leave, both become it, and the two frames in whose places they stand are lost.
 
-    Ours: the average is taken at each place of the frame (the release's default: ``mean: frame``),
-    and at the commit, with the same rows. The memories carry the ids of the two lost frames.
+    Ours: the average is taken at each place (the release's default: ``mean: frame``), and at the
+    commit, with the same rows. The memories carry the ids of the two lost frames. The sink is a
+    share of the budget, as large as at the first fold.
 
     Args:
-        sink: First frames of the video that are never dropped; they count in the budget.
+        sink: First frames of the video that stay: a number of frames, or a share of the budget.
         long: Weight of new frames in the long memory.
         short: The same in the short memory.
-        adaptive: The short memory moves faster where keys change more: ``short`` times 0.1 at
-            places where they do not, to 5 where most.
-        mean: Of the dropped rows at the same ``place``, or of all of the ``frame`` (costs the
-            square of its tokens).
+        adaptive: ``short`` times 0.1 where keys do not change, to 5 where they change most.
+        mean: Of the dropped rows at the same ``place``, or of all of the ``frame`` (slow).
     """
 
     name: ClassVar[str] = "mem-rope"
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             "mem-rope",
-            "Keep the first 3 frames and the newest, merge all others into two running means.",
+            "Keep the first and the newest frames, merge all others into two running means.",
             "MemRoPE, arXiv 2603.12513",
             ("memory", "reads"),
             {"retain": {"part": "mem-rope", "budget": "9f"}, "positions": "contiguous"},
             "9f: 3 first frames, 2 means, 4 newest",
         ),
     )
-    sink: int = 3
+    sink: float = 0.333
     long: float = 0.01
     short: float = 0.1
     adaptive: bool = False
@@ -60,12 +60,12 @@ class MemRoPE(RetainPart):
 
     def __post_init__(self) -> None:
         choice(self, mean=("place", "frame"))
-        between(self, 0, None, "sink")
+        portion(self, "sink")
         between(self, 0, 1, "long", "short")
 
     def smallest(self, chunk: int) -> int:
         """The sink, both means and one frame."""
-        return self.sink + 3
+        return least_with(self.sink, 3)
 
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
         """All heads drop the same frames."""
@@ -78,11 +78,11 @@ class MemRoPE(RetainPart):
     def folding(self, view: CacheView, state: Any) -> Retention | None:
         """The decision for one layer."""
         room = max(self.rows(view)[0] // view.geometry.tokens, self.smallest(view.geometry.chunk))
-        behind = view.frames[self.sink :]
-        memories, gone = behind[:2], behind[2:][: max(len(view.frames) - room, 0)]
-        if not gone:  # a share of little
+        sink = state.get("sink", part_of(self.sink, room))
+        memories, behind = view.frames[sink : sink + 2], view.frames[sink + 2 :]
+        if not (gone := behind[: max(len(view.frames) - room, 0)]):  # a share of little
             return None
-        first, state[view.layer] = view.layer not in state, True
+        first, state["sink"], state[view.layer] = view.layer not in state, sink, True
         kept = ~view.rows_from((*memories, *gone))
         return Retention(sums=self.folded(view, memories, gone, first), keep=kept)
 
