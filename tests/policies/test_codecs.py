@@ -84,9 +84,9 @@ class Eigenvectors(Principal):
 @pytest.mark.parametrize("size", [*SIZES[:3], (90, 64)])
 @pytest.mark.thinned(4)
 def test_directions_do_about_what_eigenvectors_do(size):
-    """In each head at least 95 % of the energy that four directions can have; over 200 heads at most
-    5 % more squared error is left. In one head it may be half or double, by chance: what a grid of
-    four levels leaves depends on how its axes lie (over 600 heads the ratio is 1 within 2 %).
+    """Each head has 95 % or more of the energy that four directions can have; over 200 heads at
+    most 5 % more squared error is left. In one head it may be half or three times as much, by
+    chance: what a grid of four levels leaves depends on how its axes lie.
     """
     x = vectors(*size, heads=200, seed=1)
     centred, energy, left = x - x.mean(1, keepdim=True), [], []
