@@ -270,7 +270,7 @@ def module_for(
     from lightning_kv.tasks.class_paths import metrics_of
     from lightning_kv.tasks.evaluate import EvaluateModule, known
     from lightning_kv.tasks.rollouts.context import check_context
-    from lightning_kv.tasks.rollouts.policies import chosen_policies
+    from lightning_kv.tasks.rollouts.policies import check_inputs, chosen_policies
 
     chosen = [file_of(policy) for policy in options.policies]
     policies, reference = chosen_policies(chosen, file_of(options.reference), options.budgets)
@@ -279,6 +279,7 @@ def module_for(
     suite = Suite(metrics, known(source.config is None, options.decode), accept)
     if source.config is not None:  # before gigabytes are read
         everyone = [reference, *policies.values()]
+        check_inputs(everyone, options.model, False)
         rollouts.check(options.model, source.config, everyone)
         sets = [] if options.real else list(suite.set_metrics())
         check_context(options.model, source.config, False, rollouts, data, sets)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_kv.cache.checks import named
+from lightning_kv.cache.view import CacheView
+
 
 def choice(part: Any, **allowed: tuple[Any, ...]) -> None:
     """Refuse a setting that is none of the known words.
@@ -50,3 +53,27 @@ def portion(part: Any, *names: str) -> None:
                 f"{name}={value} of the {part.kind} part {part.name!r} is neither frames nor a "
                 "share of the budget. Give a whole number of frames, or a share from 0 to below 1."
             )
+
+
+def check_shown(part: Any, view: CacheView, latents: bool, estimates: bool) -> None:
+    """Refuse, at the commit of a generated chunk after the first, that nobody shows latents.
+
+    Args:
+        part: That compares clean estimates with final latents.
+        view: Where it was asked.
+        latents: Whether it has been shown final latents.
+        estimates: Whether it has been shown estimates too, of the newest frames.
+
+    Raises:
+        ValueError: It has not.
+    """
+    step = view.step
+    if estimates or step.phase == "prefill" or not step.final[0]:
+        return
+    lacks = "clean estimates" if latents else "final latents"
+    raise ValueError(
+        f"{named(part, view)} compares clean estimates with final latents, and was shown no "
+        f"{lacks} of frame {step.final[0]}. Use rollout(...), or call session.on_prediction(...) "
+        "after each denoising pass and session.on_final(...) once frames are final, before "
+        "session.finish(...)."
+    )

@@ -29,6 +29,7 @@ from lightning_kv.tasks.rollouts.context import (
     Start,
     check_codec,
     check_context,
+    check_poses,
     check_prompts,
     stack_context,
     stack_inputs,
@@ -182,6 +183,8 @@ class EvaluateModule(ClipModule):
             data.keys()  # two rollouts with one key would share noise and results
         config, sets = self.network.config, [] if self.real else list(self.suite.set_metrics())
         check_context(self.model_name, config, self.world, self.settings, data, sets)
+        if isinstance(data, PromptDataModule):
+            check_poses([self.reference, *self.policies.values()], config, self.settings, data)
         if getattr(data, "video_infos", None):
             check_codec(self.model_name, self.codec)
             if isinstance(data, PromptDataModule):

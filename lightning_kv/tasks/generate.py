@@ -103,6 +103,13 @@ def generate(options: GenerateOptions) -> Generated:
             f"The policy {policy.name!r} needs {', '.join(policy.needs)} of a reference rollout of "
             "the same clip, and `generate` rolls out one clip only. Use `lightning-kv evaluate`."
         )
+    if policy.inputs:
+        raise ValueError(
+            f"The policy {policy.name!r} needs the side input {', '.join(policy.inputs)} of every "
+            "frame, and `generate` knows no camera. Use `lightning-kv evaluate` with the panorama, "
+            "rollout(..., inputs={'pose': ...}) in Python, or a setting that does without, such as "
+            "by: keys of world-kv."
+        )
     # The embedded model's own file says its sizes, and is read in no time.
     model = model_for(options, []) if source.config is None else None
     config = source.config or model.network.config

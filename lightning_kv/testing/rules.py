@@ -40,6 +40,7 @@ from lightning_kv.testing.reach import (
     state_tensors,
     unchanged,
 )
+from lightning_kv.testing.tapes import show
 from lightning_kv.testing.waits import waiting
 
 Rule = Callable[[Candidate, str], None]
@@ -392,6 +393,7 @@ def plans_wait_for_nothing(candidate: Candidate, name: str) -> None:
             own.through(session, step, entry.layers)
         assert len(found) <= asked * of.layers, f"{step.phase} pass {step.step}: {found}"
         with torch.no_grad(), waiting() as found:
+            show(session, entry)
             session.finish(step)
         assert len(found) <= (1 + policy.precision.codes) * bool(step.final), f"commit: {found}"
 

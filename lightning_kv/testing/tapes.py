@@ -162,11 +162,7 @@ class Tape:
                         self._rebuild(on, sample, answer, here)
                 found = self.through(on, entry.step, entry.layers)
                 step = entry.step
-                if step.phase == "denoise":
-                    _tell(on, "on_prediction", step, step.timesteps[0], entry.x0)
-                if step.final:
-                    low = step.frames.index(step.final[0])
-                    _tell(on, "on_final", step, entry.x0[:, low : low + len(step.final)])
+                show(on, entry)
                 for sample, answer in on.finish(step):
                     self._rebuild(on, sample, answer, step)
             yield step, found
@@ -213,6 +209,16 @@ def camera(seed: int, frames: int) -> Tensor:
     pose[:, 0, 2], pose[:, 2, 0] = turn.sin(), -turn.sin()
     pose[:, :3, 3] = move.cumsum(0)
     return pose
+
+
+def show(on: Cache, entry: Entry) -> None:
+    """Show a session the estimate of a denoising pass, and latents that are final after it."""
+    step = entry.step
+    if step.phase == "denoise":
+        _tell(on, "on_prediction", step, step.timesteps[0], entry.x0)
+    if step.final:
+        low = step.frames.index(step.final[0])
+        _tell(on, "on_final", step, entry.x0[:, low : low + len(step.final)])
 
 
 def _tell(on: Any, name: str, *given: Any) -> None:

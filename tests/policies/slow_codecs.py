@@ -114,12 +114,20 @@ def centroids(rows, steps=2):
     return out
 
 
+def directions(x, count=4, steps=5):
+    """Columns after some steps of subspace iteration from the first columns of the covariance."""
+    spread = x.T @ x / len(x)
+    found = np.linalg.qr(spread[:, : min(count, *x.shape)])[0]
+    for _ in range(steps):
+        found = np.linalg.qr(spread @ found)[0]
+    return found
+
+
 def principal(rows):
     """Mean, four coded coefficients, and the rest by channel."""
     mean = [half(sum(column) / len(rows)) for column in zip(*rows, strict=True)]
     rows = [[x - m for x, m in zip(row, mean, strict=True)] for row in rows]
-    x = np.array(rows)
-    vectors = np.linalg.eigh(x.T @ x / len(rows))[1].T[::-1][: min(4, *x.shape)]
+    vectors = directions(np.array(rows)).T
     vectors = [v if v[np.abs(v).argmax()] > 0 else -v for v in vectors]
     vectors = [[half(float(y)) for y in v] for v in vectors]
     turned = [[sum(a * b for a, b in zip(row, v, strict=True)) for v in vectors] for row in rows]

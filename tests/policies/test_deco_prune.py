@@ -8,6 +8,7 @@ import torch
 
 from lightning_kv import preset, rollout
 from lightning_kv.cache.decisions import Event
+from lightning_kv.cache.session import CacheSession
 from lightning_kv.policies.registry import policy_from_dict
 from lightning_kv.testing import (
     Script,
@@ -246,6 +247,19 @@ def test_given_frames_are_judged_by_a_pass_that_is_thrown_away(panorama):
 def test_settings_that_cannot_be(wrong):
     with pytest.raises(ValueError, match="out of range"):
         deco(**wrong)
+
+
+@pytest.mark.parametrize("more", [{}, {"budget": "6f"}])
+@pytest.mark.parametrize(
+    ("lost", "said"), [("on_prediction", "no clean estimates"), ("on_final", "no final latents")]
+)
+@pytest.mark.parametrize("steps", [chunked([3] * 5), rolling(2, 14, 3)], ids=["chunks", "rolling"])
+def test_a_session_that_nobody_shows_latents(monkeypatch, steps, lost, said, more):
+    """All would be kept, or with a budget the oldest, and nobody would know."""
+    monkeypatch.setattr(CacheSession, lost, lambda *_: None)
+    with pytest.raises(ValueError, match=rf"'deco-prune' .* shown {said} of frame") as error:
+        random_tape(steps).play(deco(**more))
+    assert "Use rollout(...), or call session.on_prediction(...)" in str(error.value)
 
 
 def test_latents_that_no_patch_divides():

@@ -12,7 +12,7 @@ from lightning_kv.cache.decisions import Retention
 from lightning_kv.cache.passes import Pass
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import RetainPart, newest
-from lightning_kv.policies.checks import between
+from lightning_kv.policies.checks import between, check_shown
 from lightning_kv.policies.part import Preset
 from lightning_kv.policies.statistics import by_token
 
@@ -86,6 +86,7 @@ class DecoPrune(RetainPart):
 
     def commit(self, views: list[CacheView], state: Any) -> list[Retention | None]:
         """Note the errors of the new rows; with a budget, keep the largest."""
+        check_shown(self, views[0], "starts" in state, state.get("off") is not None)
         state["error"] = {view.layer: self.errors(view, state) for view in views}
         pairs = zip(views, self.choose(views, state), strict=True)
         made = state.pop("error")

@@ -30,7 +30,9 @@ class WorldKV(SelectPart):
 
     Ours: until more is held than the budget, all is read. Recent frames are read however short the
     clip; ties go to the older chunk. Chunks of other sizes count as old once none of their frames
-    is recent.
+    is recent. Read chunks keep their own times: the authors' option that moves them to just before
+    the recent frames in order of distance is left out, as parts of positions are not told which
+    chunk was nearest.
 
     Args:
         by: ``pose`` needs the side input ``pose`` (camera to world, ``[F, 4, 4]``); ``keys`` does

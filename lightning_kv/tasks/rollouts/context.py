@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_kv.data.datamodule import PromptSample
+from lightning_kv.data.datamodule import PromptDataModule, PromptSample
 from lightning_kv.data.pairs import SAME_RATE
 from lightning_kv.data.panorama import (
     VISIBLE,
@@ -28,6 +28,7 @@ from lightning_kv.models.codec import PatchCodec
 from lightning_kv.models.embeddings import PromptBook
 from lightning_kv.models.video import EncodingCodec, VideoModel
 from lightning_kv.models.wan import WanConfig
+from lightning_kv.policies.base import CachePolicy
 from lightning_kv.tasks.rollouts.lengths import read_size
 from lightning_kv.tasks.rollouts.settings import RolloutSettings
 from lightning_kv.tasks.trainer import is_first
@@ -170,6 +171,45 @@ def stack_inputs(starts: Sequence[Start], names: Sequence[str]) -> dict[str, lis
     found = [None if start.scene is None else start.scene.positions for start in starts]
     known = all(each is not None for each in found)
     return {"pose": [poses(each) for each in found]} if known else {}
+
+
+def check_poses(
+    policies: Iterable[CachePolicy],
+    config: WanConfig,
+    settings: RolloutSettings,
+    data: PromptDataModule,
+) -> None:
+    """Refuse panoramas whose camera is not known where a policy asks for its pose.
+
+    Args:
+        policies: Of the run.
+        config: The model's shape.
+        settings: How many frames, and how many of them given.
+        data: Prompts, or videos whose camera can be read off.
+
+    Raises:
+        ValueError: Names the policy, and the first prompt or video.
+    """
+    asking = [policy.name for policy in policies if "pose" in policy.inputs]
+    if not asking:
+        return
+    needs = f"The policy {asking[0]!r} needs the camera's pose at every frame"
+    ways = "or a setting that does without, such as by: keys of world-kv"
+    whole = config.pixel_frames(settings.frames)
+    for info in data.video_infos.values():
+        if info.frames < whole:
+            raise ValueError(
+                f"{needs}, and {info.path} ends before the clip: it has {info.frames} frames of "
+                f"{whole}. Give --frames {_latent_frames(info.frames, config)} at most, {ways}."
+            )
+    if settings.context_frames:
+        return
+    for sample in data.prompt_samples():
+        if PanoramaPrompt.parse(sample.prompt).start != "left":
+            raise ValueError(
+                f"{needs}, and nobody knows where {sample.prompt!r} starts with no frames given. "
+                f"Give --context_frames {config.chunk}, prompts that start left, {ways}."
+            )
 
 
 def pixel_size(settings: RolloutSettings, config: WanConfig) -> tuple[int, int]:
