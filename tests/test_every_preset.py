@@ -75,7 +75,7 @@ def attempt(sampler, name, switch):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.thinned(9)
+@pytest.mark.thinned(17)
 def test_a_preset_runs_or_says_what_the_sampler_lacks(sampler, name):
     made = attempt(sampler, name, switch=True)
     if isinstance(made, str):

@@ -23,7 +23,7 @@ from lightning_kv.tasks.rollouts.context import panorama_start
 PROMPTS = ["dusk fast n10 left", "noon fast n13 left", "night slow n7 any", "mist fast n5 left"]
 FRAMES = 24
 NAMES = [sized(name, "6f") for name in presets(without_tables=True, any_model=True)]
-SPARING = ("tether-cache@6f", "forcing-kv@6f")  # some heads hold or read less than their budget
+SPARING = ("tether-cache@6f", "forcing-kv@6f", "pyramid-kv@6f")  # some heads read less than 6f
 BUDGETED = [name for name in NAMES if "@" in name and name not in SPARING]
 
 
@@ -34,7 +34,7 @@ def alone(panorama):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 def test_the_same_seed_gives_the_same_latents(panorama, alone, name):
     again = rollout(panorama, preset(name), PROMPTS[0], FRAMES)
     assert torch.equal(again.latents, alone(name, PROMPTS[0]).latents)
@@ -66,7 +66,7 @@ def exactly(exact):
 @pytest.mark.parametrize(
     "prompts", [PROMPTS[1:3], pytest.param(PROMPTS, marks=pytest.mark.slow)], ids=len
 )
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(12)
 def test_a_batch_equals_one_by_one(exact, exactly, name, prompts):
     """At the default seed: norms of float64 input work in float64, so nothing rounds to float32."""
     together = rollout(exact, preset(name), prompts, length(name))
@@ -78,7 +78,7 @@ def test_a_batch_equals_one_by_one(exact, exactly, name, prompts):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_backends_agree_over_a_rollout(exact, exactly, name):
     usual, other = BACKENDS
     assert usual == "sdpa"
@@ -87,7 +87,7 @@ def test_backends_agree_over_a_rollout(exact, exactly, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 def test_backends_agree_in_float32_in_every_pass(panorama, alone, name):
     worst, again = [], []
 
@@ -112,7 +112,7 @@ def test_backends_agree_in_float32_in_every_pass(panorama, alone, name):
 @pytest.mark.parametrize(
     "name", [name for name in BUDGETED if not name.startswith("rolling-forcing")]
 )
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_a_budget_for_everything_is_the_full_cache(exact, exactly, name):
     name, frames = name.removesuffix("@6f"), length("full")
     budgets = sum(part.budget is not None for part in (preset(name).retain, preset(name).select))
@@ -136,7 +136,7 @@ def test_policies_differ_and_read_less(alone):
         assert out.costs[0].rows_read < full.costs[0].rows_read, name
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", BUDGETED)
 def test_reads_of_a_window_have_a_closed_form(alone, name):
     chunks = range(FRAMES // 3)

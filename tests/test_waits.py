@@ -30,7 +30,7 @@ def test_every_policy_is_counted():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(17)
 def test_waits(case):
     """At most one at a commit, two where rows get codecs; one per layer and sample where how much
     is read, or kept before the commit pass attends, depends on scores; none in any other pass."""

@@ -154,6 +154,10 @@ class PositionsPart(Part, ABC):
     depends: ClassVar[bool] = False
     """Asked once more when it is known what is read."""
 
+    def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
+        """Refuse a model that the part is not made for."""
+        return
+
     @abstractmethod
     def lags(self, view: CacheView, state: State, selection: Selection | None = None) -> Tensor:
         """Frames between each row and the start of the oldest chunk in flight, or the query itself.
@@ -326,6 +330,7 @@ class CachePolicy:
         """
         self.retain.suits(self.bias)
         history = frames - chunk if self.asked else ENDLESS
+        self.positions.check(geometry, chunk, frames)
         for part in (self.retain, self.select):
             part.check(geometry, chunk, frames)
             if part.budget is not None:

@@ -243,6 +243,7 @@ def test_frames_that_are_too_young_for_a_codec_count_as_computed(age, monkeypatc
 
 @pytest.mark.parametrize("age", [0, 3])
 @pytest.mark.parametrize("codec", ["int8", "int4", "kivi", "quant-video-gen", "budget-pca"])
+@pytest.mark.thinned(3)
 def test_rows_that_go_one_by_one_free_what_a_budget_counts_on(codec, age, monkeypatch):
     """Whatever is dropped of rows that were encoded together, what is left stays within it."""
     world(monkeypatch, (4, 4), known=True)

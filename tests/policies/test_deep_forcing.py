@@ -258,5 +258,5 @@ def test_heads_of_other_lengths_are_refused():
     budget = {"part": "table", "amount": "9f", "shares": [[1, 0.5, 1]] * 2}
     own = load_policy({"name": "x", "retain": {"part": "deep-forcing", "budget": budget}})
     tape = random_tape()
-    with pytest.raises(ValueError, match="all heads of a layer together"):
+    with pytest.raises(ValueError, match=r"all heads of a layer together, .* Use a uniform"):
         own.check(tape.geometry, 3, 24)

@@ -117,10 +117,11 @@ def test_a_part_that_is_made_for_one_size_does_not_get_away_with_saying_so():
         obey(policy(budgeted(Square)), "runs_everywhere")
 
 
-def test_a_table_of_another_model_is_drawn_anew_for_every_tape():
+@pytest.mark.parametrize("rules", [("runs_everywhere",), pytest.param((), marks=pytest.mark.slow)])
+def test_a_table_of_another_model_is_drawn_anew_for_every_tape(rules):
     table = {"part": "table", "amount": "8f", "shares": [[1.0, 0.5, 1.0, 1.0, 1.0]] * 2}
     given = policy(build_part("retain", {"part": "window", "budget": table}))
-    assert obey(given) == {}
+    assert obey(given, *rules) == {}
     for name in ("chunks of 3", "recorded"):
         part = Candidate(given).fitted(name).retain.budget
         part.check(tape(name).geometry, 1)

@@ -16,17 +16,6 @@ from lightning_kv.policies.part import Preset
 
 
 @dataclass(frozen=True)
-class Everything(RetainPart):
-    """Keep every row (the full cache, and the reference)."""
-
-    name: ClassVar[str] = "everything"
-    presets: ClassVar[tuple[Preset, ...]] = (
-        Preset("full", "Keep and read everything: the reference."),
-    )
-    limited: ClassVar[bool] = False
-
-
-@dataclass(frozen=True)
 class Window(RetainPart):
     """Keep the newest frames, and the first ones as a sink.
 

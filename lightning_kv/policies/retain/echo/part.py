@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from lightning_kv.cache.decisions import Retention, Sums
 from lightning_kv.cache.host import upload
@@ -14,9 +13,9 @@ from lightning_kv.cache.view import CacheView, PassView
 from lightning_kv.policies.archived import ArchivingPart, played
 from lightning_kv.policies.budgets import part_of
 from lightning_kv.policies.checks import between, choice, portion
-from lightning_kv.policies.future_score import query_means, update_query_means
+from lightning_kv.policies.future_score import update_query_means
 from lightning_kv.policies.part import Preset
-from lightning_kv.policies.retain.echo.picking import picked
+from lightning_kv.policies.retain.echo.picking import singles
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class EchoForcing(ArchivingPart):
         frames = [played(view.step.start - window + slot, cycle) for slot in range(cycle)]
         index = upload([aside.frames.index(f) for f in frames], aside.frame_id, torch.int64)
         index = (index.unsqueeze(1) * tokens + torch.arange(tokens, device=view.device)).flatten()
-        index = torch.cat([index, self.singles(view, state, (window - chunk - cycle) * tokens)])
+        index = torch.cat([index, singles(self, view, state, (window - chunk - cycle) * tokens)])
         slot = torch.arange(len(index), device=view.device)
         time = view.step.query_times[0] - window + slot.div(tokens, rounding_mode="floor")
         place = aside.place[:, index]
@@ -118,12 +117,3 @@ class EchoForcing(ArchivingPart):
         pairs = (index + len(view)).unsqueeze(0), slot.unsqueeze(0)
         ids, time = aside.frame_id[:, index].long(), time.unsqueeze(0).to(view.time)
         return Retention(sums=Sums(*pairs, torch.ones_like(time), ids, time, place))
-
-    def singles(self, view: PassView, state: Any, count: int) -> Tensor:
-        """The rows of the archive that win, int64 ``[count]``."""
-        window, wins = state["window"], state.setdefault(("wins", view.layer), {})
-        frames = [f for f in view.archive.frames if f >= state["first"] - window]
-        span = (window + view.geometry.chunk).bit_length()
-        offsets = self.offsets or [2**i for i in range(span)]
-        means = query_means(self, view, state)
-        return picked(view, means, wins, frames, count, offsets, self.drift, self.reuse)

@@ -6,14 +6,32 @@ Shapes: H heads, N rows of the archive's candidates, T tokens of a frame, D head
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_kv.cache.rotary import wide
 from lightning_kv.cache.view import PassView
-from lightning_kv.policies.future_score import QueryMeans, future_scores
+from lightning_kv.policies.future_score import QueryMeans, future_scores, query_means
 from lightning_kv.policies.statistics import cosine
+
+
+def singles(part: Any, view: PassView, state: Any, count: int) -> Tensor:
+    """The rows of the archive that win a window, int64 ``[count]``.
+
+    Args:
+        part: Echo-Forcing, with its settings.
+        view: Of the pass whose window is filled.
+        state: The part's.
+        count: How many rows win.
+    """
+    window, wins = state["window"], state.setdefault(("wins", view.layer), {})
+    frames = [f for f in view.archive.frames if f >= state["first"] - window]
+    span = (window + view.geometry.chunk).bit_length()
+    offsets = part.offsets or [2**i for i in range(span)]
+    means = query_means(part, view, state)
+    return picked(view, means, wins, frames, count, offsets, part.drift, part.reuse)
 
 
 def picked(

@@ -52,7 +52,7 @@ class PyramidHeads(Part):
         between(self, 2, None, "block")
         object.__setattr__(self, "labels", labelled(self, KINDS, method="pyramid-forcing"))
 
-    def is_for(self, geometry: Geometry) -> None:
+    def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
         """Refuse labels of another model."""
         self.labels.check_heads(geometry, "head labels", "pyramid-forcing")
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_kv.cache.decisions import Retention, Sums
 from lightning_kv.cache.host import upload
-from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import RetainPart
 from lightning_kv.policies.checks import between
@@ -60,10 +59,6 @@ class PyramidForcing(PyramidHeads, RetainPart):
     def __post_init__(self) -> None:
         super().__post_init__()
         between(self, 1, None, "patch")
-
-    def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
-        """The labels are those of the model."""
-        self.is_for(geometry)
 
     def commit(self, views: list[CacheView], state: Any) -> list[Retention | None]:
         """Each layer by itself."""

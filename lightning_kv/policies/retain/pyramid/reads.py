@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lightning_kv.cache.decisions import Selection
 from lightning_kv.cache.host import upload
-from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView, PassView
 from lightning_kv.policies.base import PositionsPart, SelectPart
 from lightning_kv.policies.checks import between
@@ -34,10 +33,6 @@ class PyramidReads(PyramidHeads, SelectPart):
 
     name: ClassVar[str] = "pyramid-reads"
     limited: ClassVar[bool] = False
-
-    def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
-        """The labels are those of the model."""
-        self.is_for(geometry)
 
     def pick(self, view: PassView, state: Any) -> Selection:
         """Rows that each query frame reads."""
