@@ -14,7 +14,7 @@ from lightning_kv.policies.registry import preset, presets, sized
 from lightning_kv.rollout import rollout
 from lightning_kv.testing.candidate import headed
 
-FRAMES, SWITCH = 23, 12  # chunks of three: eight, of which the last has two frames
+FRAMES, SWITCH = 23, 18  # chunks of three: eight, of which the last has two frames
 LEVELS = (1000.0, 750.0, 500.0, 250.0)
 TINY = WanConfig(
     dim=48,
@@ -34,7 +34,11 @@ SAMPLERS = {
     "rolling": {"sampler": "rolling", "timesteps": LEVELS},
     "guided": {"sampler": "flow", "timesteps": spaced(2, 5.0), "guidance": 3.0},
 }
-NAMES = [sized(name, "9f") for name in presets(any_model=True) if not preset(name).needs]
+NAMES = [
+    sized(name, "9f") if name in presets(any_model=True) else name  # a sink of 15 frames
+    for name in presets()
+    if not preset(name).needs  # tables of a reference rollout: tests/policies/test_oracle.py
+]
 
 
 def encoder(prompts):
@@ -65,24 +69,12 @@ def rolled(sampler, name, switch):
     )
 
 
-def attempt(sampler, name, switch):
-    """The rollout, or the need that the sampler does not meet."""
-    try:
-        return rolled(sampler, name, switch)
-    except ValueError as error:
-        return str(error)
-
-
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.thinned(17)
-def test_a_preset_runs_or_says_what_the_sampler_lacks(sampler, name):
-    made = attempt(sampler, name, switch=True)
-    if isinstance(made, str):
-        part = name.partition("@")[0].partition("-")[0]
-        assert part in made or "part" in made
-        assert any(word in made for word in ("Use ", "Give ")), f"no way out: {made}"
-        pytest.skip(f"refused: {made}")
+def test_a_preset_runs(sampler, name):
+    """All of them do, where the sampler commits clean frames; else: test_bad_policies.py."""
+    made = rolled(sampler, name, True)
     assert made.latents.isfinite().all()
     full, plain = rolled(sampler, "full", True), rolled(sampler, name, False)
     for own, most in zip(made.costs, full.costs, strict=True):
