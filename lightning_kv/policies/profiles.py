@@ -99,8 +99,9 @@ def pyramid_forcing(profile: Profile, swings: float = 0.8, period: float = 6.4) 
     The curve of a head is its mean logit by lag, from 1. Wave: at ``swings`` or more of its inner
     points it turns (from rising to falling or back), or the strongest wave in it is ``period``
     frames long or shorter. Ours, since the paper's exact rule is not public: the straight line
-    through the curve is taken out before; of the other heads those whose mean logit is above 0 are
-    anchors, others veils.
+    through the curve is taken out before; of the other heads those whose mean logit is above that
+    of the layer's heads are anchors, others veils (a constant changes no softmax, so the sign of a
+    logit tells nothing).
     """
     curve = profile.logits[..., 1:].double()
     if curve.shape[-1] < 8:
@@ -115,7 +116,8 @@ def pyramid_forcing(profile: Profile, swings: float = 0.8, period: float = 6.4) 
     turns = (steps[..., 1:] * steps[..., :-1] < 0).double().mean(-1)
     strongest = torch.fft.rfft(flat).abs()[..., 1:].argmax(-1) + 1
     wave = (turns >= swings) | (curve.shape[-1] / strongest <= period)
-    rest = _words(curve.mean(-1) > 0, "anchor", "veil")
+    mean = curve.mean(-1)
+    rest = _words(mean > mean.mean(-1, keepdim=True), "anchor", "veil")
     return [
         ["wave" if own else word for own, word in zip(row, words, strict=True)]
         for row, words in zip(wave.tolist(), rest, strict=True)

@@ -9,6 +9,7 @@ import torch
 from lightning_kv import preset, rollout
 from lightning_kv.cache.decisions import Event
 from lightning_kv.cache.session import CacheSession
+from lightning_kv.policies.budgets import part_of
 from lightning_kv.policies.registry import policy_from_dict
 from lightning_kv.testing import (
     Script,
@@ -209,7 +210,8 @@ def test_the_worked_example():
 def test_ages_are_squeezed_at_every_chunk():
     """From the spec: of 240 frames the first appears 17 back, one of age 124 at 12.5."""
     part = preset("deco-prune").positions
-    tape, found = random_tape(chunked([3] * 14, noisy=1), layers=1, heads=1, grid=(1, 1)), {}
+    found, world = {}, {"layers": 1, "heads": 1, "grid": (1, 1), "train_horizon": 21}
+    tape = random_tape(chunked([3] * 14, noisy=1), **world)
 
     def look(view):
         found[view.step.start] = view.lag[0, 0].tolist()
@@ -220,7 +222,8 @@ def test_ages_are_squeezed_at_every_chunk():
     ages = [39 - f for f in range(39)]
     wanted = [a if a <= 8 else 8 + (a - 8) * 9 / 31 for a in ages]
     assert found[39] == pytest.approx(wanted, abs=1e-5)
-    assert 8 + (124 - 8) * (part.far - part.near) / (240 - 8) == 12.5
+    near, far = part_of(part.near, 21), part_of(part.far, 21)
+    assert (near, far) == (8, 17) and near + (124 - near) * (far - near) / (240 - near) == 12.5
 
 
 def test_given_frames_are_judged_by_a_pass_that_is_thrown_away(panorama):

@@ -50,7 +50,7 @@ class DeepScript(Script):
 
     def __init__(self, budget, sink=0.55, recent=4, capacity=None, reuse=7, fusion="sum"):
         self.budget, self.sink, self.recent = budget, sink_of(sink, budget), recent
-        self.left, self.reuse, self.fusion = min(capacity or budget, budget), reuse, fusion
+        self.left, self.reuse, self.fusion = capacity or budget, reuse, fusion
         self.asked, self.events, self.tired = {}, 0, 0
 
     @staticmethod
@@ -89,7 +89,8 @@ class DeepScript(Script):
         open_ = [i for i in range(count) if i not in safe]
         fresh = [i for i in open_ if not self.reuse or names[i].columns["reused"] < self.reuse]
         self.tired += len(open_) - len(fresh)
-        left = max(self.left, self.sink + max(self.recent - flight, 0))
+        left = self.left if self.left + flight <= self.budget else self.budget
+        left = max(left, self.sink + max(self.recent - flight, 0))
         room = left * tokens - len(safe)
         won = sorted(fresh, key=lambda i: (-scores[i], i))[:room]
         start = max(0.0, step.frames[0] - (left + flight))

@@ -263,6 +263,19 @@ def test_the_worked_example():
     assert preset("density-kv").retain.budget.amount == "9f"
 
 
+def test_many_frames_in_flight_leave_the_window_its_order():
+    """A reach of 12 of 21 frames ends with the oldest chunk in flight, not with the youngest."""
+    world = {"layers": 1, "heads": 1, "grid": (1, 1), "train_horizon": 21}
+    tape, lags = random_tape(rolling(3, 39, 5), **world), []
+
+    def look(view):
+        if view.query_frames > 12 and view.frames[-2:-1]:
+            lags.append(view.lag[0, 0].tolist())
+
+    tape.play(preset("density-kv@9f"), watch=look)
+    assert lags and all(own[-2:] == [2, 1] for own in lags)
+
+
 @pytest.mark.parametrize("wrong", [{"sink": -1}, {"epsilon": 0}, {"growth": -1}, {"start": "now"}])
 def test_settings_that_cannot_be(wrong):
     with pytest.raises(ValueError, match=r"out of range|unknown"):

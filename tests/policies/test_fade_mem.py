@@ -171,7 +171,7 @@ PLACES = {
 
 
 def test_the_worked_example():
-    tape = random_tape(chunked([3] * 11, noisy=1), layers=1, heads=1, grid=(1, 2))
+    tape = random_tape(chunked([3] * 11, noisy=1), layers=1, heads=1, grid=(1, 2), train_horizon=21)
     lists, places = {}, {}
 
     def look(view):

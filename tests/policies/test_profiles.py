@@ -70,7 +70,9 @@ def slow_pyramid(profile, layer, head):
     }
     if turns >= 0.8 or n / max(power, key=power.get) <= 6.4:
         return "wave"
-    return "anchor" if mean > 0 else "veil"
+    others = [own[1:] for own in profile.logits[layer].double().tolist()]
+    means = [sum(own) / len(own) for own in others]
+    return "anchor" if mean > sum(means) / len(means) else "veil"
 
 
 SLOW = {

@@ -80,7 +80,8 @@ class WorldScript(Script):
         self.read[where] = set(held)
         if not chunks or (self.late and len(stream.rows) <= self.budget):
             return
-        late = max(0, step.start - max(0, 6 - len(step.frames)))
+        own = min(len(step.frames), stream.geometry.chunk or len(step.frames))
+        late = max(0, step.start - max(0, 6 - own))
         old = [c for c in chunks if c[0] >= self.sink and c[-1] < late]
         old = old if self.gap else old[:-1]
         fixed = {f for f in held if f < self.sink or f >= late}

@@ -31,7 +31,7 @@ class Faded(PositionsPart):
     """
 
     name: ClassVar[str] = "faded"
-    window: int | None = 21
+    window: int | None = None
     warp: float = 0.3
 
     def __post_init__(self) -> None:

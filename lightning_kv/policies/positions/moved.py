@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_kv.cache.decisions import Selection
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import PositionsPart
+from lightning_kv.policies.budgets import part_of
 from lightning_kv.policies.checks import between, choice
 
 
@@ -52,14 +53,14 @@ class Clamp(PositionsPart):
     """No row appears further back than a largest lag.
 
     Args:
-        lag: Largest distance in frames; what the model's training allows (its horizon minus the
-            chunk) where None.
-        to: To the ``start`` of the query, or to its ``end``, so that history and a query of any
-            length share a reach of ``lag`` frames.
+        lag: Largest distance in frames; below 1 a share of the model's training horizon; what the
+            horizon leaves beside the query where None.
+        to: To the ``start`` of the query, or to the ``end`` of its oldest chunk, so that history
+            and a chunk share a reach of ``lag`` frames.
     """
 
     name: ClassVar[str] = "clamp"
-    lag: int | None = None
+    lag: float | None = None
     to: str = "start"
 
     def __post_init__(self) -> None:
@@ -69,9 +70,11 @@ class Clamp(PositionsPart):
 
     def lags(self, view: CacheView, state: Any, selection: Selection | None = None) -> Tensor:
         """Those of the recorded times, none larger than allowed."""
-        most = view.geometry.train_horizon if self.lag is None else self.lag
-        if self.lag is None or self.to == "end":
-            most = max(most - view.query_frames, 0)
+        horizon, flight = view.geometry.train_horizon, view.query_frames
+        most = horizon - flight if self.lag is None else part_of(self.lag, horizon)
+        if self.lag is not None and self.to == "end":
+            most -= min(view.geometry.chunk or flight, flight)
+        most = max(most, 0)
         return (view.step.query_times[0] - view.time).clamp_max(most).unsqueeze(1)
 
 

@@ -38,7 +38,8 @@ class DeepForcing(DeepSink):
     Args:
         recent: Newest frames that stay, the chunk included; and frames of queries that rank.
         capacity: History frames left by an event; the next one comes when memory is full again.
-            None for the whole budget, with an event at every chunk.
+            The whole budget, with an event at every chunk, where None or where it leaves no room
+            for a chunk.
         reuse: How often a row can win; 0 for no limit.
         fusion: Logits of the last queries: their ``sum``, or ``max``, which meets each query alone.
     """
@@ -99,7 +100,8 @@ class DeepForcing(DeepSink):
         reused, size = view.field("reused"), view.valid.long()
         if self.reuse:
             size = size * (safe | (reused < self.reuse))
-        left = max(min(self.capacity or history, history), self.sunk(view) + old)
+        left = self.capacity or history
+        left = max(left if left + flight <= history else history, self.sunk(view) + old)
         lengths = upload([left * tokens], view.frame_id, torch.int64).unsqueeze(1)
         scores = self.logits(view, state), lengths
         kept = top_units(*scores, safe.unsqueeze(1), size.unsqueeze(1))[:, 0]

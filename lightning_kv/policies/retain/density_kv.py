@@ -49,7 +49,7 @@ class DensityKV(RetainPart):
             ("memory", "reads"),
             {
                 "retain": {"part": "density-kv", "budget": "9f"},
-                "positions": {"part": "clamp", "lag": 12, "to": "end"},
+                "positions": {"part": "clamp", "lag": 0.571, "to": "end"},
             },
         ),
     )

@@ -92,7 +92,8 @@ class WorldKV(SelectPart):
         starts, tokens, begin = state["starts"], view.geometry.tokens, view.step.start
         rows = self.rows(view)[0]
         sink = part_of(self.sink, rows / tokens)
-        late = max(0, begin - max(0, self.recent - view.query_frames))
+        chunk = min(view.geometry.chunk or view.query_frames, view.query_frames)
+        late = max(0, begin - max(0, self.recent - chunk))
         ends = [*starts[1:], begin]
         old = [i for i, first in enumerate(starts) if first >= sink and ends[i] <= late]
         old = old if self.close_gap else old[:-1]
