@@ -30,6 +30,7 @@ from lightning_kv.stats.inference import holm, sign_flip_p
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOSE = 0.05  # of recall: near enough to the front for more worlds, and a loss that is small
+CAMERA = 0.9  # of the frames follow the camera's rule; below, the world is seen from elsewhere
 BYTES, READS = "kv_bytes_peak", "kv_read_fraction"
 SETTINGS = {
     "catalogue": "The camera starts at the left wall: the given frames show the whole world",
@@ -102,6 +103,10 @@ class Run:
         own = self.recall[name]
         return math.fsum(own.values()) / len(own)
 
+    def camera(self, name: str) -> float | None:
+        """How well the camera keeps its rule, from 0 to 1; None where that was not measured."""
+        return self.summary["policies"][name]["metrics"].get("camera_rule", {}).get("mean")
+
     def interval(self, name: str) -> tuple[float, float]:
         """Of the mean."""
         return bca_interval(list(self.recall[name].values()))
@@ -161,8 +166,8 @@ def memory(run: Run) -> list[str]:
     return [
         name
         for name in run.names
-        if base_of(name) in presets()
-        and preset(base_of(name)).retain.name != "everything"
+        if base_of(name).removesuffix("-last3") in presets()
+        and preset(base_of(name).removesuffix("-last3")).retain.name != "everything"
         and base_of(name) not in controls
         and name not in run.hindsight
     ]
@@ -190,14 +195,22 @@ def overview(run: Run) -> str:
                 f"`{name}`",
                 f"{run.mean(name):.3f} [{low:.3f}, {high:.3f}]",
                 "-" if name == run.summary["reference"] else str(loss),
+                shown_camera(run.camera(name)),
                 f"{run.cost(name, BYTES) / 2**20:.2f}",
                 f"{100 * run.cost(name, READS):.0f} %",
                 f"{100 * run.cost(name, 'kv_scored_fraction'):.0f} %",
                 *("knows the future" if p is None else f"{100 * p:.0f} %" for p in sure),
             ]
         )
-    head = ["policy", "recall", "against full", "MiB", "reads", "scored"]
+    head = ["policy", "recall", "against full", "camera", "MiB", "reads", "scored"]
     return table([*head, "P(front, bytes)", "P(front, reads)"], rows)
+
+
+def shown_camera(kept: float | None) -> str:
+    """How well the camera keeps its rule; where it is lost, recall says little about memory."""
+    if kept is None:
+        return "-"
+    return f"{kept:.2f}" if kept >= CAMERA else f"{kept:.2f}, lost"
 
 
 def duel_rows(run: Run, pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
@@ -355,8 +368,10 @@ INTRODUCTION = """# The catalogue: every published cache policy on one model
 Written by `python tools/catalogue.py` from the runs named below; nothing here is typed by hand.
 The embedded panorama model (72 latent frames, 15 given, 24 for the way there and back) rolls out
 every preset at budgets of 6, 9 and 15 history frames, from the same worlds and the same noise.
-**recall** is the share of the content of places seen before that is right (1 is perfect), **MiB**
-the peak of the whole cache, **reads** the history rows attended to and **scored** those touched to
+**recall** is the share of the content of places seen before that is right (1 is perfect),
+**camera** the share of frames in which it moves as it must (where it is **lost**, recall says
+little about memory: motion shows in three latent frames of this world, in one of Wan's), **MiB** the
+peak of the whole cache, **reads** the history rows attended to and **scored** those touched to
 choose, both as shares of the full cache's reads. Differences are paired by world; the brackets are
 95 % intervals of each comparison alone, and **sure** says that a sign-flip test holds at 5 % over
 its whole list (Holm). **P(front)** is how often a policy is on the front of recall and cost when
