@@ -12,6 +12,7 @@ from lightning_kv.cache.decisions import Retention
 from lightning_kv.cache.host import upload
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
+from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.checks import between, choice
 from lightning_kv.policies.layout import Layout
 from lightning_kv.policies.part import Preset
@@ -112,8 +113,9 @@ class Future(ExpectedPart):
                 f"Use {max(geometry.grid) - 1} or less."
             )
 
-    def suits(self, bias: str | None) -> None:
+    def suits(self, policy: CachePolicy) -> None:
         """Weights count by the bias, keys on the hyperplane without it."""
+        bias = policy.bias
         wanted = {"weight": "log_weight", "hyperplane": None}.get(self.merge, bias)
         if bias != wanted:
             raise ValueError(
