@@ -237,7 +237,7 @@ def test_layers_that_rank_together_keep_equally_much():
     budget = {"part": "pyramid", "amount": "6f"}
     geometry = random_tape().geometry
     with pytest.raises(
-        ValueError, match=r"mode: perhead .* budget part 'pyramid' .* Use mode: layer"
+        ValueError, match=r"budget part 'pyramid' gives heads .* 9f, or mode: layer_perhead\."
     ):
         policy(budget).check(geometry, 3, 24)
     policy(budget, mode="layer_perhead").check(geometry, 3, 24)

@@ -74,11 +74,8 @@ class TriAttention(UnitPart):
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
         """The statistics are the model's, and layers that rank together keep equally much."""
         self.statistics.check(geometry)
-        if self.mode == "perhead" and self.budget is not None and self.budget.name != "uniform":
-            raise ValueError(
-                f"mode: perhead of the retain part {self.name!r} keeps the same in all layers; the "
-                f"budget part {self.budget.name!r} does not. Use mode: layer_perhead, or 'uniform'."
-            )
+        if self.mode == "perhead":
+            self.evenly("mode: layer_perhead")
 
     def observe(self, view: PassView, state: Any) -> None:
         """The queries of a clean pass, until the horizon; those of the first pass in any case."""
