@@ -170,7 +170,8 @@ def test_statistics_made_beforehand(tmp_path):
     assert policy_from_dict(policy_to_dict(made)) == made
     session = tape.session(made)
     tape.play(session)
-    assert "query_means" not in session.samples[0].states["cond"]["retain"]
+    state = session.samples[0].states["cond"]["retain"]
+    assert "query_means" not in state and set(state["given"]) == {0, 1}
     assert len(session.samples[0].stores["cond"][0].frames) >= 4
 
 

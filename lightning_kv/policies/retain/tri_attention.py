@@ -108,10 +108,14 @@ class TriAttention(UnitPart):
 
     def known(self, view: CacheView, state: Any) -> QueryMeans:
         """What the queries of a layer are like."""
-        given = self.statistics.mean
-        if not given and view.layer not in state.get("query_means", {}):
+        if self.statistics.mean:
+            given = state.setdefault("given", {})
+            if view.layer not in given:
+                given[view.layer] = self.statistics.means(view)
+            return given[view.layer]
+        if view.layer not in state.get("query_means", {}):
             raise ValueError(
                 f"{named(self, view)} knows no query of a clean pass. Use a sampler that commits "
                 "frames in a pass at t = 0, or give statistics: FILE."
             )
-        return self.statistics.means(view) if given else state["query_means"][view.layer]
+        return state["query_means"][view.layer]
