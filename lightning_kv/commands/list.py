@@ -89,6 +89,7 @@ def show_blocks(rows: list[dict[str, Any]]) -> None:
             lines |= value if isinstance(value, dict) else {}
         width = max(9, *map(len, lines))
         for label, value in lines.items():
+            value = ("no", "yes")[value] if isinstance(value, bool) else value
             out.print(Text(f"    {label:{width}} {value}"), soft_wrap=True)
 
 
@@ -102,26 +103,67 @@ def listing(what: str) -> list[dict[str, Any]]:
 
 def policies() -> list[dict[str, Any]]:
     """The named presets and the parts they are made of."""
-    from lightning_kv.policies.registry import DEFAULTS, preset, presets
+    from lightning_kv.policies.registry import preset, presets
 
     rows = []
     for name, own in presets().items():
-        parts = {
-            k: v.get("part", DEFAULTS[k]) if isinstance(v, dict) else v
-            for k, v in own.parts.items()
-        }
         rows.append(
             {
                 "policy": name,
                 "about": own.about,
                 "paper": own.paper or "-",
                 "saves": " and ".join(own.saves) or "-",
-                "parts": ", ".join(f"{kind}: {part}" for kind, part in parts.items()) or "-",
+                "parts": made_of(own) or "-",
                 "published": own.defaults or "-",
-                "deployable": "no: needs the reference rollout" if preset(name).needs else "yes",
+                "needs": needed(made := preset(name)),
+                "deployable": not made.needs,
             }
         )
     return rows
+
+
+def made_of(method: Any) -> str:
+    """The parts of a published method that differ from the full cache."""
+    from lightning_kv.policies.registry import DEFAULTS
+
+    told = []
+    for kind, own in method.parts.items():
+        settings = own if isinstance(own, dict) else {"part": own}
+        told.append(f"{kind}: {settings.get('part', DEFAULTS[kind])}")
+        if isinstance(budget := settings.get("budget"), dict) and "part" in budget:
+            told.append(f"budget: {budget['part']}")
+    return ", ".join(told)
+
+
+INPUTS = {"pose": "the camera's pose"}
+"""Side inputs that a rollout must bring, in words."""
+
+
+def needed(policy: Any) -> str:
+    """What a policy wants beside a prompt: a rollout, side inputs, numbers or words for heads."""
+    told = ["a reference rollout"] if policy.needs else []
+    told += [f"{INPUTS.get(name, name)} (inputs)" for name in policy.inputs]
+    return ", ".join(dict.fromkeys([*told, *tables(policy)])) or "-"
+
+
+def tables(policy: Any) -> list[str]:
+    """The head tables of a policy, each with the models that it is shipped for."""
+    from lightning_kv.policies.tables import HeadTable, shipped
+
+    told = []
+    for part in policy.parts:
+        for each in (getattr(part, own.name) for own in dataclasses.fields(part)):
+            if isinstance(each, HeadTable) and each.file:
+                fit = [
+                    table
+                    for name, table in shipped().items()
+                    if each.file == name or (each.auto and each.auto == table.method)
+                ]
+                models = ", ".join(dict.fromkeys(name for table in fit for name in table.models))
+                words = all(isinstance(value, str) for value in each.values)
+                what = "head labels" if words else "numbers for heads"
+                told.append(f"{what} of the model (shipped for: {models or 'none'})")
+    return told
 
 
 def parts() -> list[dict[str, Any]]:

@@ -47,6 +47,7 @@ class DecoPrune(RetainPart):
             "CMBench, no arXiv id",
             ("memory", "reads"),
             {"retain": "deco-prune", "positions": "virtual-age"},
+            "no budget: gamma 0.1 at the third of four steps; chunks of 4, the 2 newest whole",
         ),
     )
     moments: ClassVar[tuple[str, ...]] = ("commit", "closing")

@@ -52,6 +52,7 @@ class TetherCache(RetainPart):
                 "select": "quarantine",
                 "positions": {"part": "contiguous", "of": "read"},
             },
+            "21f: 3 first frames, 14 chosen, 4 newest, 3 of which no noisy pass reads",
         ),
     )
     moments: ClassVar[tuple[str, ...]] = ("commit", "closing")

@@ -52,6 +52,7 @@ class WorldKV(SelectPart):
             "WorldKV, arXiv 2605.22718",
             ("reads",),
             {"retain": "half-chunks", "select": {"part": "world-kv", "budget": "18f"}},
+            "18f: 3 first frames, 6 chunks of 3 halved to 2f each, 3 newest; on LingBot-World",
         ),
     )
     observes: ClassVar[tuple[str, ...]] = ("prefill", "commit")

@@ -76,6 +76,7 @@ class Future(ExpectedPart):
                 "retain": {"part": "future", "budget": "15f"},
                 "select": {"part": "focused", "budget": "9f"},
             },
+            "not published together: reads 1f to 6f by head, memory not public",
         ),
     )
     redundancy: str | None = "content"
