@@ -6,12 +6,14 @@ Shapes: L layers, H heads, Q query frames, F frames.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_kv.cache.host import upload
 from lightning_kv.cache.recorder import LIMIT, Clip, Recorder, weight_of
+from lightning_kv.cache.table import summed
 from lightning_kv.cache.view import PassView
 
 
@@ -23,26 +25,25 @@ class LagLogits:
         clip: Whose it is.
         logits: By namespace, float32 ``[L, H, F]``; place n is a lag of n frames, 0 where there
             was none.
-        queries: That it was recorded with; all are used.
     """
 
     clip: Clip
     logits: dict[str, Tensor]
-    queries: int
+    queries: ClassVar[int] = 1
+    """Their mean, which stands for all."""
 
 
 class LagRecorder(Recorder):
     """Mean logits by lag of every layer and head: the product of the mean query and mean key.
 
     Args:
-        queries: Not used: the mean over all queries costs nothing.
         limit: See :class:`Recorder`.
     """
 
     name, makes = "lags", LagLogits
 
-    def __init__(self, queries: int = 1, limit: int = LIMIT) -> None:
-        super().__init__(queries, limit)
+    def __init__(self, limit: int = LIMIT) -> None:
+        super().__init__(1, limit)
         self._sums: dict[tuple[int, str], Tensor] = {}
         self._weights: dict[tuple[int, str], list[float]] = {}
 
@@ -65,7 +66,8 @@ class LagRecorder(Recorder):
         logits = (queries.to(keys) @ keys / keys.shape[1] ** 0.5).flatten(1)
         lags = [now - then for now in step.frames for then in view.frames]
         weight, line = weight_of(step), self._sums[place][view.layer]
-        line.index_add_(1, upload(lags, line, torch.int64), (weight * logits).to(line))
+        at = upload(lags, line, torch.int64).unsqueeze(0)
+        line += summed((weight * logits).to(line).unsqueeze(-1), at, line.shape[1])[..., 0]
         for lag in lags if not view.layer else ():
             self._weights[place][lag] += weight
 
@@ -76,4 +78,4 @@ class LagRecorder(Recorder):
             if owner == sample:
                 weight = total.new_tensor(self._weights[owner, namespace])
                 found[namespace] = total / weight.masked_fill(weight == 0, 1.0)
-        return LagLogits(self.clips[sample], found, self.queries)
+        return LagLogits(self.clips[sample], found)

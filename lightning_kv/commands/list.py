@@ -19,7 +19,7 @@ class ListOptions:
     """What is there to choose from.
 
     Args:
-        what: Of policies, parts, models and metrics.
+        what: Of policies, parts, heads, models and metrics.
         names: Only these; or package.module:Class (all).
         json: For programs.
     """
@@ -42,10 +42,11 @@ def run(options: ListOptions) -> None:
         from lightning_kv.policies.plugins import imported
 
         rows += [part_row(name, imported(name)) for name in options.names if ":" in name]
+        refuse_methods(options.names)
     rows = only(options.names, rows)
     if options.json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
-    elif options.what in ("models", "parts", "policies"):
+    elif options.what in ("heads", "models", "parts", "policies"):
         show_blocks(rows)
     else:
         show_table(rows)
@@ -89,39 +90,101 @@ def show_blocks(rows: list[dict[str, Any]]) -> None:
             lines |= value if isinstance(value, dict) else {}
         width = max(9, *map(len, lines))
         for label, value in lines.items():
+            value = ("no", "yes")[value] if isinstance(value, bool) else value
             out.print(Text(f"    {label:{width}} {value}"), soft_wrap=True)
 
 
-KINDS = ("policies", "parts", "models", "metrics")
+def refuse_methods(names: list[str]) -> None:
+    """Say which parts a published method has where it is taken for one.
+
+    Raises:
+        ValueError: A name is a method's and no part's.
+    """
+    from lightning_kv.policies.part import PARTS
+    from lightning_kv.policies.registry import presets
+
+    for name in names:
+        if name in presets() and not any(name in own for own in PARTS.values()):
+            made = made_of(presets()[name]) or "retain: everything, select: everything"
+            words = " ".join(dict.fromkeys(each.split(": ")[1] for each in made.split(", ")))
+            raise ValueError(
+                f"{name!r} is no part but a published method. It is made of {made}. "
+                f"Try `lightning-kv list parts {words}`, or `lightning-kv list policies {name}`."
+            )
+
+
+KINDS = ("policies", "parts", "heads", "models", "metrics")
 
 
 def listing(what: str) -> list[dict[str, Any]]:
-    """Rows about ``policies``, ``parts``, ``models`` or ``metrics``."""
-    return {"policies": policies, "parts": parts, "models": models, "metrics": metrics}[what]()
+    """Rows about one of :data:`KINDS`."""
+    every = {"policies": policies, "parts": parts, "heads": heads}
+    return (every | {"models": models, "metrics": metrics})[what]()
 
 
 def policies() -> list[dict[str, Any]]:
     """The named presets and the parts they are made of."""
-    from lightning_kv.policies.registry import DEFAULTS, preset, presets
+    from lightning_kv.policies.registry import preset, presets
 
     rows = []
     for name, own in presets().items():
-        parts = {
-            k: v.get("part", DEFAULTS[k]) if isinstance(v, dict) else v
-            for k, v in own.parts.items()
-        }
         rows.append(
             {
                 "policy": name,
                 "about": own.about,
                 "paper": own.paper or "-",
                 "saves": " and ".join(own.saves) or "-",
-                "parts": ", ".join(f"{kind}: {part}" for kind, part in parts.items()) or "-",
+                "parts": made_of(own) or "-",
                 "published": own.defaults or "-",
-                "deployable": "no: needs the reference rollout" if preset(name).needs else "yes",
+                "needs": needed(made := preset(name)),
+                "deployable": not made.needs,
             }
         )
     return rows
+
+
+def made_of(method: Any) -> str:
+    """The parts of a published method that differ from the full cache."""
+    from lightning_kv.policies.registry import DEFAULTS
+
+    told = []
+    for kind, own in method.parts.items():
+        settings = own if isinstance(own, dict) else {"part": own}
+        told.append(f"{kind}: {settings.get('part', DEFAULTS[kind])}")
+        if isinstance(budget := settings.get("budget"), dict) and "part" in budget:
+            told.append(f"budget: {budget['part']}")
+    return ", ".join(told)
+
+
+INPUTS = {"pose": "the camera's pose"}
+"""Side inputs that a rollout must bring, in words."""
+
+
+def needed(policy: Any) -> str:
+    """What a policy wants beside a prompt: a rollout, side inputs, numbers or words for heads."""
+    told = ["a reference rollout"] if policy.needs else []
+    told += [f"{INPUTS.get(name, name)} (inputs)" for name in policy.inputs]
+    return ", ".join(dict.fromkeys([*told, *tables(policy)])) or "-"
+
+
+def tables(policy: Any) -> list[str]:
+    """The head tables of a policy, each with the models that it is shipped for."""
+    from lightning_kv.policies.tables import HeadTable, shipped
+
+    told = []
+    for part in policy.parts:
+        for each in (getattr(part, own.name) for own in dataclasses.fields(part)):
+            if isinstance(each, HeadTable) and each.file:
+                fit = [
+                    table
+                    for name, table in shipped().items()
+                    if each.file == name or (each.auto and each.auto == table.method)
+                ]
+                models = ", ".join(dict.fromkeys(name for table in fit for name in table.models))
+                words = all(isinstance(value, str) for value in each.values)
+                what = "head labels" if words else "numbers for heads"
+                told.append(f"{what} of the model (shipped for: {models or 'none'})")
+    return told
 
 
 def parts() -> list[dict[str, Any]]:
@@ -157,6 +220,31 @@ def shown(field: Any) -> str:
         return "null" if getattr(value, "optional", False) else "needed"
     words = {None: "null", True: "true", False: "false"}
     return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def heads() -> list[dict[str, Any]]:
+    """The shipped tables with a label or a number for each head: of which model, and from where."""
+    from collections import Counter
+
+    from lightning_kv.policies.tables import shipped
+
+    rows = []
+    for name, own in shipped().items():
+        values = [value for row in own.rows for value in row]
+        count = ", ".join(f"{n} {word}" for word, n in Counter(values).most_common())
+        if not isinstance(values[0], str):
+            count = f"from {min(values):.5g} to {max(values):.5g}"
+        rows.append(
+            {
+                "table": name,
+                "about": f"{own.about.rstrip('.')}.",
+                "models": ", ".join(own.models),
+                "method": own.method,
+                "heads": f"{len(own.rows)} layers of {len(own.rows[0])}: {count}",
+                "source": own.source,
+            }
+        )
+    return rows
 
 
 def models() -> list[dict[str, Any]]:
@@ -273,6 +361,7 @@ examples:
   lightning-kv list models
   lightning-kv list metrics
   lightning-kv list parts window importance    the meaning of each setting
+  lightning-kv list heads                      tables that are shipped for models
   lightning-kv list parts --json""",
     positional={"what": "WHAT", "names": "NAME"},
 )

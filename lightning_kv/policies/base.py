@@ -42,10 +42,6 @@ class RetainPart(ScoredPart):
         """In the middle of a pass it is."""
         return "commit" not in self.moments
 
-    def suits(self, bias: str | None) -> None:
-        """Refuse the policy's bias where it contradicts what this part does."""
-        return
-
     def commit(
         self, views: list[CacheView], state: State
     ) -> list[Retention | None] | Rebuild | tuple[list[Retention | None], Rebuild] | None:
@@ -323,12 +319,14 @@ class CachePolicy:
         return replace(self, name=name or self.name, asked=True, **changed)
 
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
-        """Refuse a budget that cannot work in a rollout of so many frames.
+        """Refuse parts, or a budget, that cannot work in a rollout of so many frames.
 
         Raises:
-            ValueError: Too small for what the part protects, or larger than the history.
+            ValueError: Too small for what the part protects, or larger than the history; or parts
+                contradict each other.
         """
-        self.retain.suits(self.bias)
+        for part in self.parts:
+            part.suits(self)
         history = frames - chunk if self.asked else ENDLESS
         self.positions.check(geometry, chunk, frames)
         for part in (self.retain, self.select):

@@ -40,8 +40,14 @@ def between(part: Any, low: float, high: float | None, *names: str) -> None:
             )
 
 
-def portion(part: Any, *names: str) -> None:
+def portion(part: Any, *names: str, unit: str = "frames", whole: str = "the budget") -> None:
     """Refuse what is neither a number of frames (0, 1, 2, ...) nor a share from 0 to below 1.
+
+    Args:
+        part: That has the settings.
+        names: Of the settings.
+        unit: What is counted.
+        whole: What the share is of.
 
     Raises:
         ValueError: Names the setting, what it is and what it may be.
@@ -50,8 +56,40 @@ def portion(part: Any, *names: str) -> None:
         value = getattr(part, name)
         if not (value >= 0 and (isinstance(value, int) or value < 1)):
             raise ValueError(
-                f"{name}={value} of the {part.kind} part {part.name!r} is neither frames nor a "
-                "share of the budget. Give a whole number of frames, or a share from 0 to below 1."
+                f"{name}={value} of the {part.kind} part {part.name!r} is neither {unit} nor a "
+                f"share of {whole}. Give a whole number of {unit}, or a share from 0 to below 1."
+            )
+
+
+def step_of(part: Any, name: str, steps: int) -> int:
+    """Index of a denoising step that a setting gives, or below 1 as a share of the steps.
+
+    Raises:
+        ValueError: There are not that many.
+    """
+    value = getattr(part, name)
+    if value >= steps:
+        raise ValueError(
+            f"{name}={value} of the {part.kind} part {part.name!r} is beyond the {steps} denoising "
+            f"steps of this sampler. Use 0 to {steps - 1}, or a share below 1."
+        )
+    return int(value if value >= 1 else value * steps)
+
+
+def same(part: Any, other: Any, *names: str) -> None:
+    """Refuse settings that two parts of a policy have in common and that differ.
+
+    Raises:
+        ValueError: Names both parts, what each has, and that one value would do for both.
+    """
+    for name in names:
+        mine, theirs = getattr(part, name), getattr(other, name)
+        if mine != theirs:
+            mine, theirs = (str(getattr(x, "file", None) or x)[:60] for x in (mine, theirs))
+            raise ValueError(
+                f"{name}={mine} of the {part.kind} part {part.name!r} contradicts {name}={theirs} "
+                f"of the {other.kind} part {other.name!r}. Give both the same {name}, under "
+                f"`{part.kind}` and under `{other.kind}`."
             )
 
 

@@ -7,7 +7,7 @@ import sys
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -15,6 +15,9 @@ from lightning_kv.cache.decisions import Event
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView, PassView
 from lightning_kv.policies.budgets import Amount
+
+if TYPE_CHECKING:
+    from lightning_kv.policies.base import CachePolicy
 
 KINDS = ("retain", "select", "budget", "positions", "precision")
 State = dict[Any, Any]
@@ -99,6 +102,10 @@ class Part:
     def fresh(self) -> State:
         """State of one sample in one rollout."""
         return {}
+
+    def suits(self, policy: CachePolicy) -> None:
+        """Refuse a policy whose bias or other parts contradict this part (``checks.same``)."""
+        return
 
     def observe(self, view: PassView, state: State) -> None:
         """Look at a pass of one layer, once it has attended."""

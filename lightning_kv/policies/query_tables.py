@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -105,15 +104,10 @@ class QueryTable:
                 )
 
     def means(self, view: CacheView) -> QueryMeans:
-        """Those of a view's layer."""
-        return _on_device(self.mean[view.layer], self.length[view.layer], view.device)
-
-
-@lru_cache(maxsize=256)
-def _on_device(mean: tuple[Any, ...], length: tuple[Any, ...], device: torch.device) -> QueryMeans:
-    with torch.inference_mode(False):  # kept for later
-        like = torch.empty(0, device=device)
-        return QueryMeans(*(send(torch.tensor(x), like) for x in (mean, length)), 0)
+        """Those of a view's layer, to be kept in a part's state."""
+        each = self.mean[view.layer], self.length[view.layer]
+        like = torch.empty(0, device=view.device)
+        return QueryMeans(*(send(torch.tensor(x), like) for x in each), 0)
 
 
 NO_QUERIES = QueryTable()

@@ -162,22 +162,34 @@ def load_policy(spec: str | dict[str, Any]) -> CachePolicy:
     """
     if isinstance(spec, dict):
         return policy_from_dict(spec)
-    file, at, amount = spec.rpartition("@")
-    if not at or spec.lower().endswith((".yaml", ".yml")):
-        file, amount = spec, ""
-    if not file.lower().endswith((".yaml", ".yml")):
+    file, amount = _file(spec)
+    if not file:
         return preset(spec)
-    path = Path(file)
+    policy = _from_file(Path(file), ())
+    return policy.budgeted(amount, f"{policy.name}@{amount}") if amount else policy
+
+
+def _file(spec: str) -> tuple[str, str]:
+    """Path of a policy file and the budget behind it; no path where it is a name."""
+    head, _, tail = spec.rpartition("@")
+    for path, amount in ((spec, ""), (head, tail)):
+        if path.lower().endswith((".yaml", ".yml")):
+            return path, amount
+    return "", ""
+
+
+def _from_file(path: Path, above: tuple[Any, ...]) -> CachePolicy:
+    """The policy of a file; ``above`` are those that start from it, none of which it may be."""
     if not path.is_file():
         raise ValueError(
-            f"No policy file {file!r}. Give a path to a YAML file, or a name of `lightning-kv list "
-            "policies`."
+            f"No policy file {str(path)!r}. Give a path to a YAML file, or a name of "
+            "`lightning-kv list policies`."
         )
+    own = (*above, path.resolve())
     try:
-        policy = policy_from_dict(_content(path), path.parent)
+        return _made(_content(path), path.parent, own)
     except ValueError as error:
         raise ValueError(f"In the policy file {str(path)!r}: {error}") from error
-    return policy.budgeted(amount, f"{policy.name}@{amount}") if file != spec else policy
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -215,6 +227,11 @@ def policy_from_dict(values: dict[str, Any], folder: Path = Path()) -> CachePoli
     Raises:
         ValueError: No name, an unknown key, an unknown part, or a wrong setting of a part.
     """
+    return _made(values, folder, (id(values),))
+
+
+def _made(values: dict[str, Any], folder: Path, above: tuple[Any, ...]) -> CachePolicy:
+    """The policy of plain data; ``above`` are the files and data that start from it."""
     known = [field.name for field in fields(CachePolicy) if field.name != "asked"]
     for key in values:
         if key not in (*known, "base"):
@@ -222,24 +239,30 @@ def policy_from_dict(values: dict[str, Any], folder: Path = Path()) -> CachePoli
     if not values.get("name"):
         raise ValueError(f"A policy without `name:`: {values}. The name is its key in results.")
     asked = True
-    if values.get("base"):
-        try:
-            base = load_policy(_beside(values["base"], folder))
-        except RecursionError:
-            raise ValueError(
-                f"The policy {values['name']!r} starts from itself: base: {values['base']}. "
-                "Start from a preset or from another file."
-            ) from None
+    if values.get("base") is not None:
+        base = _base(values["name"], values["base"], folder, above)
         values, asked = _over(policy_to_dict(base), values), base.asked
     parts = {kind: build_part(kind, values.get(kind) or DEFAULTS[kind], folder) for kind in SLOTS}
     others = {key: values[key] for key in ("bias", "branches") if key in values}
     return CachePolicy(str(values["name"]), **parts, **others, asked=asked)
 
 
-def _beside(base: Any, folder: Path) -> Any:
+def _base(name: str, base: Any, folder: Path, above: tuple[Any, ...]) -> CachePolicy:
     """What a policy starts from; a file is sought from the folder of the one that names it."""
-    file = isinstance(base, str) and ".y" in base and (folder / base.partition("@")[0]).is_file()
-    return str(folder / base) if file else base
+    way = "Start from a preset, such as sink-window@9f, or from another file."
+    if not isinstance(base, str | dict):
+        raise ValueError(f"The policy {name!r} starts from no policy: base: {base!r}. {way}")
+    file, amount = _file(base) if isinstance(base, str) else ("", "")
+    path = folder / file if (folder / file).is_file() else Path(file)
+    if (path.resolve() if file else id(base)) in above:
+        given = repr(base) if file else "itself"
+        raise ValueError(f"The policy {name!r} starts from itself: base: {given}. {way}")
+    if isinstance(base, dict):
+        return _made(base, folder, (*above, id(base)))
+    if not file:
+        return preset(base)
+    made = _from_file(path, above)
+    return made.budgeted(amount, f"{made.name}@{amount}") if amount else made
 
 
 def _over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -303,7 +326,7 @@ def build_part(kind: str, spec: str | dict[str, Any], folder: Path = Path()) -> 
     allowed = [field.name for field in fields(cls)]
     for key, value in settings.items():
         if key not in allowed:
-            raise ValueError(unknown(f"setting of the {kind} part {name!r}", key, allowed))
+            raise ValueError(_no_setting(cls, name, key))
         if isinstance(value, str | Path) and hasattr(hints[key], "read"):
             value = hints[key].read(value, key, folder)  # by name, or a file that the part reads
         elif key == "budget" and value is not None and not isinstance(value, BudgetPart):
@@ -334,6 +357,20 @@ def build_part(kind: str, spec: str | dict[str, Any], folder: Path = Path()) -> 
             f"The {kind} part {name!r} does not take {settings}. {type(error).__name__}: {error}. "
             "Give other settings, or mend its __post_init__."
         ) from error
+
+
+def _no_setting(cls: type[Part], name: str, key: Any) -> str:
+    """What to say of a setting that a part does not have."""
+    kind = cls.kind
+    known = [own.name for own in fields(cls) if own.name != "budget" or cls.limited]
+    if known:
+        return unknown(f"setting of the {kind} part {name!r}", key, known)
+    having = [own for own, each in PARTS[kind].items() if key in each.__dataclass_fields__]
+    way = f"Write it beside a part that has it: `part: {' or '.join(having)}`."
+    return (
+        f"The {kind} part {name!r} has no settings, and {key!r} was given. "
+        f"{way if having else 'Leave it out.'}"
+    )
 
 
 def frozen(value: Any) -> Any:

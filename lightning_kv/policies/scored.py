@@ -92,13 +92,17 @@ class ScoredPart(Part):
             return tuple(math.floor(frames + ROUNDING) * tokens for frames in allowed)
         return tuple(math.floor(frames * tokens + ROUNDING) for frames in allowed)
 
-    def evenly(self) -> None:
-        """Refuse budgets that give heads different amounts: this part decides for all together."""
+    def evenly(self, otherwise: str = "") -> None:
+        """Refuse budgets that give heads different amounts: this part decides for all together.
+
+        Args:
+            otherwise: What would work beside an even budget.
+        """
         if self.budget is not None and self.budget.name != "uniform":
             raise ValueError(
                 f"The {self.kind} part {self.name!r} decides for all heads of a layer together, "
                 f"and the budget part {self.budget.name!r} gives heads different amounts. Use a "
-                "uniform budget, such as 9f."
+                f"uniform budget, such as 9f{otherwise and f', or {otherwise}'}."
             )
 
     def most(self, view: CacheView) -> int:

@@ -86,7 +86,8 @@ class HeadTable:
             if path not in shipped():
                 raise ValueError(
                     f"No head table {path!r} is shipped.{hint(path, shipped())} Shipped: "
-                    f"{', '.join(shipped())}. Or give the path of a file (.json)."
+                    f"{', '.join(shipped())} (`lightning-kv list heads`). Or give the path of a "
+                    "file (.json)."
                 )
             content = (HEADS / f"{path}.json").read_bytes()
             return cls(shipped()[path].rows, path, hashlib.sha256(content).hexdigest())
@@ -264,7 +265,8 @@ def _way(method: str, geometry: Geometry) -> str:
         for name, own in shipped().items()
         if own.method == method and [len(row) for row in own.rows] == shape
     ]
-    named = f"Shipped and of this shape: {', '.join(fit)}. Or give" if fit else "Give"
+    shown = f"{', '.join(fit)} (`lightning-kv list heads`)"
+    named = f"Shipped and of this shape: {shown}. Or give" if fit else "Give"
     return f"{named} one value for each head, in place or in a JSON file."
 
 

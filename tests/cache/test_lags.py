@@ -56,3 +56,5 @@ def test_it_is_one_of_the_tables_that_can_be_asked_for():
     assert isinstance(recorders({"lags": {}})[0], LagRecorder)
     with pytest.raises(ValueError, match="lags"):
         recorders("lag")
+    with pytest.raises(ValueError, match="queries"):
+        recorders({"lags": {"queries": 4}})

@@ -133,8 +133,8 @@ CASES = {
     "fours, a short last chunk, the last step": (
         chunked([4] * 13 + [1], noisy=2),
         {"grid": (2, 2)},
-        {"gamma": 3.0, "probe": 7},
-        {"gamma": 3.0, "step": 7},
+        {"gamma": 3.0, "probe": 1},
+        {"gamma": 3.0, "step": 1},
     ),
     "guided": (
         guided(chunked([2] * 14, noisy=2)),
@@ -246,10 +246,21 @@ def test_given_frames_are_judged_by_a_pass_that_is_thrown_away(panorama):
     assert torch.equal(made.latents[:, :12], plain.latents[:, :12])
 
 
-@pytest.mark.parametrize("wrong", [{"gamma": -1}, {"probe": -0.5}, {"local": 0}])
+@pytest.mark.parametrize("wrong", [{"gamma": -1}, {"probe": -0.5}, {"probe": 1.7}, {"local": 0}])
 def test_settings_that_cannot_be(wrong):
-    with pytest.raises(ValueError, match="out of range"):
+    with pytest.raises(ValueError, match=r"out of range|neither steps nor a share of the denois"):
         deco(**wrong)
+
+
+def test_a_step_that_the_sampler_has_not(panorama):
+    """Known before the first chunk of a continuation, and once the first chunk is final."""
+    steps, about = len(panorama.network.config.timesteps), {"decode": False}
+    made, text = deco(probe=steps), "dusk fast n10 left"
+    with pytest.raises(ValueError, match=rf"probe={steps} .* beyond the {steps} .* Use 0 to"):
+        rollout(panorama, made, text, 9, **about)
+    context = rollout(panorama, preset("full"), text, 6, **about).latents
+    with pytest.raises(ValueError, match=rf"beyond the {steps} denoising steps"):
+        rollout(panorama, made, text, 12, context=context, **about)
 
 
 @pytest.mark.parametrize("more", [{}, {"budget": "6f"}])

@@ -97,9 +97,50 @@ def test_a_policy_starts_from_another_and_changes_what_it_says(tmp_path):
         assert policy_from_dict({"name": name, "base": name}) == preset(name)
     with pytest.raises(ValueError, match=r"Did you mean 'h2o'"):
         policy_from_dict({"name": "x", "base": "h20"})
-    (tmp_path / "d.yaml").write_text("name: d\nbase: d.yaml\n")
-    with pytest.raises(ValueError, match="starts from itself"):
-        load_policy(str(tmp_path / "d.yaml"))
+
+
+@pytest.mark.parametrize("budget", ["", "@9f"])
+def test_a_policy_that_starts_from_itself_is_said_once(tmp_path, budget):
+    (tmp_path / "d.yaml").write_text(f"name: d\nbase: d.yaml{budget}\n")
+    (tmp_path / "e.yaml").write_text(f"name: e\nbase: f.yaml{budget}\n")
+    (tmp_path / "f.yaml").write_text("name: f\nbase: e.yaml\n")
+    for name, files in (("d", 1), ("e", 2)):
+        with pytest.raises(ValueError, match="starts from itself") as refused:
+            load_policy(str(tmp_path / f"{name}.yaml{budget}"))
+        assert str(refused.value).count("In the policy file") == files
+        assert "Start from a preset" in str(refused.value)
+    data = {"name": "r"}
+    data["base"] = data
+    with pytest.raises(ValueError, match="'r' starts from itself"):
+        policy_from_dict(data)
+
+
+def test_a_base_is_a_file_by_the_end_of_its_path_only(tmp_path):
+    (tmp_path / "my.yard").write_text("name: x\n")
+    (tmp_path / "UP.YML").write_text("name: up\nretain: {part: window, budget: 6f}\n")
+    with pytest.raises(ValueError, match=r"No policy 'my\.yard'"):
+        policy_from_dict({"name": "x", "base": "my.yard"}, tmp_path)
+    made = policy_from_dict({"name": "x", "base": "UP.YML@9f"}, tmp_path)
+    assert made.retain.budget.amount == "9f"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"base": 3}, ["starts from no policy", "base: 3", "Start from a preset"]),
+        ({"base": []}, ["starts from no policy", "base: []"]),
+        (
+            {"base": "h2o", "precision": {"codec": "int4"}},
+            ["'as-computed' has no settings", "'codec' was given", "`part: aged`"],
+        ),
+        ({"retain": {"size": 3}}, ["'everything' has no settings", "Leave it out"]),
+    ],
+)
+def test_a_base_or_a_setting_that_makes_no_sense_is_said(values, words):
+    with pytest.raises(ValueError) as refused:
+        policy_from_dict({"name": "a"} | values)
+    assert all(word in str(refused.value) for word in words)
+    assert "Known: ." not in str(refused.value)
 
 
 def test_a_budget_in_the_name_reaches_the_part():
@@ -194,3 +235,12 @@ def test_every_part_says_what_it_is():
         for name, cls in parts.items():
             if cls.__module__.startswith("lightning_kv"):
                 assert cls.__doc__ and not cls.__doc__.startswith(cls.__name__ + "("), name
+
+
+def test_one_frame_is_no_frames():
+    for value, history, words in (
+        (1.0, 12, "is 1 frame. In a rollout with at most 12 history frames it"),
+        (2.0, 1, "is 2 frames. In a rollout with at most 1 history frame it"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Amount(value, "f").check("mine", 3, history, 3, GEOMETRY)

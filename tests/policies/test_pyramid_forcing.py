@@ -256,3 +256,19 @@ def test_the_authors_labels():
 def test_settings_that_cannot_be(settings, text):
     with pytest.raises(ValueError, match=text):
         policy(**settings)
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [("retain", {"period": 4}), ("positions", {"recent": 3}), ("select", {"labels": [["veil"]]})],
+)
+def test_parts_that_contradict_each_other(kind, settings):
+    """What one keeps the others would look for elsewhere."""
+    name, geometry = next(iter(settings)), random_tape(chunked([3] * 8)).geometry
+    made = policy_from_dict({"name": "x", "base": "pyramid-forcing", kind: settings})
+    with pytest.raises(ValueError, match=f"{name}=.* contradicts {name}=.*Give both the same") as e:
+        made.check(geometry, 3, 24)
+    assert f"`{kind}`" in str(e.value)
+    both = dict.fromkeys(("retain", "select", "positions"), settings)
+    alike = policy_from_dict({"name": "x", "base": "pyramid-forcing", **both})
+    alike.retain.suits(alike)

@@ -95,13 +95,17 @@ def test_the_price_is_counted_and_rows_are_fresh():
 @pytest.mark.parametrize(
     ("budget", "text"),
     [
-        ({"part": "table", "amount": "4f", "shares": [[1, 1]]}, "same frames for all heads"),
+        (
+            {"part": "table", "amount": "4f", "shares": [[1, 1]]},
+            "different amounts. Use a uniform budget",
+        ),
         ("0f", "out of range"),
     ],
 )
 def test_settings_that_cannot_be(budget, text):
     with pytest.raises(ValueError, match=text):
-        policy_from_dict({"name": "x", "retain": {"part": "recompute", "budget": budget}})
+        made = policy_from_dict({"name": "x", "retain": {"part": "recompute", "budget": budget}})
+        made.check(random_tape(chunked([3] * 3)).geometry, 3, 9)
 
 
 def test_a_budget_of_one_frame_is_refused():

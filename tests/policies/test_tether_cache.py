@@ -240,6 +240,7 @@ def test_the_worked_example():
     ("budget", "settings", "text"),
     [
         ("9f", {"sink": -1}, "sink"),
+        ("9f", {"sink": 2.5}, "sink=2.5 .* neither frames nor a share of the budget"),
         ("9f", {"tether": 1.5}, "tether"),
         ("9f", {"temperature": 0}, "temperature"),
         ({"part": "table", "amount": "9f", "shares": [[1, 1, 1]] * 2}, {}, "uniform"),

@@ -170,7 +170,8 @@ def test_statistics_made_beforehand(tmp_path):
     assert policy_from_dict(policy_to_dict(made)) == made
     session = tape.session(made)
     tape.play(session)
-    assert "query_means" not in session.samples[0].states["cond"]["retain"]
+    state = session.samples[0].states["cond"]["retain"]
+    assert "query_means" not in state and set(state["given"]) == {0, 1}
     assert len(session.samples[0].stores["cond"][0].frames) >= 4
 
 
@@ -237,7 +238,7 @@ def test_layers_that_rank_together_keep_equally_much():
     budget = {"part": "pyramid", "amount": "6f"}
     geometry = random_tape().geometry
     with pytest.raises(
-        ValueError, match=r"mode: perhead .* budget part 'pyramid' .* Use mode: layer"
+        ValueError, match=r"budget part 'pyramid' gives heads .* 9f, or mode: layer_perhead\."
     ):
         policy(budget).check(geometry, 3, 24)
     policy(budget, mode="layer_perhead").check(geometry, 3, 24)

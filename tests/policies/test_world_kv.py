@@ -260,7 +260,15 @@ def test_a_pose_for_each_sample_and_none(panorama):
         rollout(panorama, made, text, 24, decode=False)
 
 
-@pytest.mark.parametrize("wrong", [{"by": "depth"}, {"recent": 0}, {"sink": 0.7}, {"start": "now"}])
+@pytest.mark.parametrize("wrong", [{"by": "depth"}, {"recent": 0}, {"sink": 2.5}, {"start": "now"}])
 def test_settings_that_cannot_be(wrong):
-    with pytest.raises(ValueError, match=r"out of range|unknown"):
+    with pytest.raises(ValueError, match=r"out of range|unknown|neither frames"):
         world("9f", **wrong)
+
+
+def test_recent_frames_are_whole():
+    """Those that memory has halved already are not."""
+    own = {"part": "half-chunks", "recent": 3}
+    made = policy_from_dict({"name": "x", "base": "world-kv", "retain": own})
+    with pytest.raises(ValueError, match=r"recent=6 of the select part 'world-kv' contradicts"):
+        made.check(random_tape(chunked([3] * 14)).geometry, 3, 42)

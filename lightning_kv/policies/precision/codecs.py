@@ -20,10 +20,10 @@ class AsComputed(PrecisionPart):
     codes: ClassVar[bool] = False
 
 
-def _preset(name: str, about: str, paper: str) -> Preset:
+def _preset(name: str, about: str, paper: str, defaults: str) -> Preset:
     """A codec for all rows but those of the newest chunk."""
     part = {"part": "aged", "codec": name, "age": None}
-    return Preset(name, about, paper, ("memory",), {"precision": part})
+    return Preset(name, about, paper, ("memory",), {"precision": part}, defaults)
 
 
 @dataclass(frozen=True)
@@ -58,26 +58,31 @@ class Aged(PrecisionPart):
             "int8",
             "Keep everything; all but the newest chunk in 8 bits, one scale for each row.",
             "KV quantisation study, arXiv 2603.27469",
+            "no budget; rounded to nearest, which the study reports with 4 and 2 bits",
         ),
         _preset(
             "int4",
             "Keep everything; all but the newest chunk in 4 bits, one scale for each row.",
             "KV quantisation study, arXiv 2603.27469",
+            "no budget; rounded to nearest in blocks, 3.2 times smaller with scales",
         ),
         _preset(
             "kivi",
             "Keep everything; older chunks in 2 bits, keys by channel and values by token.",
             "KIVI, arXiv 2402.02750",
+            "no budget; 24f coded together, keys in blocks of 128 rows, values of 64 channels",
         ),
         _preset(
             "quant-video-gen",
             "Keep everything; older chunks as centroids and three levels around them.",
             "Quant VideoGen, arXiv 2602.02958",
+            "no budget; 24f coded together: 256 centroids, blocks of 64 channels",
         ),
         _preset(
             "budget-pca",
             "Keep everything; older chunks as four principal directions and 2 bits for the rest.",
             "Budget-PCA in the re-audit of Quant VideoGen, no arXiv id",
+            "no budget; 24f coded together: 4 directions, blocks of 128 rows",
         ),
     )
     codec: str = "int8"

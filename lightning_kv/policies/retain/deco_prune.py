@@ -12,7 +12,7 @@ from lightning_kv.cache.decisions import Retention
 from lightning_kv.cache.passes import Pass
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import RetainPart, newest
-from lightning_kv.policies.checks import between, check_shown
+from lightning_kv.policies.checks import between, check_shown, portion, step_of
 from lightning_kv.policies.part import Preset
 from lightning_kv.policies.statistics import by_token
 
@@ -47,6 +47,7 @@ class DecoPrune(RetainPart):
             "CMBench, no arXiv id",
             ("memory", "reads"),
             {"retain": "deco-prune", "positions": "virtual-age"},
+            "no budget: gamma 0.1 at the third of four steps; chunks of 4, the 2 newest whole",
         ),
     )
     moments: ClassVar[tuple[str, ...]] = ("commit", "closing")
@@ -56,7 +57,8 @@ class DecoPrune(RetainPart):
     local: int = 1
 
     def __post_init__(self) -> None:
-        between(self, 0, None, "gamma", "probe")
+        between(self, 0, None, "gamma")
+        portion(self, "probe", unit="steps", whole="the denoising steps")
         between(self, 1, None, "local")
 
     unit: ClassVar[str] = "token"
@@ -67,21 +69,24 @@ class DecoPrune(RetainPart):
 
     def probed(self, steps: int) -> int:
         """Index of the denoising step whose estimate counts."""
-        return min(int(self.probe if self.probe >= 1 else self.probe * steps), steps - 1)
+        return step_of(self, "probe", steps)
 
     def on_prediction(self, step: Pass, timestep: float, x0: Tensor, state: Any) -> None:
-        """Estimates of the frames in flight, step by step."""
+        """Estimates of the frames in flight, step by step; of given ones the only one."""
         for frame, own in zip(step.frames, x0, strict=True):
             state.setdefault("seen", {}).setdefault(frame, []).append(own)
+        state["given"] = step.mode == "scratch"
 
     def on_final(self, x0: Tensor, state: Any) -> None:
         """How far the estimate was from the frames that have become final, ``[F, h, w]``."""
         starts = state.setdefault("starts", [0])
         seen = [state.get("seen", {}).pop(starts[-1] + i, None) for i in range(len(x0))]
         state["off"] = None
-        if len(starts) > 1 and None not in seen:
-            guess = torch.stack([own[self.probed(len(own))] for own in seen])
-            state["off"] = (guess.float() - x0.float()).square().mean(1)
+        if None not in seen:
+            at = [0 if state["given"] else self.probed(len(own)) for own in seen]
+            guess = torch.stack([own[i] for own, i in zip(seen, at, strict=True)])
+            if len(starts) > 1:
+                state["off"] = (guess.float() - x0.float()).square().mean(1)
         starts.append(starts[-1] + len(x0))
 
     def commit(self, views: list[CacheView], state: Any) -> list[Retention | None]:

@@ -51,6 +51,7 @@ class DensityKV(RetainPart):
                 "retain": {"part": "density-kv", "budget": "9f"},
                 "positions": {"part": "clamp", "lag": 0.571, "to": "end"},
             },
+            "9f: 1 first frame, tokens of 6 frames, 2 newest; growth 2",
         ),
     )
     columns: ClassVar[dict[str, str]] = {"density": "sum", "baseline": "max"}

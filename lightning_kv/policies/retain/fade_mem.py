@@ -40,6 +40,7 @@ class FadeMem(RetainPart):
             "FadeMem, arXiv 2606.10671",
             ("memory", "reads"),
             {"retain": {"part": "fade-mem", "budget": "12f"}, "positions": "faded"},
+            "12f: 12 summaries, the first frame among them; warp 0.3",
         ),
     )
     warp: float = 0.3

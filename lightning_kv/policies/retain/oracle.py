@@ -42,7 +42,8 @@ class Oracle(UnitPart):
         ),
         Preset(
             "oracle-mass",
-            "The same by softmax mass alone, which ranks two frames that say the same both high.",
+            "Keep what the reference rollout of the same clip attends to later, by softmax mass "
+            "alone: of two frames that say the same both rank high.",
             saves=("memory", "reads"),
             parts={"retain": {"part": "oracle", "objective": "mass", "budget": "9f"}},
         ),

@@ -44,12 +44,9 @@ class Recompute(RetainPart):
         ),
     )
 
-    def __post_init__(self) -> None:
-        if self.budget is not None and self.budget.name != "uniform":
-            raise ValueError(
-                "The retain part 'recompute' encodes the same frames for all heads, and the budget "
-                f"part {self.budget.name!r} was given. Give an amount, such as budget: 3f."
-            )
+    def check(self, *_: Any) -> None:
+        """The same frames are encoded for all heads."""
+        self.evenly()
 
     def smallest(self, chunk: int) -> int:
         """The first frame and the newest."""

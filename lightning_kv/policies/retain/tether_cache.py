@@ -11,7 +11,7 @@ from lightning_kv.cache.decisions import Match, Retention
 from lightning_kv.cache.view import CacheView, PassView
 from lightning_kv.policies.base import RetainPart
 from lightning_kv.policies.budgets import least_with, part_of
-from lightning_kv.policies.checks import between
+from lightning_kv.policies.checks import between, portion
 from lightning_kv.policies.part import Preset
 from lightning_kv.policies.statistics import apart, mean_logits
 
@@ -52,6 +52,7 @@ class TetherCache(RetainPart):
                 "select": "quarantine",
                 "positions": {"part": "contiguous", "of": "read"},
             },
+            "21f: 3 first frames, 14 chosen, 4 newest, 3 of which no noisy pass reads",
         ),
     )
     moments: ClassVar[tuple[str, ...]] = ("commit", "closing")
@@ -63,7 +64,7 @@ class TetherCache(RetainPart):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        between(self, 0, 0.5 if self.sink < 1 else None, "sink")
+        portion(self, "sink")
         between(self, 0, None, "diversity")
         between(self, 1, None, "recent")
         between(self, 0, 1, "tether")

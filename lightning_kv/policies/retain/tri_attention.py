@@ -74,11 +74,8 @@ class TriAttention(UnitPart):
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
         """The statistics are the model's, and layers that rank together keep equally much."""
         self.statistics.check(geometry)
-        if self.mode == "perhead" and self.budget is not None and self.budget.name != "uniform":
-            raise ValueError(
-                f"mode: perhead of the retain part {self.name!r} keeps the same in all layers; the "
-                f"budget part {self.budget.name!r} does not. Use mode: layer_perhead, or 'uniform'."
-            )
+        if self.mode == "perhead":
+            self.evenly("mode: layer_perhead")
 
     def observe(self, view: PassView, state: Any) -> None:
         """The queries of a clean pass, until the horizon; those of the first pass in any case."""
@@ -111,10 +108,14 @@ class TriAttention(UnitPart):
 
     def known(self, view: CacheView, state: Any) -> QueryMeans:
         """What the queries of a layer are like."""
-        given = self.statistics.mean
-        if not given and view.layer not in state.get("query_means", {}):
+        if self.statistics.mean:
+            given = state.setdefault("given", {})
+            if view.layer not in given:
+                given[view.layer] = self.statistics.means(view)
+            return given[view.layer]
+        if view.layer not in state.get("query_means", {}):
             raise ValueError(
                 f"{named(self, view)} knows no query of a clean pass. Use a sampler that commits "
                 "frames in a pass at t = 0, or give statistics: FILE."
             )
-        return self.statistics.means(view) if given else state["query_means"][view.layer]
+        return state["query_means"][view.layer]

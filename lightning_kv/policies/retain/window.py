@@ -51,7 +51,8 @@ class Window(RetainPart):
         ),
         Preset(
             "longlive",
-            "The same, encoded again together under the new prompt at a prompt switch.",
+            "Keep the first 3 frames and the newest, encoded again together under the new prompt "
+            "at a prompt switch.",
             "LongLive, arXiv 2509.22622",
             ("memory", "reads"),
             {"retain": {"part": "window", "sink": 3, "budget": "9f", "switch": "recache"}},

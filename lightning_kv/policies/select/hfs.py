@@ -50,6 +50,7 @@ class Hfs(SelectPart):
             "HFS (training-free adaptation), arXiv 2512.11534",
             ("reads",),
             {"select": {"part": "hfs", "budget": "9f"}},
+            "no cache policy: frames chosen by a trained network, to understand videos",
         ),
     )
     coverage: float = 0.5

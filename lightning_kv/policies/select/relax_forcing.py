@@ -50,7 +50,7 @@ class RelaxForcing(SelectPart):
                 "select": {"part": "relax-forcing", "budget": "4f"},
                 "positions": {"part": "contiguous", "of": "read"},
             },
-            "sink 2, 1 of 4 candidates, tail 1, reservoir 120",
+            "4f: 2 first frames, 1 of 4 candidates, the newest; 120f held",
         ),
     )
     sink: int = 2

@@ -13,11 +13,12 @@ from torch import Tensor
 from lightning_kv.cache.decisions import Selection
 from lightning_kv.cache.host import send, upload
 from lightning_kv.cache.view import PassView
-from lightning_kv.policies.base import SelectPart
+from lightning_kv.policies.base import CachePolicy, SelectPart
 from lightning_kv.policies.budgets import least_with, part_of
-from lightning_kv.policies.checks import between, choice
+from lightning_kv.policies.checks import between, choice, portion, same
 from lightning_kv.policies.nearness import key_distance, pose_distance
 from lightning_kv.policies.part import Preset
+from lightning_kv.policies.retain.half_chunks import HalfChunks
 from lightning_kv.policies.scored import top_units
 
 
@@ -30,9 +31,7 @@ class WorldKV(SelectPart):
 
     Ours: until more is held than the budget, all is read. Recent frames are read however short the
     clip; ties go to the older chunk. Chunks of other sizes count as old once none of their frames
-    is recent. Read chunks keep their own times: the authors' option that moves them to just before
-    the recent frames in order of distance is left out, as parts of positions are not told which
-    chunk was nearest.
+    is recent. Read chunks keep their own times: the authors' option that moves them is left out.
 
     Args:
         by: ``pose`` needs the side input ``pose`` (camera to world, ``[F, 4, 4]``); ``keys`` does
@@ -52,6 +51,7 @@ class WorldKV(SelectPart):
             "WorldKV, arXiv 2605.22718",
             ("reads",),
             {"retain": "half-chunks", "select": {"part": "world-kv", "budget": "18f"}},
+            "18f: 3 first frames, 6 chunks of 3 halved to 2f each, 3 newest; on LingBot-World",
         ),
     )
     observes: ClassVar[tuple[str, ...]] = ("prefill", "commit")
@@ -64,7 +64,7 @@ class WorldKV(SelectPart):
     def __post_init__(self) -> None:
         super().__post_init__()
         choice(self, by=("pose", "keys"), start=("budget", "paper"), refresh=("chunk",))
-        between(self, 0, 0.5 if self.sink < 1 else None, "sink")
+        portion(self, "sink")
         between(self, 1, None, "recent")
 
     @property
@@ -75,6 +75,11 @@ class WorldKV(SelectPart):
     def check(self, *_: Any) -> None:
         """All heads have the same budget."""
         self.evenly()
+
+    def suits(self, policy: CachePolicy) -> None:
+        """Recent frames are those that memory keeps whole; its sink is no share of a budget."""
+        if isinstance(policy.retain, HalfChunks):
+            same(self, policy.retain, "recent")
 
     def smallest(self, chunk: int) -> int:
         """The sink and recent history, or one frame."""

@@ -12,6 +12,7 @@ from lightning_kv.cache.decisions import Retention
 from lightning_kv.cache.host import upload
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
+from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.checks import between, choice
 from lightning_kv.policies.layout import Layout
 from lightning_kv.policies.part import Preset
@@ -76,6 +77,7 @@ class Future(ExpectedPart):
                 "retain": {"part": "future", "budget": "15f"},
                 "select": {"part": "focused", "budget": "9f"},
             },
+            "not published together: reads 1f to 6f by head, memory not public",
         ),
     )
     redundancy: str | None = "content"
@@ -112,8 +114,9 @@ class Future(ExpectedPart):
                 f"Use {max(geometry.grid) - 1} or less."
             )
 
-    def suits(self, bias: str | None) -> None:
+    def suits(self, policy: CachePolicy) -> None:
         """Weights count by the bias, keys on the hyperplane without it."""
+        bias = policy.bias
         wanted = {"weight": "log_weight", "hyperplane": None}.get(self.merge, bias)
         if bias != wanted:
             raise ValueError(

@@ -5,17 +5,21 @@ Shapes: H heads, N rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
-from lightning_kv.policies.checks import between
+from lightning_kv.policies.checks import between, same
 from lightning_kv.policies.labels import heads_of, labelled
 from lightning_kv.policies.part import Part
 from lightning_kv.policies.tables import AUTO, HeadTable
+
+if TYPE_CHECKING:
+    from lightning_kv.policies.base import CachePolicy
 
 KINDS = {"wave": -1, "anchor": 1, "veil": 2}
 
@@ -55,6 +59,12 @@ class PyramidHeads(Part):
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
         """Refuse labels of another model."""
         self.labels.check_heads(geometry, "head labels", "pyramid-forcing")
+
+    def suits(self, policy: CachePolicy) -> None:
+        """All parts of the method have the same settings of these."""
+        for other in policy.parts:
+            if isinstance(other, PyramidHeads):
+                same(self, other, *(own.name for own in fields(PyramidHeads)))
 
     def of(self, view: CacheView, kind: str) -> Tensor:
         """Heads of a kind, bool ``[H, 1]``."""

@@ -50,7 +50,7 @@ class PyramidForcing(PyramidHeads, RetainPart):
                 "select": "pyramid-reads",
                 "positions": "pyramid-times",
             },
-            "sink 1 or 3, 4 newest with the chunk, 24 or 4 frames or 4 blocks of 4",
+            "26f for wave heads, 6f of them read; 8f for anchor heads, 5f for veil heads",
         ),
     )
     limited: ClassVar[bool] = False

@@ -36,6 +36,7 @@ class Focused(FocusedScores):
             "Focused Forcing, arXiv 2605.18346",
             ("reads",),
             {"select": {"part": "focused", "budget": "9f"}},
+            "1f to 6f by head on Self Forcing, 1f to 9f on others; of 18f held",
         ),
         Preset(
             "focused-forcing-paper",
@@ -48,7 +49,7 @@ class Focused(FocusedScores):
                 "select": {"part": "focused", "start": "paper", "budget": by_importance("6f")},
                 "positions": {"part": "sink-lag", "sink": 15, "lag": 21},
             },
-            "window 21, sink 15; 4 to 9 frames with the current chunk",
+            "18f held, 15 of it the sink; 1f to 6f read, by head",
         ),
         Preset(
             "focused-forcing-paper-longlive",
@@ -66,7 +67,7 @@ class Focused(FocusedScores):
                     "budget": by_importance("9f"),
                 },
             },
-            "window 21, sink 3; 4 to 12 frames with the current chunk",
+            "18f held, 3 of it the sink; 1f to 9f read, by head",
         ),
     )
     start: str | int = "budget"

@@ -50,7 +50,7 @@ class FocusedRolling(Focused):
                 "select": {"part": "focused-rolling", "budget": by_importance("9f")},
                 "positions": {"part": "sink-lag", "sink": 3, "lag": 21, "to": "end"},
             },
-            "reach 21, sink 3; 4 to 12 frames with the chunk that becomes final next",
+            "reach 21, sink 3; 1f to 9f read beside the chunk that becomes final next",
         ),
     )
     attention_weight: float = 0.46
