@@ -370,8 +370,8 @@ The embedded panorama model (72 latent frames, 15 given, 24 for the way there an
 every preset at budgets of 6, 9 and 15 history frames, from the same worlds and the same noise.
 **recall** is the share of the content of places seen before that is right (1 is perfect),
 **camera** the share of frames in which it moves as it must (where it is **lost**, recall says
-little about memory: motion shows in three latent frames of this world, in one of Wan's), **MiB** the
-peak of the whole cache, **reads** the history rows attended to and **scored** those touched to
+little about memory: motion shows in three latent frames of this world, in one of Wan's), **MiB**
+the peak of the whole cache, **reads** the history rows attended to and **scored** those touched to
 choose, both as shares of the full cache's reads. Differences are paired by world; the brackets are
 95 % intervals of each comparison alone, and **sure** says that a sign-flip test holds at 5 % over
 its whole list (Holm). **P(front)** is how often a policy is on the front of recall and cost when

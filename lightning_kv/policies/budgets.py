@@ -155,8 +155,8 @@ class Amount:
             amount = "1 frame" if frames == 1 else f"{frames:g} frames"
             raise ValueError(
                 f"The budget of {policy!r} is {amount}. In a rollout with at most "
-                f"{several(history, 'history frame')} it must lie between {smallest}f and {history}f "
-                f"({smallest}f of this model, with the current chunk, are {least} bytes)."
+                f"{several(history, 'history frame')} it must lie between {smallest}f and "
+                f"{history}f ({smallest}f of this model, with the chunk, are {least} bytes)."
             )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from lightning_kv.cache.checks import named
 from lightning_kv.cache.view import CacheView
 
@@ -64,6 +66,8 @@ def portion(part: Any, *names: str, unit: str = "frames", whole: str = "the budg
 def step_of(part: Any, name: str, steps: int) -> int:
     """Index of a denoising step that a setting gives, or below 1 as a share of the steps.
 
+    A share means a step before the last, whose estimate is what becomes final.
+
     Raises:
         ValueError: There are not that many.
     """
@@ -73,7 +77,7 @@ def step_of(part: Any, name: str, steps: int) -> int:
             f"{name}={value} of the {part.kind} part {part.name!r} is beyond the {steps} denoising "
             f"steps of this sampler. Use 0 to {steps - 1}, or a share below 1."
         )
-    return int(value if value >= 1 else value * steps)
+    return int(value) if value >= 1 else max(0, min(int(value * steps), steps - 2))
 
 
 def same(part: Any, other: Any, *names: str) -> None:
@@ -93,25 +97,31 @@ def same(part: Any, other: Any, *names: str) -> None:
             )
 
 
-def check_shown(part: Any, view: CacheView, latents: bool, estimates: bool) -> None:
-    """Refuse, at the commit of a generated chunk after the first, that nobody shows latents.
+def check_shown(part: Any, view: CacheView, latents: bool, off: Tensor | None) -> None:
+    """Refuse, at the commit of a generated chunk after the first, estimates that tell nothing.
 
     Args:
         part: That compares clean estimates with final latents.
         view: Where it was asked.
         latents: Whether it has been shown final latents.
-        estimates: Whether it has been shown estimates too, of the newest frames.
+        off: How far the estimates of the newest frames were from them; None without any.
 
     Raises:
-        ValueError: It has not.
+        ValueError: Nobody has shown them. That they are the final latents themselves is found on
+            the device, and raised when the host reads.
     """
-    step = view.step
-    if estimates or step.phase == "prefill" or not step.final[0]:
-        return
-    lacks = "clean estimates" if latents else "final latents"
-    raise ValueError(
-        f"{named(part, view)} compares clean estimates with final latents, and was shown no "
-        f"{lacks} of frame {step.final[0]}. Use rollout(...), or call session.on_prediction(...) "
-        "after each denoising pass and session.on_final(...) once frames are final, before "
-        "session.finish(...)."
-    )
+    step, who = view.step, named(part, view)
+    if off is not None:
+        view.doubt(
+            (off == 0).all(),
+            f"{who} was shown the final latents as an estimate of them, and would drop everything. "
+            "Use a sampler of two denoising steps or more, and a step before the last.",
+        )
+    elif step.phase != "prefill" and step.final[0]:
+        lacks = "clean estimates" if latents else "final latents"
+        raise ValueError(
+            f"{who} compares clean estimates with final latents, and was shown no {lacks} of frame "
+            f"{step.final[0]}. Use rollout(...), or call session.on_prediction(...) after each "
+            "denoising pass and session.on_final(...) once frames are final, before "
+            "session.finish(...)."
+        )

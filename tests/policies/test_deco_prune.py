@@ -9,6 +9,7 @@ import torch
 from lightning_kv import preset, rollout
 from lightning_kv.cache.decisions import Event
 from lightning_kv.cache.session import CacheSession
+from lightning_kv.models.samplers import few_step
 from lightning_kv.policies.budgets import part_of
 from lightning_kv.policies.registry import policy_from_dict
 from lightning_kv.testing import (
@@ -17,6 +18,7 @@ from lightning_kv.testing import (
     chunked,
     compare_decisions,
     guided,
+    held_rows,
     random_tape,
     rolling,
 )
@@ -46,7 +48,9 @@ class DecoScript(Script):
                 if frame not in seen:
                     continue
                 last = entry.x0[sample, entry.step.frames.index(frame)]
-                index = len(seen[frame]) // 2 if self.step is None else self.step
+                count, index = len(seen[frame]), self.step
+                if index is None:
+                    index = max(0, min(count // 2, count - 2))
                 guess = seen[frame][min(index, len(seen[frame]) - 1)]
                 high, wide = (n // m for n, m in zip(last.shape[1:], grid, strict=True))
                 for place in range(grid[0] * grid[1]):
@@ -281,3 +285,25 @@ def test_latents_that_no_patch_divides():
     odd = replace(tape, entries=tuple(replace(e, x0=e.x0[..., :1]) for e in tape.entries))
     with pytest.raises(ValueError, match="multiples"):
         odd.play(deco())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "works"), [(1, False), (2, True), (4, True)])
+def test_the_estimate_lies_before_the_last_step(panorama, steps, works):
+    """What the last step estimates is final: nothing would be unforeseen."""
+    levels, text = panorama.network.config.timesteps[:steps], "dusk fast n10 left"
+
+    def sample(plan, timesteps, *more):
+        return few_step(plan, levels, *more)
+
+    def run():
+        return rollout(panorama, deco(gamma=0.0), text, 24, sampler=sample, decode=False)
+
+    if works:
+        table = run().session.samples[0].stores["cond"][0].table
+        assert len({int(r.frame) for r in held_rows(table, 0)}) == 24
+    else:
+        with pytest.raises(
+            ValueError, match=r"final latents as an estimate .* two denoising steps or more"
+        ):
+            run()

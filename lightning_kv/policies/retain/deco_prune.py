@@ -35,7 +35,8 @@ class DecoPrune(RetainPart):
 
     Args:
         gamma: Largest error, in squared latents, of a token that is dropped.
-        probe: The denoising step whose estimate counts, from 0; below 1 a share of the steps.
+        probe: The denoising step whose estimate counts, from 0; below 1 a share of the steps, and
+            before the last, whose estimate is what becomes final.
         local: Whole chunks that the next one reads, beside the newest.
     """
 
@@ -91,7 +92,7 @@ class DecoPrune(RetainPart):
 
     def commit(self, views: list[CacheView], state: Any) -> list[Retention | None]:
         """Note the errors of the new rows; with a budget, keep the largest."""
-        check_shown(self, views[0], "starts" in state, state.get("off") is not None)
+        check_shown(self, views[0], "starts" in state, state.get("off"))
         state["error"] = {view.layer: self.errors(view, state) for view in views}
         pairs = zip(views, self.choose(views, state), strict=True)
         made = state.pop("error")
