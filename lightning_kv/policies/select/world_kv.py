@@ -53,6 +53,7 @@ class WorldKV(SelectPart):
             {"retain": "half-chunks", "select": {"part": "world-kv", "budget": "18f"}},
         ),
     )
+    waits: ClassVar[bool] = True
     observes: ClassVar[tuple[str, ...]] = ("prefill", "commit")
     by: str = "pose"
     sink: float = 0.16
