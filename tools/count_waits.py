@@ -31,8 +31,6 @@ from lightning_kv.testing.tapes import camera
 
 CHUNK, HEADS = 8, 12
 LEVELS = (1000.0, 750.0, 500.0, 250.0)
-COUNTED = ("quarantine", "world-kv", "pyramid-reads")
-"""Selections of single rows, whose number only the device knows."""
 SAMPLERS: dict[str, dict[str, Any]] = {
     "few-step": {"timesteps": LEVELS},
     "rolling": {"timesteps": LEVELS, "sampler": "rolling"},
@@ -97,7 +95,7 @@ def cases(layers: int) -> list[Case]:
             if sampler != "rolling" and name == "rolling-forcing":
                 continue
             own, all_layers = preset(name), layers * (1 + (sampler == "guided"))
-            counts = own.select.name in COUNTED
+            counts = own.select.waits
             found.append(
                 Case(
                     spec if sampler == "few-step" else f"{spec}, {sampler}",

@@ -120,6 +120,8 @@ class SelectPart(ScoredPart):
     """
 
     kind: ClassVar[str] = "select"
+    waits: ClassVar[bool] = False
+    """Whatever its budget, only the device knows how much it reads: each plan waits for that."""
     refresh: str = "chunk"
 
     def __post_init__(self) -> None:

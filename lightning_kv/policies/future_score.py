@@ -45,10 +45,10 @@ def update_query_means(view: PassView, state: dict[Any, Any], until: int | None 
     Args:
         view: Of a pass; those over noisy latents change nothing.
         state: Of the part.
-        until: Passes that reach beyond this frame change nothing: the means are frozen.
+        until: Passes that reach beyond so many frames change nothing: the means are frozen.
     """
-    query = clean_queries(view)
-    if query is None or (until is not None and view.step.final[-1] >= until):
+    query = clean_queries(view, until)
+    if query is None:
         return
     mean, length, rows = query.mean(1), pair_lengths(query).mean(1), query.shape[1]
     old: QueryMeans | None = state.setdefault("query_means", {}).get(view.layer)

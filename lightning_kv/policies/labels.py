@@ -17,9 +17,9 @@ from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.tables import HeadTable
 
 
-def heads_of(view: CacheView, labels: HeadTable, kind: str) -> Tensor:
-    """Heads of the view's layer that have a label, bool ``[H, 1]``."""
-    own = [label == kind for label in labels.rows_for(view.geometry)[view.layer]]
+def heads_of(view: CacheView, labels: HeadTable, *kinds: str) -> Tensor:
+    """Heads of the view's layer that have one of some labels, bool ``[H, 1]``."""
+    own = [label in kinds for label in labels.rows_for(view.geometry)[view.layer]]
     return upload(own, view._like, torch.bool).unsqueeze(1)
 
 

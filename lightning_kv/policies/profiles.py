@@ -61,15 +61,6 @@ def forcing_kv(profile: Profile, sink: int = 3, share: float = 0.8) -> Labels:
     return _words(nearness(profile, sink) >= share, "static", "dynamic")
 
 
-def duo_attention(profile: Profile, sink: int = 3, share: float = 0.8) -> Labels:
-    """Streaming and retrieval heads of DuoAttention (arXiv 2410.10819).
-
-    Ours: the paper trains gates; here streaming heads are the static ones of Forcing-KV, which look
-    at what a streaming head keeps.
-    """
-    return _words(nearness(profile, sink) >= share, "streaming", "retrieval")
-
-
 def head_forcing(
     profile: Profile, frames: int = 3, local: float = 0.6, anchor: float = 0.5
 ) -> Labels:
@@ -126,7 +117,6 @@ def pyramid_forcing(profile: Profile, swings: float = 0.8, period: float = 6.4) 
 
 RULES: dict[str, Callable[[Profile], Labels]] = {
     "forcing-kv": forcing_kv,
-    "duo-attention": duo_attention,
     "head-forcing": head_forcing,
     "pyramid-forcing": pyramid_forcing,
 }

@@ -28,12 +28,13 @@ State = dict[Any, Any]
 # -- queries ---------------------------------------------------------------------------------
 
 
-def clean_queries(view: PassView) -> Tensor | None:
+def clean_queries(view: PassView, until: int | None = None) -> Tensor | None:
     """Queries before rotation of the frames that become final now, ``[H, T, D]``, float32 up.
 
-    None in passes over noisy latents.
+    None in passes over noisy latents, and in those whose frames end beyond ``until`` of them.
     """
-    if not view.clean or not view.step.final:
+    final = view.step.final
+    if not view.clean or not final or (until is not None and final[-1] + 1 > until):
         return None
     return wide(view.raw_query[:, view.final])
 
@@ -79,10 +80,10 @@ def update_moments(
         cells: Rows and columns of spatial cells; each has its own mean. Never more than tokens.
         rate: Smallest weight of a new pass: 0 weighs all passes alike, 0.1 forgets old ones.
         covariance: Keep the full covariance too.
-        until: Frames from this one on change nothing: the moments are frozen.
+        until: Passes that reach beyond so many frames change nothing: the moments are frozen.
     """
-    query = clean_queries(view)
-    if query is None or (until is not None and view.step.start >= until):
+    query = clean_queries(view, until)
+    if query is None:
         return
     layout = cell_index(view.geometry.grid, cells, query.device)
     cell = layout.repeat(query.shape[1] // len(layout))
@@ -165,17 +166,29 @@ def update_bank(view: PassView, state: State, frames: int = 24, rows: int = 16) 
     banks[view.layer] = Bank(query[:, -frames * rows :].clone(), place[-frames * rows :].clone())
 
 
-def update_last_queries(view: PassView, state: State, rows: int) -> None:
-    """The last so many rotated queries of all passes, ``state["last_queries"][layer]``.
+def update_last_queries(
+    view: PassView, state: State, rows: int, queries: Tensor | None = None
+) -> None:
+    """Remember :func:`last_queries` for later passes, in ``state["last_queries"][layer]``."""
+    last = last_queries(view, state, rows, queries).clone()
+    state.setdefault("last_queries", {})[view.layer] = last
 
-    ``[H, rows or fewer, D]``, oldest first; those of one pass replace nothing of their own chunk,
-    so they reach back into the passes before.
+
+def last_queries(view: PassView, state: State, rows: int, queries: Tensor | None = None) -> Tensor:
+    """The last so many rotated queries of all passes up to this one, ``[H, rows or fewer, D]``.
+
+    Oldest first; those of one pass replace nothing of their own chunk, so they reach back into the
+    passes before.
+
+    Args:
+        view: Of a pass.
+        state: Of the part, which calls :func:`update_last_queries` in its ``observe``.
+        rows: How many.
+        queries: What stands for those of this pass, ``[H, R, D]``; all of them where None.
     """
-    last = state.setdefault("last_queries", {})
-    query = view.query[:, -rows:]
-    if view.layer in last and query.shape[1] < rows:
-        query = torch.cat([last[view.layer], query], dim=1)[:, -rows:]
-    last[view.layer] = query.clone()
+    own = view.query if queries is None else queries
+    before = state.get("last_queries", {}).get(view.layer)
+    return (own if before is None else torch.cat([before, own], dim=1))[:, -rows:]
 
 
 # -- attention mass --------------------------------------------------------------------------

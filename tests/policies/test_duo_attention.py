@@ -22,8 +22,8 @@ LABELS = ((R, S, R, S), (S, S, R, S), (S, S, S, S))
 class DuoScript(Script):
     """The method once more: one head at a time."""
 
-    def __init__(self, frames=None, sink=1, last=1):
-        self.frames, self.sink, self.last, self.dropped = frames, sink, last, 0
+    def __init__(self, frames=None, sink=1, recent=1):
+        self.frames, self.sink, self.last, self.dropped = frames, sink, recent, 0
 
     def commit(self, stream, step):
         made = step.final[-1] + 1
@@ -48,8 +48,8 @@ def policy(budget=None, labels=LABELS, **settings):
 CASES = {
     "threes, no budget": (None, {}, chunked([3] * 14, noisy=1)),
     "threes": (9, {}, chunked([3] * 13 + [1], noisy=1)),
-    "singles": (5, {"sink": 0, "last": 2}, chunked([1] * 14, noisy=1)),
-    "pairs, a given chunk": (7, {"sink": 3, "last": 3}, chunked([2] * 14, noisy=1, context=1)),
+    "singles": (5, {"sink": 0, "recent": 2}, chunked([1] * 14, noisy=1)),
+    "pairs, a given chunk": (7, {"sink": 3, "recent": 3}, chunked([2] * 14, noisy=1, context=1)),
     "fours": (4, {"sink": 2}, chunked([4] * 14, noisy=1)),
     "guided": (6, {}, guided(chunked([2] * 14, noisy=1))),
     "several chunks in flight": (6, {}, rolling(2, 28, 3)),
@@ -82,6 +82,17 @@ def test_gates_of_a_file_of_the_authors_are_labels(tmp_path):
     assert policy(labels=[[1, 0], [R, S]]).retain.labels.rows == ((R, S), (R, S))
 
 
+def test_the_shipped_labels_are_those_of_forcing_kv():
+    """Static heads stream, dynamic ones retrieve, whichever way the table is named."""
+    assert preset("duo-attention").retain.labels.auto == "forcing-kv"
+    other, names = {R: "dynamic", S: "static"}, ("panorama", "self-forcing", "longlive")
+    theirs = tuple(tuple(other[word] for word in row) for row in LABELS)
+    tape = random_tape(chunked([3] * 6, noisy=1), heads=4, layers=3, grid=(1, 2))
+    assert compare_decisions(policy(labels=theirs), DuoScript(), tape).equal > 50
+    for name in names:
+        assert policy(labels=f"forcing-kv-{name}").retain.labels.rows
+
+
 def test_the_preset_takes_a_budget():
     assert preset("duo-attention").retain.budget is None
     assert preset("duo-attention@9f").retain.budget.amount == "9f"
@@ -90,7 +101,7 @@ def test_the_preset_takes_a_budget():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"last": 0}, "last"),
+        ({"recent": 0}, "recent"),
         ({"threshold": 2}, "threshold"),
         ({"labels": [["both"]]}, r"streaming \(0\), retrieval \(1\)"),
         ({"budget": "1f"}, "must lie between 2f"),

@@ -77,7 +77,6 @@ def slow_pyramid(profile, layer, head):
 
 SLOW = {
     "forcing-kv": lambda *at: "static" if near_share(*at, 3) >= 0.8 else "dynamic",
-    "duo-attention": lambda *at: "streaming" if near_share(*at, 3) >= 0.8 else "retrieval",
     "head-forcing": slow_head_forcing,
     "pyramid-forcing": slow_pyramid,
 }
@@ -93,7 +92,7 @@ def test_every_label_is_the_slow_rules(method):
             for head, word in enumerate(row):
                 assert word == SLOW[method](made, layer, head), f"{seed}: {layer} {head}"
                 words.append(word)
-    kinds = 2 if method in ("forcing-kv", "duo-attention") else 3
+    kinds = 2 if method == "forcing-kv" else 3
     assert len(words) == 320 and len(set(words)) == kinds
 
 

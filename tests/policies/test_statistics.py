@@ -193,9 +193,11 @@ def test_denoising_passes_tell_nothing(name):
         assert found == [None] * LAYERS
 
 
-def test_frozen_moments_know_the_frames_before():
+@pytest.mark.parametrize("last", [4, 5])
+def test_frozen_moments_know_the_frames_before(last):
+    """Of a chunk that reaches beyond it none."""
     recorded = tape(passes(4, noisy=1))
-    frozen, running = (collected("moments", recorded, until=until) for until in (4, None))
+    frozen, running = (collected("moments", recorded, until=until) for until in (last, None))
     for chunk in range(4):
         assert torch.equal(frozen[chunk][1].mean, running[min(chunk, 1)][1].mean)
         assert frozen[chunk][1].count == min(chunk + 1, 2)

@@ -18,6 +18,7 @@ from lightning_kv.policies.checks import between, choice
 from lightning_kv.policies.part import Preset
 from lightning_kv.policies.retain.deep_sink import DeepSink
 from lightning_kv.policies.scored import top_units
+from lightning_kv.policies.statistics import last_queries, update_last_queries
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,14 @@ class DeepForcing(DeepSink):
 
     def observe(self, view: PassView, state: Any) -> None:
         """Remember the queries of the last frames."""
-        state["asked", view.layer] = self.asked(view, state).clone()
+        update_last_queries(view, state, *self.asked(view))
 
-    def asked(self, view: PassView, state: Any) -> Tensor:
-        """Rotated queries of the last frames up to this pass, or their sums, ``[H, R, D]``."""
-        own, size = wide(view.query), self.recent * view.geometry.tokens
+    def asked(self, view: PassView) -> tuple[int, Tensor]:
+        """How many rows stand for the last frames; those of this pass, ``[H, R, D]``."""
+        own = wide(view.query)
         if self.fusion == "sum":
-            own, size = own.unflatten(1, (view.query_frames, -1)).sum(2), self.recent
-        before = state.get(("asked", view.layer))
-        return (own if before is None else torch.cat([before, own], 1))[:, -size:]
+            return self.recent, own.unflatten(1, (view.query_frames, -1)).sum(2)
+        return self.recent * view.geometry.tokens, own
 
     def open(self, view: PassView, state: Any) -> Retention | None:
         """The event, where memory exceeds the budget."""
@@ -110,7 +110,8 @@ class DeepForcing(DeepSink):
 
     def logits(self, view: PassView, state: Any) -> Tensor:
         """Of every row with the last queries, ``[1, 1, N]``; one ranking for all heads."""
-        query, keys = self.asked(view, state), wide(view.keys("read"))
+        query = last_queries(view, state, *self.asked(view))
+        keys = wide(view.keys("read"))
         query, keys = (x.transpose(0, 1).flatten(1) for x in (query, keys))  # [rows, H D]
         query = query.sum(0, keepdim=True) if self.fusion == "sum" else query
         view.scored += sum(view.lengths) * len(query)

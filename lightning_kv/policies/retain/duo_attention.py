@@ -17,6 +17,8 @@ from lightning_kv.policies.labels import heads_of, labelled
 from lightning_kv.policies.part import Preset
 from lightning_kv.policies.tables import AUTO, HeadTable
 
+KINDS = {"static": 0, "dynamic": 1, "streaming": 0, "retrieval": 1}
+
 
 @dataclass(frozen=True)
 class DuoAttention(RetainPart):
@@ -26,15 +28,16 @@ class DuoAttention(RetainPart):
     frames, as many as it allows; nothing is dropped in any head while all fits.
 
     Ours: the paper keeps 128 and 256 words of a text; here it is frames. It trains the gates that
-    tell heads apart; the shipped labels follow the rule of Forcing-KV, whose static heads look at
-    what streaming heads keep. Gates of its authors' files are read as labels, by ``threshold``. A
+    tell heads apart; the shipped labels are those of Forcing-KV, whose static heads look at what
+    streaming heads keep. Gates of its authors' files are read as labels, by ``threshold``. A
     prompt switch changes nothing.
 
     Args:
         sink: First frames of the video that stay.
-        last: Newest frames that streaming heads keep.
+        recent: Newest frames that streaming heads keep.
         threshold: Where labels are numbers, retrieval heads have this or more.
-        labels: ``streaming`` (0) or ``retrieval`` (1) for each head; ``auto``: those of the model.
+        labels: ``streaming`` (0) or ``retrieval`` (1) for each head, or in Forcing-KV's words
+            ``static`` or ``dynamic``; ``auto``: those of the model.
     """
 
     name: ClassVar[str] = "duo-attention"
@@ -50,24 +53,24 @@ class DuoAttention(RetainPart):
     )
     comparable: ClassVar[bool] = False
     sink: int = 1
-    last: int = 1
+    recent: int = 1
     threshold: float = 0.5
     labels: HeadTable = AUTO
 
     def __post_init__(self) -> None:
         between(self, 0, None, "sink")
-        between(self, 1, None, "last")
+        between(self, 1, None, "recent")
         between(self, 0, 1, "threshold")
-        words = ("streaming", "retrieval")
-        object.__setattr__(self, "labels", labelled(self, words, self.threshold))
+        labels = labelled(self, KINDS, self.threshold, "forcing-kv")
+        object.__setattr__(self, "labels", labels)
 
     def smallest(self, chunk: int) -> int:
         """Sink and last frames."""
-        return self.sink + self.last
+        return self.sink + self.recent
 
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
         """The labels are those of the model."""
-        self.labels.check_heads(geometry, "head labels", self.name)
+        self.labels.check_heads(geometry, "head labels", "forcing-kv")
 
     def protected(self, view: CacheView, scores: Tensor) -> Tensor:
         """The sink."""
@@ -79,7 +82,7 @@ class DuoAttention(RetainPart):
         rows = self.rows(view) if self.budget else None
         if rows and made * view.geometry.tokens <= min(rows):
             return None
-        few = ((ids < self.sink) | (ids >= made - self.last)).unsqueeze(0)
+        few = ((ids < self.sink) | (ids >= made - self.recent)).unsqueeze(0)
         many = torch.ones_like(few) if units is None else units[:, 0]
-        own = torch.where(heads_of(view, self.labels, "retrieval"), many, few)
+        own = torch.where(heads_of(view, self.labels, "retrieval", "dynamic"), many, few)
         return Retention(keep=view.rows_of(own & view.present))

@@ -40,7 +40,7 @@ class TriAttention(UnitPart):
         furthest: Largest offset in frames, never beyond what the model has been trained on.
         horizon: Frames whose queries count; what the model has been trained on where None.
         statistics: Path of a JSON file with ``mean`` and ``length`` of queries made beforehand, by
-            layer, head and number (see ``policies/query_tables.py``).
+            layer, head and number (``tools/head_labels.py --statistics FILE`` writes it).
     """
 
     name: ClassVar[str] = "tri-attention"

@@ -19,6 +19,7 @@ class Quarantine(SelectPart):
 
     name: ClassVar[str] = "quarantine"
     limited: ClassVar[bool] = False
+    waits: ClassVar[bool] = True
     columns: ClassVar[dict[str, str]] = {"aside": "max"}
 
     def pick(self, view: PassView, state: Any) -> Selection | None:

@@ -54,6 +54,7 @@ class WorldKV(SelectPart):
             "18f: 3 first frames, 6 chunks of 3 halved to 2f each, 3 newest; on LingBot-World",
         ),
     )
+    waits: ClassVar[bool] = True
     observes: ClassVar[tuple[str, ...]] = ("prefill", "commit")
     by: str = "pose"
     sink: float = 0.16

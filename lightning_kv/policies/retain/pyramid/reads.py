@@ -33,6 +33,7 @@ class PyramidReads(PyramidHeads, SelectPart):
 
     name: ClassVar[str] = "pyramid-reads"
     limited: ClassVar[bool] = False
+    waits: ClassVar[bool] = True
 
     def pick(self, view: PassView, state: Any) -> Selection:
         """Rows that each query frame reads."""
