@@ -303,7 +303,5 @@ def test_the_estimate_lies_before_the_last_step(panorama, steps, works):
         table = run().session.samples[0].stores["cond"][0].table
         assert len({int(r.frame) for r in held_rows(table, 0)}) == 24
     else:
-        with pytest.raises(
-            ValueError, match=r"final latents as an estimate .* two denoising steps or more"
-        ):
+        with pytest.raises(ValueError, match="final latents as an estimate"):
             run()
