@@ -219,7 +219,7 @@ PAIRS = {
     ),
     "one ranking, several amounts": (
         {"retain": {"part": "tri-attention", "budget": {"part": "pyramid", "amount": "6f"}}},
-        r"mode: perhead .* 'tri-attention' .* 'pyramid' .* Use mode: layer_perhead",
+        r"'tri-attention' .* 'pyramid' .* or mode: layer_perhead",
     ),
     "a pyramid below the sink": (
         {"retain": {"part": "snap-kv", "sink": 2, "budget": {"part": "pyramid", "amount": "9f"}}},
