@@ -30,7 +30,7 @@ class Kernel:
 
 
 @dataclass
-class Bank:
+class DensityBank:
     """Tokens of all heads of a layer.
 
     Args:
@@ -50,7 +50,7 @@ def crowd(keys: Tensor, near: Kernel) -> Tensor:
 
 
 def admitted(
-    bank: Bank, new: Tensor, room: int, growth: float, near: Kernel
+    bank: DensityBank, new: Tensor, room: int, growth: float, near: Kernel
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Take in as many newcomers as let no more densities grow too far than tokens must go.
 
@@ -90,7 +90,7 @@ def admitted(
 
 
 def _one(
-    bank: Bank,
+    bank: DensityBank,
     new: Tensor,
     take: Tensor,
     count: Tensor,

@@ -28,7 +28,7 @@ def segment_of(place: Tensor, tokens: int, segments: int) -> Tensor:
     return (place // (tokens // segments)).clamp_max(segments - 1)
 
 
-def likeness(view: CacheView, frames: Sequence[int], heads: Tensor, segments: int) -> Tensor:
+def steadiness(view: CacheView, frames: Sequence[int], heads: Tensor, segments: int) -> Tensor:
     """How much keys stay the same from each of some frames to the next, mean over segments.
 
     The cosine of a token's keys at both times, of all heads together.
@@ -73,7 +73,7 @@ def compare(
         known: Where it is noted.
     """
     if frames:
-        alike, chunk = likeness(views[0], frames, heads, segments), views[0].step.chunk
+        alike, chunk = steadiness(views[0], frames, heads, segments), views[0].step.chunk
         known |= {frame: (chunk, own) for frame, own in zip(frames, alike, strict=True)}
     for frame in known.keys() - {frame for view in views for frame in view.frames}:
         del known[frame]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_kv.cache.decisions import Event
-from lightning_kv.policies.density import Bank, Kernel, admitted, crowd
+from lightning_kv.policies.density import DensityBank, Kernel, admitted, crowd
 from lightning_kv.policies.registry import policy_from_dict, preset
 from lightning_kv.testing import (
     Script,
@@ -229,7 +229,7 @@ def test_the_density_is_that_of_a_double_loop(seed):
     keys, new = (torch.randn(3, n, 6, generator=rng, dtype=torch.float64) for n in (7, 5))
     near = Kernel(1.0 + seed / 4, 2.0 - seed / 4)
     first = crowd(keys, near)
-    bank = Bank(keys, first, first.clamp_min(1e-6))
+    bank = DensityBank(keys, first, first.clamp_min(1e-6))
     take, stay, old, fresh = admitted(bank, new, 8, 1.3, near)
     assert len({*take.sum(1).tolist()}) == 1
     for h in range(3):

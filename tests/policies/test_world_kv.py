@@ -9,7 +9,7 @@ import torch
 from lightning_kv import preset, rollout
 from lightning_kv.cache.decisions import Event
 from lightning_kv.data.panorama import poses
-from lightning_kv.policies.nearness import pose_distance
+from lightning_kv.policies.chunk_distance import pose_distance
 from lightning_kv.policies.registry import policy_from_dict
 from lightning_kv.testing import (
     Script,

@@ -12,7 +12,7 @@ from lightning_kv.cache.rotary import rotate, wide
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import RetainPart
 from lightning_kv.policies.checks import between, choice
-from lightning_kv.policies.density import Bank, Kernel, admitted, crowd
+from lightning_kv.policies.density import DensityBank, Kernel, admitted, crowd
 from lightning_kv.policies.part import Preset
 
 
@@ -101,12 +101,12 @@ class DensityKV(RetainPart):
         if middle == low and leaving > chunk:
             middle = low + min(chunk * tokens, room)
             old = crowd(keys[:, low:middle], near)
-            bank = Bank(keys[:, low:middle], old, old.clamp_min(self.floor))
+            bank = DensityBank(keys[:, low:middle], old, old.clamp_min(self.floor))
         else:
             old = [
                 view.field(x)[:, low:middle].expand(view.heads, -1).to(keys) for x in self.columns
             ]
-            bank = Bank(keys[:, low:middle], *old)
+            bank = DensityBank(keys[:, low:middle], *old)
         view.scored += view.heads * (high - middle) * (high - low)
         take, stay, old, new = admitted(bank, keys[:, middle:high], room, self.growth, near)
         density, start, keep = (x.new_zeros(view.heads, size) for x in (old, old, take))

@@ -83,7 +83,7 @@ class Hfs(SelectPart):
         how = self.groups, self.mean_share, self.per_query_frame
         there = view.present.unsqueeze(1)
         relevance = standardised(pooled_attention(view, state, *how), there)
-        alike = remembered("alike", view, state, likeness)
+        alike = remembered("alike", view, state, key_cosines)
         first = earliest(there, self.anchors) if self.anchors else there
         each = [
             self._order(x, alike, there[:, 0], first[:, 0], self.most(view))
@@ -111,7 +111,7 @@ class Hfs(SelectPart):
         return found
 
 
-def likeness(view: CacheView) -> Tensor:
+def key_cosines(view: CacheView) -> Tensor:
     """Cosines between the mean keys of held frames, ``[H, F, F]``; counts their rows."""
     view.scored += sum(view.lengths)
     bucket = torch.where(view.valid, view.frame_index, -1)

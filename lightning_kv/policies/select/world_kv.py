@@ -16,7 +16,7 @@ from lightning_kv.cache.view import PassView
 from lightning_kv.policies.base import CachePolicy, SelectPart
 from lightning_kv.policies.budgets import least_with, part_of
 from lightning_kv.policies.checks import between, choice, portion, same
-from lightning_kv.policies.nearness import key_distance, pose_distance
+from lightning_kv.policies.chunk_distance import key_distance, pose_distance
 from lightning_kv.policies.part import Preset
 from lightning_kv.policies.retain.half_chunks import HalfChunks
 from lightning_kv.policies.scored import top_units

@@ -31,10 +31,10 @@ def singles(part: Any, view: PassView, state: Any, count: int) -> Tensor:
     span = (window + view.geometry.chunk).bit_length()
     offsets = part.offsets or [2**i for i in range(span)]
     means = query_means(part, view, state)
-    return picked(view, means, wins, frames, count, offsets, part.drift, part.reuse)
+    return selected_rows(view, means, wins, frames, count, offsets, part.drift, part.reuse)
 
 
-def picked(
+def selected_rows(
     view: PassView,
     means: QueryMeans,
     wins: dict[int, Tensor],
@@ -57,14 +57,14 @@ def picked(
         frames: The candidates: the last ones of the archive, ascending.
         count: How many rows win.
         offsets: Frames ahead at which queries are asked.
-        drift: See :func:`likeness`.
+        drift: See :func:`drift_gate`.
         reuse: How often a row can win; 0 for no limit.
     """
     aside, tokens = view.archive, view.geometry.tokens
     low = len(aside) - len(frames) * tokens
     lag = view.step.query_times[0] - aside.time[:, low:]
     keys, rotary = aside.keys("raw")[:, low:], view.geometry.rotary
-    gate = likeness(view, means, drift)
+    gate = drift_gate(view, means, drift)
     score = future_scores(means, keys, lag, offsets, rotary, gate).mean(0)
     view.scored += score.shape[0] * view.heads
     blank = torch.zeros(tokens, device=view.device)
@@ -79,7 +79,7 @@ def picked(
     return low + best
 
 
-def likeness(view: PassView, means: QueryMeans, drift: float) -> Tensor:
+def drift_gate(view: PassView, means: QueryMeans, drift: float) -> Tensor:
     """How like their mean the queries of this pass are: ``exp(-drift (1 - cosine))``.
 
     One cosine over all heads and pairs together, of the mean query of the pass and of before.
