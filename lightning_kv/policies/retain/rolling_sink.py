@@ -39,7 +39,7 @@ class RollingSink(ArchivingPart):
         Preset(
             "rolling-sink",
             "Keep the newest chunk; before it the first frames play back and forth, from an archive"
-            " as large as memory.",
+            " as large as memory (which is saved beyond 36 frames at 18f).",
             "Rolling Sink, arXiv 2602.07775",
             ("memory", "reads"),
             {"retain": {"part": "rolling-sink", "budget": "18f"}},

@@ -46,8 +46,8 @@ class WorldKV(SelectPart):
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             "world-kv",
-            "Keep half the tokens of old chunks, of all; read the first frames, the newest, and "
-            "chunks seen from a camera pose nearby.",
+            "Keep two thirds of the tokens of every old chunk; read the first frames, the newest, "
+            "and chunks seen from a camera pose nearby.",
             "WorldKV, arXiv 2605.22718",
             ("reads",),
             {"retain": "half-chunks", "select": {"part": "world-kv", "budget": "18f"}},

@@ -45,7 +45,8 @@ class EchoForcing(ArchivingPart):
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             "echo-forcing",
-            "Read rolling first frames, rows that future queries will want, and the newest chunk.",
+            "Read rolling first frames, rows that future queries will want, and the newest chunk; "
+            "saves memory once a video is longer than its archive (55 frames at 18f).",
             "Echo-Forcing, arXiv 2605.16003",
             ("memory", "reads"),
             {"retain": {"part": "echo-forcing", "budget": "18f"}},
