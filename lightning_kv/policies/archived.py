@@ -1,4 +1,7 @@
-"""Windows that are refilled from an archive beside them."""
+"""Windows that are refilled from an archive beside them.
+
+Shapes: none; windows, archives and slots are whole numbers of frames.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lightning_kv.utilities.formatting import several
+
 if TYPE_CHECKING:
     from lightning_kv.cache.passes import Geometry
     from lightning_kv.cache.view import CacheView
@@ -150,10 +152,12 @@ class Amount:
         }[self.unit]
         if frames < smallest or (self.unit in "ft" and frames > history):
             least = (smallest + chunk) * geometry.frame_bytes
+            amount = "1 frame" if frames == 1 else f"{frames:g} frames"
             raise ValueError(
-                f"The budget of {policy!r} is {frames:g} frames. In a rollout with at most "
-                f"{history} history frames it must lie between {smallest}f and {history}f "
-                f"({smallest}f of this model, with the current chunk, are {least} bytes)."
+                f"The budget of {policy!r} is {amount}. In a rollout with at most "
+                f"{several(history, 'history frame')} it must lie between {smallest}f and "
+                f"{history}f ({smallest}f of this model, with the current chunk, are {least} "
+                "bytes)."
             )
 
 

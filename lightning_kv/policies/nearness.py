@@ -1,4 +1,7 @@
-"""How far chunks are from each other, by the camera's pose or by their keys."""
+"""How far chunks are from each other, by the camera's pose or by their keys.
+
+Shapes: F frames; distances ``[C]``, C chunks that are compared.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from lightning_kv.cache.view import CacheView
 
 
 def pose_distance(pose: Tensor, chunks: Sequence[range], now: Sequence[int]) -> Tensor:
-    """Half squared distance, half angle, each over the largest of the chunks, ``[chunks]``.
+    """Half squared distance, half angle, each over the largest of the chunks, ``[C]``.
 
     WorldKV (arXiv 2605.22718). The pose of a chunk is the mean of its matrices.
 
@@ -31,7 +34,7 @@ def pose_distance(pose: Tensor, chunks: Sequence[range], now: Sequence[int]) -> 
 
 
 def key_distance(view: CacheView, chunks: Sequence[range], now: Sequence[int]) -> Tensor:
-    """1 minus the cosine between mean keys before rotation, all heads together, ``[chunks]``.
+    """1 minus the cosine between mean keys before rotation, all heads together, ``[C]``.
 
     Args:
         view: Holds all of them; its rows count as scored.

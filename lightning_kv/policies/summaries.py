@@ -1,4 +1,8 @@
-"""Frames that are averaged into one, place by place."""
+"""Frames that are averaged into one, place by place.
+
+Shapes: E pairs of a summary and a frame, T tokens of a frame; sums take rows ``[1, E T]``, alike in
+all heads, and weights are ``[1, N]``, N rows.
+"""
 
 from __future__ import annotations
 

@@ -235,3 +235,12 @@ def test_every_part_says_what_it_is():
         for name, cls in parts.items():
             if cls.__module__.startswith("lightning_kv"):
                 assert cls.__doc__ and not cls.__doc__.startswith(cls.__name__ + "("), name
+
+
+def test_one_frame_is_no_frames():
+    for value, history, words in (
+        (1.0, 12, "is 1 frame. In a rollout with at most 12 history frames it"),
+        (2.0, 1, "is 2 frames. In a rollout with at most 1 history frame it"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Amount(value, "f").check("mine", 3, history, 3, GEOMETRY)
