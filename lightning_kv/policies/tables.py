@@ -276,8 +276,8 @@ def rows_of(content: bytes, suffix: str, name: str) -> list[list[Any]]:
     Args:
         content: Of the file. ``.csv`` and ``.tsv``: a line per layer, a number per head
             (Pyramid-Forcing, DuoAttention). JSON: rows under the key ``name``, or a list, perhaps
-            under ``layers``, of ``layer_idx`` with ``local_head`` and ``temporal_head``
-            (Forcing-KV), which are static and dynamic heads here.
+            under ``layers``, of ``layer_idx`` with ``static_head`` and ``dynamic_head``, in older
+            files ``local_head`` and ``temporal_head`` (Forcing-KV).
         suffix: Of its name.
         name: Key of the rows.
 
@@ -291,7 +291,9 @@ def rows_of(content: bytes, suffix: str, name: str) -> list[list[Any]]:
     layers = found.get("layers", found) if isinstance(found, dict) else found
     if not (isinstance(layers, list) and layers and isinstance(layers[0], dict)):
         return found[name]
-    of = {own["layer_idx"]: (own["local_head"], own["temporal_head"]) for own in layers}
+    old, new = ("local_head", "temporal_head"), ("static_head", "dynamic_head")
+    keys = new if new[0] in layers[0] else old
+    of = {own["layer_idx"]: tuple(own[key] for key in keys) for own in layers}
     heads = sum(map(len, next(iter(of.values()))))
     for layer, (static, dynamic) in of.items():
         if sorted(static + dynamic) != list(range(heads)):

@@ -106,6 +106,9 @@ def test_files_as_authors_publish_them(tmp_path):
     for layers in ([heads([2, 0], [1], 1)], {"layers": [heads([0, 2], [1], 1)], "num_layers": 2}):
         path.write_text(json.dumps(layers))  # a layer that is missing is all dynamic
         assert HeadTable.read(path, "labels").rows == expected
+    newer = {"layer_idx": 1, "static_head": [2, 0], "dynamic_head": [1]}
+    path.write_text(json.dumps({"layers": [newer]}))
+    assert HeadTable.read(path, "labels").rows == expected
     path.write_text(json.dumps([heads([0, 1], [1])]))
     with pytest.raises(ValueError, match="does not name each of 3 heads once"):
         HeadTable.read(path, "labels")
