@@ -28,7 +28,7 @@ THINNED = {"lightning_kv/testing/test_conformance.py::test_cell": 11}
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also the second step of .ci/run")
-    parser.addoption("--full", action="store_true", help="also matrices that take hours")
+    parser.addoption("--full", action="store_true", help="also all cells of long matrices, and what takes hours")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m and -k choose
@@ -37,8 +37,11 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         test = item.nodeid.partition("[")[0]
         marker = item.get_closest_marker("thinned")
-        if seen[test] % (marker.args[0] if marker else THINNED.get(test, 1)):
+        place = seen[test] % (marker.args[0] if marker else THINNED.get(test, 1))
+        if place:  # of the cells between two quick ones every second is left to --full
             item.add_marker(pytest.mark.slow)
+            if place % 2 == 0:
+                item.add_marker(pytest.mark.full)
         seen[test] += 1
     left_out = [name for name in ("slow", "full") if not config.getoption(name)]
     later = {item for item in items if any(map(item.get_closest_marker, left_out))}

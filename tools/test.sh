@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint and tests; makes its environment if there is none. --slow adds what starts many processes and
-# the whole of long matrices, --full also those that take hours; --slow -m slow runs only the former.
+# half of long matrices, --full all of them and what takes hours; --slow -m slow runs only the former.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras="[dev,wan]"
