@@ -28,7 +28,7 @@ THINNED = {"lightning_kv/testing/test_conformance.py::test_cell": 11}
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also the second step of .ci/run")
-    parser.addoption("--full", action="store_true", help="also all cells of long matrices, and what takes hours")
+    parser.addoption("--full", action="store_true", help="all cells, and what takes hours")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m and -k choose
