@@ -75,7 +75,7 @@ class DecoPrune(RetainPart):
     def on_prediction(self, step: Pass, timestep: float, x0: Tensor, state: Any) -> None:
         """Estimates of the frames in flight, step by step; of given ones the only one."""
         for frame, own in zip(step.frames, x0, strict=True):
-            state.setdefault("seen", {}).setdefault(frame, []).append(own)
+            state.setdefault("seen", {}).setdefault(frame, []).append(own.clone())
         state["given"] = step.mode == "scratch"
 
     def on_final(self, x0: Tensor, state: Any) -> None:
