@@ -31,7 +31,7 @@ def preset_saves(name):
     return presets()[name.partition("@")[0]].saves
 
 
-BUDGETED = [name for name in NAMES if "@" in name and name not in SPARING]
+BUDGETED = [name for name in NAMES if "@" in name]
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +115,10 @@ def test_backends_agree_in_float32_in_every_pass(panorama, alone, name):
     assert max(worst) <= 1e-5
 
 
-# rolling-forcing reads what is in reach of 21 frames, whatever its memory: see the test below
+# rolling-forcing reads what is in reach of 21 frames, whatever its memory: see the test below; the
+# budget of tether-cache counts the chunk to come, and upper layers of pyramid-kv get less than it
 @pytest.mark.parametrize(
-    "name", [name for name in BUDGETED if not name.startswith("rolling-forcing")]
+    "name", [n for n in BUDGETED if not n.startswith(("rolling-forcing", "tether", "pyramid-kv"))]
 )
 @pytest.mark.thinned(6)
 def test_a_budget_for_everything_is_the_full_cache(exact, exactly, name):
@@ -145,7 +146,7 @@ def test_policies_differ_and_read_less(alone):
 
 
 @pytest.mark.thinned(6)
-@pytest.mark.parametrize("name", BUDGETED)
+@pytest.mark.parametrize("name", [name for name in BUDGETED if name not in SPARING])
 def test_reads_of_a_window_have_a_closed_form(alone, name):
     chunks = range(FRAMES // 3)
     streams, queries = 6 * 4, 48 * 5
