@@ -67,8 +67,12 @@ def run(tmp_path_factory):
     config = yaml.safe_load((ROOT / "configs/catalogue.yaml").read_text())
     config |= {"prompts": 3, "frames": 33, "budgets": ["6f"], "out": str(out), "batch": 3}
     names = ["full", "h2o", "future-forcing", "focused-forcing", "random-memory", "oracle"]
-    crossed = {"name": "h2o-contiguous@6f", "base": "h2o@6f", "positions": "contiguous"}
-    config["policies"] = [*names, crossed]
+    crossed = [
+        {"name": "h2o-contiguous@6f", "base": "h2o@6f", "positions": "contiguous"},
+        {"name": "fade-mem-absolute@6f", "base": "fade-mem@6f", "positions": "absolute"},
+        {"name": "fade-mem-contiguous@6f", "base": "fade-mem@6f", "positions": "contiguous"},
+    ]
+    config["policies"] = [*names, *crossed]
     config["data"] = {"shards": str(ROOT / "data/panorama-fast13")}
     path = out.parent / "config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -104,6 +108,7 @@ def test_the_page_says_what_the_records_hold(run, monkeypatch):
     gap = sum(own["h2o-contiguous@6f"][k] - own["h2o@6f"][k] for k in own["full"]) / 3
     assert f"| `h2o@6f` | {sum(own['h2o@6f'].values()) / 3:.3f} |" in catalogue.crossing(run)
     assert f"{gap:+.3f} [" in catalogue.crossing(run)
+    assert "| `fade-mem-absolute@6f` |" in catalogue.crossing(run)
     rivals = [n for n in catalogue.memory(run) if n != "h2o-contiguous@6f"]
     assert sorted(rivals) == ["future-forcing@6f", "h2o@6f"]
     assert catalogue.against(run, "random-memory")[0].startswith("Of 2 comparisons")
@@ -113,4 +118,6 @@ def test_the_page_says_what_the_records_hold(run, monkeypatch):
     text = catalogue.document()
     assert "Not run yet: `lightning-kv evaluate -c configs/catalogue_any_start.yaml`" in text
     (line,) = catalogue.close_commands()
-    assert "--prompts 32" in line and "full" in line
+    assert "--prompts 32" in line
+    found = json.loads(line.partition("--policies '")[2].partition("'")[0])
+    assert [load_policy(own).name for own in found] == run.close()

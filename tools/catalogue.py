@@ -21,6 +21,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import yaml
+
+from lightning_kv.policies.budgets import Amount
 from lightning_kv.policies.registry import preset, presets
 from lightning_kv.policies.tables import shipped
 from lightning_kv.runs.directory import RunDirectory
@@ -314,17 +317,35 @@ def seeds(run: Run) -> list[str]:
 
 def equal_bytes(run: Run) -> str:
     """Future Forcing against its rivals at the same number of bytes."""
-    pairs = []
+    pairs, said = [], []
+    for budget in dict.fromkeys(map(budget_of, run.names)):
+        if not budget:
+            continue
+        own = [name for name in run.names if budget_of(name) == budget]
+        peaks = {name: run.cost(name, BYTES) for name in own}
+        above = [name for name in own if peaks[name] > Amount.parse(budget).value]
+        said.append(
+            f"- {budget}: peaks from {min(peaks.values()) / 2**20:.2f} to "
+            f"{max(peaks.values()) / 2**20:.2f} MiB; above it: {quoted(above)}."
+        )
     for mine in (n for n in run.names if base_of(n) == "future-forcing"):
         rivals = (f"{rival}@{budget_of(mine)}" for rival in RIVALS)
         pairs += [(mine, rival) for rival in rivals if rival in run.names]
-    return duels(run, pairs)
+    about = (
+        "The budget is of the cache: rows, their columns, state, and the chunk in flight. What is "
+        "above it is the buffer for one layer's keys when they are turned for a read."
+    )
+    return "\n".join([about, "", *said, "", duels(run, pairs)])
 
 
 def crossing(run: Run) -> str:
     """Absolute against contiguous positions of every memory."""
-    pairs = [(name.replace("-contiguous", ""), name) for name in run.names if "-contiguous" in name]
-    pairs = [(a, b) for a, b in pairs if a in run.names]
+    names = [name for name in run.names if "-contiguous" in name]
+    twins = [[name.replace("-contiguous", x) for x in ("-absolute", "")] for name in names]
+    pairs = [
+        (next(twin for twin in own if twin in run.names), name)
+        for own, name in zip(twins, names, strict=True)
+    ]
     rows = [
         [f"`{a}`", f"{run.mean(a):.3f}", f"{run.mean(b):.3f}", str(d), "yes" if d.sure else "no"]
         for (a, b), d in zip(pairs, run.differences([(b, a) for a, b in pairs]), strict=True)
@@ -405,10 +426,12 @@ def close_commands() -> list[str]:
     for name in SETTINGS:
         run = found_run(name)
         if run is not None:
-            chosen = ",".join(run.close())
+            config = yaml.safe_load((run.folder / "config.yaml").read_text())
+            made = {own["name"]: own for own in config["policies"] if isinstance(own, dict)}
+            chosen = json.dumps([made.get(own, own) for own in run.close()])
             lines.append(
                 f"lightning-kv evaluate -c configs/{name}.yaml --prompts 32 --budgets null "
-                f"--policies '[{chosen}]' --out runs/{name}_close"
+                f"--policies '{chosen}' --out runs/{name}_close"
             )
     return lines
 
