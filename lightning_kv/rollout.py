@@ -28,7 +28,7 @@ from lightning_kv.models.samplers import (
     stable_seed,
 )
 from lightning_kv.models.video import VideoModel
-from lightning_kv.models.wan import Context
+from lightning_kv.models.wan import CausalWan, Context
 from lightning_kv.policies.base import CachePolicy
 
 
@@ -56,6 +56,32 @@ class Rollout:
     session: Any = field(repr=False)
 
 
+@dataclass(frozen=True)
+class Call:
+    """All that the network is given in one pass.
+
+    Args:
+        network: The model's.
+        x: Latents ``[B, F, C, h, w]``.
+        timesteps: ``[B, F]``.
+        text: From ``network.prepare``.
+        session: Answers self-attention.
+        step: What the pass is for.
+    """
+
+    network: CausalWan
+    x: Tensor
+    timesteps: Tensor
+    text: Context
+    session: CacheSession
+    step: Pass
+
+    def x0(self) -> Tensor:
+        """Run it: the clean estimate."""
+        out = self.network(self.x, self.timesteps, self.text, self.session, self.step)
+        return self.network.x0(out, self.x, self.timesteps)
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def rollout(
@@ -81,6 +107,7 @@ def rollout(
     progress: Callable[[int, CacheSession], None] | None = None,
     inputs: dict[str, Any] | None = None,
     buffers: Literal["remake", "keep"] = "remake",
+    before: Callable[[Call], None] | None = None,
 ) -> Rollout:
     """Generate a clip per prompt under a cache policy.
 
@@ -112,6 +139,8 @@ def rollout(
         inputs: Side inputs by frame, by name (such as a camera's pose), for all samples or a list
             with one for each; parts find them in ``view.inputs``.
         buffers: See :class:`~lightning_kv.cache.session.CacheSession`.
+        before: Shown every pass before it runs, rebuilds left out, for passes of its own whose mode
+            is ``scratch``.
 
     Raises:
         ValueError: Frames, latent size, context, events, budget, prompts or tables that do not fit
@@ -169,7 +198,7 @@ def rollout(
     like = next(model.network.parameters())
     latents = like.new_empty(len(prompts), frames, *shape)
     source = noise or keyed_noise(seed, keys, plan, shape)
-    run = _Run(model, session, prompts, negative, latents, source)
+    run = _Run(model, session, prompts, negative, latents, source, before)
     given = None if context is None else context.to(like)
     sample = sampler or sampler_of(config)
     steps = sample(plan, config.timesteps, lambda c, s: send(source(c, s), like), given)
@@ -190,7 +219,9 @@ class _Run:
         negative: str,
         latents: Tensor,
         noise: Noise,
+        before: Callable[[Call], None] | None,
     ):
+        self.before = before
         self.model, self.session, self.latents, self.noise = model, session, latents, noise
         self.batch, self.negative, self.rebuilds = len(prompts), negative, 0
         self.texts = {CONDITIONAL: self._prepare(prompts)}
@@ -267,10 +298,12 @@ class _Run:
     def _forward(self, step: Pass, x: Tensor, text: Context | None = None) -> Tensor:
         if step.namespace not in self.texts:
             self.texts[step.namespace] = self._prepare([self.negative] * self.batch)
-        network = self.model.network
         level = upload(step.timesteps, x, torch.float32).expand(len(x), -1)
         text = text or self.texts[step.namespace]
-        return network.x0(network(x, level, text, self.session, step), x, level)
+        call = Call(self.model.network, x, level, text, self.session, step)
+        if self.before is not None and not step.rebuild and step.mode == "run":
+            self.before(call)
+        return call.x0()
 
     def _event(self, event: Event, step: Pass) -> None:
         old = dict(self.texts)

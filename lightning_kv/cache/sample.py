@@ -77,6 +77,15 @@ class SampleCache:
         self._count(plan, q.shape[1], step)
         return out
 
+    def shown(
+        self, layer: int, q: Tensor, raw_q: Tensor, own: dict[str, Tensor], step: Pass
+    ) -> PassView:
+        """The view of a pass of one layer, at the positions it has if all that is held is read."""
+        self._layers(step.namespace, own["read"])
+        view = PassView(q, raw_q, own, **self._settings(layer, step))
+        self._move(view, None)
+        return view
+
     def _plan(
         self, store: LayerStore, layer: int, step: Pass, pass_view: Callable[[], PassView]
     ) -> tuple[ReadPlan, PassView | None]:

@@ -163,6 +163,27 @@ class CacheSession:
         together = out[0].unsqueeze(0) if len(out) == 1 else torch.stack(out)
         return together.transpose(1, 2)
 
+    def view(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Pass, row: int = 0
+    ) -> PassView:
+        """What a part is shown in a pass of one layer, as if everything held were read.
+
+        For measurements from outside; nothing is decided, written or counted.
+
+        Args:
+            layer: As in :meth:`attend`.
+            q: As in :meth:`attend`, and the two after it.
+            k: Keys before rotation.
+            v: Values.
+            step: The pass.
+            row: Which of the samples of the pass.
+        """
+        cos, sin = self._angles(step, q)
+        raw_q, raw_k, v = (x[row].transpose(0, 1) for x in (q, k, v))  # [H, T, D]
+        turned_q, turned_k = rotate_by(raw_q, cos, sin), rotate_by(raw_k, cos, sin)
+        own = {"read": turned_k, "raw": raw_k, "value": v}
+        return self.samples[self._chosen(step)[row]].shown(layer, turned_q, raw_q, own, step)
+
     # -- what the rollout calls ------------------------------------------------------------
 
     def finish(self, step: Pass) -> list[tuple[int, Rebuild]]:

@@ -257,6 +257,10 @@ class Block(nn.Module):
         keys, values = self.cross_attn.key_value(states)
         return keys.transpose(1, 2), values.transpose(1, 2)
 
+    def attention_gate(self, modulation: Tensor) -> Tensor:
+        """Factor on what self-attention adds, ``[B, F, dim]``, from ``[B, F, 6, dim]``."""
+        return (self.modulation.unsqueeze(0) + modulation)[:, :, 2]
+
     def forward(self, x, modulation, text, layer: int, session: Session, step: Pass) -> Tensor:
         """Advance tokens ``[B, F, n, dim]``; ``modulation`` is ``[B, F, 6, dim]``."""
         shape = x.shape
@@ -364,16 +368,59 @@ class CausalWan(nn.Module):
         Returns:
             The network's output ``[B, F, C, H, W]``; see :meth:`x0`.
         """
-        batch, frames = x.shape[:2]
+        tokens, embedding = self.embed(x, timesteps)
+        tokens = self.through(tokens, embedding, context, session, step)
+        return self.unpatch(tokens, embedding, x.shape)
+
+    def embed(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens ``[B, F, n, dim]`` of latents, and the embedding of the noise levels.
+
+        Args:
+            x: As in :meth:`forward`.
+            timesteps: As in :meth:`forward`.
+
+        Returns:
+            What the first block takes, and ``[B, F, dim]``.
+        """
         tokens = self.patch_embedding(x.transpose(1, 2))  # [B, dim, F, h, w]
-        grid = tokens.shape[-2:]
-        tokens = tokens.flatten(3).permute(0, 2, 3, 1)  # [B, F, n, dim]
-        embedding = self.time_embedding(self._sinusoid(timesteps).to(tokens.dtype))
-        modulation = self.time_projection(embedding).unflatten(-1, (6, -1))
-        for layer, (block, text) in enumerate(zip(self.blocks, context, strict=True)):
+        tokens = tokens.flatten(3).permute(0, 2, 3, 1)
+        return tokens, self.time_embedding(self._sinusoid(timesteps).to(tokens.dtype))
+
+    def through(
+        self,
+        tokens: Tensor,
+        embedding: Tensor,
+        context: Context,
+        session: Session,
+        step: Pass,
+        layers: range | None = None,
+    ) -> Tensor:
+        """Tokens after some blocks.
+
+        Args:
+            tokens: From :meth:`embed`, or behind the block before the first of ``layers``.
+            embedding: From :meth:`embed`.
+            context: As in :meth:`forward`.
+            session: As in :meth:`forward`.
+            step: As in :meth:`forward`.
+            layers: Which; all where None.
+        """
+        modulation = self.modulation(embedding)
+        for layer in range(len(self.blocks)) if layers is None else layers:
+            block, text = self.blocks[layer], context[layer]
             tokens = block(tokens, modulation, text, layer, session, step)
+        return tokens
+
+    def modulation(self, embedding: Tensor) -> Tensor:
+        """Shifts, scales and gates of all blocks ``[B, F, 6, dim]``, before each adds its own."""
+        return self.time_projection(embedding).unflatten(-1, (6, -1))
+
+    def unpatch(self, tokens: Tensor, embedding: Tensor, shape: torch.Size) -> Tensor:
+        """The output, of the shape of the latents, from tokens behind the last block."""
         out = self.head(tokens, embedding)
+        batch, frames, _, *size = shape
         patch_t, patch_h, patch_w = self.config.patch
+        grid = [side // patch for side, patch in zip(size, (patch_h, patch_w), strict=True)]
         out = out.view(batch, frames, *grid, patch_t, patch_h, patch_w, self.config.channels)
         out = out.permute(0, 1, 4, 7, 2, 5, 3, 6)  # [B, F, pt, C, h, ph, w, pw]
         return out.flatten(6, 7).flatten(4, 5).flatten(1, 2)

@@ -1,0 +1,115 @@
+"""Attention of one pass frame by frame: what any set of frames would give, from one look.
+
+Shapes: H heads, R query rows, F held frames, U = F + 1 units (held frames in order, and last the
+frames in flight as one, which are always read), D head width, K probes, N budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_kv.cache.rotary import wide
+from lightning_kv.cache.table import BLOCK
+from lightning_kv.cache.view import PassView
+
+
+def check_frames(view: PassView) -> None:
+    """Refuse a memory that cannot be taken apart by frames.
+
+    Raises:
+        ValueError: Heads hold different rows, or parts of frames, or query frames meet rows at
+            different times.
+    """
+    alike = view.whole and not view.ragged and len(view.frame_id) == 1
+    if not alike or view.apart or view.log_weight:
+        raise ValueError(
+            "Calibration takes attention apart by frames, and the reference policy does not hold "
+            "the same whole frames in every head, read at one time. Use full, or a window such as "
+            "sliding-window@18f."
+        )
+
+
+def by_frame(view: PassView, rows: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Log-sum-exp ``[H, R]`` of each unit's logits and the output ``[H, R, D]`` of it alone.
+
+    Args:
+        view: Of a pass.
+        rows: int64, which of its queries; all where None.
+    """
+    query = wide(view.query if rows is None else view.query.index_select(1, rows))
+    tokens = view.geometry.tokens
+    if view.frames:
+        keys, values = view.keys("read"), view.values()
+        for slot in view.slot_of[0].tolist():
+            here = slice(slot * tokens, (slot + 1) * tokens)
+            yield _attended(query, keys[:, here], values[:, here])
+    yield _attended(query, view.own_keys(), view.own_values())
+
+
+def _attended(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    keys, values = (x.to(query) for x in (keys, values))
+    lse, out = [], []
+    for q in query.split(max(1, BLOCK // (keys.shape[0] * keys.shape[1])), 1):
+        logits = q @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5
+        total = logits.logsumexp(-1)
+        lse.append(total)
+        out.append((logits - total.unsqueeze(-1)).exp() @ values)
+    return torch.cat(lse, 1), torch.cat(out, 1)
+
+
+def order_of(scores: Tensor, frames: Sequence[int], sink: int) -> Tensor:
+    """The order in which frames are kept, int64 ``[H, F]``: the sink, then the highest scores.
+
+    Ties go to the earlier frame.
+
+    Args:
+        scores: ``[H, F]``.
+        frames: Ids of the held frames.
+        sink: So many first frames of the clip come before all others.
+    """
+    first = torch.tensor([frame < sink for frame in frames], device=scores.device)
+    key = scores.double().masked_fill(first, torch.inf)
+    return key.argsort(dim=-1, descending=True, stable=True)
+
+
+def sorted_units(x: Tensor, order: Tensor, dim: int = -1) -> Tensor:
+    """Units of ``[..., H, R, U, ...]`` in the order of keeping, those in flight first."""
+    own = torch.full((len(order), 1), order.shape[1], device=order.device)
+    every = torch.cat([own, order], 1)  # [H, U]
+    dim = dim % x.ndim
+    shape = [1] * x.ndim
+    shape[dim - 2], shape[dim] = every.shape
+    return x.gather(dim, every.view(shape).expand(x.shape))
+
+
+def kept_shares(lse: Tensor, order: Tensor) -> Tensor:
+    """Softmax mass of the units kept at 0 to F history frames, ``[H, R, U]``; 1 at all.
+
+    Args:
+        lse: ``[H, R, U]``.
+        order: ``[H, F]``, see :func:`order_of`.
+    """
+    share = sorted_units(lse.double().softmax(-1), order)
+    return share.cumsum(-1).clamp_max(1)
+
+
+def kept_means(lse: Tensor, values: Tensor, order: Tensor) -> Tensor:
+    """Mean of values of units under the softmax over those kept, at 0 to F history frames.
+
+    Composition of attention: with a softmax restricted to a set K, the output is the mean of the
+    units' own outputs under the softmax of their log-sum-exp over K.
+
+    Args:
+        lse: ``[H, R, U]``.
+        values: ``[..., H, R, U]``.
+        order: ``[H, F]``.
+
+    Returns:
+        ``[..., H, R, U]``, the last place for all frames.
+    """
+    share = sorted_units((lse - lse.amax(-1, keepdim=True)).double().exp(), order)
+    total = (share * sorted_units(values.double(), order)).cumsum(-1)
+    return total / share.cumsum(-1)
