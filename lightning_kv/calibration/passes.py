@@ -8,7 +8,7 @@ Shapes: L layers, H heads, T query tokens, F held frames, U = F + 1, D head widt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,16 +25,8 @@ from lightning_kv.calibration.frames import (
     kept_shares,
     order_of,
 )
+from lightning_kv.calibration.scorers import Scorer
 from lightning_kv.rollout import Call
-
-Scorer = Callable[[PassView, Tensor], Tensor]
-"""``(view, mass [H, F])`` to scores ``[H, F]``: higher is kept longer."""
-
-SCORERS: dict[str, Scorer] = {
-    "mass": lambda view, mass: mass,
-    "recency": lambda view, mass: view.frame_ids.double().expand(view.heads, -1),
-}
-"""``mass``: what the queries of this very pass look at; ``recency``: the newest first."""
 
 
 class _Seen:

@@ -1,0 +1,214 @@
+"""Where heads are judged, and what is written down there: one record for each pass.
+
+Shapes: L layers, H heads, N budgets of the grid, K probes, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_kv.cache.passes import CONDITIONAL, Pass
+from lightning_kv.calibration.passes import (
+    Looked,
+    exact_losses,
+    look,
+    masses_and_errors,
+    probe_products,
+)
+from lightning_kv.calibration.scorers import scorer_of
+from lightning_kv.models.samplers import stable_seed
+from lightning_kv.rollout import Call
+
+
+@dataclass(frozen=True)
+class SiteSettings:
+    """What is measured in a pass; a record depends on this, the model and the clip alone.
+
+    Args:
+        reach: Frames of history that the reference reads at a site.
+        scorers: Orders in which heads keep frames: ``mass``, ``recency``, or a select part or
+            preset with scores, such as ``focused``.
+        sink: First frames of the clip that every head keeps.
+        chunks: Sites of a clip: one chunk in each of so many equal parts of those with enough
+            history.
+        steps: Denoising steps of a chunk at which to measure; -1 is the last.
+        probes: Random directions of a pass; 0 leaves the probes out.
+        rows: Queries of a pass that stand for all where attention itself is judged.
+        exact: Budgets at which losses are also measured exactly, in clips that validate.
+        batch: Rows that go through the layers together in exact measurements.
+        seed: Of sites, probes and rows.
+
+    Raises:
+        ValueError: Nothing is measured, or a number makes no sense.
+    """
+
+    reach: int = 18
+    scorers: tuple[str, ...] = ("mass", "recency")
+    sink: int = 0
+    chunks: int = 3
+    steps: tuple[int, ...] = (0, -1)
+    probes: int = 4
+    rows: int = 520
+    exact: tuple[int, ...] = ()
+    batch: int = 12
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        wrong = {
+            "reach": self.reach <= max(1, self.sink),
+            "sink": self.sink < 0,
+            "chunks": self.chunks < 1,
+            "steps": not self.steps,
+            "probes": self.probes < 0,
+            "rows": self.rows < 1,
+            "batch": self.batch < 2,
+            "scorers": not self.scorers,
+            "exact": any(not self.sink <= b <= self.reach for b in self.exact),
+        }
+        if names := [name for name, bad in wrong.items() if bad]:
+            given = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+            raise ValueError(
+                f"Nothing can be calibrated with {given}. Give a reach above the sink, one chunk, "
+                "step, row and scorer or more, a batch of 2 or more, and exact budgets from the "
+                "sink to the reach."
+            )
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """The grid: history frames from the sink to all that are within reach."""
+        return tuple(range(self.sink, self.reach + 1))
+
+
+def sites_of(key: str, frames: int, chunk: int, settings: SiteSettings) -> tuple[int, ...]:
+    """The chunks of a clip at which heads are judged, ascending; told by its key alone.
+
+    Args:
+        key: Of the clip.
+        frames: Latent frames of the clip.
+        chunk: Frames of a chunk.
+        settings: How far the reference reads, and how many.
+
+    Raises:
+        ValueError: The clip is too short.
+    """
+    first, count = -(-settings.reach // chunk), -(-frames // chunk)
+    if count - first < settings.chunks:
+        raise ValueError(
+            f"A clip of {frames} latent frames has {max(0, count - first)} chunks with "
+            f"{settings.reach} frames of history before them, and {settings.chunks} are to be "
+            f"measured. Give {(first + settings.chunks) * chunk} frames or more, or a smaller "
+            "reach."
+        )
+    found = []
+    for part in range(settings.chunks):
+        low, high = (first + (count - first) * edge // settings.chunks for edge in (part, part + 1))
+        found.append(low + stable_seed(settings.seed, f"{key} site {part}") % (high - low))
+    return tuple(found)
+
+
+@dataclass
+class SiteRecorder:
+    """Measures heads at the sites of one clip: ``rollout(..., before=SiteRecorder(...))``.
+
+    Args:
+        key: Of the clip.
+        settings: What to measure.
+        chunks: From :func:`sites_of`.
+        steps: Denoising steps of the sampler.
+        validates: Losses are measured exactly too.
+
+    Attributes:
+        records: By chunk and step, float64 on the CPU: ``norm`` (squared, of the estimate),
+            ``mass/SCORER`` and ``output/SCORER`` ``[L, H, N]``, ``gn/SCORER`` ``[K, L, H, N]``
+            (products with probes: a loss is their mean square over ``norm``), in clips that
+            validate ``exact/SCORER`` ``[L, H, budgets]``, ``zero`` ``[L, H]`` and ``floor``.
+    """
+
+    key: str
+    settings: SiteSettings
+    chunks: Sequence[int]
+    steps: int
+    validates: bool = False
+    records: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
+
+    def __call__(self, call: Call) -> None:
+        """Measure, if this pass is a site."""
+        step, asked = call.step, {own % self.steps for own in self.settings.steps}
+        here = step.chunk in self.chunks and step.step in asked
+        if here and step.phase == "denoise" and step.namespace == CONDITIONAL:
+            self.records[step.chunk, step.step] = self.measured(call)
+
+    def measured(self, call: Call) -> dict[str, Tensor]:
+        """The record of one pass.
+
+        Raises:
+            ValueError: The reference does not hold as many frames as are within reach, or a
+                gradient is not a number.
+        """
+        settings, step = self.settings, call.step
+        scorers = {name: scorer_of(name) for name in settings.scorers}
+        looked = look(call, scorers, self._probes(call), settings.sink)
+        held = len(looked.views[0].frames)
+        if held != settings.reach:
+            raise ValueError(
+                f"The reference holds {held} frames of history in chunk {step.chunk}, and curves "
+                f"are to reach {settings.reach}. Give the reference a budget of "
+                f"{settings.reach}f, or another reach."
+            )
+        found = {"norm": looked.norm.cpu()}
+        rows = self._rows(step, looked)
+        low = settings.sink
+        for name in settings.scorers:
+            lost, errors = masses_and_errors(looked, name, rows)
+            found[f"mass/{name}"], found[f"output/{name}"] = lost[..., low:], errors[..., low:]
+            if settings.probes:
+                found[f"gn/{name}"] = probe_products(looked, name)[..., low:]
+            if self.validates and settings.exact:
+                losses, floor = exact_losses(looked, name, settings.exact, batch=settings.batch)
+                found[f"exact/{name}"] = losses.unflatten(0, (len(looked.views), -1))
+                found["floor"] = torch.tensor(floor, dtype=torch.float64)
+        if self.validates:
+            losses, _ = exact_losses(looked, None, (0,), batch=settings.batch)
+            found["zero"] = losses.view(len(looked.views), -1)
+        found = {name: value.cpu().double() for name, value in found.items()}
+        if wrong := [name for name, value in found.items() if not bool(value.isfinite().all())]:
+            raise ValueError(
+                f"{', '.join(wrong)} of clip {self.key!r} (chunk {step.chunk}, step {step.step}) "
+                "are not finite. The model gives no usable numbers or gradients here: try "
+                "--precision reference, and look at the clip."
+            )
+        return found
+
+    def _probes(self, call: Call) -> list[Tensor]:
+        """Independent signs, told by the site alone."""
+        return [
+            torch.randint(0, 2, call.x.shape, generator=self._rng(call.step, f"probe {k}")) * 2.0
+            - 1
+            for k in range(self.settings.probes)
+        ]
+
+    def _rows(self, step: Pass, looked: Looked) -> Tensor:
+        count = looked.views[0].query.shape[1]
+        order = torch.randperm(count, generator=self._rng(step, "rows"))
+        return order[: self.settings.rows].sort().values.to(looked.x0.device)
+
+    def _rng(self, step: Pass, what: str) -> torch.Generator:
+        text = f"{self.key} {step.chunk} {step.step} {what}"
+        return torch.Generator().manual_seed(stable_seed(self.settings.seed, text))
+
+
+def losses(record: dict[str, Tensor], metric: str, scorer: str) -> Tensor:
+    """The losses of a record, ``[L, H, N]``.
+
+    Args:
+        record: Of one pass.
+        metric: ``mass``, ``output``, ``gn`` or ``exact``.
+        scorer: Name.
+    """
+    found: Any = record[f"{metric}/{scorer}"]
+    return found.square().mean(0) / record["norm"] if metric == "gn" else found
