@@ -13,6 +13,7 @@ RULES = {
     "policies": {"cache", "policies"},
     "models": {"cache", "models"},
     "rollout": {"cache", "policies", "models", "rollout"},
+    "calibration": {"cache", "policies", "models", "rollout", "calibration"},
     "testing": {"cache", "policies", "models", "rollout", "testing"},
     "data": {"data"},
     "stats": {"stats"},
@@ -22,7 +23,7 @@ RULES = {
     "runs": {"runs", "stats"},
     "report": {"report", "runs", "stats"},
     "tasks": {"cache", "policies", "models", "rollout", "testing", "data", "metrics", "stats"}
-    | {"runs", "report", "tasks"},
+    | {"runs", "report", "calibration", "tasks"},
 }
 COMMAND_LINE = {"commands"}
 FROM_OUTSIDE = {
@@ -30,6 +31,7 @@ FROM_OUTSIDE = {
     "policies": {"torch", "yaml"},
     "models": {"torch", "yaml", "safetensors", "numpy"},  # numpy draws the noise
     "rollout": {"torch"},
+    "calibration": {"torch"},
     "testing": {"torch", "pytest"},
     "stats": {"numpy", "scipy"},
     "assets": set(),
