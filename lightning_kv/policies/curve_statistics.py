@@ -36,7 +36,7 @@ def summed_up(curves: Tensor, objective: str = "mean") -> tuple[Tensor, Tensor |
         raise ValueError(f"No objective {objective!r}. Use one of: {', '.join(OBJECTIVES)}.")
     own = curves.double()
     if objective == "cvar":
-        own = own.sort(0, descending=True, stable=True).values[: -(-len(own) // WORST)]
+        own = own.sort(dim=0, descending=True, stable=True).values[: -(-len(own) // WORST)]
     error = own.std(0) / math.sqrt(len(own)) if len(own) > 1 else None
     return own.mean(0), error
 
