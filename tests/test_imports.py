@@ -28,7 +28,7 @@ RULES = {
 COMMAND_LINE = {"commands"}
 FROM_OUTSIDE = {
     "cache": {"torch"},
-    "policies": {"torch", "yaml"},
+    "policies": {"torch", "yaml", "safetensors"},  # head curves lie in such files
     "models": {"torch", "yaml", "safetensors", "numpy"},  # numpy draws the noise
     "rollout": {"torch"},
     "calibration": {"torch"},

@@ -80,23 +80,47 @@ class Adaptive(BudgetPart):
         sizes: Sequence[Tensor],
         protected: Sequence[Tensor],
     ) -> list[Tensor]:
-        view, heads = views[0], views[0].heads
-        amount = math.floor(self.frames(view) * view.geometry.tokens)
-        queries = scores[0].shape[1]
-        shape = (heads, queries, scores[0].shape[2])
-        score, size, guard = (
-            torch.cat([x.expand(shape) for x in each]) for each in (scores, sizes, protected)
-        )
-        key = score.double().masked_fill(guard, torch.inf).masked_fill(size == 0, -torch.inf)
-        order = key.argsort(dim=-1, descending=True, stable=True)
-        before = size.gather(-1, order).cumsum(-1)
-        own = torch.zeros_like(size).scatter(-1, order, before) <= round(self.safe * amount)
-        first = (own | guard) & (size > 0)
-        key = key.masked_fill(first, torch.inf).transpose(0, 1).flatten(1)  # [Q, heads x U]
-        flat = size.transpose(0, 1).flatten(1)
-        order = key.argsort(dim=-1, descending=True, stable=True)
-        taken = flat.gather(-1, order).cumsum(-1) <= amount * len(score)
-        chosen = torch.zeros_like(taken).scatter(-1, order, taken)
-        chosen = chosen.unflatten(1, (len(score), -1)).transpose(0, 1) | first
-        rows = (chosen * size).sum(-1)
-        return list(rows.split(heads))
+        amount = math.floor(self.frames(views[0]) * views[0].geometry.tokens)
+        total, safe = amount * len(views) * views[0].heads, round(self.safe * amount)
+        return shared(views, total, safe, scores, sizes, protected)
+
+
+def shared(
+    views: Sequence[CacheView],
+    total: int,
+    safe: int,
+    scores: Sequence[Tensor],
+    sizes: Sequence[Tensor],
+    protected: Sequence[Tensor],
+) -> list[Tensor]:
+    """Rows of each head where all that are given share a total: its own among the best of all.
+
+    Args:
+        views: One of each layer.
+        total: Rows of all their heads together.
+        safe: Rows of its own best that every head gets first, beside what is protected.
+        scores: ``[1 or H, 1 or Q, U]`` of each view.
+        sizes: Rows of each unit, alike.
+        protected: bool, alike.
+
+    Returns:
+        int64 ``[H, Q]`` of each view.
+    """
+    heads = views[0].heads
+    shape = (heads, scores[0].shape[1], scores[0].shape[2])
+    score, size, guard = (
+        torch.cat([x.expand(shape) for x in each]) for each in (scores, sizes, protected)
+    )
+    key = score.double().masked_fill(guard, torch.inf).masked_fill(size == 0, -torch.inf)
+    order = key.argsort(dim=-1, descending=True, stable=True)
+    before = size.gather(-1, order).cumsum(-1)
+    own = torch.zeros_like(size).scatter(-1, order, before) <= safe
+    first = (own | guard) & (size > 0)
+    key = key.masked_fill(first, torch.inf).transpose(0, 1).flatten(1)  # [Q, heads x U]
+    flat = size.transpose(0, 1).flatten(1)
+    order = key.argsort(dim=-1, descending=True, stable=True)
+    taken = flat.gather(-1, order).cumsum(-1) <= total
+    chosen = torch.zeros_like(taken).scatter(-1, order, taken)
+    chosen = chosen.unflatten(1, (len(score), -1)).transpose(0, 1) | first
+    rows = (chosen * size).sum(-1)
+    return list(rows.split(heads))

@@ -99,12 +99,21 @@ class Pyramid(BudgetPart):
 @lru_cache
 def pyramid(layers: int, amount: float, least: float, beta: float) -> tuple[int, ...]:
     """Whole numbers that fall on a line from layer to layer; ``amount`` is their mean."""
-    low = (amount - least) / beta
-    drop = 2 * (amount - least - low) / max(1, layers - 1)
-    line = [amount + (amount - least - low) - layer * drop for layer in range(layers)]
-    line = line if layers > 1 else [amount]
-    whole = [math.floor(value + 1e-9) for value in line]
-    order = sorted(range(layers), key=lambda layer: (whole[layer] - line[layer], layer))
+    exact = line(layers, amount, least, beta)
+    whole = [math.floor(value + 1e-9) for value in exact]
+    order = sorted(range(layers), key=lambda layer: (whole[layer] - exact[layer], layer))
     for layer in order[: math.floor(layers * amount + 1e-6) - sum(whole)]:
         whole[layer] += 1
     return tuple(whole)
+
+
+def line(layers: int, amount: float, least: float, beta: float) -> list[float]:
+    """The share of each layer before it is rounded.
+
+    >>> line(3, 9, 3, 20.0)
+    [14.7, 9.0, 3.3000000000000007]
+    """
+    low = (amount - least) / beta
+    drop = 2 * (amount - least - low) / max(1, layers - 1)
+    first = amount + (amount - least - low) if layers > 1 else amount
+    return [first - layer * drop for layer in range(layers)]
