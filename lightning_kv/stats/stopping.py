@@ -319,4 +319,6 @@ def words(
         doubts.append(f"the standard error of a head's loss is {percent(error, 1)}")
     if doubts:
         found.append(f"What is against it: {'; '.join(doubts)}.")
+    if verdict == "uniform" and prompts < LOOKS[-1]:
+        found.append(f"{LOOKS[-1]} prompts could show a gain that these do not.")
     return found
