@@ -79,7 +79,7 @@ def additivity(true: Sequence[float], predicted: Sequence[float]) -> Additivity:
     slope, intercept = float(line.slope), float(line.intercept)
     off = y - intercept - slope * x
     # True losses that are all the same are explained by a flat line, or rather: nothing is to be.
-    fit = float(line.rvalue**2) if np.ptp(y) else 0.0
+    fit = float(line.rvalue**2) if np.ptp(y) > 1e-12 else 0.0
     worst = int(np.argmax(np.abs(off)))
     holds = SLOPES[0] <= slope <= SLOPES[1] and fit >= FIT
     return Additivity(
