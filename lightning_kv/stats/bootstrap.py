@@ -195,6 +195,35 @@ class MeanConfidence:
         return float(stdtr(self._n - 1, z))
 
 
+def expanded_interval(draws: ArrayLike, n: int, level: float = 0.95) -> tuple[Array, Array]:
+    """Ends of the percentile bootstrap, widened for few units as :class:`MeanConfidence` is.
+
+    For statistics that resampling pulls to one side, such as a rank correlation, which noise makes
+    smaller: BCa would undo a pull that the statistic of the data has too.
+
+    Args:
+        draws: Values of the statistic in the bootstrap samples, first axis; any axes after it.
+        n: Number of units that were resampled, 2 or more.
+        level: Chance that the interval holds the truth, between 0 and 1.
+
+    Returns:
+        Lower and upper ends, of the axes after the first.
+
+    Raises:
+        ValueError: A value is not finite, the level is not between 0 and 1, or n is below 2.
+
+    Example:
+        >>> low, high = expanded_interval([1.0, 2.0, 3.0], n=8, level=0.5)
+        >>> round(float(low), 2), round(float(high), 2)
+        (1.45, 2.55)
+    """
+    if n < 2:
+        raise ValueError(f"An interval needs 2 units, but there is {n}. Measure more prompts.")
+    tail = ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 + check_level(level)) / 2))
+    low, high = np.quantile(finite(draws), [1 - tail, tail], axis=0)
+    return low, high
+
+
 @lru_cache(maxsize=4)
 def resample_counts(n: int, resamples: int, seed: int) -> Array:
     """How often each of n clips is drawn: [resamples, n], rows sum to n; the same for all data.

@@ -16,6 +16,7 @@ from lightning_kv.stats.bootstrap import (
     bca_interval,
     ceiling,
     confidence_below,
+    expanded_interval,
     paired_interval,
     resample_counts,
 )
@@ -213,3 +214,18 @@ def test_errors_say_what_was_given_and_what_would_work(call, given, remedy):
         call()
     assert given in str(error.value)
     assert remedy in str(error.value)
+
+
+def test_the_expanded_interval_of_means_has_the_width_of_student_s():
+    """Hesterberg's point: the percentile bootstrap of normal data, but for the quantile of t."""
+    values = np.random.default_rng(7).normal(size=(12, 2))
+    draws = resample_counts(12, 40_000, 0) @ values / 12
+    half = student.ppf(0.975, 11) * values.std(0, ddof=1) / math.sqrt(12)
+    low, high = expanded_interval(draws, 12)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.04)
+    assert low.shape == (2,)
+
+
+def test_the_expanded_interval_refuses_one_unit():
+    with pytest.raises(ValueError, match="needs 2 units"):
+        expanded_interval([1.0, 2.0], 1)
