@@ -1,9 +1,13 @@
 """A chunk under a table of budgets, against the plain rollout and against one head at a time."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
 from tiny_network import TINY, encoder
 
 from lightning_kv.calibration.chunks import chunk_losses

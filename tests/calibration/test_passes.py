@@ -1,10 +1,14 @@
 """Losses of heads: identities, probes against derivatives, shared prefixes against whole passes."""
 
+import sys
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
 from tiny_network import TINY, encoder
 
 from lightning_kv.calibration.frames import kept_means, kept_shares, order_of
