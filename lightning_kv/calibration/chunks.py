@@ -1,11 +1,11 @@
-"""What a whole table of budgets costs in one chunk, with the history as the reference made it.
+"""What a way to read costs in one chunk, with the history as the reference made it.
 
-Shapes: L layers, H heads, T query tokens, F held frames, D head width.
+Shapes: H heads, Q query frames, T query tokens, F held frames, D head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,49 +13,67 @@ import torch
 from torch import Tensor
 
 from lightning_kv.cache.passes import Pass
-from lightning_kv.calibration.frames import attention_over, check_frames, kept_at, order_of
-from lightning_kv.calibration.passes import frame_mass
-from lightning_kv.calibration.scorers import Scorer
+from lightning_kv.cache.view import PassView
+from lightning_kv.calibration.frames import attention_over, check_frames
 from lightning_kv.models.samplers import Noise, renoise
+from lightning_kv.policies.base import SelectPart
 from lightning_kv.rollout import Call
 
-Table = Sequence[Sequence[int]]
-"""Frames of history that each head reads, ``[L][H]``."""
 
+class _Reading:
+    """Stands in for the session: a select part chooses what is read of all that is held."""
 
-class _Budgeted:
-    """Stands in for the session: every head reads as many frames as a table says."""
-
-    def __init__(self, session: Any, table: Table, scorer: Scorer, sink: int) -> None:
-        self.session, self.table, self.scorer, self.sink = session, table, scorer, sink
+    def __init__(self, session: Any, part: SelectPart) -> None:
+        self.session, self.part, self.state = session, part, part.fresh()
+        if part.budget is not None:
+            self.state["budget"] = part.budget.fresh()
+        self.kept: dict[int, Tensor | None] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Pass) -> Tensor:
-        """Attention to the frames that come first in each head's own order."""
+        """Attention to the frames that each head reads."""
         view = self.session.view(layer, q, k, v, step)
         check_frames(view)
-        order = order_of(self.scorer(view, frame_mass(view)), view.frames, self.sink)
-        budget = torch.tensor(self.table[layer], device=order.device)
-        return attention_over(view, kept_at(order, budget)).unsqueeze(0).to(q)
+        if layer not in self.kept or self.part.refresh == "pass":
+            self.kept[layer] = self._frames(view)
+        kept = self.kept[layer]
+        if kept is None:
+            return self.session.attend(layer, q, k, v, step)
+        return attention_over(view, kept).unsqueeze(0).to(q)
+
+    def _frames(self, view: PassView) -> Tensor | None:
+        """What is read, bool ``[H, F]``; None for everything."""
+        found = self.part.pick(view, self.state)
+        if found is None:
+            return None
+        frames = found.frames
+        if isinstance(frames, tuple):
+            frames = torch.tensor([own in frames for own in view.frames], device=view.device)
+            frames = frames.view(1, 1, -1)
+        if frames is None or frames.shape[1] > 1 or found.bias is not None:
+            raise ValueError(
+                f"The select part {self.part.name!r} reads single rows, reads by query frame, or "
+                "adds a bias, and chunks are judged by whole frames. Use a part that chooses "
+                "frames for all queries, such as top-attention."
+            )
+        return frames[:, 0].expand(view.heads, -1)
 
 
-def chunk_losses(
-    call: Call, noise: Noise, tables: Mapping[str, Table], scorer: Scorer, sink: int = 0
-) -> dict[str, float]:
-    """Relative error of a chunk's final latents under tables of budgets.
+def chunk_losses(call: Call, noise: Noise, parts: Mapping[str, SelectPart]) -> dict[str, float]:
+    """Relative error of a chunk's final latents when less of the history is read.
 
-    All denoising steps of the chunk run under each table, from the same noise and the same
-    history; with all frames read the error is 0.
+    All denoising steps of the chunk run with each part, from the same noise and over the same
+    history, which the reference made. The error is the norm of the change over that of the
+    latents.
 
     Args:
         call: The first pass of a chunk, of one clip, from ``rollout(..., before=...)``; of a
             model with a few-step sampler.
         noise: The rollout's.
-        tables: By name.
-        scorer: The order in which heads read frames.
-        sink: First frames that are read before all others.
+        parts: What chooses, by name.
 
     Raises:
-        ValueError: It is no first pass, of several clips, or of another sampler.
+        ValueError: It is no first pass, of several clips, or of another sampler; or a part does
+            not choose whole frames.
     """
     config, step = call.network.config, call.step
     if config.sampler != "few-step" or step.step or step.phase != "denoise" or len(call.x) != 1:
@@ -64,12 +82,10 @@ def chunk_losses(
             f"few-step sampler; this is a {step.phase} pass, step {step.step}, of {len(call.x)} "
             f"clips under the sampler {config.sampler}. Calibrate and prove with such a model."
         )
-    dense = _final(call, noise, call.session)
-    norm = dense.square().sum()
-    found = {}
-    for name, table in tables.items():
-        own = _final(call, noise, _Budgeted(call.session, table, scorer, sink))
-        found[name] = float((own - dense).square().sum() / norm)
+    dense, found = _final(call, noise, call.session), {}
+    for name, part in parts.items():
+        change = _final(call, noise, _Reading(call.session, part)) - dense
+        found[name] = float(change.norm() / dense.norm())
     return found
 
 
