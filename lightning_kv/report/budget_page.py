@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_kv.report.page import templates
 from lightning_kv.report.pictures import READ
-from lightning_kv.report.svg import WIDTH, figure, to_svg
+from lightning_kv.report.svg import figure, to_svg
 from lightning_kv.utilities.files import write_atomic
 from lightning_kv.utilities.formatting import several
 
@@ -63,7 +63,7 @@ def map_of(budgets: Rows) -> str:
     layers, heads = len(budgets), len(budgets[0])
     low, high = min(map(min, budgets)), max(map(max, budgets))
     notes = {}
-    with figure(min(9.0, max(1.2, 0.6 + layers * WIDTH / max(heads, 8) * 0.55))) as (drawn, axes):
+    with figure(_height(layers)) as (drawn, axes):
         axes.grid(visible=False)
         for layer, row in enumerate(budgets):
             for head, frames in enumerate(row):
@@ -82,7 +82,7 @@ def map_of(budgets: Rows) -> str:
 def layers_of(budgets: Rows) -> str:
     """The mean of each layer as a bar, in the order of the map."""
     means = [sum(row) / len(row) for row in budgets]
-    with figure(min(9.0, max(1.2, 0.6 + 0.16 * len(means)))) as (drawn, axes):
+    with figure(_height(len(means))) as (drawn, axes):
         places = [layer + 0.5 for layer in range(len(means))]
         bars = axes.barh(places, means, 0.8, color="#{:02x}{:02x}{:02x}".format(*READ))
         notes = {}
@@ -94,6 +94,11 @@ def layers_of(budgets: Rows) -> str:
         axes.grid(visible=False, axis="y")
         _number(axes, len(means), None)
         return to_svg(drawn, "layers", notes)
+
+
+def _height(layers: int) -> float:
+    """Inches of both figures: their layers stand beside each other."""
+    return min(9.0, 0.7 + 0.16 * max(layers, 4))
 
 
 def _number(axes, layers: int, heads: int | None) -> None:

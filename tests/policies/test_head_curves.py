@@ -225,6 +225,11 @@ def test_curves_that_are_none(curves, wrong, said):
         replace(curves, **wrong)
 
 
+def test_the_file_is_called_as_what_it_is(curves, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be written to .*such as heads\.safetensors"):
+        curves.save(tmp_path / "heads.json")
+
+
 def test_a_name_of_the_format_is_not_for_others(curves, tmp_path):
     own = replace(curves, extra={"curve/mass/gn": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"a name of the format's own\. Call it otherwise"):
