@@ -3,9 +3,11 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from curves import drawn
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.rotary import Rotary
 from lightning_kv.cli import main
+from lightning_kv.policies.curve_statistics import resampled
 from lightning_kv.policies.head_curves import HeadCurves
 
 GEOMETRY = Geometry(3, 4, 12, (2, 2), Rotary(12), 8, chunk=2, model="mine")
@@ -53,8 +56,17 @@ def test_for_programs(heads, capsys):
     pairs = [(whole[i, j], n) for i, row in enumerate(found["budgets"]) for j, n in enumerate(row)]
     mine, even = sum(x[n - 2] for x, n in pairs), sum(x[2] for x, _ in pairs)
     assert found["in_sample"] == pytest.approx(float(mine / even))
-    middle, low, high = found["out_of_bag"]
-    assert low <= middle <= high and found["sure"] == (high < 1)
+    judged = resampled(
+        curves.budgets,
+        curves.prompts("mass", "gn"),
+        lambda own: torch.tensor(replace(curves, curves={"mass/gn": own}).solve("optimal", 4)),
+        torch.full((3, 4), 4),
+        draws=40,
+    )
+    expected = np.exp(np.quantile(judged.gains, [0.5, 0.05, 0.95]))
+    assert found["out_of_bag"] == pytest.approx(expected.tolist())
+    assert found["sure"] == (expected[2] < 1)
+    assert found["regret"] == pytest.approx(np.quantile(judged.regrets, 0.9))
     start = curves.curve("mass", "gn")[..., 0]
     assert found["am_gm"] == pytest.approx(float(start.mean() / start.log().mean().exp()))
     assert all(0 <= layer < 3 and 0 <= head < 4 for layer, head in found["undecided"])
@@ -85,6 +97,16 @@ def test_settings_reach_the_solver(heads, capsys):
     assert len(values) <= 2 and values <= set(range(3, 9)) and found["mean"] == 5.5
     assert found["reading"] == "mass/gn, mean, as measured, by curve"
     assert found["threshold"] is None and found["undecided"] is None
+    curves = drawn(GEOMETRY, range(2, 11), spread=2.0)
+    curves.save("noisy.safetensors")
+    words = ["--mean", "4f", "--importance", "history", "--rule", "proportional"]
+    found = json.loads(shown(capsys, "noisy.safetensors", *words, "--shrink", "false", "--json"))
+    plain = curves.solve("proportional", 4, shrink=False, importance="history")
+    assert found["budgets"] == [list(row) for row in plain]
+    words = ["--mean", "4f", "--objective", "cvar", "--shrink", "false", "--json"]
+    worst = curves.solve("optimal", 4, objective="cvar", shrink=False)
+    assert json.loads(shown(capsys, "noisy.safetensors", *words))["budgets"] == list(map(list, worst))
+    assert worst != curves.solve("optimal", 4, objective="cvar")
 
 
 def test_where_nothing_can_be_gained_uniform_is_enough(heads, capsys):

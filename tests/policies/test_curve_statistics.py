@@ -154,3 +154,16 @@ def test_heads_that_may_as_well_get_one_more():
     assert last == pytest.approx(3.9)
     assert near.tolist() == [[True, True, False]]
     assert loss_of(curve, budgets, 2) == pytest.approx(3 + 3 + 0)
+
+
+@pytest.mark.parametrize(("off", "near"), [(1.9, True), (2.1, False)])
+def test_near_is_within_two_standard_errors(off, near):
+    """One frame for two heads: what the other would have gained is so many errors less."""
+    wave = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    error = 0.1 * float(wave.std()) / 2
+    gains = torch.tensor([5.0, 5.0 - off * error], dtype=torch.float64)
+    curve = torch.stack([gains, torch.zeros(2)], -1).unsqueeze(0)
+    prompts = curve.repeat(4, 1, 1, 1)
+    prompts[:, 0, :, 0] += 0.1 * wave.unsqueeze(1)
+    _, found = undecided(prompts, curve, torch.tensor([[3, 2]]), 2)
+    assert found.tolist() == [[True, near]]

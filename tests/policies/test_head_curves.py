@@ -44,6 +44,9 @@ def test_what_is_written_is_read(curves, tmp_path):
     before = path.read_bytes()
     again.save(path)
     assert path.read_bytes() == before
+    turned = dict(reversed(again.about.items())), dict(reversed(again.curves.items()))
+    replace(again, about=turned[0], curves=turned[1]).save(path)
+    assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["heads.json", "heads.safetensors"]
 
 
