@@ -219,7 +219,7 @@ def test_auto_is_the_file_that_is_shipped_for_the_model(heads, monkeypatch, tmp_
     [
         ({"amount": "0.5"}, r"stays the same, and 0\.5 was given\. Give frames"),
         ({"amount": "2GiB"}, r"stays the same, and 2GiB was given\. Give frames"),
-        ({"rule": "best"}, r"rule='best' of the budget part 'calibrated' is unknown"),
+        ({"rule": "dynamic"}, r"No allocation rule 'dynamic'\. .* adaptive, or calibrated-layers"),
         ({"metric": "ssim"}, r"metric='ssim' .* Use one of: mass, output, gn, exact"),
         ({"objective": "median"}, r"objective='median' .* Use one of: mean, cvar"),
         ({"least": "8t"}, r"least='8t' .* is no number of frames. Give one, such as 4f"),

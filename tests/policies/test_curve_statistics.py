@@ -45,6 +45,21 @@ def test_two_heads_by_hand():
     assert shrunken(mean, error).log().flatten().tolist() == pytest.approx(expected)
 
 
+def test_shrunk_curves_keep_more_of_the_gain():
+    """Twelve draws of heads that differ little, seen with an error of 40 %."""
+    kept = {"plain": 0.0, "shrunk": 0.0}
+    for seed in range(12):
+        truth = planted(1, 0.5, noise=0.0, heads=(30, 12), seed=3 * seed)[0]
+        mean, error = summed_up(planted(16, 0.5, 1.1, (30, 12), 3 * seed))
+        even, best = (
+            loss_of(truth, own, 2) for own in (uniform(30, 12, 1440), optimal(truth, 1440, 2))
+        )
+        for name, curves in (("plain", mean), ("shrunk", shrunken(mean, error))):
+            own = loss_of(truth, optimal(curves, 1440, 2), 2)
+            kept[name] += (even - own) / (even - best) / 12
+    assert kept["shrunk"] > kept["plain"] + 0.02 > 0.4
+
+
 def test_noise_alone_is_shrunk_to_the_layer():
     mean = (0.01 * normal(3, 8, 1)).exp()
     found = shrunken(mean, torch.full_like(mean, 0.5)).log()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
-from lightning_kv.policies.allocation import RULES, UNMEASURED, Heads, Knobs, allocate
+from lightning_kv.policies.allocation import UNMEASURED, Heads, Knobs, allocate, check_rule
 from lightning_kv.policies.budget.adaptive import shared
 from lightning_kv.policies.budgets import Amount
 from lightning_kv.policies.checks import between, choice
@@ -78,7 +78,8 @@ class Calibrated(BudgetPart):
                 f"The budget part {self.name!r} divides a number of frames that stays the same, "
                 f"and {self.amount} was given. Give frames, such as 9f, or tokens, such as 9360t."
             )
-        choice(self, rule=RULES, metric=METRICS, objective=OBJECTIVES)
+        check_rule(self.rule)
+        choice(self, metric=METRICS, objective=OBJECTIVES)
         for name in ("least", "most"):
             value = getattr(self, name)
             if value is not None and Amount.parse(value).unit != "f":
