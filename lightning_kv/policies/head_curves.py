@@ -41,7 +41,8 @@ class HeadCurves:
         budgets: Ascending whole history frames, from the protected number to the reach: those
             that the reference may read where it was measured, at which nothing is lost. Rules
             take straight lines between them. A curve may rise here and there, for it is noisy.
-        curves: By ``SCORER/METRIC``, float64 ``[P, L, H, Bn]``: loss for each prompt. The scorer
+        curves: By ``SCORER/METRIC``, float64 ``[P, L, H, Bn]``: loss for each prompt (of which
+            an expensive metric may have fewer). The scorer
             says which frames are kept: ``mass``, ``recency``, or a scoring part. The metric is
             ``mass`` (that is lost), ``output`` (error of the attention output), ``gn`` (of the
             clean estimate, by Gauss-Newton probes) or ``exact`` (of it, by masking).
@@ -57,15 +58,17 @@ class HeadCurves:
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        grid, shapes = self.budgets, {tuple(own.shape) for own in self.curves.values()}
+        grid, shapes = self.budgets, {tuple(own.shape[1:]) for own in self.curves.values()}
         rising = all(a < b for a, b in itertools.pairwise(grid))
         wrong = ""
         if not grid or grid[0] < 0 or not rising:
             wrong = f"its budgets {grid} are not ascending whole frames"
-        elif len(shapes) != 1 or len(shape := next(iter(shapes))) != 4 or shape[3] != len(grid):
-            wrong = f"its curves have the shapes {sorted(shapes)} for {len(grid)} budgets"
-        elif any(own.shape != shape[1:3] for own in self.importance.values()):
-            wrong = f"an importance is not {shape[1]} x {shape[2]}"
+        elif len(shapes) != 1 or len(shape := next(iter(shapes))) != 3 or shape[2] != len(grid):
+            wrong = f"its curves have the shapes [P, {sorted(shapes)}] for {len(grid)} budgets"
+        elif not all(map(len, self.curves.values())):
+            wrong = "a curve has no prompts"
+        elif any(own.shape != shape[:2] for own in self.importance.values()):
+            wrong = f"an importance is not {shape[0]} x {shape[1]}"
         elif not all(own.isfinite().all() for own in (*self.curves.values(), *self.importances)):
             wrong = "some of its numbers are not finite"
         elif unknown := [k for k in self.curves if k.rpartition("/")[2] not in METRICS]:
@@ -82,9 +85,9 @@ class HeadCurves:
         return tuple(self.importance.values())
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Number of prompts, layers and heads."""
-        return tuple(next(iter(self.curves.values())).shape[:3])
+    def shape(self) -> tuple[int, int]:
+        """Number of layers and heads."""
+        return tuple(next(iter(self.curves.values())).shape[1:3])
 
     @property
     def reach(self) -> int:
@@ -192,9 +195,7 @@ class HeadCurves:
                 reach.
         """
         of_model = self.about.get("model", {})
-        own = of_model.get("geometry", {}) | dict(
-            zip(("layers", "heads"), self.shape[1:], strict=True)
-        )
+        own = of_model.get("geometry", {}) | dict(zip(("layers", "heads"), self.shape, strict=True))
         check_shape(own | {"reach": self.reach}, geometry, reach, allow)
         name, mark = of_model.get("name"), of_model.get("fingerprint")
         if differs(name, geometry.model) or differs(mark, fingerprint):
