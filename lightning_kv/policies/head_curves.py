@@ -41,11 +41,11 @@ class HeadCurves:
         budgets: Ascending whole history frames, from the protected number to the reach: those
             that the reference may read where it was measured, at which nothing is lost. Rules
             take straight lines between them. A curve may rise here and there, for it is noisy.
-        curves: By ``SCORER/METRIC``, float64 ``[P, L, H, Bn]``: loss for each prompt (of which
-            an expensive metric may have fewer). The scorer
-            says which frames are kept: ``mass``, ``recency``, or a scoring part. The metric is
-            ``mass`` (that is lost), ``output`` (error of the attention output), ``gn`` (of the
-            clean estimate, by Gauss-Newton probes) or ``exact`` (of it, by masking).
+        curves: By ``SCORER/METRIC``, float64 ``[P, L, H, Bn]``: loss for each prompt, of which an
+            expensive metric may have fewer. The scorer says which frames are kept: ``mass``,
+            ``recency``, or a scoring part. The metric is ``mass`` (that is lost), ``output`` (error
+            of the attention output), ``gn`` (of the clean estimate, by Gauss-Newton probes) or
+            ``exact`` (of it, by masking).
         importance: By name, float64 ``[L, H]``.
         extra: Other tensors that are kept and written as they are.
         about: What was measured, how and with what: goes into the file as JSON.
@@ -228,7 +228,10 @@ class HeadCurves:
             raise ValueError(
                 f"The extra tensor {both[0]!r} has a name of the format's own. Call it otherwise."
             )
-        tensors = {k: v.contiguous().cpu() for k, v in (tensors | self.extra).items()}
+        tensors = {  # copies: views of one tensor may be written, too
+            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for k, v in (tensors | self.extra).items()
+        }
         about = {"format": FORMAT, "version": VERSION, **self.about}
         text = json.dumps(about, sort_keys=True, allow_nan=False)
         write_atomic(path, pack(dict(sorted(tensors.items())), {"lightning_kv": text}))
