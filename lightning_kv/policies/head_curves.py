@@ -253,9 +253,18 @@ class HeadCurves:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if (about["format"], about["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"its format is {about['format']!r} {about['version']}")
+            if not isinstance(about.get("model", {}).get("geometry", {}), dict):
+                raise ValueError("it does not say of which model it is")
             grid = tuple(found.pop("grid/budget").tolist())
             return cls(grid, *_sorted_out(found), about)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (
+            SafetensorError,
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+        ) as error:
             lines = str(error).splitlines() or [""]
             what = f"it has no {error}" if isinstance(error, KeyError) else lines[0]
             raise ValueError(

@@ -171,10 +171,15 @@ def foreign(path):
     save_file({"weight": torch.zeros(2)}, path)
 
 
-def newer(path):
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["lightning_kv"]) | {"version": 7}
-    save_file(load_file(path), path, {"lightning_kv": json.dumps(about)})
+def says(**other):
+    """What spoils a file by what it says about itself."""
+
+    def spoil(path):
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["lightning_kv"]) | other
+        save_file(load_file(path), path, {"lightning_kv": json.dumps(about)})
+
+    return spoil
 
 
 def lacking(path):
@@ -199,7 +204,9 @@ def short(path):
         (lambda path: path.write_text("{}"), "cannot be read as a head file"),
         (lambda path: path.write_bytes(b""), r"\(0 bytes\) cannot be read"),
         (foreign, "it has no 'lightning_kv'"),
-        (newer, "its format is 'head-table' 7"),
+        (says(version=7), "its format is 'head-table' 7"),
+        (says(model="wan"), "cannot be read as a head file"),
+        (says(model={"geometry": 3}), "does not say of which model"),
         (lacking, "it has no 'grid/budget'"),
         (short, "curves have the shapes"),
     ],
