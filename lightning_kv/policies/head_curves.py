@@ -30,6 +30,8 @@ METRICS = ("mass", "output", "gn", "exact")
 CURVE = "curve"
 """Instead of the name of an importance: the loss at the least budget of the curve itself."""
 
+UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError)
+
 MAKE = "Make one with `lightning-kv calibrate -o heads.safetensors`."
 
 
@@ -257,14 +259,7 @@ class HeadCurves:
                 raise ValueError("it does not say of which model it is")
             grid = tuple(found.pop("grid/budget").tolist())
             return cls(grid, *_sorted_out(found), about)
-        except (
-            SafetensorError,
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-        ) as error:
+        except UNREADABLE as error:
             lines = str(error).splitlines() or [""]
             what = f"it has no {error}" if isinstance(error, KeyError) else lines[0]
             raise ValueError(
