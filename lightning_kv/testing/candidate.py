@@ -18,8 +18,10 @@ from lightning_kv.cache.session import CacheSession
 from lightning_kv.policies.base import CachePolicy, SelectPart
 from lightning_kv.policies.budget.uniform import Uniform
 from lightning_kv.policies.budgets import Amount
+from lightning_kv.policies.curve_tables import CurveTable, Reading, shipped_curves
 from lightning_kv.policies.part import Part
 from lightning_kv.policies.registry import SLOTS
+from lightning_kv.policies.scored import ScoredPart
 from lightning_kv.policies.tables import HeadTable
 from lightning_kv.testing.compare import Decisions
 from lightning_kv.testing.reach import footprint
@@ -189,17 +191,21 @@ def within(policy: CachePolicy, own: Tape, most: int) -> CachePolicy:
 
 
 def headed(policy: CachePolicy, of: Geometry) -> CachePolicy:
-    """The policy with head tables of a model's layers and heads, drawn from what is in its own."""
+    """The policy with head tables of a model's layers and heads, drawn from what is in its own.
+
+    Head curves start at what is protected there, and may be those that are shipped for any model.
+    """
     parts = {kind: _headed(getattr(policy, kind), of) for kind in SLOTS}
     return replace(policy, **parts)
 
 
-def _headed(part: Part, of: Geometry) -> Part:
+def _headed(part: Part, of: Geometry, low: int = 1) -> Part:
     changed: dict[str, Any] = {}
     for name in (own.name for own in fields(part)):
         value = getattr(part, name)
         if isinstance(value, Part):
-            changed[name] = _headed(value, of)
+            least = part.smallest(of.chunk) if isinstance(part, ScoredPart) else low
+            changed[name] = _headed(value, of, least)
         elif isinstance(value, HeadTable) and value.values:
             try:
                 value.check_heads(of, name)
@@ -209,7 +215,30 @@ def _headed(part: Part, of: Geometry) -> Part:
                 drawn = random.Random(count).sample(drawn, count)
                 rows = [drawn[at : at + of.heads] for at in range(0, count, of.heads)]
                 changed[name] = HeadTable.of(rows)
+        elif isinstance(value, CurveTable):
+            changed[name] = _dealt(value, part.reading, of, low)
     return replace(part, **changed) if changed else part
+
+
+def _dealt(table: CurveTable, how: Reading, of: Geometry, low: int) -> CurveTable:
+    """Head curves of a model's layers and heads, dealt in turn; as they are where they fit it."""
+    shipped = shipped_curves()
+    if table.file == "auto" and shipped and of.model not in shipped:
+        table = CurveTable.read(next(iter(shipped.values())), "heads").chosen(how)
+    try:
+        if table.curve:
+            table.check(of, transfer=False)
+        return table
+    except ValueError:
+        pass
+    every = ([x for row in rows for x in row] for rows in (table.curve, table.importance))
+    dealt = ([own[n % len(own)] for n in range(of.layers * of.heads)] for own in every)
+    curve, importance = (
+        tuple(tuple(own[at : at + of.heads]) for at in range(0, len(own), of.heads))
+        for own in dealt
+    )
+    grid = tuple(range(low, low + len(table.budgets)))
+    return CurveTable(grid, curve, importance, table.reading, file=table.file, sha256=table.sha256)
 
 
 def generous(policy: CachePolicy, own: Tape) -> CachePolicy:

@@ -20,6 +20,8 @@ from lightning_kv.policies.budget.calibrated import Calibrated
 from lightning_kv.policies.head_curves import HeadCurves
 from lightning_kv.policies.registry import build_budget, policy_from_dict, policy_to_dict
 from lightning_kv.testing import chunked, compare_decisions, random_tape
+from lightning_kv.testing.candidate import headed
+from lightning_kv.testing.conformance import obey
 
 GEOMETRY, TOKENS = sessions.GEOMETRY, sessions.GEOMETRY.tokens
 GRID = tuple(range(2, 9))
@@ -209,6 +211,36 @@ def test_auto_is_the_file_that_is_shipped_for_the_model(heads, monkeypatch, tmp_
     assert made.heads.sha256 and not made.heads.curve
     curve_tables.shipped_curves.cache_clear()
     curve_tables._digest.cache_clear()
+
+
+# -- the suite for any part ------------------------------------------------------------------
+
+
+def both(heads):
+    """A policy with curves for what is kept and for what is read."""
+    kept = {"part": "calibrated", "amount": "6f", "heads": heads}
+    read = {"part": "calibrated-layers", "amount": "5f", "heads": heads, "rule": "greedy"}
+    parts = {"retain": {"part": "snap-kv", "budget": kept}}
+    return policy_from_dict(
+        {"name": "x", **parts, "select": {"part": "top-attention", "budget": read}}
+    )
+
+
+def test_curves_are_dealt_to_the_heads_of_a_tape(heads):
+    """From what is protected on; those of the model itself are left alone."""
+    made, other = both(heads), replace(GEOMETRY, layers=3, heads=2, chunk=4)
+    dealt = headed(made, other)
+    dealt.check(other, 4, 30)
+    table, old = dealt.retain.budget.heads, made.retain.budget.heads
+    assert table.budgets == tuple(range(4, 11))
+    flat = [x for row in old.curve for x in row]
+    assert [x for row in table.curve for x in row] == flat and len(table.curve) == 3
+    assert headed(made, GEOMETRY) == made
+
+
+@pytest.mark.slow
+def test_they_obey(heads):
+    assert obey(both(heads)) == {}
 
 
 # -- what cannot work ------------------------------------------------------------------------
