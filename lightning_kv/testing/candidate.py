@@ -221,14 +221,22 @@ def _headed(part: Part, of: Geometry, low: int = 1) -> Part:
 
 
 def _dealt(table: CurveTable, how: Reading, of: Geometry, low: int) -> CurveTable:
-    """Head curves of a model's layers and heads, dealt in turn; as they are where they fit it."""
+    """Head curves of a model's layers and heads, dealt in turn; as they are where they fit it.
+
+    Args:
+        table: Of any model.
+        how: Which of a shipped file's curves are meant.
+        of: The model.
+        low: Frames that are protected there: the least budget.
+    """
     shipped = shipped_curves()
     if table.file == "auto" and shipped and of.model not in shipped:
         table = CurveTable.read(next(iter(shipped.values())), "heads").chosen(how)
     try:
         if table.curve:
             table.check(of, transfer=False)
-        return table
+        if not table.curve or table.budgets[0] >= low:
+            return table
     except ValueError:
         pass
     every = ([x for row in rows for x in row] for rows in (table.curve, table.importance))
