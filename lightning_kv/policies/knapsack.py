@@ -45,16 +45,20 @@ def _cheapest(costs: Tensor, weights: Sequence[int], spare: int) -> Tensor | Non
         weights: K ascending ones, from 0.
         spare: Their sum.
     """
-    most = weights[-1]
+    most, heads = weights[-1], len(costs)
+    if spare > most * heads:
+        return None
     back = torch.tensor([most - w for w in reversed(weights)])  # the largest weight first
     costs = costs.flip(1)
     padded = costs.new_full((most + spare + 1,), torch.inf)
     padded[most] = 0
-    taken = torch.empty(len(costs), spare + 1, dtype=torch.int16)
-    for head in reversed(range(len(costs))):
-        before = padded.unfold(0, spare + 1, 1).index_select(0, back)  # [K, spare + 1]
+    taken = torch.empty(heads, spare + 1, dtype=torch.int16)
+    for head in reversed(range(heads)):
+        # Sums of this head and those behind it which those before it can still complete.
+        start, end = max(0, spare - head * most), min(spare, (heads - head) * most) + 1
+        before = padded[start : end + most].unfold(0, end - start, 1).index_select(0, back)
         least, which = (before + costs[head].unsqueeze(1)).min(0)  # of equal ones the first
-        padded[most:], taken[head] = least, which
+        padded[most + start : most + end], taken[head, start:end] = least, which
     if padded[-1].isinf():
         return None
     left, chosen = spare, []
