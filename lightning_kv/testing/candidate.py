@@ -18,8 +18,10 @@ from lightning_kv.cache.session import CacheSession
 from lightning_kv.policies.base import CachePolicy, SelectPart
 from lightning_kv.policies.budget.uniform import Uniform
 from lightning_kv.policies.budgets import Amount
+from lightning_kv.policies.curve_tables import CurveTable, Reading, shipped_curves
 from lightning_kv.policies.part import Part
 from lightning_kv.policies.registry import SLOTS
+from lightning_kv.policies.scored import ScoredPart
 from lightning_kv.policies.tables import HeadTable
 from lightning_kv.testing.compare import Decisions
 from lightning_kv.testing.reach import footprint
@@ -189,17 +191,21 @@ def within(policy: CachePolicy, own: Tape, most: int) -> CachePolicy:
 
 
 def headed(policy: CachePolicy, of: Geometry) -> CachePolicy:
-    """The policy with head tables of a model's layers and heads, drawn from what is in its own."""
+    """The policy with head tables of a model's layers and heads, drawn from what is in its own.
+
+    Head curves start at what is protected there, and may be those that are shipped for any model.
+    """
     parts = {kind: _headed(getattr(policy, kind), of) for kind in SLOTS}
     return replace(policy, **parts)
 
 
-def _headed(part: Part, of: Geometry) -> Part:
+def _headed(part: Part, of: Geometry, low: int = 1) -> Part:
     changed: dict[str, Any] = {}
     for name in (own.name for own in fields(part)):
         value = getattr(part, name)
         if isinstance(value, Part):
-            changed[name] = _headed(value, of)
+            least = part.smallest(of.chunk) if isinstance(part, ScoredPart) else low
+            changed[name] = _headed(value, of, least)
         elif isinstance(value, HeadTable) and value.values:
             try:
                 value.check_heads(of, name)
@@ -209,7 +215,38 @@ def _headed(part: Part, of: Geometry) -> Part:
                 drawn = random.Random(count).sample(drawn, count)
                 rows = [drawn[at : at + of.heads] for at in range(0, count, of.heads)]
                 changed[name] = HeadTable.of(rows)
+        elif isinstance(value, CurveTable):
+            changed[name] = _dealt(value, part.reading, of, low)
     return replace(part, **changed) if changed else part
+
+
+def _dealt(table: CurveTable, how: Reading, of: Geometry, low: int) -> CurveTable:
+    """Head curves of a model's layers and heads, dealt in turn; as they are where they fit it.
+
+    Args:
+        table: Of any model.
+        how: Which of a shipped file's curves are meant.
+        of: The model.
+        low: Frames that are protected there: the least budget.
+    """
+    shipped = shipped_curves()
+    if table.file == "auto" and shipped and of.model not in shipped:
+        table = CurveTable.read(next(iter(shipped.values())), "heads").chosen(how)
+    try:
+        if table.curve:
+            table.check(of, transfer=False)
+        if not table.curve or table.budgets[0] >= low:
+            return table
+    except ValueError:
+        pass
+    every = ([x for row in rows for x in row] for rows in (table.curve, table.importance))
+    dealt = ([own[n % len(own)] for n in range(of.layers * of.heads)] for own in every)
+    curve, importance = (
+        tuple(tuple(own[at : at + of.heads]) for at in range(0, len(own), of.heads))
+        for own in dealt
+    )
+    grid = tuple(range(low, low + len(table.budgets)))
+    return CurveTable(grid, curve, importance, table.reading, file=table.file, sha256=table.sha256)
 
 
 def generous(policy: CachePolicy, own: Tape) -> CachePolicy:
@@ -230,8 +267,8 @@ def generous(policy: CachePolicy, own: Tape) -> CachePolicy:
 
 def allowed_rows(
     session: CacheSession, kind: str, history: int
-) -> list[list[float]] | float | None:
-    """Rows that a budget allows each head, layer by layer; one number: on average over all heads.
+) -> list[list[float]] | list[float] | None:
+    """Rows that a budget allows each head, layer by layer; or heads of each layer on average.
 
     Args:
         session: Of a policy.
@@ -251,9 +288,10 @@ def allowed_rows(
     if amount.unit == "share":
         return None
     last = Pass("commit", (history,), (0.0,), 0, final=(history,))
-    given = [part.budget.allowed(view) for view in session.samples[0].views(last)]
+    views = session.samples[0].views(last)
+    given = [part.budget.allowed(view) for view in views]
     if None in given:
-        return rows
+        return [part.budget.layer_mean(view) * of.tokens for view in views]
     return [[n * of.tokens for n in (own * of.heads)[: of.heads]] for own in given]
 
 

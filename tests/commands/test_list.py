@@ -70,6 +70,16 @@ def test_a_part_that_is_called_like_its_method_is_shown(capsys):
     assert listed(capsys, "parts", "snap-kv")["snap-kv"]["kind"] == "retain"
 
 
+def test_a_file_that_is_found_for_the_model_is_auto(capsys):
+    rows = listed(capsys, "parts", "calibrated", "forcing-kv", "importance")
+    for part, setting, word in (
+        ("calibrated", "heads", "auto"),
+        ("forcing-kv", "labels", "auto"),
+        ("importance", "importance", "needed"),
+    ):
+        assert rows[part]["settings"][setting].endswith(f"[{word}]")
+
+
 def test_the_shipped_head_tables_are_shown(capsys):
     rows = listed(capsys, "heads")
     assert list(rows) == list(shipped())

@@ -20,6 +20,8 @@ from lightning_kv.policies.budget.calibrated import Calibrated
 from lightning_kv.policies.head_curves import HeadCurves
 from lightning_kv.policies.registry import build_budget, policy_from_dict, policy_to_dict
 from lightning_kv.testing import chunked, compare_decisions, random_tape
+from lightning_kv.testing.candidate import headed
+from lightning_kv.testing.conformance import obey
 
 GEOMETRY, TOKENS = sessions.GEOMETRY, sessions.GEOMETRY.tokens
 GRID = tuple(range(2, 9))
@@ -130,20 +132,22 @@ class LayersScript(AdaScript):
         super().divide(streams, step)
 
 
-def test_layers_share_what_the_curves_give_them(tmp_path):
+@pytest.mark.parametrize("safe", [0.0, 0.9])
+def test_layers_share_what_the_curves_give_them(tmp_path, safe):
     tape = random_tape(
         chunked([2] * 12, noisy=0), dtype=torch.float64, gain=3.0, seed=3, heads=4, grid=(1, 2)
     )
     geometry, path = tape.geometry, tmp_path / "heads.safetensors"
     drawn(geometry, range(2, 11), seed=4).save(path)
     own = {"part": "calibrated-layers", "amount": "5f", "heads": str(path)}
+    own["safe"] = safe
     made = policy_from_dict({"name": "x", "retain": {"part": "snap-kv", "budget": own}})
     totals = [sum(row) for row in HeadCurves.load(path).solve("optimal", 5)]
     assert len(set(totals)) > 1
-    script = LayersScript([total / 4 for total in totals])
+    script = LayersScript([total / 4 for total in totals], safe=safe)
     found = compare_decisions(made, script, tape)
     assert found.equal == found.total >= 40
-    assert len(script.lengths) > 2, "heads should keep different numbers"
+    assert len(script.lengths) >= 2, "heads should keep different numbers"
 
 
 def test_layers_need_scores_that_can_be_compared(heads):
@@ -209,6 +213,36 @@ def test_auto_is_the_file_that_is_shipped_for_the_model(heads, monkeypatch, tmp_
     curve_tables._digest.cache_clear()
 
 
+# -- the suite for any part ------------------------------------------------------------------
+
+
+def both(heads):
+    """A policy with curves for what is kept and for what is read."""
+    kept = {"part": "calibrated", "amount": "6f", "heads": heads}
+    read = {"part": "calibrated-layers", "amount": "5f", "heads": heads, "rule": "greedy"}
+    parts = {"retain": {"part": "snap-kv", "budget": kept}}
+    return policy_from_dict(
+        {"name": "x", **parts, "select": {"part": "top-attention", "budget": read}}
+    )
+
+
+def test_curves_are_dealt_to_the_heads_of_a_tape(heads):
+    """From what is protected on; those of the model itself are left alone."""
+    made, other = both(heads), replace(GEOMETRY, layers=3, heads=2, chunk=4)
+    dealt = headed(made, other)
+    dealt.check(other, 4, 30)
+    table, old = dealt.retain.budget.heads, made.retain.budget.heads
+    assert table.budgets == tuple(range(4, 11))
+    flat = [x for row in old.curve for x in row]
+    assert [x for row in table.curve for x in row] == flat and len(table.curve) == 3
+    assert headed(made, GEOMETRY) == made
+
+
+@pytest.mark.slow
+def test_they_obey(heads):
+    assert obey(both(heads)) == {}
+
+
 # -- what cannot work ------------------------------------------------------------------------
 
 
@@ -217,7 +251,7 @@ def test_auto_is_the_file_that_is_shipped_for_the_model(heads, monkeypatch, tmp_
     [
         ({"amount": "0.5"}, r"stays the same, and 0\.5 was given\. Give frames"),
         ({"amount": "2GiB"}, r"stays the same, and 2GiB was given\. Give frames"),
-        ({"rule": "best"}, r"rule='best' of the budget part 'calibrated' is unknown"),
+        ({"rule": "dynamic"}, r"No allocation rule 'dynamic'\. .* adaptive, or calibrated-layers"),
         ({"metric": "ssim"}, r"metric='ssim' .* Use one of: mass, output, gn, exact"),
         ({"objective": "median"}, r"objective='median' .* Use one of: mean, cvar"),
         ({"least": "8t"}, r"least='8t' .* is no number of frames. Give one, such as 4f"),

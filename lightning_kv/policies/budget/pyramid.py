@@ -110,8 +110,8 @@ def pyramid(layers: int, amount: float, least: float, beta: float) -> tuple[int,
 def line(layers: int, amount: float, least: float, beta: float) -> list[float]:
     """The share of each layer before it is rounded.
 
-    >>> line(3, 9, 3, 20.0)
-    [14.7, 9.0, 3.3000000000000007]
+    >>> line(3, 9, 5, 2.0)
+    [11.0, 9.0, 7.0]
     """
     low = (amount - least) / beta
     drop = 2 * (amount - least - low) / max(1, layers - 1)
