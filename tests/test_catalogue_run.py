@@ -109,7 +109,7 @@ def test_the_page_says_what_the_records_hold(run, monkeypatch):
     assert f"| `h2o@6f` | {sum(own['h2o@6f'].values()) / 3:.3f} |" in catalogue.crossing(run)
     assert f"{gap:+.3f} [" in catalogue.crossing(run)
     assert "| `fade-mem-absolute@6f` |" in catalogue.crossing(run)
-    rivals = [n for n in catalogue.memory(run) if n != "h2o-contiguous@6f"]
+    rivals = [n for n in catalogue.savers(run, "memory") if n != "h2o-contiguous@6f"]
     assert sorted(rivals) == ["future-forcing@6f", "h2o@6f"]
     assert catalogue.against(run, "random-memory")[0].startswith("Of 2 comparisons")
     assert any("future-forcing@6f" in line for line in catalogue.seeds(run))

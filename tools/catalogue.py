@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 
 from lightning_kv.policies.budgets import Amount
-from lightning_kv.policies.registry import preset, presets
+from lightning_kv.policies.registry import presets
 from lightning_kv.policies.tables import shipped
 from lightning_kv.runs.directory import RunDirectory
 from lightning_kv.runs.units import metric_of, unit_means
@@ -34,7 +34,8 @@ from lightning_kv.stats.inference import holm, sign_flip_p
 ROOT = Path(__file__).resolve().parents[1]
 CLOSE = 0.05  # of recall: near enough to the front for more worlds, and a loss that is small
 CAMERA = 0.9  # of the frames follow the camera's rule; below, the world is seen from elsewhere
-BYTES, READS = "kv_bytes_peak", "kv_read_fraction"
+BYTES, READS, SCORED = "kv_bytes_peak", "kv_read_fraction", "kv_scored_fraction"
+MET = "met"  # rows read, and those that are met to choose them
 SETTINGS = {
     "catalogue": "The camera starts at the left wall: the given frames show the whole world",
     "catalogue_any_start": "The camera starts anywhere: much is first seen later",
@@ -116,6 +117,8 @@ class Run:
 
     def cost(self, name: str, axis: str) -> float:
         """Of a policy, by an axis."""
+        if axis == MET:
+            return self.cost(name, READS) + self.cost(name, SCORED)
         return self.summary["policies"][name]["cost"][axis]
 
     def on_front(self, name: str, axis: str) -> float | None:
@@ -163,17 +166,22 @@ def saves(name: str) -> tuple[str, ...]:
     return own.saves if own else ()
 
 
-def memory(run: Run) -> list[str]:
-    """Methods that decide what stays in memory, at all their budgets; controls left out."""
-    controls = ("random-memory", "sliding-window", "sink-window")
-    return [
-        name
-        for name in run.names
-        if base_of(name).removesuffix("-last3") in presets()
-        and preset(base_of(name).removesuffix("-last3")).retain.name != "everything"
-        and base_of(name) not in controls
-        and name not in run.hindsight
-    ]
+def savers(run: Run, what: str) -> list[str]:
+    """Methods that save memory, or that only read less, at all their budgets; controls left out.
+
+    Args:
+        run: Their run.
+        what: ``memory`` or ``reads``.
+    """
+    controls = ("random-memory", "sliding-window", "sink-window", "random", "top-attention")
+    found = []
+    for name in run.names:
+        method = base_of(name).removesuffix("-last3")
+        own = presets().get(method)
+        if own and method not in controls and name not in run.hindsight:
+            kind = "memory" if "memory" in own.saves else "reads"
+            found += [name] * (kind == what and kind in own.saves)
+    return found
 
 
 # -- tables ----------------------------------------------------------------------------------
@@ -201,7 +209,7 @@ def overview(run: Run) -> str:
                 shown_camera(run.camera(name)),
                 f"{run.cost(name, BYTES) / 2**20:.2f}",
                 f"{100 * run.cost(name, READS):.0f} %",
-                f"{100 * run.cost(name, 'kv_scored_fraction'):.0f} %",
+                f"{100 * run.cost(name, SCORED):.0f} %",
                 *("knows the future" if p is None else f"{100 * p:.0f} %" for p in sure),
             ]
         )
@@ -237,82 +245,100 @@ def quoted(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names) or "none"
 
 
+def amount(run: Run, name: str, axis: str) -> str:
+    """What a policy costs, in words."""
+    if axis == BYTES:
+        return f"{run.cost(name, BYTES) / 2**20:.2f} MiB"
+    scored = round(100 * run.cost(name, SCORED))
+    chosen = f", and meets {scored} % to choose" if scored else ""
+    return f"{100 * run.cost(name, READS):.0f} %{chosen}"
+
+
 def what_to_run(run: Run) -> list[str]:
     """The cheapest policies that lose little for sure, and the best at each budget."""
     reference, lines = run.summary["reference"], []
     own = [n for n in run.names if n not in run.hindsight and n != reference]
     losses = dict(zip(own, run.differences([(n, reference) for n in own]), strict=True))
-    for axis, word, unit in ((BYTES, "bytes", 2**20), (READS, "reads", 0.01)):
+    for axis, word in ((BYTES, "bytes"), (MET, "reads")):
         sure = [n for n in own if losses[n].interval[0] >= -CLOSE]
         saving = [n for n in sure if run.cost(n, axis) < run.cost(reference, axis)]
         best = sorted(saving, key=lambda n: run.cost(n, axis))[:3]
-        form = "{:.2f} MiB" if axis == BYTES else "{:.0f} %"
         if not best:
             lines.append(
                 f"- To save {word}: no policy here stays within {CLOSE} of the full cache's recall "
                 "with its whole interval."
             )
         for name in best:
-            amount = form.format(run.cost(name, axis) / unit)
-            whole = form.format(run.cost(reference, axis) / unit)
             lines.append(
-                f"- To save {word}: `{name}` takes {amount} (full: {whole}) at {losses[name]} of "
-                "recall."
+                f"- To save {word}: `{name}` takes {amount(run, name, axis)} (full: "
+                f"{amount(run, reference, axis)}) at {losses[name]} of recall."
             )
     for budget in ("6f", "9f", "15f"):
-        at = sorted((n for n in memory(run) if budget_of(n) == budget), key=lambda n: -run.mean(n))
+        at = [n for n in savers(run, "memory") if budget_of(n) == budget]
+        at.sort(key=lambda n: -run.mean(n))
         first = [f"`{n}` {run.mean(n):.3f} ({losses[n]} against full)" for n in at[:3]]
         if first:
             lines.append(f"- Best memories of {budget}: {'; '.join(first)}.")
     return lines
 
 
-def against(run: Run, rival: str) -> list[str]:
-    """How the memories stand against one control at the same budget."""
+def against(run: Run, rival: str, what: str = "memory") -> list[str]:
+    """How the methods that save memory, or reads, stand against one control at the same budget."""
     pairs = [
         (name, f"{rival}@{budget_of(name)}")
-        for name in memory(run)
+        for name in savers(run, what)
         if f"{rival}@{budget_of(name)}" in run.names
     ]
     if not pairs:
         return []
     found = list(zip(pairs, run.differences(pairs), strict=True))
-    groups = {
-        "better": [(a, d) for (a, _), d in found if d.sure and d.mean > 0],
-        "worse": [(a, d) for (a, _), d in found if d.sure and d.mean < 0],
-    }
-    undecided = len(found) - sum(map(len, groups.values()))
-    lines = [
-        f"Of {len(found)} comparisons at equal budgets, {len(groups['better'])} are better than "
-        f"`{rival}`, {len(groups['worse'])} worse, {undecided} undecided (sign-flip tests over "
-        f"{found[0][1].n} worlds, Holm over the list, 5 %)."
+    better, worse = (sum(d.sure and sign * d.mean > 0 for _, d in found) for sign in (1, -1))
+    by_method: dict[str, dict[str, tuple[Difference, str]]] = {}
+    for (name, _), difference in found:
+        lost = " (lost)" * ((run.camera(name) or 1) < CAMERA)
+        told = f"**{difference}**" if difference.sure else str(difference)
+        by_method.setdefault(base_of(name), {})[budget_of(name)] = difference, told + lost
+    budgets = list(dict.fromkeys(budget_of(name) for name, _ in pairs))
+    order = sorted(by_method, key=lambda name: -max(d.mean for d, _ in by_method[name].values()))
+    rows = [
+        [f"`{name}`", *(by_method[name].get(budget, (None, ""))[1] for budget in budgets)]
+        for name in order
     ]
-    for word, own in groups.items():
-        own = sorted(own, key=lambda pair: pair[1].mean, reverse=word == "better")
-        lines += [f"- {word}: `{name}` {d}" for name, d in own]
-    return lines
+    undecided, worlds = len(found) - better - worse, found[0][1].n
+    return [
+        f"Of {len(found)} comparisons at equal budgets, {better} are better than `{rival}`, "
+        f"{worse} worse, {undecided} undecided (sign-flip tests over {worlds} worlds, Holm over "
+        "the list, 5 %). Decided ones are bold, the best of each method counts for the order, and "
+        "where the camera is lost it is said.",
+        "",
+        table(["recall of", *budgets], rows),
+    ]
 
 
 def seeds(run: Run) -> list[str]:
     """Where the methods this package started from stand."""
-    lines = []
+    found = []
     for name in (n for n in run.names if base_of(n) in SEEDS):
-        word, axis = ("bytes", BYTES) if "memory" in saves(name) else ("reads", READS)
+        word, axis = ("bytes", BYTES) if "memory" in saves(name) else ("keys met", MET)
         cost, own = run.cost(name, axis), base_of(name)
         rivals = [
             n
             for n in run.names
             if n not in run.hindsight and base_of(n) != own and run.cost(n, axis) <= cost
         ]
-        if not rivals:
-            continue
-        best = max(rivals, key=run.mean)
-        (difference,) = run.differences([(name, best)])
-        lines.append(
-            f"- `{name}`: {difference} against `{best}`, the best other policy that takes no more "
-            f"{word} (the best of {len(rivals)} on these worlds)."
-        )
-    return lines
+        if rivals:
+            found.append((name, max(rivals, key=run.mean), word, len(rivals)))
+    differences = run.differences([own[:2] for own in found])
+    rows = [
+        [f"`{name}`", word, f"`{best}`", str(count), f"**{d}**" if d.sure else str(d)]
+        for (name, best, word, count), d in zip(found, differences, strict=True)
+    ]
+    about = (
+        "Each against the best of all other policies that cost no more: in bytes where it saves "
+        "memory, else in keys met, to be read or to be chosen. Bold: sure."
+    )
+    head = ["policy", "costs no more", "the best of them", "of so many", "recall"]
+    return [about, "", table(head, rows)]
 
 
 def equal_bytes(run: Run) -> str:
@@ -371,8 +397,9 @@ def section(name: str, about: str) -> list[str]:
     lines = [f"## {about}", "", f"`lightning-kv evaluate -c configs/{name}.yaml`, {worlds} worlds."]
     lines += ["", "### What to run", "", *what_to_run(run)]
     lines += ["", "### Where the seeds stand", "", *seeds(run)]
-    lines += ["", "### Against random memory", "", *against(run, "random-memory")]
-    lines += ["", "### Against a sliding window", "", *against(run, "sliding-window")]
+    lines += ["", "### Memories against random memory", "", *against(run, "random-memory")]
+    lines += ["", "### Reads against random reads", "", *against(run, "random", "reads")]
+    lines += ["", "### Memories against a sliding window", "", *against(run, "sliding-window")]
     for suffix, title, made in (
         ("close", "The close ones on 32 worlds", overview),
         ("bytes", "Future Forcing at equal bytes", equal_bytes),

@@ -50,7 +50,8 @@ class Case:
         planned: Waits that a plan may take, over all layers and samples.
         each: A plan is made in every pass.
         codes: Rows get codecs.
-        closing: Waits of retentions in the commit pass, before its attention, over all layers.
+        opening: Waits of retentions in the first pass, before its attention, over all layers.
+        closing: The same in the commit pass.
         record: Tables that are made on the way.
     """
 
@@ -61,6 +62,7 @@ class Case:
     planned: int = 0
     each: bool = False
     codes: bool = False
+    opening: int = 0
     closing: int = 0
     record: tuple[str, ...] = ()
 
@@ -104,6 +106,7 @@ def cases(layers: int) -> list[Case]:
                     planned=all_layers * counts,
                     each=counts and sampler == "rolling",  # the commit pass has other frames
                     codes=own.precision.codes,
+                    opening=all_layers * ("open" in own.retain.moments),
                     closing=all_layers * ("closing" in own.retain.moments),
                 )
             )
