@@ -21,6 +21,7 @@ COMMANDS = {
     "recommend": "which policy to run, from a run's results: what it saves and costs",
     "report": "write report.html again, of one run or several, finished or not",
     "inspect": "the same in the terminal",
+    "calibrate": "what each head loses with fewer frames, for budgets by head",
     "generate": "one video from a prompt, and what its cache cost",
     "pretrain": "train the embedded panorama model",
     "pretrain-encoder": "train the encoder that its clips are compared with",
