@@ -346,8 +346,9 @@ def test_who_validates_does_not_depend_on_the_order():
 # -- processes --------------------------------------------------------------------------------
 
 WORDS = ["--data.shards", str(SHARDS), "--prompts", "4", "--reach", "6f", "--chunks", "1"]
-WORDS += ["--steps", "0", "--probes", "2", "--exact", "0,2", "--batch", "6", "--frames", "15"]
-WORDS += ["--context_frames", "6", "--validate", "1", "--trainer.accelerator", "cpu"]
+WORDS += ["--measuring.steps", "0", "--measuring.batch", "6", "--probes", "2", "--exact", "0,2"]
+WORDS += ["--frames", "15", "--context_frames", "6", "--validate", "1"]
+WORDS += ["--trainer.accelerator", "cpu"]
 
 
 def started(out, devices):
