@@ -168,8 +168,7 @@ class CalibrateModule(L.LightningModule):
             },
             "data": {"seeds": [self.settings.seed], "frames": self.settings.frames},
             "settings": told["measuring"]
-            | {"fingerprint": f"sha256:{fingerprint(told)}", "anchor": "full"}
-            | {"gram": [measuring.scorers[0]]},
+            | {"fingerprint": f"sha256:{fingerprint(told)}", "anchor": "full"},
         }
 
     def wanted(self, data: PromptDataModule) -> dict[str, Wanted]:

@@ -137,7 +137,7 @@ def test_prompts_are_means_of_their_clips_in_any_order():
         a, b, c = (summary_of(clip(key, key == "a"), SETTINGS, 2)[name] for key in "abc")
         assert torch.equal(found[0].stacked(name), torch.stack([mean_of([a, b]), c]))
     assert not found[0].has("zero")  # not of all clips
-    curves = found[0].curves([], {"model": {}})
+    curves = found[0].curves([])
     assert curves.shape == (2, 2, 2) and curves.budgets == tuple(range(7))
     assert set(curves.curves) == {f"{s}/{m}" for s in SETTINGS.scorers for m in METRICS}
     assert set(curves.importance) == {"history"}
@@ -150,10 +150,10 @@ METRICS = ("mass", "output", "gn")
 def test_exact_curves_are_there_where_all_is_measured_exactly():
     own = meter(exact=tuple(range(7)), chunks=1, steps=(0,))
     clips = [own.of_prompt(key, key, "x", validates=True) for key in "ab"]
-    curves = reduced(clips, own.settings, 2).curves(["a", "b"], {})
+    curves = reduced(clips, own.settings, 2).curves(["a", "b"])
     assert {"mass/exact", "recency/exact"} <= curves.curves.keys()
     assert set(curves.importance) == {"history", "zero"}
-    assert reduced(clips, own.settings, 2).curves(["a"], {}).curves.keys() == {
+    assert reduced(clips, own.settings, 2).curves(["a"]).curves.keys() == {
         f"{s}/{m}" for s in SETTINGS.scorers for m in METRICS
     }
 
@@ -162,7 +162,7 @@ def test_without_probes_curves_are_of_attention_alone():
     own = meter(probes=0, exact=())
     curves = reduced([own.of_prompt(key, key, "x") for key in "ab"], own.settings, 2)
     assert curves.metric == "output"
-    made = curves.curves([], {})
+    made = curves.curves([])
     assert set(made.curves) == {f"{s}/{m}" for s in SETTINGS.scorers for m in ("mass", "output")}
     assert not made.importance and "gram/gn" not in made.extra
 

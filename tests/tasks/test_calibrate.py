@@ -19,14 +19,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_context_videos import lossless
 
 from lightning_kv.calibration.sites import SiteSettings
-from lightning_kv.cli import main
+from lightning_kv.cli import main, parse
+from lightning_kv.commands.calibrate import measuring_of
 from lightning_kv.data.datamodule import PromptDataModule
 from lightning_kv.data.panorama import world_for
 from lightning_kv.models import load_model
 from lightning_kv.policies.head_curves import HeadCurves
 from lightning_kv.policies.registry import policy_from_dict
 from lightning_kv.tasks.calibrate import CalibrateModule, validating
-from lightning_kv.tasks.callbacks import CurveWriter
+from lightning_kv.tasks.callbacks import CalibrationProgressBar, CurveWriter
 from lightning_kv.tasks.evaluate import EvaluateModule
 from lightning_kv.tasks.measuring.head_profiles import labels_of, profile
 from lightning_kv.tasks.rollouts.context import start_of
@@ -37,17 +38,19 @@ MEASURING = SiteSettings(reach=6, chunks=1, steps=(0,), probes=2, exact=(0, 2), 
 SMALL = {"frames": 15, "context_frames": 6, "validate": 1}
 
 
-def calibrated(out, prompts=2, data=None, measuring=MEASURING, logger=False, mean=None, **settings):
+def calibrated(
+    out, prompts=2, data=None, measuring=MEASURING, logger=False, mean=None, beside=(), **settings
+):
     """A calibration as a user's own few lines make it."""
     writer = CurveWriter(out, mean=mean)
     module = CalibrateModule("panorama", measuring, **(SMALL | settings))
     trainer = L.Trainer(
-        callbacks=[writer],
+        callbacks=[writer, *beside],
         accelerator="cpu",
         devices=1,
         logger=logger,
         enable_checkpointing=False,
-        enable_progress_bar=False,
+        enable_progress_bar=bool(beside),
         enable_model_summary=False,
     )
     data = data or PromptDataModule(SHARDS, prompts, seed=1)
@@ -163,6 +166,15 @@ def test_samples_are_means_within_their_prompt(tmp_path):
     assert found.curves.shape[0] == 2 and found.curves.about["data"]["clips"] == 4
     assert "zero" not in found.curves.importance
     assert any("validate 0" in each for each in found.words)
+
+
+def test_clips_are_counted_on_a_line(tmp_path, screen):
+    shown = screen(terminal=True)
+    bar = CalibrationProgressBar()
+    calibrated(tmp_path / "heads.safetensors", beside=[bar], validate=0, labels=False)
+    said = shown()
+    assert re.search(r"measuring .* 2/2 clips", said) and "left-" in said
+    assert bar.bar is None
 
 
 def test_loggers_hear_of_it(tmp_path):
@@ -368,6 +380,8 @@ def test_the_command_writes_the_file_of_the_module(four, tmp_path, capsys):
     out = tmp_path / "heads.safetensors"
     main(["calibrate", *WORDS, "--trainer.devices", "1", "-o", str(out)])
     assert content(out) == content(four[0])
+    again = parse("calibrate", ["-c", str(tmp_path / "heads.records/config.yaml")])
+    assert again.out == out and measuring_of(again, world=True) == MEASURING
     told = capsys.readouterr().out
     assert "Rank correlation of probes" in told and "lightning-kv budgets" in told
 

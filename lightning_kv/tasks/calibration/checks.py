@@ -65,6 +65,7 @@ def agreement(reduced: Reduced, validated: Sequence[str]) -> dict[str, Any]:
         scorer = settings.scorers[0]
         exact = _flat(reduced.stacked(f"exact/{scorer}", validated)[..., 0])
         found |= _gate(found["budgets"][f"{scorer}@{least}f"], settings.probes)
+        found["gate_at"] = least
         zero = _flat(reduced.stacked("zero", validated))
         found["spearman_zero_history"] = _triple(rank_correlation(zero, exact))
     else:
@@ -129,12 +130,13 @@ def sentences_of(checks: dict[str, Any]) -> list[str]:
         "exact": "probes do not rank these heads: measure exactly (--validate all of the prompts, "
         "--exact the whole grid), and use metric: exact",
     }[checks["gate"]]
+    where = f"{checks['gate_at']} frames left" if checks["gate_at"] else "no history"
     found = (
-        f"Rank correlation of probes with exact losses across heads, no history: {number(middle)} "
+        f"Rank correlation of probes with exact losses across heads, {where}: {number(middle)} "
         f"(95 % interval {number(low)} to {number(high)}, {on}): {said}."
     )
     zero = checks["spearman_zero_history"][0]
-    more = [] if zero is None else [f"Of whole heads taken away, with no history: {number(zero)}."]
+    more = [] if zero is None else [f"Of losses without whole heads with the same: {number(zero)}."]
     floor = f"A row that changes nothing changes the estimate by {number(checks['floor'])} at most."
     return [found, *more, floor]
 

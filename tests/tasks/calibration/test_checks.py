@@ -90,7 +90,7 @@ def test_few_prompts_have_no_gate():
 
 def test_looks_are_those_of_the_prompts_that_came_first():
     own = drawn(prompts=18)
-    curves = own.curves([], {})
+    curves = own.curves([])
     order = list(range(18))[::-1]
     found = looks(curves, order, "mass", "gn", 2)
     assert [each.prompts for each in found] == [8, 16, 18]
@@ -114,11 +114,11 @@ def test_looks_are_those_of_the_prompts_that_came_first():
 
 
 def test_it_says_how_many_more_and_when_to_give_up():
-    curves = drawn(prompts=4, spread=0.0).curves([], {})
+    curves = drawn(prompts=4, spread=0.0).curves([])
     last = looks(curves, range(4), "mass", "gn", 2)[-1]
     assert last.verdict == "more prompts"
     assert advice(last, 2)[-1] == "Measure 4 prompts more: --prompts 8."
-    curves = drawn(prompts=64, spread=0.0).curves([], {})
+    curves = drawn(prompts=64, spread=0.0).curves([])
     last = looks(curves, range(64), "mass", "gn", 2)[-1]
     assert last.verdict == "uniform" and last.stop
     assert len(advice(last, 2)) == 1 and "use uniform" in advice(last, 2)[0]
@@ -126,7 +126,5 @@ def test_it_says_how_many_more_and_when_to_give_up():
 
 def test_one_prompt_is_not_enough():
     check_enough(2, "are asked for")
-    with pytest.raises(
-        ValueError, match=r"Too few prompts: 1 were measured.*Give 2 or more; 8 for"
-    ):
+    with pytest.raises(ValueError, match=r"Too few prompts: 1 were measured.* Give 2 or more; 8"):
         check_enough(1, "were measured")
