@@ -52,7 +52,7 @@ class CalibrateOptions:
         prompts: Prompts from the start of the set; null for all.
         samples: Noises per prompt; statistics count prompts.
         reach: History frames that curves end at (panorama 24f, else 18f).
-        reference: Reads so many whole frames in all heads (sliding-window).
+        reference: Holds so many whole frames in all heads (a window).
         scorers: Frames kept first: mass, recency, a part's name.
         sink: First frames of the clip that every head keeps.
         frames: Latent frames per clip, context included (panorama 72).
@@ -61,7 +61,7 @@ class CalibrateOptions:
         probes: Random directions of a pass; 0 leaves them out.
         measuring: More of that: steps, rows, batch, seed.
         validate: Prompts that are also measured exactly; 0 for none.
-        exact: History frames at which they are (0, and shares of the reach).
+        exact: At which frames, or all (0, 1/8, 1/4 and 1/2 of the reach).
         mean: Mean budget that is asked for (a quarter of the reach).
         labels: Write labels for forcing-kv, head- and pyramid-forcing.
         size: HEIGHTxWIDTH in pixels (the model's own).
@@ -178,14 +178,16 @@ def measuring_of(options: CalibrateOptions, world: bool) -> SiteSettings:
     reach = frames_of(options.reach or ("24f" if world else "18f"), "--reach")
     low = options.sink
     usual = sorted({max(low, own) for own in (low, reach // 8, reach // 4, reach // 2)})
-    exact = usual if options.exact is None else sorted({*map(whole, options.exact)})
+    exact = usual if options.exact is None else options.exact
+    if exact == ["all"]:
+        exact = range(low, reach + 1)
     told = {
         "reach": reach,
         "scorers": tuple(options.scorers),
         "sink": low,
         "chunks": options.chunks,
         "probes": options.probes,
-        "exact": tuple(exact),
+        "exact": tuple(sorted({*map(whole, exact)})),
     }
     return SiteSettings(**told, **more_of(options.measuring, told))
 

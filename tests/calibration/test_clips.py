@@ -12,7 +12,7 @@ from lightning_kv.calibration.reduction import mean_of, reduced, summary_of
 from lightning_kv.calibration.sites import SiteSettings, losses, sites_of
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
-from lightning_kv.policies.registry import preset
+from lightning_kv.policies.registry import policy_from_dict, preset
 from lightning_kv.rollout import rollout
 
 TINY = WanConfig(
@@ -83,6 +83,17 @@ def test_chunks_that_are_given_are_no_sites():
     given = torch.zeros(12, 1, 2, 6, dtype=torch.float64)
     found = meter().of_prompt("a", "a", "x", given)
     assert {chunk for chunk, _ in found.sites} == {4, 5}
+
+
+def test_a_sink_is_kept_by_every_head():
+    sunk = policy_from_dict({"name": "x", "retain": {"part": "window", "sink": 3, "budget": "6f"}})
+    own = replace(meter(sink=3, exact=()), reference=sunk)
+    record = next(iter(own.of_prompt("a", "a", "x").sites.values()))
+    assert record["gn/mass"].shape == (3, 2, 2, 4)  # 3, 4, 5 and 6 frames
+    assert float(record["mass/mass"][..., -1].abs().max()) < 1e-12
+    dropped = replace(own, reference=preset("sliding-window@6f"))
+    with pytest.raises(ValueError, match=r"keep the first 3 frames.*dropped frame 0.*sink: 3"):
+        dropped.of_prompt("b", "b", "x")
 
 
 def test_a_step_that_the_sampler_does_not_have_is_said():

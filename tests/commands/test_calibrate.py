@@ -38,6 +38,8 @@ def test_what_is_typed_is_what_is_measured():
     told = {"sink": 3, "chunks": 2, "steps": (0, 1), "rows": 7, "seed": 5, "exact": (3, 9)}
     assert found == SiteSettings(reach=9, scorers=scorers, probes=1, **told)
     assert measuring_of(options("--sink", "3"), world=True).exact == (3, 6, 12)
+    every = measuring_of(options("--exact", "all", "--sink", "3"), world=True)
+    assert every.exact == every.budgets == tuple(range(3, 25))
     assert measuring_of(options("--measuring.steps", "0"), world=True).steps == (0,)
 
 

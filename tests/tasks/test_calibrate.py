@@ -13,6 +13,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -175,6 +177,29 @@ def test_clips_are_counted_on_a_line(tmp_path, screen):
     said = shown()
     assert re.search(r"measuring .* 2/2 clips", said) and "left-" in said
     assert bar.bar is None
+
+
+def test_a_command_line_of_lightnings_own_writes_the_same(four, tmp_path):
+    out = tmp_path / "heads.safetensors"
+    told = {
+        "model": {"measuring": {**vars(MEASURING)}, **SMALL},
+        "data": {"shards": str(SHARDS), "prompts": 4, "seed": 1},
+        "trainer": {"accelerator": "cpu", "devices": 1, "logger": False},
+    }
+    told["model"]["measuring"] |= {"steps": [0], "exact": [0, 2], "scorers": ["mass", "recency"]}
+    told["trainer"] |= {"enable_checkpointing": False}
+    (tmp_path / "cli.yaml").write_text(yaml.safe_dump(told))
+    words = ["test", "--config", str(tmp_path / "cli.yaml"), "--trainer.callbacks"]
+    words += ["lightning_kv.tasks.callbacks.CurveWriter", "--trainer.callbacks.out", str(out)]
+    LightningCLI(CalibrateModule, PromptDataModule, args=words, save_config_callback=None)
+    assert content(out) == content(four[0])
+
+
+def test_a_sink_has_a_reference_that_keeps_it(tmp_path):
+    measuring = SiteSettings(reach=6, sink=3, chunks=1, steps=(0,), probes=2)
+    found = calibrated(tmp_path / "heads.safetensors", measuring=measuring, validate=0, mean=4)
+    assert found.curves.budgets == (3, 4, 5, 6)
+    assert found.curves.about["cache"]["reference"]["name"] == "sink-window@6f"
 
 
 def test_loggers_hear_of_it(tmp_path):

@@ -32,6 +32,8 @@ from lightning_kv.utilities.formatting import number, several
 GATES = ((0.9, "probes"), (0.7, "screen"), (-1.0, "exact"))
 """Least lower bound of the rank correlation of probes with exact losses, and what it allows."""
 
+WAY = "measure all exactly (--exact all, --validate as many as --prompts) and use metric: exact"
+
 
 def agreement(reduced: Reduced, validated: Sequence[str]) -> dict[str, Any]:
     """Cheap against exact losses on the prompts that validate, for ``about["checks"]``.
@@ -125,10 +127,8 @@ def sentences_of(checks: dict[str, Any]) -> list[str]:
         return [f"Rank correlation of probes with exact losses: {shown}, {checks['why']}.{more}"]
     said = {
         "probes": "probes will do",
-        "screen": "probes tell roughly; where gains are close, measure exactly (--validate all of "
-        "the prompts, --exact the whole grid), and use metric: exact",
-        "exact": "probes do not rank these heads: measure exactly (--validate all of the prompts, "
-        "--exact the whole grid), and use metric: exact",
+        "screen": f"probes tell roughly; where gains are close, {WAY}",
+        "exact": f"probes do not rank these heads: {WAY}",
     }[checks["gate"]]
     where = f"{checks['gate_at']} frames left" if checks["gate_at"] else "no history"
     found = (

@@ -83,10 +83,11 @@ def conclude(
     curves = found.curves(validated)
     order = [found.prompts.index(unit) for unit in units]
     scorer = task.settings.scorers[0]
-    seen = looks(curves, order, scorer, found.metric, task.mean)
+    metric = "exact" if f"{scorer}/exact" in curves.curves else found.metric
+    seen = looks(curves, order, scorer, metric, task.mean)
     checks = agreement(found, validated) | {
-        "am_gm": am_gm(curves.prompts(scorer, found.metric).mean(0)[..., 0]),
-        "structure": structure(curves, scorer, found.metric),
+        "am_gm": am_gm(curves.prompts(scorer, metric).mean(0)[..., 0]),
+        "structure": structure(curves, scorer, metric),
         "mean": task.mean,
         "looks": [plain(each) for each in seen],
         "stopped_at": seen[-1].prompts if seen[-1].stop else None,
