@@ -356,6 +356,14 @@ def test_gradients_that_are_no_numbers_are_said(tmp_path, monkeypatch):
     assert not list((tmp_path / "heads.records/clips").iterdir())
 
 
+def test_a_file_without_its_records_is_not_lost(four, tmp_path):
+    out = tmp_path / "heads.safetensors"
+    shutil.copy(four[0], out)
+    with pytest.raises(ValueError, match=r"is there already, and its records are not"):
+        calibrated(out)
+    assert content(out) == content(four[0]) and len(list(tmp_path.iterdir())) == 1
+
+
 def test_another_ending_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"Give .*heads\.safetensors"):
         CurveWriter(tmp_path / "heads.json")

@@ -52,10 +52,16 @@ class CurveWriter(L.Callback):
         """Make the directory, or check that it holds records of these very settings; for one rank.
 
         Raises:
-            ValueError: It holds something else, or the module cannot measure what the data gives.
+            ValueError: It holds something else, a file would be lost, or the module cannot measure
+                what the data gives.
         """
         module.check_data(data)
         self.settled(module)
+        if self.out.exists() and not self.run.path.exists():
+            raise ValueError(
+                f"{self.out} is there already, and its records are not: there is no "
+                f"{self.run.path}. Give another file, the folder of its records, or remove it."
+            )
         described = {**module.describe(), **surroundings(trainer)}
         logs = [Path(each.log_dir).resolve().parts for each in trainer.loggers if each.log_dir]
         own = self.run.path.resolve().parts
