@@ -22,6 +22,7 @@ COMMANDS = {
     "budgets": "frames of each head from measured head curves, and what that gains",
     "report": "write report.html again, of one run or several, finished or not",
     "inspect": "the same in the terminal",
+    "calibrate": "what each head loses with fewer frames, for budgets by head",
     "generate": "one video from a prompt, and what its cache cost",
     "pretrain": "train the embedded panorama model",
     "pretrain-encoder": "train the encoder that its clips are compared with",

@@ -76,6 +76,7 @@ class Looked:
         embedding: Of the noise levels.
         views: What each layer was shown.
         out: Attention of each layer ``[1, T, H, D]``.
+        masses: Mean softmax mass on each held frame, ``[H, F]`` of each layer.
         orders: By scorer, ``[H, F]`` of each layer.
         gradients: Of each probe's product with ``x0``, by the attention of each layer,
             ``[K, T, H, D]``; empty without probes.
@@ -87,6 +88,7 @@ class Looked:
     embedding: Tensor
     views: list[PassView]
     out: list[Tensor]
+    masses: list[Tensor]
     orders: dict[str, list[Tensor]]
     gradients: list[Tensor]
 
@@ -143,13 +145,16 @@ def look(
             found.append(torch.autograd.grad(product, gates, retain_graph=True))
     gradients = [torch.cat(own) for own in zip(*found, strict=True)]
     views = [seen.views[layer] for layer in range(len(network.blocks))]
-    orders = {name: [] for name in scorers}
-    for view in views:
-        mass = frame_mass(view)
-        for name, scorer in scorers.items():
-            orders[name].append(order_of(scorer(view, mass), view.frames, sink))
-    kept = [seen.out[layer] for layer in range(len(views))]
-    return Looked(call, x0.detach(), inside, embedding.detach(), views, kept, orders, gradients)
+    masses, kept = [frame_mass(view) for view in views], [seen.out[n] for n in range(len(views))]
+    orders = {
+        name: [
+            order_of(scorer(view, mass), view.frames, sink)
+            for view, mass in zip(views, masses, strict=True)
+        ]
+        for name, scorer in scorers.items()
+    }
+    embedding = embedding.detach()
+    return Looked(call, x0.detach(), inside, embedding, views, kept, masses, orders, gradients)
 
 
 def frame_mass(view: PassView) -> Tensor:

@@ -84,7 +84,9 @@ class SiteSettings:
         return tuple(range(self.sink, self.reach + 1))
 
 
-def sites_of(key: str, frames: int, chunk: int, settings: SiteSettings) -> tuple[int, ...]:
+def sites_of(
+    key: str, frames: int, chunk: int, settings: SiteSettings, given: int = 0
+) -> tuple[int, ...]:
     """The chunks of a clip at which heads are judged, ascending; told by its key alone.
 
     Args:
@@ -92,17 +94,19 @@ def sites_of(key: str, frames: int, chunk: int, settings: SiteSettings) -> tuple
         frames: Latent frames of the clip.
         chunk: Frames of a chunk.
         settings: How far the reference reads, and how many.
+        given: Frames that are not made: no chunk of theirs is one.
 
     Raises:
         ValueError: The clip is too short.
     """
-    first, count = -(-settings.reach // chunk), -(-frames // chunk)
+    first, count = max(-(-settings.reach // chunk), -(-given // chunk)), -(-frames // chunk)
     if count - first < settings.chunks:
+        behind = f", {given} of them given," if given else ""
         raise ValueError(
-            f"A clip of {frames} latent frames has {max(0, count - first)} chunks with "
+            f"A clip of {frames} latent frames{behind} has {max(0, count - first)} chunks with "
             f"{settings.reach} frames of history before them, and {settings.chunks} are to be "
-            f"measured. Give {(first + settings.chunks) * chunk} frames or more, or a smaller "
-            "reach."
+            f"measured. Give {(first + settings.chunks) * chunk} frames or more, fewer chunks, or "
+            "a smaller reach."
         )
     found = []
     for part in range(settings.chunks):
@@ -125,8 +129,10 @@ class SiteRecorder:
     Attributes:
         records: By chunk and step, float64 on the CPU: ``norm`` (squared, of the estimate),
             ``mass/SCORER`` and ``output/SCORER`` ``[L, H, N]``, ``gn/SCORER`` ``[K, L, H, N]``
-            (products with probes: a loss is their mean square over ``norm``), in clips that
-            validate ``exact/SCORER`` ``[L, H, budgets]``, ``zero`` ``[L, H]`` and ``floor``.
+            (products with probes: a loss is their mean square over ``norm``), ``lag/mass``
+            ``[L, H, reach]`` (softmax mass on history, the newest frame first), ``query/mean``
+            and ``query/square`` ``[L, H, D]`` (of queries before rotation), in clips that validate
+            ``exact/SCORER`` ``[L, H, budgets]``, ``zero`` ``[L, H]`` and ``floor``.
     """
 
     key: str
@@ -147,22 +153,15 @@ class SiteRecorder:
         """The record of one pass.
 
         Raises:
-            ValueError: The reference does not hold as many frames as are within reach, or a
-                gradient is not a number.
+            ValueError: The reference does not hold what it should, or a gradient is not a number.
         """
         settings, step = self.settings, call.step
         scorers = {name: scorer_of(name) for name in settings.scorers}
         looked = look(call, scorers, self._probes(call), settings.sink)
-        held = len(looked.views[0].frames)
-        if held != settings.reach:
-            raise ValueError(
-                f"The reference holds {held} frames of history in chunk {step.chunk}, and curves "
-                f"are to reach {settings.reach}. Give the reference a budget of "
-                f"{settings.reach}f, or another reach."
-            )
-        found = {"norm": looked.norm.cpu()}
-        rows = self._rows(step, looked)
-        low = settings.sink
+        check_history(looked.views[0].frames, settings, step.chunk)
+        found = {"norm": looked.norm.cpu(), "lag/mass": mass_by_lag(looked)}
+        found |= query_moments(looked)
+        rows, low, floors = self._rows(step, looked), settings.sink, []
         for name in settings.scorers:
             lost, errors = masses_and_errors(looked, name, rows)
             found[f"mass/{name}"], found[f"output/{name}"] = lost[..., low:], errors[..., low:]
@@ -171,10 +170,11 @@ class SiteRecorder:
             if self.validates and settings.exact:
                 losses, floor = exact_losses(looked, name, settings.exact, batch=settings.batch)
                 found[f"exact/{name}"] = losses.unflatten(0, (len(looked.views), -1))
-                found["floor"] = torch.tensor(floor, dtype=torch.float64)
+                floors.append(floor)
         if self.validates:
-            losses, _ = exact_losses(looked, None, (0,), batch=settings.batch)
+            losses, floor = exact_losses(looked, None, (0,), batch=settings.batch)
             found["zero"] = losses.view(len(looked.views), -1)
+            found["floor"] = torch.tensor(max([*floors, floor]), dtype=torch.float64)
         found = {name: value.cpu().double() for name, value in found.items()}
         if wrong := [name for name, value in found.items() if not bool(value.isfinite().all())]:
             raise ValueError(
@@ -200,6 +200,44 @@ class SiteRecorder:
     def _rng(self, step: Pass, what: str) -> torch.Generator:
         text = f"{self.key} {step.chunk} {step.step} {what}"
         return torch.Generator().manual_seed(stable_seed(self.settings.seed, text))
+
+
+def check_history(frames: Sequence[int], settings: SiteSettings, chunk: int) -> None:
+    """Refuse a reference that does not hold what curves start from and end at.
+
+    Raises:
+        ValueError: It holds more or fewer frames than are within reach, or not the sink.
+    """
+    if len(frames) != settings.reach:
+        raise ValueError(
+            f"The reference holds {len(frames)} frames of history in chunk {chunk}, and curves are "
+            f"to reach {settings.reach}. Give the reference a budget of {settings.reach}f, or "
+            "another reach."
+        )
+    if gone := sorted(set(range(settings.sink)) - set(frames)):
+        raise ValueError(
+            f"Every head is to keep the first {settings.sink} frames, and in chunk {chunk} the "
+            f"reference has dropped frame {gone[0]}. Give a reference that keeps them, such as "
+            "{retain: {part: window, sink: "
+            f"{settings.sink}, budget: {settings.reach}f}}}}, or a sink of 0."
+        )
+
+
+def mass_by_lag(looked: Looked) -> Tensor:
+    """Softmax mass on held frames, the newest first, ``[L, H, F]``."""
+    frames = looked.views[0].frames
+    newest = sorted(range(len(frames)), key=lambda place: -frames[place])
+    return torch.stack(looked.masses)[..., newest]
+
+
+def query_moments(looked: Looked) -> dict[str, Tensor]:
+    """Means of queries before rotation and of their squares, float64 ``[L, H, D]``."""
+    means, squares = [], []
+    for view in looked.views:  # a layer at a time: in float64 all of them are large
+        own = view.raw_query.double()  # [H, T, D]
+        means.append(own.mean(1))
+        squares.append(own.square().mean(1))
+    return {"query/mean": torch.stack(means), "query/square": torch.stack(squares)}
 
 
 def losses(record: dict[str, Tensor], metric: str, scorer: str) -> Tensor:

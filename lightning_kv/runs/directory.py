@@ -55,6 +55,9 @@ class RunDirectory:
         path: The directory; :meth:`open` creates it.
     """
 
+    FOLDERS = ("records", "videos/difference", "traces")
+    """What :meth:`open` makes."""
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
@@ -93,8 +96,8 @@ class RunDirectory:
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path / "run.json", text)
-        for folder in (self.path / "records", self.differences, self.traces):
-            folder.mkdir(exist_ok=True, parents=True)
+        for folder in self.FOLDERS:
+            (self.path / folder).mkdir(exist_ok=True, parents=True)
 
     def _holds_something(self, beside: Collection[str]) -> bool:
         if not self.path.is_dir():

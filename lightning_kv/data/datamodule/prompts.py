@@ -65,9 +65,12 @@ class PromptDataModule(lightning.LightningDataModule):
     Attributes:
         finished: Keys of items to leave out, all policies of them; a callback that takes up a run
             fills it before the loop starts.
+        longest: Keys of items that take longer than others: they are dealt out first, so that no
+            rank gets them all.
     """
 
     finished: Collection[str]
+    longest: Collection[str] = ()
 
     def __init__(
         self,
@@ -162,6 +165,10 @@ class PromptDataModule(lightning.LightningDataModule):
             )
         return distinct(self._items(), self.source)
 
+    def items(self) -> list[RolloutItem]:
+        """All items of the run in their order, finished ones included, of no policy."""
+        return list(self._items())
+
     def first(self, prompts: int | None = None) -> list[str]:
         """Keys of the first prompts, each with its first noise; of all where None."""
         return [item.key for item in self._items() if not item.sample][:prompts]
@@ -207,8 +214,13 @@ class PromptDataModule(lightning.LightningDataModule):
     def left(self) -> int:
         """Items that this rank has before it, each under every policy."""
         rank, world = place(self.trainer)
-        unfinished = (item for item in self._items() if item.key not in self.finished)
-        return sum(1 for _ in dealt(unfinished, rank, world))
+        return sum(1 for _ in dealt(self.unfinished(), rank, world))
+
+    def unfinished(self) -> Iterable[RolloutItem]:
+        """Items of all ranks that are left to do, in the order in which they are dealt out."""
+        finished, longest = frozenset(self.finished), frozenset(self.longest)
+        items = (item for item in self._items() if item.key not in finished)
+        return sorted(items, key=lambda item: item.key not in longest) if longest else items
 
     def test_dataloader(self) -> DataLoader[list[RolloutItem]]:
         """Rollouts of this rank, as lists of up to ``batch`` items of one policy."""
@@ -237,10 +249,8 @@ class _Rollouts(IterableDataset):
         self.data, self.policies, self.rank, self.world = data, policies, rank, world
 
     def __iter__(self) -> Iterator[list[RolloutItem]]:
-        finished = frozenset(self.data.finished)
-        unfinished = (item for item in self.data._items() if item.key not in finished)
         # Left out before dealing: who did the rest does not depend on the ranks of the run before.
-        mine = dealt(unfinished, self.rank, self.world)
+        mine = dealt(self.data.unfinished(), self.rank, self.world)
         yield from in_batches(mine, self.data.batch, self.policies)
 
 

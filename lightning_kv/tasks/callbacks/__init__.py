@@ -9,8 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_kv.tasks.callbacks.curves import CurveWriter
     from lightning_kv.tasks.callbacks.policy_evaluation import PolicyEvaluation
     from lightning_kv.tasks.callbacks.progress import (
+        CalibrationProgressBar,
         FrameProgressBar,
         RolloutProgressBar,
         TrainingProgressBar,
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
     from lightning_kv.tasks.callbacks.videos import ComparisonVideos, PairVideos
 
 _HOMES = {
+    "CalibrationProgressBar": "progress",
     "ComparisonVideos": "videos",
+    "CurveWriter": "curves",
     "FrameProgressBar": "progress",
     "PairVideos": "videos",
     "PolicyEvaluation": "policy_evaluation",
@@ -31,7 +35,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "CalibrationProgressBar",
     "ComparisonVideos",
+    "CurveWriter",
     "FrameProgressBar",
     "PairVideos",
     "PolicyEvaluation",

@@ -27,6 +27,13 @@ def describe(trainer: L.Trainer, module: ClipModule, data: Any) -> dict[str, Any
         "data": data.describe(),
         "metrics": module.suite.recipes(),
         "real": {key: sums[path] for key, path in files.items()},
+        **surroundings(trainer),
+    }
+
+
+def surroundings(trainer: L.Trainer) -> dict[str, Any]:
+    """What else decides the last digits: threads, device, precision and software."""
+    return {
         "threads": torch.get_num_threads(),
         "accelerator": trainer.strategy.root_device.type,
         **({} if trainer.precision == "32-true" else {"trainer_precision": trainer.precision}),

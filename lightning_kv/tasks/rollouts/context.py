@@ -200,7 +200,7 @@ def check_poses(
         if info.frames < whole:
             raise ValueError(
                 f"{needs}, and {info.path} ends before the clip: it has {info.frames} frames of "
-                f"{whole}. Give --frames {_latent_frames(info.frames, config)} at most, {ways}."
+                f"{whole}. Give --frames {latent_frames(info.frames, config)} at most, {ways}."
             )
     if settings.context_frames:
         return
@@ -256,7 +256,7 @@ def check_context(
         raise VideoError(
             f"{', '.join(sets)} compares clips with what their videos go on to show, and "
             f"{shortest.path} ends before: it has {shortest.frames} frames, and a clip {whole}. "
-            f"Give --frames {_latent_frames(shortest.frames, config)} at most, --real FOLDER to "
+            f"Give --frames {latent_frames(shortest.frames, config)} at most, --real FOLDER to "
             "compare with other videos, or leave out the metric or the video."
         )
     _tell_differences(infos.values(), settings, pixel_size(settings, config))
@@ -318,7 +318,7 @@ def _nothing_to_give(model: str, settings: RolloutSettings) -> ValueError:
 def _too_short(
     video: VideoFile, frames: int, settings: RolloutSettings, config: WanConfig
 ) -> VideoError:
-    most = _latent_frames(frames, config)
+    most = latent_frames(frames, config)
     use = f"Use --context_frames {most} at most, or leave" if most else "Leave"
     return VideoError(
         f"{video} is too short: it has {frames} frames, and --context_frames "
@@ -327,7 +327,7 @@ def _too_short(
     )
 
 
-def _latent_frames(shown: int, config: WanConfig) -> int:
+def latent_frames(shown: int, config: WanConfig) -> int:
     """The most latent frames, in whole chunks, that so many pixel frames show whole."""
     return ((shown - 1) // config.stride[0] + 1) // config.chunk * config.chunk
 
