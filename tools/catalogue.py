@@ -426,8 +426,9 @@ its whole list (Holm). **P(front)** is how often a policy is on the front of rec
 the worlds are drawn anew; the front of reads does not count what is scored, so that
 `top-attention`, which meets every key to choose the best, bounds what choosing cheaply can reach.
 The world is small and made to punish forgetting: it says which methods keep what must be kept, not
-how films look. "The best of" others was chosen on the same worlds, which flatters it. Methods that tell heads apart do so by labels of this model ({labels}); where a kind
-is rare, little of the method is at work. DeCoPrune's passes over given frames are not counted.
+how films look. "The best of" others was chosen on the same worlds, which flatters it. Methods
+that tell heads apart do so by labels of this model ({labels}); where a kind is
+rare, little of the method is at work. DeCoPrune's passes over given frames are not counted.
 """
 
 
