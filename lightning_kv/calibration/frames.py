@@ -60,6 +60,42 @@ def _attended(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tens
     return torch.cat(lse, 1), torch.cat(out, 1)
 
 
+def attention_over(view: PassView, kept: Tensor) -> Tensor:
+    """Attention of every head to some of the frames, and to those in flight, ``[T, H, D]``.
+
+    Args:
+        view: Of a pass.
+        kept: bool ``[H, F]``.
+    """
+    total, out = None, None
+    every = torch.cat([kept, kept.new_ones(view.heads, 1)], 1)
+    for (lse, own), keep in zip(by_frame(view), every.T, strict=True):
+        lse = lse.masked_fill(~keep.unsqueeze(1), -torch.inf)
+        if total is None:
+            total, out = lse, own
+            continue
+        both = torch.logaddexp(total, lse)
+        old, new = (_share(x, both).unsqueeze(-1) for x in (total, lse))
+        total, out = both, out * old + own * new
+    return out.transpose(0, 1)
+
+
+def _share(lse: Tensor, of: Tensor) -> Tensor:
+    """``exp(lse - of)``; 0 where there is nothing yet."""
+    return torch.where(lse == -torch.inf, 0.0, (lse - of).exp())
+
+
+def kept_at(order: Tensor, budget: Tensor) -> Tensor:
+    """Frames that each head keeps, bool ``[H, F]``.
+
+    Args:
+        order: ``[H, F]``, see :func:`order_of`.
+        budget: Frames of each head, int64 ``[1 or H]``.
+    """
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, places < budget.unsqueeze(1))
+
+
 def order_of(scores: Tensor, frames: Sequence[int], sink: int) -> Tensor:
     """The order in which frames are kept, int64 ``[H, F]``: the sink, then the highest scores.
 

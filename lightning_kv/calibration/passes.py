@@ -19,8 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from lightning_kv.cache.passes import Pass
 from lightning_kv.cache.view import PassView
 from lightning_kv.calibration.frames import (
+    attention_over,
     by_frame,
     check_frames,
+    kept_at,
     kept_means,
     kept_shares,
     order_of,
@@ -277,23 +279,10 @@ def exact_losses(
 
 def _restricted(looked: Looked, layer: int, order: Tensor | None, budget: int) -> Tensor:
     """Attention of all heads of a layer, each at the same budget, ``[T, H, D]``."""
-    view = looked.views[layer]
     if order is None:
         return torch.zeros_like(looked.out[layer][0])
-    kept = torch.ones(view.heads, len(view.frames) + 1, dtype=torch.bool, device=view.device)
-    short = torch.arange(order.shape[1], device=order.device) < budget
-    kept[:, :-1].scatter_(1, order, short.expand_as(order))
-    total, out = None, None
-    for (lse, own), keep in zip(by_frame(view), kept.T, strict=True):
-        lse = lse.masked_fill(~keep.unsqueeze(1), -torch.inf)
-        both = lse if total is None else torch.logaddexp(total, lse)
-        here = torch.where(lse == -torch.inf, 0.0, (lse - both).exp()).unsqueeze(-1) * own
-        if total is None:
-            total, out = both, here
-            continue
-        before = torch.where(total == -torch.inf, 0.0, (total - both).exp())
-        total, out = both, out * before.unsqueeze(-1) + here
-    return out.transpose(0, 1)
+    each = torch.tensor([budget], device=order.device)
+    return attention_over(looked.views[layer], kept_at(order, each))
 
 
 def _losses(looked: Looked, layer: int, out: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -84,7 +85,7 @@ class Agreement:
     gate: Gate
 
 
-def log_ratios(
+def budget_ratios(
     first: ArrayLike, second: ArrayLike, budgets: Sequence[int], floor: float = 0.0
 ) -> tuple[LogRatio, ...]:
     """How far two measures of curves are apart, budget by budget.
@@ -99,7 +100,7 @@ def log_ratios(
         ValueError: The shapes do not fit, or a value is not finite.
 
     Example:
-        >>> log_ratios([[[2.0, 0.0]]], [[[1.0, 0.0]]], [4, 8])[0].median
+        >>> budget_ratios([[[2.0, 0.0]]], [[[1.0, 0.0]]], [4, 8])[0].median
         0.6931471805599453
     """
     x, y = (side.mean(0) for side in curves_of(first, second, budgets))
@@ -136,9 +137,10 @@ def gate(found: Correlation) -> Gate:
     if found.low is None:
         reason = f"There is no lower bound of the rank correlation: {found.why}. "
         return Gate("exact", None, reason + "Only exact masking counts.")
+    bound = math.floor(1000 * found.low) / 1000  # 0.8999 shall not look like 0.9
     seen = (
         f"Across {several(found.heads, 'head')} the ranks by Gauss-Newton and by exact masking "
-        f"correlate with {number(found.estimate)}, at least {number(found.low)} as far as "
+        f"correlate with {number(found.estimate)}, at least {number(bound)} as far as "
         f"{several(found.prompts, 'prompt')} can tell"
     )
     if found.low >= EVERYTHING:
@@ -166,7 +168,7 @@ def agreement(
         cheap: Losses ``[P, M, Bn]``; the first budget is the history masked.
         exact: The same prompts, heads and budgets, measured exactly.
         budgets: The grid: Bn numbers of history frames, ascending.
-        floor: Losses at or below it are none, see :func:`log_ratios`.
+        floor: Losses at or below it are none, see :func:`budget_ratios`.
         resamples: Number of bootstrap samples.
         seed: The same seed gives the same intervals.
 
@@ -185,6 +187,6 @@ def agreement(
         cheap=repeats[0],
         exact=repeats[1],
         corrected=disattenuated(each[0], *repeats),
-        ratios=log_ratios(x, y, budgets, floor),
+        ratios=budget_ratios(x, y, budgets, floor),
         gate=gate(each[0]),
     )

@@ -150,8 +150,8 @@ def prove(
         *(quality_words(found) for found in quality),
         f"Not measured, so not compared with: {', '.join(absent)}." if absent else "",
         lonely(comparisons),
-        f"A loss lower by {percent(WORTH)} or more with p below {EXPECTED_P} was expected: this "
-        f"{'came' if expected else 'did not come'} true.",
+        f"Expected beforehand was a loss lower by {percent(WORTH)} or more, with p below "
+        f"{EXPECTED_P}: that {'came' if expected else 'did not come'} true.",
     ]
     return Proof(
         condition,
@@ -292,7 +292,7 @@ def headline(first: Comparison, adjusted: float, verdict: ProofVerdict, fewest: 
     if verdict in ("optimal", "spread"):
         small = first.low is not None and first.low > 1 - WORTH
         return f"{upper(first.condition)} is better than {first.against}: {seen}." + (
-            f" It is surely less than {percent(WORTH)}." if small else ""
+            f" The gain is surely below {percent(WORTH)}." if small else ""
         )
     if verdict == "uniform":
         return f"{upper(first.against)} is enough here: {seen}, so {worth} is excluded."
@@ -325,9 +325,10 @@ def placebo_words(control: Placebo | None, first: Comparison, adjusted: float) -
         return []
     if control is None:
         return ["No shuffled budgets were measured, so it is open whether the assignment matters."]
+    dealt = several(len(control.shuffles), "shuffle")
     seen = (
-        f"it loses less than {control.better} of {several(len(control.shuffles), 'shuffle')} and "
-        f"wins {percent(control.won)} of all pairs (p {number(control.p)})"
+        f"{first.condition} budgets lose less than {control.better} of {dealt} and win "
+        f"{percent(control.won)} of all pairs (p {number(control.p)})"
     )
     if control.holds:
         return [f"Which head gets which budget matters: {seen}."]

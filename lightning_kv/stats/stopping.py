@@ -305,12 +305,14 @@ def words(
     if saved[0] is not None:
         middle, least, most = (f"{-100 * share:+.1f} %" for share in saved)
         found.append(
-            "On prompts that did not choose them, their loss against that of uniform budgets is "
-            f"{middle} (95 % interval {most} to {least})."
+            "On prompts that did not choose them, budgets by head change the loss of uniform ones "
+            f"by {middle} (95 % interval {most} to {least})."
         )
     doubts = []
     if change is None or change[2] >= 0:
-        doubts.append("on unseen prompts they are not surely better than uniform ones")
+        worse = change is not None and change[0] > 0
+        surely = "worse" if worse else "not surely better"
+        doubts.append(f"on unseen prompts they are {surely} than uniform ones")
     if regret is None:
         doubts.append("even on the prompts that chose them they gain nothing")
     elif regret > REGRET:

@@ -1,10 +1,15 @@
 """Losses of heads: identities, probes against derivatives, shared prefixes against whole passes."""
 
+import sys
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_network import TINY, encoder
 
 from lightning_kv.calibration.frames import kept_means, kept_shares, order_of
 from lightning_kv.calibration.passes import (
@@ -15,28 +20,9 @@ from lightning_kv.calibration.passes import (
 )
 from lightning_kv.calibration.scorers import SCORERS
 from lightning_kv.models.video import VideoModel
-from lightning_kv.models.wan import CausalWan, WanConfig
+from lightning_kv.models.wan import CausalWan
 from lightning_kv.policies.registry import policy_from_dict, preset
 from lightning_kv.rollout import rollout
-
-TINY = WanConfig(
-    dim=48,
-    ffn_dim=48,
-    layers=3,
-    heads=2,
-    channels=1,
-    text_dim=10,
-    text_len=7,
-    latent_size=(2, 6),
-    train_horizon=21,
-    timesteps=(1000.0, 600.0),
-)
-
-
-def encoder(prompts):
-    return (
-        10 * torch.randn(len(prompts), 3, 10, generator=torch.Generator().manual_seed(3)).double()
-    )
 
 
 @cache

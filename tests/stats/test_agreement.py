@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from lightning_kv.stats.agreement import agreement, gate, log_ratios
+from lightning_kv.stats.agreement import agreement, budget_ratios, gate
 from lightning_kv.stats.reliability import Correlation, rank_correlation
 
 
@@ -24,7 +24,11 @@ def curves(rng, prompts=5, heads=24, budgets=(3, 6, 12), apart=0.0):
     ("low", "verdict", "said"),
     [
         (0.9, "gn", "0.9 or more, so Gauss-Newton is enough"),
-        (0.899, "screen", "below 0.9, so Gauss-Newton screens"),
+        (
+            0.89999,
+            "screen",
+            "at least 0.899 as far as 4 prompts can tell: below 0.9, so Gauss-Newton screens",
+        ),
         (0.7, "screen", "heads near the threshold"),
         (0.699, "exact", "below 0.7, so only exact masking counts"),
         (-0.2, "exact", "at least -0.2 as far as 4 prompts can tell"),
@@ -42,32 +46,32 @@ def test_without_a_bound_only_exact_masking_counts():
     assert "2 prompts of the 3 that an interval needs" in found.reason
 
 
-def test_log_ratios_are_those_of_means_over_prompts():
+def test_ratios_are_those_of_means_over_prompts():
     rng = np.random.default_rng(0)
     cheap, exact = rng.exponential(1, (2, 4, 9, 2))
-    found = log_ratios(cheap, exact, (3, 6))
+    found = budget_ratios(cheap, exact, (3, 6))
     for place, ratio in enumerate(found):
         gaps = [
             abs(np.log(cheap[:, m, place].mean() / exact[:, m, place].mean())) for m in range(9)
         ]
         assert ratio.median == pytest.approx(np.median(gaps), rel=1e-12)
         assert (ratio.heads, ratio.left_out) == (9, 0)
-    doubled = log_ratios(2 * exact, exact, (3, 6))[0].median
-    assert doubled == log_ratios(exact, 2 * exact, (3, 6))[0].median == pytest.approx(np.log(2))
+    doubled = budget_ratios(2 * exact, exact, (3, 6))[0].median
+    assert doubled == budget_ratios(exact, 2 * exact, (3, 6))[0].median == pytest.approx(np.log(2))
 
 
 def test_heads_without_loss_have_no_ratio():
     cheap = np.ones((3, 4, 2))
     cheap[:, 0, 0] = 1e-12
     cheap[:, :, 1] = 0.0
-    first, last = log_ratios(cheap, np.ones((3, 4, 2)), (3, 6), floor=1e-9)
+    first, last = budget_ratios(cheap, np.ones((3, 4, 2)), (3, 6), floor=1e-9)
     assert (first.median, first.heads, first.left_out) == (0.0, 3, 1)
     assert (last.median, last.heads, last.left_out) == (None, 0, 4)
 
 
 def test_curves_must_fit_their_grid():
     with pytest.raises(ValueError, match=r"\[prompts, heads, budgets\] twice"):
-        log_ratios(np.ones((3, 4, 2)), np.ones((3, 4, 2)), (3, 6, 9))
+        budget_ratios(np.ones((3, 4, 2)), np.ones((3, 4, 2)), (3, 6, 9))
 
 
 def test_a_faithful_measure_passes_and_a_poor_one_does_not():

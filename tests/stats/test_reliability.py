@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import multivariate_normal, spearmanr
+from scipy.stats import bootstrap, multivariate_normal, spearmanr
 
 from lightning_kv.stats.bootstrap import resample_counts
 from lightning_kv.stats.reliability import (
@@ -114,6 +114,21 @@ def test_how_often_the_lower_bound_holds(heads, prompts, common, least):
         x, y, truth = noisy_pair(rng, prompts, heads, noise=0.6, common=common)
         below.append(rank_correlation(x, y, resamples=300).low <= truth)
     assert np.mean(below) >= least
+
+
+@pytest.mark.slow
+def test_bca_would_be_too_high_more_often():
+    rng, bca, ours = np.random.default_rng(32), [], []
+    for _ in range(150):
+        x, y, truth = noisy_pair(rng, 32, 48, common=0.7)
+
+        def of_means(rows, axis, x=x, y=y):
+            return spearman(x[rows].mean(-2), y[rows].mean(-2))
+
+        found = bootstrap((np.arange(32),), of_means, n_resamples=500, method="BCa", rng=rng)
+        bca.append(found.confidence_interval.low > truth)
+        ours.append(rank_correlation(x, y, resamples=500).low > truth)
+    assert np.mean(ours) <= 0.025 < 0.06 < np.mean(bca) < 0.2
 
 
 def test_spearman_brown_finds_the_reliability_of_all_prompts():

@@ -110,6 +110,15 @@ def test_heads_without_structure_get_uniform_at_the_end_and_more_prompts_before(
     assert "could show" not in found.words
 
 
+def test_budgets_that_do_harm_are_said_to():
+    rng = np.random.default_rng(9)
+    all_or_nothing = np.array([8, 0] * (HEADS // 2))
+    found = look(measured(rng, world(rng, 0.0), 64), lambda _: all_or_nothing, EVEN, resamples=60)
+    assert found.uniform and found.change[0] > 0 and found.gain_high < 0
+    assert "on unseen prompts they are worse than uniform ones" in found.words
+    assert "change the loss of uniform ones by +" in found.words
+
+
 def test_planted_structure_gets_its_table():
     rng, verdicts = np.random.default_rng(4), []
     for _ in range(10):
