@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": "the same metrics and statistics for videos that you already have",
     "check": "is a run worse than an earlier one: a gate for continuous integration",
     "recommend": "which policy to run, from a run's results: what it saves and costs",
+    "budgets": "frames of each head from measured head curves, and what that gains",
     "report": "write report.html again, of one run or several, finished or not",
     "inspect": "the same in the terminal",
     "calibrate": "what each head loses with fewer frames, for budgets by head",

@@ -216,6 +216,8 @@ def part_settings(cls: type) -> dict[str, str]:
 def shown(field: Any) -> str:
     """The default of a setting as one writes it in YAML."""
     value = field.default
+    if getattr(value, "file", None) == "auto":  # the table of the model
+        return "auto"
     if value is dataclasses.MISSING or dataclasses.is_dataclass(value):  # an empty table
         return "null" if getattr(value, "optional", False) else "needed"
     words = {None: "null", True: "true", False: "false"}

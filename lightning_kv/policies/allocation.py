@@ -125,8 +125,7 @@ def allocate(rule: str, mean: float, of: Heads, knobs: Knobs = Knobs()) -> Tenso
 
 def _check(rule: str, mean: float, of: Heads) -> None:
     """Refuse what cannot be divided."""
-    if rule not in RULES:
-        raise ValueError(f"No allocation rule {rule!r}. Use one of: {', '.join(RULES)}.")
+    check_rule(rule)
     lacks = [
         what
         for what, known, rules in (
@@ -144,6 +143,19 @@ def _check(rule: str, mean: float, of: Heads) -> None:
         raise ValueError(
             f"A mean of {mean:g} frames cannot be divided into budgets from {of.low} to {of.high}. "
             "Give a mean between them, or other limits (least, most) within what was measured."
+        )
+
+
+def check_rule(rule: str) -> None:
+    """Refuse a rule that there is not.
+
+    Raises:
+        ValueError: Says which there are.
+    """
+    if rule not in RULES:
+        raise ValueError(
+            f"No allocation rule {rule!r}. Use one of: {', '.join(RULES)}; what depends on the "
+            "scores of each input is the budget part adaptive, or calibrated-layers."
         )
 
 

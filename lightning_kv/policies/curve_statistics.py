@@ -173,6 +173,16 @@ class Bootstrap:
         """Of the gains."""
         return float(torch.tensor(self.gains, dtype=torch.float64).quantile(share))
 
+    def ratio(self, share: float) -> float:
+        """The same as a ratio of losses."""
+        return math.exp(self.quantile(share))
+
+    @property
+    def regret(self) -> float | None:
+        """The 90th percentile of the regrets; None where nothing can be gained."""
+        own = torch.tensor(self.regrets, dtype=torch.float64)
+        return float(own.quantile(0.9)) if self.regrets else None
+
     @property
     def sure(self) -> bool:
         """Whether 95 of 100 resamples are better than uniform on prompts they have not seen."""

@@ -84,6 +84,10 @@ class CurveTable:
     sha256: str | None = None
     path: str = ""
 
+    def __hash__(self) -> int:
+        """Of the file's mark: the curves themselves are long."""
+        return hash((self.file, self.sha256, self.reading, self.path))
+
     @classmethod
     def of(cls, value: Any) -> CurveTable:
         """From what a setting may be.

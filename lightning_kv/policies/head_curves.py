@@ -39,7 +39,8 @@ class HeadCurves:
 
     Args:
         budgets: Ascending whole history frames, from the protected number to the reach: those
-            that the reference may read where it was measured, at which nothing is lost.
+            that the reference may read where it was measured, at which nothing is lost. Rules
+            take straight lines between them. A curve may rise here and there, for it is noisy.
         curves: By ``SCORER/METRIC``, float64 ``[P, L, H, Bn]``: loss for each prompt. The scorer
             says which frames are kept: ``mass``, ``recency``, or a scoring part. The metric is
             ``mass`` (that is lost), ``output`` (error of the attention output), ``gn`` (of the
@@ -202,12 +203,21 @@ class HeadCurves:
     def save(self, path: str | Path) -> None:
         """Write the file, and what it says about itself beside it as JSON.
 
-        The same curves give the same bytes.
+        The same curves give the same bytes. Of each curve there are ``prompt/...`` (for each
+        prompt), ``curve/...`` (their mean) and, of two prompts or more, ``curve/.../se``.
 
         Args:
             path: Ends in ``.safetensors``; the JSON has the same name.
+
+        Raises:
+            ValueError: It ends otherwise, or an extra tensor has a name of the format's own.
         """
         path, tensors = Path(path), {"grid/budget": torch.tensor(self.budgets, dtype=torch.int32)}
+        if path.suffix != ".safetensors":
+            raise ValueError(
+                f"Head curves cannot be written to {str(path)!r}: what they say about themselves "
+                "goes into a .json of the same name. Give a name such as heads.safetensors."
+            )
         for key, own in self.curves.items():
             mean, error = summed_up(own)
             tensors |= {f"prompt/{key}": own.double(), f"curve/{key}": mean}

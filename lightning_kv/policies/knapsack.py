@@ -37,13 +37,13 @@ def optimal(curves: Tensor, total: int, low: int) -> Tensor:
     return (chosen + low).view(curves.shape[:2])
 
 
-def _cheapest(costs: Tensor, weights: Sequence[int], spare: int) -> Tensor:
-    """Which of K weights each of N heads takes, int64 ``[N]``; they sum to ``spare``.
+def _cheapest(costs: Tensor, weights: Sequence[int], spare: int) -> Tensor | None:
+    """Which of K weights each of N heads takes, int64 ``[N]``; None where none sum to ``spare``.
 
     Args:
         costs: float64 ``[N, K]``.
         weights: K ascending ones, from 0.
-        spare: A sum that can be reached.
+        spare: Their sum.
     """
     most = weights[-1]
     back = torch.tensor([most - w for w in reversed(weights)])  # the largest weight first
@@ -55,6 +55,8 @@ def _cheapest(costs: Tensor, weights: Sequence[int], spare: int) -> Tensor:
         before = padded.unfold(0, spare + 1, 1).index_select(0, back)  # [K, spare + 1]
         least, which = (before + costs[head].unsqueeze(1)).min(0)  # of equal ones the first
         padded[most:], taken[head] = least, which
+    if padded[-1].isinf():
+        return None
     left, chosen = spare, []
     for own in taken:
         chosen.append(len(weights) - 1 - int(own[left]))
@@ -163,7 +165,10 @@ def in_levels(curves: Tensor, total: int, low: int, levels: int) -> Tensor:
         step = math.gcd(*(values[1:] - values[0]).tolist())
         weights = ((values - values[0]) // step).tolist()
         spare = (total - (low + int(values[0])) * len(costs)) // step
-        own = values[_cheapest(costs[:, values], weights, spare)]
+        which = _cheapest(costs[:, values], weights, spare)
+        if which is None:  # few heads, and values too far apart
+            continue
+        own = values[which]
         loss = float(costs.gather(1, own.unsqueeze(1)).sum())
         if loss < best:
             best, chosen = loss, own
@@ -176,7 +181,7 @@ def in_levels(curves: Tensor, total: int, low: int, levels: int) -> Tensor:
 
 
 def _sets(heads: int, values: int, spare: int, levels: int) -> Tensor:
-    """Sets of values, counted from the least budget, that can sum to ``spare``, ``[T, levels]``."""
+    """Sets of values, counted from the least budget, that may sum to ``spare``, ``[T, levels]``."""
     fit = []
     for own in itertools.combinations(range(values), min(levels, values)):
         left, step = spare - heads * own[0], math.gcd(*(v - own[0] for v in own[1:])) or 1

@@ -200,6 +200,10 @@ class BudgetPart(Part, ABC):
         """Frames of each head (one number: of all), where they do not depend on scores."""
         return None
 
+    def layer_mean(self, view: CacheView) -> float:
+        """Frames per head that the heads of a layer share, where lengths depend on scores."""
+        return self.frames(view)
+
     def lengths(
         self,
         views: Sequence[CacheView],

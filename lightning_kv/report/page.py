@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_kv.report import costs, differences, drifts, tradeoff_charts
 from lightning_kv.report.columns import WIDE, comparison
@@ -35,6 +35,9 @@ from lightning_kv.runs.intervals import interval_note
 from lightning_kv.runs.verdict import FILES
 from lightning_kv.utilities.files import write_atomic
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 FILTERS = (
     *(arrow, spoken, unit_text),
     *(differences.signed, differences.signed_interval),
@@ -53,19 +56,12 @@ def write_page(path: Path, runs: Sequence[PageRun], verdict: list[str]) -> None:
     Raises:
         ValueError: A trace or a record cannot be read.
     """
-    from jinja2 import Environment, PackageLoader
-
     entries = entries_of(runs)
     names = run_names([run.directory.path for run in runs])
     records = dict(zip(names, (run.directory.records() for run in runs), strict=True))
-    templates = Environment(
-        loader=PackageLoader("lightning_kv.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {each.__name__: each for each in FILTERS}
-    text = templates.get_template("page.html.j2").render(
+    pages = templates()
+    pages.filters |= {each.__name__: each for each in FILTERS}
+    text = pages.get_template("page.html.j2").render(
         title=", ".join(names),
         verdict=verdict,
         runs=[_run(name, run, records[name]) for name, run in zip(names, runs, strict=True)],
@@ -79,6 +75,18 @@ def write_page(path: Path, runs: Sequence[PageRun], verdict: list[str]) -> None:
         **_costs(entries, records),
     )
     write_atomic(path, text)
+
+
+def templates() -> Environment:
+    """What pages are made from."""
+    from jinja2 import Environment, PackageLoader
+
+    return Environment(
+        loader=PackageLoader("lightning_kv.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def _all_files(runs: Sequence[PageRun]) -> bool:

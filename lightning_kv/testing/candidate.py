@@ -230,8 +230,8 @@ def generous(policy: CachePolicy, own: Tape) -> CachePolicy:
 
 def allowed_rows(
     session: CacheSession, kind: str, history: int
-) -> list[list[float]] | float | None:
-    """Rows that a budget allows each head, layer by layer; one number: on average over all heads.
+) -> list[list[float]] | list[float] | None:
+    """Rows that a budget allows each head, layer by layer; or heads of each layer on average.
 
     Args:
         session: Of a policy.
@@ -251,9 +251,10 @@ def allowed_rows(
     if amount.unit == "share":
         return None
     last = Pass("commit", (history,), (0.0,), 0, final=(history,))
-    given = [part.budget.allowed(view) for view in session.samples[0].views(last)]
+    views = session.samples[0].views(last)
+    given = [part.budget.allowed(view) for view in views]
     if None in given:
-        return rows
+        return [part.budget.layer_mean(view) * of.tokens for view in views]
     return [[n * of.tokens for n in (own * of.heads)[: of.heads]] for own in given]
 
 

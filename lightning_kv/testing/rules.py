@@ -133,8 +133,9 @@ def budgets_are_kept(candidate: Candidate, name: str) -> None:
         held = {k: rows for k, rows in found.decisions.held.items() if k[4] == step.chunk}
         if late:
             held = {key: rows - len(step.final) * tokens for key, rows in held.items()}
-        if isinstance(allowed, float):
-            assert sum(held.values()) <= allowed * len(held) + 1e-6, f"holds {held}"
+        if allowed is not None and isinstance(allowed[0], float):
+            most = sum(allowed) / len(allowed) * len(held)
+            assert sum(held.values()) <= most + 1e-6, f"holds {held}"
         elif allowed is not None:
             for key, rows in held.items():
                 most = allowed[key[2]][key[3]]
@@ -155,7 +156,7 @@ def reads_keep_to_their_budget(candidate: Candidate, name: str) -> None:
     last, begun = None if starts_late(found.session.policy.select) else last, set()
     together: dict[tuple[Any, ...], list[int]] = {}
     for key, (rows, held) in found.decisions.count.items():
-        if isinstance(allowed, float):
+        if isinstance(allowed[0], float):
             together.setdefault(key[:3] + key[4:], []).append(rows)
             continue
         most, phase = allowed[key[2]][key[3]], key[2:4] + key[5:6]
@@ -166,7 +167,7 @@ def reads_keep_to_their_budget(candidate: Candidate, name: str) -> None:
         assert fits or not started, f"{key}: {rows} rows read, {most} allowed"
     for key, rows in together.items():
         if key[3] == last:
-            assert sum(rows) <= allowed * len(rows) + 1e-6, f"{key}: {rows} rows read"
+            assert sum(rows) <= allowed[key[2]] * len(rows) + 1e-6, f"{key}: {rows} rows read"
 
 
 @on(*GEOMETRIES)

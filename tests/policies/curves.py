@@ -5,7 +5,7 @@ import torch
 from lightning_kv.policies.head_curves import HeadCurves, described
 
 
-def drawn(geometry, grid, prompts=6, seed=0, keys=("mass/gn",), **about):
+def drawn(geometry, grid, prompts=6, seed=0, keys=("mass/gn",), spread=0.2, **about):
     """Curves for a model.
 
     Args:
@@ -14,6 +14,7 @@ def drawn(geometry, grid, prompts=6, seed=0, keys=("mass/gn",), **about):
         prompts: Number of prompts.
         seed: Of what is drawn.
         keys: Which curves, ``SCORER/METRIC``.
+        spread: How far prompts differ, in logs.
         about: What else the file says of the model.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -25,7 +26,7 @@ def drawn(geometry, grid, prompts=6, seed=0, keys=("mass/gn",), **about):
 
     curves = {}
     for key in keys:
-        size = noise(*shape).exp() * (0.2 * noise(prompts, *shape)).exp()
+        size = noise(*shape).exp() * (spread * noise(prompts, *shape)).exp()
         curves[key] = size * (-0.4 * step).exp()
         curves[key][..., -1] = 0
     importance = {"history": noise(*shape[:2]).exp()}

@@ -44,6 +44,9 @@ def test_what_is_written_is_read(curves, tmp_path):
     before = path.read_bytes()
     again.save(path)
     assert path.read_bytes() == before
+    turned = dict(reversed(again.about.items())), dict(reversed(again.curves.items()))
+    replace(again, about=turned[0], curves=turned[1]).save(path)
+    assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["heads.json", "heads.safetensors"]
 
 
@@ -223,6 +226,11 @@ def test_no_file(tmp_path):
 def test_curves_that_are_none(curves, wrong, said):
     with pytest.raises(ValueError, match=f"no head curves: .*{said}"):
         replace(curves, **wrong)
+
+
+def test_the_file_is_called_as_what_it_is(curves, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be written to .*such as heads\.safetensors"):
+        curves.save(tmp_path / "heads.json")
 
 
 def test_a_name_of_the_format_is_not_for_others(curves, tmp_path):

@@ -80,7 +80,7 @@ class Adaptive(BudgetPart):
         sizes: Sequence[Tensor],
         protected: Sequence[Tensor],
     ) -> list[Tensor]:
-        amount = math.floor(self.frames(views[0]) * views[0].geometry.tokens)
+        amount = math.floor(self.layer_mean(views[0]) * views[0].geometry.tokens)
         total, safe = amount * len(views) * views[0].heads, round(self.safe * amount)
         return shared(views, total, safe, scores, sizes, protected)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
-from lightning_kv.policies.allocation import RULES, UNMEASURED, Heads, Knobs, allocate
+from lightning_kv.policies.allocation import UNMEASURED, Heads, Knobs, allocate, check_rule
 from lightning_kv.policies.budget.adaptive import shared
 from lightning_kv.policies.budgets import Amount
 from lightning_kv.policies.checks import between, choice
@@ -78,7 +78,8 @@ class Calibrated(BudgetPart):
                 f"The budget part {self.name!r} divides a number of frames that stays the same, "
                 f"and {self.amount} was given. Give frames, such as 9f, or tokens, such as 9360t."
             )
-        choice(self, rule=RULES, metric=METRICS, objective=OBJECTIVES)
+        check_rule(self.rule)
+        choice(self, metric=METRICS, objective=OBJECTIVES)
         for name in ("least", "most"):
             value = getattr(self, name)
             if value is not None and Amount.parse(value).unit != "f":
@@ -131,23 +132,14 @@ class Calibrated(BudgetPart):
         Raises:
             ValueError: There are no curves of this model, or they do not reach the amount.
         """
-        key = (geometry.model, geometry.layers, geometry.heads, geometry.chunk, geometry.tokens)
-        if key not in self._known:
-            made = allocate(self.rule, self.mean(geometry), self._limits(geometry), self.knobs)
-            self._known[key] = tuple(map(tuple, made.tolist()))
-        return self._known[key]
-
-    @cached_property
-    def _known(self) -> dict[Any, tuple[tuple[int, ...], ...]]:
-        """What was solved, by model: it is asked for in every layer of every chunk."""
-        return {}
+        return _solved(self, geometry, geometry.model)
 
     @property
     def _measured(self) -> bool:
         """Whether there are curves, or the rule wants them."""
         return self.rule not in UNMEASURED or self.heads.file != "auto"
 
-    def _limits(self, geometry: Geometry) -> Heads:
+    def limits(self, geometry: Geometry) -> Heads:
         """What the rule may look at."""
         least, most = (
             None if own is None else int(Amount.parse(own).value) for own in (self.least, self.most)
@@ -158,6 +150,13 @@ class Calibrated(BudgetPart):
         least = min(geometry.chunk, math.floor(mean)) if least is None else least
         most = max(1, 2 * math.ceil(mean)) if most is None else most
         return Heads(geometry.layers, geometry.heads, least, most)
+
+
+@lru_cache(maxsize=64)
+def _solved(part: Calibrated, geometry: Geometry, model: str) -> tuple[tuple[int, ...], ...]:
+    """Frames of every head: asked for in every layer of every chunk, solved once for a model."""
+    made = allocate(part.rule, part.mean(geometry), part.limits(geometry), part.knobs)
+    return tuple(map(tuple, made.tolist()))
 
 
 @dataclass(frozen=True)
@@ -184,6 +183,10 @@ class CalibratedLayers(Calibrated):
         """It depends on scores."""
         return
 
+    def layer_mean(self, view: CacheView) -> float:
+        """What the curves give the layer, for each of its heads."""
+        return sum(self.solved(view.geometry)[view.layer]) / view.heads
+
     def lengths(
         self,
         views: Sequence[CacheView],
@@ -195,7 +198,7 @@ class CalibratedLayers(Calibrated):
         """Rows of each head: its own among the best of its layer."""
         out = []
         for view, *own in zip(views, scores, sizes, protected, strict=True):
-            total = sum(self.solved(view.geometry)[view.layer]) * view.geometry.tokens
-            safe = round(self.safe * total / view.heads)
+            mean = self.layer_mean(view) * view.geometry.tokens
+            total, safe = round(mean * view.heads), round(self.safe * mean)
             out += shared([view], total, safe, *([each] for each in own))
         return out
