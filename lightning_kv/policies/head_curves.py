@@ -30,6 +30,8 @@ METRICS = ("mass", "output", "gn", "exact")
 CURVE = "curve"
 """Instead of the name of an importance: the loss at the least budget of the curve itself."""
 
+UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError)
+
 MAKE = "Make one with `lightning-kv calibrate -o heads.safetensors`."
 
 
@@ -41,10 +43,11 @@ class HeadCurves:
         budgets: Ascending whole history frames, from the protected number to the reach: those
             that the reference may read where it was measured, at which nothing is lost. Rules
             take straight lines between them. A curve may rise here and there, for it is noisy.
-        curves: By ``SCORER/METRIC``, float64 ``[P, L, H, Bn]``: loss for each prompt. The scorer
-            says which frames are kept: ``mass``, ``recency``, or a scoring part. The metric is
-            ``mass`` (that is lost), ``output`` (error of the attention output), ``gn`` (of the
-            clean estimate, by Gauss-Newton probes) or ``exact`` (of it, by masking).
+        curves: By ``SCORER/METRIC``, float64 ``[P, L, H, Bn]``: loss for each prompt, of which an
+            expensive metric may have fewer. The scorer says which frames are kept: ``mass``,
+            ``recency``, or a scoring part. The metric is ``mass`` (that is lost), ``output`` (error
+            of the attention output), ``gn`` (of the clean estimate, by Gauss-Newton probes) or
+            ``exact`` (of it, by masking).
         importance: By name, float64 ``[L, H]``.
         extra: Other tensors that are kept and written as they are.
         about: What was measured, how and with what: goes into the file as JSON.
@@ -57,15 +60,17 @@ class HeadCurves:
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        grid, shapes = self.budgets, {tuple(own.shape) for own in self.curves.values()}
+        grid, shapes = self.budgets, {tuple(own.shape[1:]) for own in self.curves.values()}
         rising = all(a < b for a, b in itertools.pairwise(grid))
         wrong = ""
         if not grid or grid[0] < 0 or not rising:
             wrong = f"its budgets {grid} are not ascending whole frames"
-        elif len(shapes) != 1 or len(shape := next(iter(shapes))) != 4 or shape[3] != len(grid):
-            wrong = f"its curves have the shapes {sorted(shapes)} for {len(grid)} budgets"
-        elif any(own.shape != shape[1:3] for own in self.importance.values()):
-            wrong = f"an importance is not {shape[1]} x {shape[2]}"
+        elif len(shapes) != 1 or len(shape := next(iter(shapes))) != 3 or shape[2] != len(grid):
+            wrong = f"its curves have the shapes [P, {sorted(shapes)}] for {len(grid)} budgets"
+        elif not all(map(len, self.curves.values())):
+            wrong = "a curve has no prompts"
+        elif any(own.shape != shape[:2] for own in self.importance.values()):
+            wrong = f"an importance is not {shape[0]} x {shape[1]}"
         elif not all(own.isfinite().all() for own in (*self.curves.values(), *self.importances)):
             wrong = "some of its numbers are not finite"
         elif unknown := [k for k in self.curves if k.rpartition("/")[2] not in METRICS]:
@@ -82,9 +87,9 @@ class HeadCurves:
         return tuple(self.importance.values())
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Number of prompts, layers and heads."""
-        return tuple(next(iter(self.curves.values())).shape[:3])
+    def shape(self) -> tuple[int, int]:
+        """Number of layers and heads."""
+        return tuple(next(iter(self.curves.values())).shape[1:3])
 
     @property
     def reach(self) -> int:
@@ -192,9 +197,7 @@ class HeadCurves:
                 reach.
         """
         of_model = self.about.get("model", {})
-        own = of_model.get("geometry", {}) | dict(
-            zip(("layers", "heads"), self.shape[1:], strict=True)
-        )
+        own = of_model.get("geometry", {}) | dict(zip(("layers", "heads"), self.shape, strict=True))
         check_shape(own | {"reach": self.reach}, geometry, reach, allow)
         name, mark = of_model.get("name"), of_model.get("fingerprint")
         if differs(name, geometry.model) or differs(mark, fingerprint):
@@ -227,7 +230,10 @@ class HeadCurves:
             raise ValueError(
                 f"The extra tensor {both[0]!r} has a name of the format's own. Call it otherwise."
             )
-        tensors = {k: v.contiguous().cpu() for k, v in (tensors | self.extra).items()}
+        tensors = {  # copies: views of one tensor may be written, too
+            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for k, v in (tensors | self.extra).items()
+        }
         about = {"format": FORMAT, "version": VERSION, **self.about}
         text = json.dumps(about, sort_keys=True, allow_nan=False)
         write_atomic(path, pack(dict(sorted(tensors.items())), {"lightning_kv": text}))
@@ -249,9 +255,11 @@ class HeadCurves:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if (about["format"], about["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"its format is {about['format']!r} {about['version']}")
+            if not isinstance(about.get("model", {}).get("geometry", {}), dict):
+                raise ValueError("it does not say of which model it is")
             grid = tuple(found.pop("grid/budget").tolist())
             return cls(grid, *_sorted_out(found), about)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except UNREADABLE as error:
             lines = str(error).splitlines() or [""]
             what = f"it has no {error}" if isinstance(error, KeyError) else lines[0]
             raise ValueError(

@@ -130,13 +130,9 @@ def budget_map(
     even = uniform(*own.shape, int(own.sum()))
     judged = _judged(curves, prompts, solved, even, resamples)
     curve = curves.curve(how.scorer, how.metric, how.objective, how.shrink)
-    last, near = None, None
-    if rule in BY_GAIN:
-        lines = (each_frame(curves.budgets, x, low, curves.reach) for x in (prompts, curve))
-        last, where = undecided(*lines, own, low)
-        near = tuple(map(tuple, where.nonzero().tolist()))
-    whole = each_frame(curves.budgets, prompts.mean(0), low, curves.reach)
-    flat = loss_of(whole, even, low)
+    lines = [each_frame(curves.budgets, x, low, curves.reach) for x in (prompts, curve)]
+    last, near = undecided(*lines, own, low) if rule in BY_GAIN else (None, None)
+    flat = loss_of(lines[0].mean(0), even, low)
     return BudgetMap(
         rule,
         how.words,
@@ -146,13 +142,13 @@ def budget_map(
         tuple(own.double().mean(1).tolist()),
         gini(own),
         float(own.max(1).values.sum() * own.shape[1] / own.sum()),
-        loss_of(whole, own, low) / flat if flat > 0 else None,
+        loss_of(lines[0].mean(0), own, low) / flat if flat > 0 else None,
         judged and tuple(map(judged.ratio, (0.5, 0.05, 0.95))),
         judged and judged.sure,
         judged and judged.regret,
         am_gm(curves.important(how.importance, curve)),
         last,
-        near,
+        None if near is None else tuple(map(tuple, near.nonzero().tolist())),
     )
 
 

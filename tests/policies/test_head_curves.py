@@ -31,7 +31,7 @@ def test_what_is_written_is_read(curves, tmp_path):
     path = tmp_path / "heads.safetensors"
     curves.save(path)
     again = HeadCurves.load(path)
-    assert again.budgets == GRID and again.reach == 9 and again.shape == (6, 2, 3)
+    assert again.budgets == GRID and again.reach == 9 and again.shape == (2, 3)
     for name in ("curves", "importance", "extra"):
         mine, theirs = getattr(curves, name), getattr(again, name)
         assert list(mine) == list(theirs)
@@ -73,6 +73,14 @@ def test_one_prompt_has_no_error(curves, tmp_path):
     with pytest.raises(ValueError, match=r"Give two prompts or more"):
         HeadCurves.load(path).solve("optimal", 4)
     assert len(few.solve("optimal", 4, shrink=False)) == 2
+
+
+def test_an_expensive_metric_may_have_fewer_prompts(curves, tmp_path):
+    own = {**curves.curves, "mass/exact": curves.curves["mass/gn"][:2]}
+    replace(curves, curves=own).save(tmp_path / "heads.safetensors")
+    again = HeadCurves.load(tmp_path / "heads.safetensors")
+    assert [len(x) for x in again.curves.values()] == [2, 6, 6]
+    assert sum(map(sum, again.solve("optimal", 4, metric="exact"))) == 24
 
 
 def test_solve_is_every_rule_and_total(curves):
@@ -163,10 +171,15 @@ def foreign(path):
     save_file({"weight": torch.zeros(2)}, path)
 
 
-def newer(path):
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["lightning_kv"]) | {"version": 7}
-    save_file(load_file(path), path, {"lightning_kv": json.dumps(about)})
+def says(**other):
+    """What spoils a file by what it says about itself."""
+
+    def spoil(path):
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["lightning_kv"]) | other
+        save_file(load_file(path), path, {"lightning_kv": json.dumps(about)})
+
+    return spoil
 
 
 def lacking(path):
@@ -191,7 +204,9 @@ def short(path):
         (lambda path: path.write_text("{}"), "cannot be read as a head file"),
         (lambda path: path.write_bytes(b""), r"\(0 bytes\) cannot be read"),
         (foreign, "it has no 'lightning_kv'"),
-        (newer, "its format is 'head-table' 7"),
+        (says(version=7), "its format is 'head-table' 7"),
+        (says(model="wan"), "cannot be read as a head file"),
+        (says(model={"geometry": 3}), "does not say of which model"),
         (lacking, "it has no 'grid/budget'"),
         (short, "curves have the shapes"),
     ],
@@ -218,6 +233,7 @@ def test_no_file(tmp_path):
         ({"budgets": (2, 3, 3, 6, 9)}, "not ascending"),
         ({"budgets": (2, 3)}, "for 2 budgets"),
         ({"curves": {}}, "shapes"),
+        ({"curves": {"mass/gn": torch.zeros(0, 2, 3, 5)}}, "a curve has no prompts"),
         ({"curves": {"mass/ssim": torch.zeros(2, 2, 3, 5)}}, "'mass/ssim' is no SCORER/METRIC"),
         ({"curves": {"mass/gn": torch.full((2, 2, 3, 5), torch.nan)}}, "not finite"),
         ({"importance": {"history": torch.zeros(3, 2)}}, "an importance is not 2 x 3"),
