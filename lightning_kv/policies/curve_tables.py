@@ -67,6 +67,7 @@ class CurveTable:
         head_dim: Width of its heads.
         grid: Its token rows and columns.
         chunk: Frames of its chunks.
+        prompts: Keys of the prompts that were measured: nothing is to be judged on these.
         file: Name of the file, or ``auto``.
         sha256: Of the file; of ``auto``, of all that are shipped.
         path: Of a file whose curves are not chosen yet.
@@ -80,6 +81,7 @@ class CurveTable:
     head_dim: int = 0
     grid: tuple[int, ...] = ()
     chunk: int = 0
+    prompts: tuple[str, ...] = ()
     file: str | None = None
     sha256: str | None = None
     path: str = ""
@@ -201,6 +203,7 @@ def _chosen(curves: HeadCurves, how: Reading) -> CurveTable:
         sizes.get("head_dim", 0),
         tuple(sizes.get("grid", ())),
         sizes.get("frames_per_chunk", 0),
+        tuple(curves.about.get("data", {}).get("prompts", ())),
     )
 
 

@@ -92,6 +92,7 @@ class CalibrateModule(L.LightningModule):
         ).filled(None if self.world else config)
         reference = reference or f"sliding-window@{self.measuring.reach}f"
         self.reference = load_policy(reference)
+        sites_of("", self.settings.frames, config.chunk, self.measuring)  # else it is too short
         self.settings.check(model.name, config, [self.reference], self.world)
         check_inputs([self.reference], model.name, self.world)
         for name in self.measuring.scorers:

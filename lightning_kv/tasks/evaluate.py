@@ -37,7 +37,12 @@ from lightning_kv.tasks.rollouts.context import (
 )
 from lightning_kv.tasks.rollouts.lengths import read_size
 from lightning_kv.tasks.rollouts.outcome import broken, cost
-from lightning_kv.tasks.rollouts.policies import check_inputs, chosen_policies, needs_of
+from lightning_kv.tasks.rollouts.policies import (
+    check_inputs,
+    chosen_policies,
+    needs_of,
+    warn_fitted,
+)
 from lightning_kv.tasks.rollouts.settings import RolloutSettings
 
 
@@ -184,7 +189,10 @@ class EvaluateModule(ClipModule):
         config, sets = self.network.config, [] if self.real else list(self.suite.set_metrics())
         check_context(self.model_name, config, self.world, self.settings, data, sets)
         if isinstance(data, PromptDataModule):
-            check_poses([self.reference, *self.policies.values()], config, self.settings, data)
+            everyone = [self.reference, *self.policies.values()]
+            check_poses(everyone, config, self.settings, data)
+            keys = {sample.key for sample in data.prompt_samples()}
+            warn_fitted(everyone, self.network.geometry(self.latent_size), keys)
         if getattr(data, "video_infos", None):
             check_codec(self.model_name, self.codec)
             if isinstance(data, PromptDataModule):

@@ -117,6 +117,12 @@ class Calibrated(BudgetPart):
                 f"{least} are protected in every head. Give least: {least}f."
             )
 
+    def fitted_on(self, geometry: Geometry) -> tuple[str, ...]:
+        """Keys of the prompts that its curves were measured on; none where it has no curves."""
+        if not self._measured:
+            return ()
+        return self.heads.for_model(geometry, self.reading).prompts
+
     def mean(self, geometry: Geometry) -> float:
         """The amount in frames."""
         own = Amount.parse(self.amount)

@@ -134,7 +134,7 @@ def sentences_of(checks: dict[str, Any]) -> list[str]:
         f"(95 % interval {number(low)} to {number(high)}, {on}): {said}."
     )
     zero = checks["spearman_zero_history"][0]
-    more = [] if zero is None else [f"Of whole heads taken away with the same: {number(zero)}."]
+    more = [] if zero is None else [f"Of whole heads taken away, with no history: {number(zero)}."]
     floor = f"A row that changes nothing changes the estimate by {number(checks['floor'])} at most."
     return [found, *more, floor]
 
@@ -215,7 +215,7 @@ def warn_few(validated: int) -> None:
     """Say that so few prompts give no interval."""
     if 0 < validated < LEAST:
         warnings.warn(
-            f"{several(validated, 'prompt')} that validate give no interval of the rank "
+            f"Validation on {several(validated, 'prompt')} gives no interval of the rank "
             f"correlation. Give --validate {LEAST} or more; 8 are better than 4.",
             stacklevel=2,
         )

@@ -3,7 +3,7 @@
 One floating-point operation (FLOP) is a multiplication or an addition. Per token and block, linear
 layers take ``2 (6 dim^2 + 2 dim ffn)``; attention takes ``4 dim`` for each pair of tokens; a
 backward pass without gradients of weights takes as much as its forward pass in linear layers, and
-2.5 times as much in attention.
+2.5 times as much in attention (a kernel that forms its logits again).
 
 Shapes: K probes, S scorers, E budgets that are measured exactly, L layers, H heads.
 """
@@ -135,13 +135,17 @@ class Work:
         return forward + own.probes * probe + attention / 2 + len(own.scorers) * each
 
     def exact(self) -> float:
-        """FLOP of one pass in which heads are also judged exactly."""
+        """FLOP of one pass in which heads are also judged exactly.
+
+        A run starts in a head's layer, whose attention is given.
+        """
         chunk, own, layers = self.config.chunk, self.settings, self.config.layers
-        passes = Passes(self.config, self.latent_size)
-        forward = passes.forward(chunk, own.reach + chunk)
+        passes, keys = Passes(self.config, self.latent_size), own.reach + chunk
+        forward, attention = passes.forward(chunk, keys), passes.attention(chunk, keys)
         runs = [len(own.exact)] * len(own.scorers) + [1]  # the last takes whole heads away
         batches = sum(-(-self.config.heads * each // (own.batch - 1)) for each in runs)
-        return forward * batches * own.batch * (layers + 1) / 2
+        each = (forward - attention) * (layers + 1) / 2 + attention * (layers - 1) / 2
+        return batches * own.batch * each + attention * sum(runs[:-1])
 
     @property
     def flops(self) -> dict[str, float]:

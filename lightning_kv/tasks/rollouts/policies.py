@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from lightning_kv.cache.passes import Geometry
 from lightning_kv.policies.base import CachePolicy
+from lightning_kv.policies.budget.calibrated import Calibrated
 from lightning_kv.policies.budgets import Amount
 from lightning_kv.policies.plugins import imported
 from lightning_kv.policies.registry import load_policy
 from lightning_kv.policies.scored import ScoredPart
 from lightning_kv.tasks.class_paths import divided
+from lightning_kv.tasks.trainer import is_first
 from lightning_kv.utilities import addresses
+from lightning_kv.utilities.formatting import several
 from lightning_kv.utilities.lists import items_of
+
+NAMED = 6  # prompts that a warning names
 
 Spec = str | dict[str, Any] | CachePolicy
 
@@ -114,6 +121,32 @@ def check_inputs(policies: Iterable[CachePolicy], model: str, world: bool) -> No
                 f"frame, and {model!r} brings none. Use a model of the panorama, or a setting that "
                 "does without, such as by: keys of world-kv."
             )
+
+
+def warn_fitted(
+    policies: Iterable[CachePolicy], geometry: Geometry, prompts: Collection[str]
+) -> None:
+    """Say which prompts of an evaluation budgets were fitted on: there they look too good.
+
+    The first rank says it.
+
+    Args:
+        policies: Of the run.
+        geometry: Of the model.
+        prompts: Keys of the prompts.
+    """
+    for policy in policies if is_first() else ():
+        for part in policy.parts:
+            used = part.fitted_on(geometry) if isinstance(part, Calibrated) else ()
+            both = [key for key in used if key in prompts]
+            if both:
+                named = ", ".join(both[:NAMED]) + (" and others" if len(both) > NAMED else "")
+                warnings.warn(
+                    f"The budgets of {policy.name!r} ({part.heads.file}) were fitted on "
+                    f"{several(len(both), 'prompt')} of this evaluation, where they look too good: "
+                    f"{named}. Evaluate on others: another set, or another --data.seed.",
+                    stacklevel=2,
+                )
 
 
 def by_name(policies: list[CachePolicy]) -> dict[str, CachePolicy]:

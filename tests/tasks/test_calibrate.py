@@ -1,0 +1,397 @@
+"""Calibration under a Trainer: one file for any ranks and interruptions, and what is refused."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_context_videos import lossless
+
+from lightning_kv.calibration.sites import SiteSettings
+from lightning_kv.cli import main
+from lightning_kv.data.datamodule import PromptDataModule
+from lightning_kv.data.panorama import world_for
+from lightning_kv.models import load_model
+from lightning_kv.policies.head_curves import HeadCurves
+from lightning_kv.policies.registry import policy_from_dict
+from lightning_kv.tasks.calibrate import CalibrateModule, validating
+from lightning_kv.tasks.callbacks import CurveWriter
+from lightning_kv.tasks.evaluate import EvaluateModule
+from lightning_kv.tasks.measuring.head_profiles import labels_of, profile
+from lightning_kv.tasks.rollouts.context import start_of
+
+ROOT = Path(__file__).parents[2]
+SHARDS = ROOT / "data/panorama-quick"
+MEASURING = SiteSettings(reach=6, chunks=1, steps=(0,), probes=2, exact=(0, 2), batch=6)
+SMALL = {"frames": 15, "context_frames": 6, "validate": 1}
+
+
+def calibrated(out, prompts=2, data=None, measuring=MEASURING, logger=False, mean=None, **settings):
+    """A calibration as a user's own few lines make it."""
+    writer = CurveWriter(out, mean=mean)
+    module = CalibrateModule("panorama", measuring, **(SMALL | settings))
+    trainer = L.Trainer(
+        callbacks=[writer],
+        accelerator="cpu",
+        devices=1,
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = data or PromptDataModule(SHARDS, prompts, seed=1)
+    trainer.test(module, datamodule=data, verbose=False)
+    return writer.found
+
+
+def content(path):
+    """The bytes of a file, but for when it was made."""
+    found = re.sub(rb"20\d\d-\d\d-\d\dT[\d:]{8}\+00:00", b"", path.read_bytes())
+    assert found != path.read_bytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """Four prompts, in one process, in one go."""
+    out = tmp_path_factory.mktemp("four") / "heads.safetensors"
+    return out, calibrated(out, 4)
+
+
+def test_ten_lines_give_a_file_that_budgets_are_solved_from(four):
+    out, found = four
+    curves = HeadCurves.load(out)
+    assert curves.budgets == tuple(range(7)) and curves.shape == (4, 6, 4)
+    names = {f"{s}/{m}" for s in ("mass", "recency") for m in ("mass", "output", "gn")}
+    assert set(curves.curves) == names
+    assert set(curves.importance) == {"history", "zero"}
+    for own in curves.curves.values():
+        assert float(own[..., -1].abs().max()) < 1e-12 < float(own[..., 0].min())
+    solved = curves.solve("optimal", 2)
+    assert sum(map(sum, solved)) == 48 and len({n for row in solved for n in row}) > 1
+    policy = policy_from_dict(
+        {
+            "name": "x",
+            "select": {
+                "part": "top-attention",
+                "budget": {
+                    "part": "calibrated",
+                    "amount": "2f",
+                    "heads": str(out),
+                    "least": "1f",
+                },
+            },
+        }
+    )
+    model = load_model("panorama")
+    policy.check(model.network.geometry(), 3, 15)
+    curves.check(model.network.geometry(), 6)
+    assert f"{out}: 4 prompts" in found.words[0]
+    assert any("Measure 4 prompts more: --prompts 8." in each for each in found.words)
+
+
+def test_the_file_says_what_it_was_made_of(four):
+    about = HeadCurves.load(four[0]).about
+    keys = PromptDataModule(SHARDS, 4, seed=1).keys()
+    assert about["model"]["name"] == "panorama" and about["data"]["prompts"] == sorted(keys)
+    assert about["cache"]["reach"] == 6 and about["cache"]["reference"]["name"]
+    assert about["settings"]["probes"] == 2 and len(about["settings"]["fingerprint"]) == 71
+    checks = about["checks"]
+    assert checks["validated"] == sorted(validating(keys, 1)) and checks["floor"] < 1e-9
+    assert checks["mean"] == 1.5 and [own["prompts"] for own in checks["looks"]] == [4]
+    assert checks["stopped_at"] is None and about["software"]["device"] == "cpu"
+    assert json.loads(four[0].with_suffix(".json").read_text()) == about
+
+
+def test_what_is_added_later_is_as_if_it_had_been_there(four, tmp_path):
+    """From two prompts to four; the prompt that validates is another one then, or the same."""
+    out = tmp_path / "heads.safetensors"
+    calibrated(out, 2)
+    assert HeadCurves.load(out).shape[0] == 2
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "heads.records/clips").iterdir()}
+    assert len(files) == 2
+    calibrated(out, 4)
+    assert content(out) == content(four[0])
+    keys = [PromptDataModule(SHARDS, n, seed=1).keys() for n in (2, 4)]
+    again = validating(keys[1], 1) - validating(keys[0], 1)
+    for path, stamp in files.items():
+        assert (path.stat().st_mtime_ns != stamp) == (path.stem in again)
+    calibrated(out, 2)  # fewer again: those that are asked for
+    assert HeadCurves.load(out).about["data"]["prompts"] == sorted(keys[0])
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_what_was_stopped_goes_on(four, tmp_path, monkeypatch, at):
+    out, real, seen = tmp_path / "heads.safetensors", CalibrateModule.measured, []
+
+    def stopped(self, item):
+        if len(seen) == at:
+            raise KeyboardInterrupt
+        seen.append(item.key)
+        return real(self, item)
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
+        patch.setattr(CalibrateModule, "measured", stopped)
+        calibrated(out, 4)
+    assert not out.exists() and len(list((tmp_path / "heads.records/clips").iterdir())) == at
+    calibrated(out, 4)
+    assert content(out) == content(four[0])
+
+
+def test_what_is_finished_is_not_measured_again(four, tmp_path, monkeypatch):
+    out = tmp_path / "heads.safetensors"
+    shutil.copytree(four[0].with_suffix(".records"), tmp_path / "heads.records")
+    monkeypatch.setattr(CalibrateModule, "measured", None)
+    calibrated(out, 4)
+    assert content(out) == content(four[0])
+
+
+def test_samples_are_means_within_their_prompt(tmp_path):
+    data = PromptDataModule(SHARDS, 2, samples=2, seed=1)
+    found = calibrated(tmp_path / "heads.safetensors", data=data, validate=0)
+    assert found.curves.shape[0] == 2 and found.curves.about["data"]["clips"] == 4
+    assert "zero" not in found.curves.importance
+    assert any("validate 0" in each for each in found.words)
+
+
+def test_loggers_hear_of_it(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="log")
+    calibrated(tmp_path / "heads.safetensors", logger=logger, validate=0)
+    assert "calibrate/am_gm" in (tmp_path / "log/metrics.csv").read_text()
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """No frames given, and all history within reach but for the last chunk."""
+    out = tmp_path_factory.mktemp("labelled") / "heads.safetensors"
+    measuring = SiteSettings(reach=12, chunks=1, steps=(0,), probes=0, scorers=("mass",))
+    given = {"frames": 15, "context_frames": 0, "validate": 0}
+    return out, calibrated(out, measuring=measuring, **given)
+
+
+def test_labels_are_those_of_a_profile_with_the_full_cache(labelled):
+    out, found = labelled
+    data = PromptDataModule(SHARDS, 2, seed=1)
+    model = load_model("panorama")
+    keyed = profile_by_key(model, data.prompt_samples(), 15)
+    assert {path.name for path in found.labels} == {
+        f"{own}-panorama.json" for own in ("forcing-kv", "head-forcing", "pyramid-forcing")
+    }
+    for path in found.labels:
+        assert path.parent == out.with_suffix("")
+        held = json.loads(path.read_text())
+        rows = zip(held["labels"], labels_of(held["method"], keyed), strict=True)
+        same = [a == b for x, y in rows for a, b in zip(x, y, strict=True)]
+        assert sum(same) >= 23  # of 24: a head on the edge may fall to the other side
+        assert held["model"] == ["panorama"]
+    spec = {"part": "forcing-kv", "labels": str(out.with_suffix("") / "forcing-kv-panorama.json")}
+    policy_from_dict({"name": "x", "retain": spec}).check(model.network.geometry(), 3, 15)
+
+
+def profile_by_key(model, samples, frames):
+    """As `profile` makes it, of clips with the noise of their keys."""
+    from lightning_kv.policies.profiles import Profile
+    from lightning_kv.policies.registry import preset
+    from lightning_kv.rollout import rollout
+
+    assert profile  # the same by prompts alone
+    mass = logits = 0
+    for sample in samples:
+        own = rollout(
+            model,
+            preset("full"),
+            sample.prompt,
+            frames,
+            keys=[sample.key],
+            decode=False,
+            record=("mass", "lags"),
+        )
+        mass = mass + own.tables["mass"][0].mass["cond"].double() / len(samples)
+        logits = logits + own.tables["lags"][0].logits["cond"].double() / len(samples)
+    return Profile(mass, (*range(0, frames, 3), frames), logits[..., :13])
+
+
+# -- videos -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def filmed(tmp_path_factory):
+    """Two worlds as videos of 15 frames, and one of 9."""
+    folder = tmp_path_factory.mktemp("filmed")
+    for number, sample in enumerate(PromptDataModule(SHARDS, 3, seed=1).prompt_samples()):
+        place = folder / ("short" if number == 2 else "long")
+        frames = 9 if number == 2 else 15
+        world = world_for(sample.prompt, sample.world_seed)
+        lossless(place / f"{sample.key}.mp4", world.render(frames))
+        (place / f"{sample.key}.txt").write_text(sample.prompt)
+    return folder
+
+
+def test_history_is_that_of_the_video(filmed, tmp_path):
+    data = PromptDataModule(context_videos=filmed / "long")
+    found = calibrated(tmp_path / "heads.safetensors", data=data)
+    assert found.curves.shape == (2, 6, 4)
+    assert found.curves.about["data"]["prompts"] == sorted(data.keys())
+    module = CalibrateModule("panorama", MEASURING, **SMALL)
+    sample = data.prompt_samples()[0]
+    module._trainer = None
+    latents = module._latents(sample)
+    assert latents.shape[0] == 15
+    world = PromptDataModule(SHARDS, 3, seed=1).prompt_samples()
+    own = next(each for each in world if each.key == sample.key)
+    context = start_of(own, module.model, module.settings).context
+    assert float((latents[:6] - context).abs().max()) < 0.1  # but for 8 bits
+
+
+def test_a_video_shorter_than_the_reach_is_refused(filmed, tmp_path):
+    data = PromptDataModule(context_videos=filmed)
+    measuring = SiteSettings(reach=9, chunks=1, steps=(0,), probes=2)
+    with pytest.raises(ValueError, match=r"short to be calibrated on: it has 9 frames"):
+        calibrated(tmp_path / "heads.safetensors", data=data, measuring=measuring)
+    assert not list(tmp_path.iterdir())
+
+
+# -- what is refused --------------------------------------------------------------------------
+
+
+def test_too_few_prompts_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"Too few prompts: 1 .* Give 2 or more; 8 for the first"):
+        calibrated(tmp_path / "heads.safetensors", 1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"frames": 6, "context_frames": 0}, r"6 latent frames has 0 chunks with 6 frames"),
+        ({"context_frames": 12, "measuring": SiteSettings(reach=6, chunks=2)}, "12 of them given"),
+        ({"reference": "full"}, r"holds (9|12) frames of history"),
+        ({"reference": "h2o@100t"}, r"whole frames"),
+        ({"validate": -1}, "-1 prompts cannot validate"),
+        ({"measuring": SiteSettings(reach=6, scorers=("mas",))}, "Did you mean 'mass'"),
+        ({"mean": 6}, r"from 0 \(protected\) to 6"),
+    ],
+)
+def test_what_does_not_fit_is_said(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        calibrated(tmp_path / "heads.safetensors", **changes)
+
+
+class Pairs(L.LightningDataModule):
+    def test_dataloader(self):
+        return []
+
+
+def test_other_data_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="measures the clips of prompts, and Pairs was given"):
+        calibrated(tmp_path / "heads.safetensors", data=Pairs())
+
+
+def test_records_of_other_settings_are_refused(four, tmp_path):
+    out = tmp_path / "heads.safetensors"
+    shutil.copytree(four[0].with_suffix(".records"), tmp_path / "heads.records")
+    other = SiteSettings(reach=6, chunks=1, steps=(0,), probes=3, exact=(0, 2), batch=6)
+    with pytest.raises(ValueError, match=r"holds another run.*measuring.probes \(there 2, asked 3"):
+        calibrated(out, 4, measuring=other)
+    with pytest.raises(ValueError, match=r"holds another run.*seed \(there 0, asked 5"):
+        calibrated(out, 4, seed=5)
+    assert not out.exists()
+
+
+def test_gradients_that_are_no_numbers_are_said(tmp_path, monkeypatch):
+    import lightning_kv.calibration.sites as sites
+
+    real = sites.probe_products
+    monkeypatch.setattr(sites, "probe_products", lambda *own: real(*own) * torch.nan)
+    with pytest.raises(ValueError, match=r"gn/mass, gn/recency of clip .* are not finite"):
+        calibrated(tmp_path / "heads.safetensors")
+    assert not list((tmp_path / "heads.records/clips").iterdir())
+
+
+def test_another_ending_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"Give .*heads\.safetensors"):
+        CurveWriter(tmp_path / "heads.json")
+
+
+def test_an_evaluation_on_prompts_of_the_fit_is_warned_of(four, tmp_path):
+    part = {"part": "calibrated", "amount": "2f", "heads": str(four[0]), "least": "1f"}
+    policy = {"name": "mine", "select": {"part": "top-attention", "budget": part}}
+    module = EvaluateModule("panorama", [policy], metrics=["psnr"], frames=15, context_frames=6)
+    with pytest.warns(UserWarning, match=r"'mine' \(heads.safetensors\) were fitted on 3 prompts"):
+        module.check_data(PromptDataModule(SHARDS, 3, seed=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module.check_data(PromptDataModule(SHARDS, 3))
+
+
+def test_who_validates_does_not_depend_on_the_order():
+    keys = [f"prompt-{n}" for n in range(20)]
+    assert validating(keys, 4) == validating(keys[::-1], 4)
+    assert len(validating(keys, 4)) == 4 and validating(keys, 0) == frozenset()
+    assert validating(keys, 4) <= validating(keys, 5)
+    assert validating(keys[:3], 4) == set(keys[:3])
+
+
+# -- processes --------------------------------------------------------------------------------
+
+WORDS = ["--data.shards", str(SHARDS), "--prompts", "4", "--reach", "6f", "--chunks", "1"]
+WORDS += ["--steps", "0", "--probes", "2", "--exact", "0,2", "--batch", "6", "--frames", "15"]
+WORDS += ["--context_frames", "6", "--validate", "1", "--trainer.accelerator", "cpu"]
+
+
+def started(out, devices):
+    """The command in processes of its own."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("LT_", "TORCHELASTIC"))}
+    words = [sys.executable, "-m", "lightning_kv", "calibrate", *WORDS]
+    words += ["--trainer.devices", str(devices), "-o", str(out)]
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean | ONE
+    )
+
+
+ONE = {"OMP_NUM_THREADS": "1"}
+
+
+def test_the_command_writes_the_file_of_the_module(four, tmp_path, capsys):
+    out = tmp_path / "heads.safetensors"
+    main(["calibrate", *WORDS, "--trainer.devices", "1", "-o", str(out)])
+    assert content(out) == content(four[0])
+    told = capsys.readouterr().out
+    assert "Rank correlation of probes" in told and "lightning-kv budgets" in told
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.slow
+def test_any_number_of_ranks_writes_the_same_file(four, tmp_path, devices):
+    out = tmp_path / "heads.safetensors"
+    made = started(out, devices)
+    _, said = made.communicate(timeout=300)
+    assert made.returncode == 0, said
+    assert content(out) == content(four[0])
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_other_ranks(four, tmp_path):
+    out, clips = tmp_path / "heads.safetensors", tmp_path / "heads.records/clips"
+    killed = started(out, 1)
+    until = time.monotonic() + 120
+    while not list(clips.glob("*.safetensors")) and time.monotonic() < until:
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    assert 1 <= len(list(clips.glob("*.safetensors"))) < 4 and not out.exists()
+    made = started(out, 2)
+    _, said = made.communicate(timeout=300)
+    assert made.returncode == 0, said
+    assert content(out) == content(four[0])
