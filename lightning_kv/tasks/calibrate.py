@@ -115,6 +115,12 @@ class CalibrateModule(L.LightningModule):
         """What budget parts call the model."""
         return self.network.config.model or self.model_name
 
+    @property
+    def mark(self) -> str:
+        """What tells the weights from others."""
+        weights = {"source": self.source, "config": self.network.config.to_dict()}
+        return f"sha256:{fingerprint(weights)}"
+
     @cached_property
     def meter(self) -> ClipMeter:
         """Measures a clip."""
@@ -151,12 +157,11 @@ class CalibrateModule(L.LightningModule):
         """What a file of curves says of model, cache, data and settings."""
         network, measuring = self.network, self.measuring
         geometry = network.geometry(read_size(self.settings.size, network.config))
-        weights = {"source": self.source, "config": network.config.to_dict()}
         told = self.describe()
         return {
             "model": {
                 "name": self.own_name,
-                "fingerprint": f"sha256:{fingerprint(weights)}",
+                "fingerprint": self.mark,
                 "geometry": described(geometry),
                 "schedule": list(network.config.timesteps),
                 "precision": self.source.get("precision", "float32"),
@@ -185,9 +190,9 @@ class CalibrateModule(L.LightningModule):
         """
         if not isinstance(data, PromptDataModule):
             raise ValueError(
-                f"CalibrateModule measures the clips of prompts, and {type(data).__name__} was "
-                "given. Call trainer.test(module, datamodule=PromptDataModule(...)); real videos "
-                "are its context_videos."
+                f"{type(self).__name__} measures the clips of prompts, and a "
+                f"{type(data).__name__} was given. Call trainer.test(module, "
+                "datamodule=PromptDataModule(...)); real videos are its context_videos."
             )
         data.keys()  # two clips with one key would share noise and records
         check_enough(data.total, "are asked for")

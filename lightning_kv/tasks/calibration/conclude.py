@@ -110,7 +110,7 @@ def conclude(
     spread = told["checks"]["am_gm"]
     first = (
         f"{out}: {several(len(found.prompts), 'prompt')}, {len(curves.curves)} curves of "
-        f"{curves.shape[1]} x {curves.shape[2]} heads at {len(curves.budgets)} budgets "
+        f"{curves.shape[0]} x {curves.shape[1]} heads at {len(curves.budgets)} budgets "
         f"({curves.budgets[0]} to {curves.reach} frames)."
     )
     bound = (
