@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_kv.calibration.clips import ClipRecord
+from lightning_kv.report.proof_page import Section
 from lightning_kv.stats.additivity import Additivity, additivity
 from lightning_kv.stats.bootstrap import bca_interval
 from lightning_kv.stats.comparison import Comparison, Losses, compare
@@ -216,16 +217,28 @@ def adding_up(losses: ByCondition, design: Design) -> tuple[Additivity | None, t
     return additivity(true, predicted), tuple(names)
 
 
-def cells(row: Row) -> list[str]:
+HEADS = ("budgets", "relative error", "against uniform", "p", "predicted")
+
+
+def sections(found: ReadsProof) -> list[Section]:
+    """Of the page and the terminal."""
+    return [
+        Section(
+            f"{own.mean} of {found.reach} history frames",
+            own.words,
+            HEADS,
+            tuple(map(cells, own.rows)),
+        )
+        for own in found.means
+    ]
+
+
+def cells(row: Row) -> tuple[str, ...]:
     """A row of the table, as text."""
     ends = "" if row.low is None else f" [{number(row.low)}, {number(row.high)}]"
-    found = [row.rule, f"{number(row.loss)}{ends}"]
-    other = row.against
+    other, found = row.against, (row.rule, f"{number(row.loss)}{ends}")
     if other is None:
-        return [*found, "", "", ""]
+        return (*found, "", "", "")
     ends = "" if other.low is None else f" [{change(other.low)}, {change(other.high)}]"
     predicted = "" if row.predicted is None else change(row.predicted)
-    return [*found, f"{change(other.ratio)}{ends}", number(other.p), predicted]
-
-
-HEADS = ("budgets", "relative error", "against uniform", "p", "predicted")
+    return (*found, f"{change(other.ratio)}{ends}", number(other.p), predicted)
