@@ -115,12 +115,6 @@ class CalibrateModule(L.LightningModule):
         """What budget parts call the model."""
         return self.network.config.model or self.model_name
 
-    @property
-    def mark(self) -> str:
-        """What tells the weights from others."""
-        weights = {"source": self.source, "config": self.network.config.to_dict()}
-        return f"sha256:{fingerprint(weights)}"
-
     @cached_property
     def meter(self) -> ClipMeter:
         """Measures a clip."""
@@ -161,7 +155,7 @@ class CalibrateModule(L.LightningModule):
         return {
             "model": {
                 "name": self.own_name,
-                "fingerprint": self.mark,
+                "fingerprint": weights_of(self.model),
                 "geometry": described(geometry),
                 "schedule": list(network.config.timesteps),
                 "precision": self.source.get("precision", "float32"),
@@ -265,6 +259,12 @@ class CalibrateModule(L.LightningModule):
         frames = min(latent_frames(shown, self.network.config), self.settings.frames)
         whole = replace(self.settings, frames=frames, context_frames=frames)
         return video_start(sample, self.model, whole).context
+
+
+def weights_of(model: VideoModel) -> str:
+    """What tells a model's weights from others in a file of curves."""
+    told = {"source": model.source, "config": model.network.config.to_dict()}
+    return f"sha256:{fingerprint(told)}"
 
 
 def validating(keys: list[str], count: int) -> frozenset[str]:

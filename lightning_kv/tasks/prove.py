@@ -14,7 +14,7 @@ from lightning_kv.models.samplers import stable_seed
 from lightning_kv.models.video import VideoModel
 from lightning_kv.stats.comparison import WORTH, prompts_planned
 from lightning_kv.stats.proof import FAMILY, fewest_prompts
-from lightning_kv.tasks.calibrate import CalibrateModule
+from lightning_kv.tasks.calibrate import CalibrateModule, weights_of
 from lightning_kv.tasks.proof.design import SHUFFLES, Design, Source, select_part
 from lightning_kv.tasks.rollouts.lengths import read_size
 from lightning_kv.tasks.rollouts.policies import warn_fitted
@@ -75,6 +75,8 @@ class ProveBudgetsModule(CalibrateModule):
         own = model.network.config.model or model.name
         source = Source.of(heads, own, select, scorer, metric)
         cache, curves = source.curves.about.get("cache", {}), source.curves
+        geometry = model.network.geometry(read_size(size, model.network.config))
+        curves.check(geometry, fingerprint=weights_of(model))
         super().__init__(
             model,
             SiteSettings(
@@ -96,8 +98,6 @@ class ProveBudgetsModule(CalibrateModule):
             validate=0,
             labels=False,
         )
-        geometry = model.network.geometry(read_size(self.settings.size, model.network.config))
-        curves.check(geometry, fingerprint=self.mark)
         self.design = Design(source, part, tuple(means), geometry, shuffles)
         for policy in self.design.policies():
             policy.check(geometry, model.network.config.chunk, self.settings.frames)
