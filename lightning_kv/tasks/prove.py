@@ -72,6 +72,7 @@ class ProveBudgetsModule(CalibrateModule):
     ) -> None:
         part = select_part(select)
         model = load_model(model, decode=False) if isinstance(model, str) else model
+        check_sampler(model)
         own = model.network.config.model or model.name
         source = Source.of(heads, own, select, scorer, metric)
         cache, curves = source.curves.about.get("cache", {}), source.curves
@@ -137,6 +138,19 @@ class ProveBudgetsModule(CalibrateModule):
         keys = {sample.key for sample in self.trainer.datamodule.prompt_samples()}
         optimal = [own for own in self.design.policies() if own.name.startswith("optimal@")]
         warn_fitted(optimal[:1], self.design.geometry, keys)
+
+
+def check_sampler(model: VideoModel) -> None:
+    """Refuse a model whose chunks cannot be made again on their own.
+
+    Raises:
+        ValueError: It has another sampler than the few-step one.
+    """
+    if (own := model.network.config.sampler) != "few-step":
+        raise ValueError(
+            f"Chunks of {model.name!r} cannot be made again on their own: its sampler is {own!r}. "
+            "Judge whole rollouts of it (prove budgets --run), or use a few-step model."
+        )
 
 
 def check_prompts(count: int, rules: Collection[str]) -> None:

@@ -252,6 +252,22 @@ def test_what_does_not_fit_is_refused_before_anything_is_measured(planted, tmp_p
         ran(calibration, ProofWriter(tmp_path / "p"), prompts(folder, "others", 10))
 
 
+def test_a_sampler_with_several_chunks_in_flight_is_refused(planted):
+    folder, model, _, _ = planted
+    network = CausalWan(replace(model.network.config, sampler="rolling")).eval()
+    with pytest.raises(ValueError, match=r"its sampler is 'rolling'. .*--run"):
+        proving(folder, VideoModel(network, None, encoder, name="tiny"))
+
+
+def test_a_sink_that_the_part_may_leave_out_is_said(tmp_path, geometry):
+    design = designed(tmp_path, geometry)
+    assert not design.note
+    curves = design.source.curves
+    held = replace(curves, budgets=tuple(range(3, 10)), about=curves.about | {"cache": {"sink": 3}})
+    own = replace(design, source=replace(design.source, curves=held), means=(4,))
+    assert own.least == 3 and "first 3 frames always read" in own.note
+
+
 def test_other_weights_of_the_model_are_said(planted):
     folder, _, _, _ = planted
     other = model_of(1.0, seed=5)

@@ -156,6 +156,17 @@ class Design:
         return max(self.source.curves.budgets[0], own)
 
     @property
+    def note(self) -> str:
+        """What differs from the measurement of the curves; nothing where nothing does."""
+        sink = self.source.curves.about.get("cache", {}).get("sink", 0)
+        if sink <= getattr(self.select, "sink", 0):
+            return ""
+        return (
+            f"Curves were measured with the first {sink} frames always read, and "
+            f"{self.select.name} may leave them out."
+        )
+
+    @property
     def rules(self) -> tuple[str, ...]:
         """Of the conditions, in the order of the table."""
         return tuple(rule for rule in self.every if rule not in self.absent)

@@ -92,6 +92,7 @@ class ReadsProof:
         additivity: True losses against sums of curves; None where that cannot be said.
         tables: Conditions that it looks at, in its order.
         absent: Rules that were not measured, and why.
+        note: What differs from the measurement of the curves; nothing where nothing does.
     """
 
     select: str
@@ -103,6 +104,7 @@ class ReadsProof:
     additivity: Additivity | None
     tables: tuple[str, ...]
     absent: Mapping[str, str]
+    note: str = ""
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -118,6 +120,7 @@ class ReadsProof:
             worst = self.additivity.worst
             where = "" if worst is None else f" (The worst is {self.tables[worst]}.)"
             said.append(self.additivity.words + where)
+        said += [self.note] * bool(self.note)
         return (*said, *(f"Not measured: {rule}, {why}" for rule, why in self.absent.items()))
 
 
@@ -162,6 +165,7 @@ def proved(clips: Sequence[ClipRecord], design: Design) -> ReadsProof:
         sums,
         tables,
         design.absent,
+        design.note,
     )
 
 
