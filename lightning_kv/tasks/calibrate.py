@@ -184,7 +184,7 @@ class CalibrateModule(L.LightningModule):
         """
         if not isinstance(data, PromptDataModule):
             raise ValueError(
-                f"{type(self).__name__} measures the clips of prompts, and a "
+                f"{type(self).__name__} measures the clips of prompts, and "
                 f"{type(data).__name__} was given. Call trainer.test(module, "
                 "datamodule=PromptDataModule(...)); real videos are its context_videos."
             )
