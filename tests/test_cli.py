@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from lightning_kv.cli import COMMANDS, main, parse
+from lightning_kv.commands.calibrate import CalibrateOptions
 from lightning_kv.commands.evaluate import EvaluateOptions
 from lightning_kv.models.embedded import WEIGHTS
 from lightning_kv.tasks.options import PretrainEncoderOptions, PretrainOptions
@@ -513,6 +514,7 @@ def test_every_config_parses_and_explains_its_keys(path):
     command, kind = {
         "pretrain_panorama": ("pretrain", PretrainOptions),
         "pretrain_encoder": ("pretrain-encoder", PretrainEncoderOptions),
+        "calibrate": ("calibrate", CalibrateOptions),
     }.get(path.stem, ("evaluate", EvaluateOptions))
     options = parse(command, ["-c", str(path)])
     assert isinstance(options, kind)

@@ -16,6 +16,7 @@ from lightning_kv import load_model, preset, rollout
 from lightning_kv.cli import main
 from lightning_kv.models.catalogue import CATALOGUE
 from lightning_kv.models.embeddings import PromptBook
+from lightning_kv.policies.head_curves import HeadCurves
 
 pytestmark = pytest.mark.usefixtures("no_page")
 PROMPTS = ["a red fox runs through snow", "a boat on a lake", "a city at night"]
@@ -368,13 +369,17 @@ def test_an_evaluation_that_cannot_run_is_said(tiny_wan, prompts, tmp_path, caps
 @pytest.fixture(scope="module")
 def films(tmp_path_factory):
     """A folder of videos of 9 pixel frames, as three latent frames show."""
-    folder = tmp_path_factory.mktemp("films")
-    for name, prompt in zip("ab", (PROMPTS[1], "a cow"), strict=True):
+    return filmed(tmp_path_factory.mktemp("films"), (PROMPTS[1], "a cow"), 9)
+
+
+def filmed(folder, prompts, frames):
+    """Two videos, which get brighter, and their captions."""
+    for name, prompt in zip("ab", prompts, strict=True):
         with av.open(str(folder / f"{name}.mp4"), "w") as file:
             stream = file.add_stream("libx264", rate=16)
             stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
-            for number in range(9):
-                grey = np.full((64, 96, 3), 20 * number, np.uint8)
+            for number in range(frames):
+                grey = np.full((64, 96, 3), 20 * number % 256, np.uint8)
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(grey, "rgb24")))
             file.mux(stream.encode())
         (folder / f"{name}.txt").write_text(prompt)
@@ -501,3 +506,35 @@ def test_what_would_do_nothing_or_take_forever_is_refused(
     words = ["generate", "x", "--model", path, "-o", out, "--accelerator", "cpu"]
     assert "14.3 billion parameters on a CPU" in refused(words, capsys)
     assert not list(tmp_path.glob("*.mp4")) and not (tmp_path / "run").exists()
+
+
+SITES = ["--reach", "3f", "--chunks", "2", "--frames", "12", "--prompts", "2", "--probes", "1"]
+SITES += ["--validate", "1", "--exact", "0", "--scorers", "recency", "--trainer.devices", "1"]
+
+
+def calibrated(tiny_wan, out, *words):
+    own = ["--model", str(tiny_wan / "model.yaml"), *SITES, "-o", str(out)]
+    main(["calibrate", *own, "--trainer.accelerator", "cpu", *words])
+    return HeadCurves.load(out)
+
+
+@pytest.mark.filterwarnings("ignore:Validation on 1 prompt")
+def test_heads_are_calibrated_on_prompts(tiny_wan, prompts, tmp_path):
+    """In the casts of the original, as a real checkpoint is."""
+    found = calibrated(tiny_wan, tmp_path / "heads.safetensors", "--data.shards", str(prompts))
+    assert found.shape[0] == 2 and found.budgets == (0, 1, 2, 3)
+    assert set(found.curves) == {f"recency/{own}" for own in ("mass", "output", "gn")}
+    curve = found.prompts("recency", "gn")
+    assert float(curve[..., 0].min()) > 0 == float(curve[..., -1].abs().max())
+    assert found.about["model"]["precision"] == "reference"
+    assert found.about["checks"]["floor"] < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:Validation on 1 prompt")
+def test_heads_are_calibrated_on_real_videos(tiny_wan, prompts, tmp_path):
+    (tmp_path / "films").mkdir()
+    filmed(tmp_path / "films", PROMPTS[:2], 45)  # 12 latent frames
+    words = ["--videos", str(tmp_path / "films"), "--text", str(prompts)]
+    found = calibrated(tiny_wan, tmp_path / "heads.safetensors", *words)
+    assert found.about["data"]["prompts"] == ["a", "b"]
+    assert float(found.prompts("recency", "gn")[..., 0].min()) > 0

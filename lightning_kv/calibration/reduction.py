@@ -118,12 +118,11 @@ class Reduced:
         """What curves are judged by: ``gn``, or ``output`` where there are no probes."""
         return "gn" if self.settings.probes else "output"
 
-    def curves(self, validated: Sequence[str], about: Mapping[str, object]) -> HeadCurves:
-        """What goes into the file.
+    def curves(self, validated: Sequence[str]) -> HeadCurves:
+        """What goes into the file, but for what it says about itself.
 
         Args:
             validated: Keys of the prompts whose losses were also measured exactly.
-            about: What the file says about itself.
         """
         settings, grid = self.settings, self.settings.budgets
         metrics = ("mass", "output", "gn")
@@ -142,7 +141,7 @@ class Reduced:
         extra["query/var"] = (square - mean.square()).clamp_min(0)
         if settings.probes:
             extra["gram/gn"] = self.mean("gram/gn")
-        return HeadCurves(grid, curves, importance, extra, dict(about))
+        return HeadCurves(grid, curves, importance, extra)
 
 
 def reduced(clips: Iterable[ClipRecord], settings: SiteSettings, at: int) -> Reduced:

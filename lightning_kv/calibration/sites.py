@@ -153,19 +153,12 @@ class SiteRecorder:
         """The record of one pass.
 
         Raises:
-            ValueError: The reference does not hold as many frames as are within reach, or a
-                gradient is not a number.
+            ValueError: The reference does not hold what it should, or a gradient is not a number.
         """
         settings, step = self.settings, call.step
         scorers = {name: scorer_of(name) for name in settings.scorers}
         looked = look(call, scorers, self._probes(call), settings.sink)
-        held = len(looked.views[0].frames)
-        if held != settings.reach:
-            raise ValueError(
-                f"The reference holds {held} frames of history in chunk {step.chunk}, and curves "
-                f"are to reach {settings.reach}. Give the reference a budget of "
-                f"{settings.reach}f, or another reach."
-            )
+        check_history(looked.views[0].frames, settings, step.chunk)
         found = {"norm": looked.norm.cpu(), "lag/mass": mass_by_lag(looked)}
         found |= query_moments(looked)
         rows, low, floors = self._rows(step, looked), settings.sink, []
@@ -207,6 +200,27 @@ class SiteRecorder:
     def _rng(self, step: Pass, what: str) -> torch.Generator:
         text = f"{self.key} {step.chunk} {step.step} {what}"
         return torch.Generator().manual_seed(stable_seed(self.settings.seed, text))
+
+
+def check_history(frames: Sequence[int], settings: SiteSettings, chunk: int) -> None:
+    """Refuse a reference that does not hold what curves start from and end at.
+
+    Raises:
+        ValueError: It holds more or fewer frames than are within reach, or not the sink.
+    """
+    if len(frames) != settings.reach:
+        raise ValueError(
+            f"The reference holds {len(frames)} frames of history in chunk {chunk}, and curves are "
+            f"to reach {settings.reach}. Give the reference a budget of {settings.reach}f, or "
+            "another reach."
+        )
+    if gone := sorted(set(range(settings.sink)) - set(frames)):
+        raise ValueError(
+            f"Every head is to keep the first {settings.sink} frames, and in chunk {chunk} the "
+            f"reference has dropped frame {gone[0]}. Give a reference that keeps them, such as "
+            "{retain: {part: window, sink: "
+            f"{settings.sink}, budget: {settings.reach}f}}}}, or a sink of 0."
+        )
 
 
 def mass_by_lag(looked: Looked) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from lightning_kv.commands.options import Command
 from lightning_kv.commands.terminal import console, quiet, say
 from lightning_kv.tasks.options import TrainerOptions
 from lightning_kv.utilities.files import write_atomic
+from lightning_kv.utilities.lists import items_of
+from lightning_kv.utilities.nearest import hint
 
 if TYPE_CHECKING:  # they take seconds
     import torch
@@ -39,38 +42,33 @@ class CalibrateOptions:
 
     Args:
         out: The file of head curves, .safetensors.
-        records: Folder of the records: an unfinished run goes on there (OUT.records).
+        records: Folder of records, where a stopped run goes on (OUT.records).
         model: One of `lightning-kv list models`, NAME=FILE, or a file.
         precision: float32, reference (the original's casts) or fast (the model's).
         text: Folder of embeddings, or of a text encoder (the shards' own).
         vae: Folder of the VAE (the fetched one).
         data: Prompts and worlds; not those that budgets will be judged on.
-        videos: Folder, shards or .csv of real videos with captions, in place of prompts: at a site
-            a head reads the video's own history (none).
-        prompts: Number of prompts from the start of the set; null for all.
+        videos: Real videos with captions for prompts, and history (none).
+        prompts: Prompts from the start of the set; null for all.
         samples: Noises per prompt; statistics count prompts.
-        reach: History frames that the reference reads, and curves end at (panorama 24f, else 18f).
-        scorers: Orders in which a head keeps frames: mass, recency, a part or preset with scores.
+        reach: History frames that curves end at (panorama 24f, else 18f).
+        reference: Holds so many whole frames in all heads (a window).
+        scorers: Frames kept first: mass, recency, a part's name.
         sink: First frames of the clip that every head keeps.
-        reference: Policy that holds as many whole frames in every head (sliding-window@REACH).
-        frames: Latent frames per clip, context included (the model's; panorama 72).
-        context_frames: Given frames at the start (0: the prompt alone; panorama 15).
-        chunks: Chunks of a clip at which heads are judged.
-        steps: Denoising steps of such a chunk, -1 is the last.
+        frames: Latent frames per clip, context included (panorama 72).
+        context_frames: Given frames at the start (panorama 15, else 0).
+        chunks: Chunks of a clip in which heads are judged.
         probes: Random directions of a pass; 0 leaves them out.
-        rows: Queries of a pass that stand for all where attention alone is judged.
-        validate: So many prompts are also measured exactly, to judge the probes; 0 for none.
-        exact: History frames at which that is done (none, and 1/8, 1/4 and 1/2 of the reach).
-        batch: Heads that are measured exactly at a time.
-        mean: Mean budget that the stopping rule is asked about (a quarter of the reach).
-        labels: Also write the labels that forcing-kv, head-forcing and pyramid-forcing read.
+        measuring: More of that: steps, rows, batch, seed.
+        validate: Prompts that are also measured exactly; 0 for none.
+        exact: At which frames, or all (0, 1/8, 1/4 and 1/2 of the reach).
+        mean: Mean budget that is asked for (a quarter of the reach).
+        labels: Write labels for forcing-kv, head- and pyramid-forcing.
         size: HEIGHTxWIDTH in pixels (the model's own).
-        seed: Of noise, sites and probes.
+        seed: Of the noise.
         negative: What guidance leads away from, for models with guidance.
-        backend: Attention kernel, sdpa or reference.
         threads: CPU threads per process; can change the last digit.
-        dry_run: Say what it would take, and stop: needs no weights.
-        rate: FLOP per second of a process, for --dry_run (1.5e10 on a core, 2.5e14 on a GPU).
+        dry_run: Say what it would take, and stop; needs no weights.
         trainer: Where it runs.
     """
 
@@ -85,27 +83,23 @@ class CalibrateOptions:
     prompts: int | None = 16
     samples: int = 1
     reach: str | None = None
+    reference: str | None = None
     scorers: list[str] = field(default_factory=lambda: ["mass", "recency"])
     sink: int = 0
-    reference: str | None = None
     frames: int | None = None
     context_frames: int | None = None
     chunks: int = 3
-    steps: list[int] = field(default_factory=lambda: [0, -1])
     probes: int = 4
-    rows: int = 520
+    measuring: dict[str, Any] = field(default_factory=dict)
     validate: int = 4
     exact: list[int] | None = None
-    batch: int = 12
     mean: float | None = None
     labels: bool = True
     size: str | None = None
     seed: int = 0
     negative: str = ""
-    backend: str = "sdpa"
     threads: int = 1
     dry_run: bool = False
-    rate: float | None = None
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
 
 
@@ -164,7 +158,7 @@ def calibrate(options: CalibrateOptions) -> Calibration | None:
 def as_evaluation(options: CalibrateOptions) -> EvaluateOptions:
     """What an evaluation is told of model and data, which a calibration finds alike."""
     names = ("model", "precision", "text", "vae", "data", "prompts", "samples", "frames", "size")
-    names += ("context_frames", "seed", "negative", "backend", "threads", "trainer")
+    names += ("context_frames", "seed", "negative", "threads", "trainer")
     told = {name: getattr(options, name) for name in names}
     return EvaluateOptions(**told, context_videos=options.videos, metrics=[], decode=False)
 
@@ -184,19 +178,49 @@ def measuring_of(options: CalibrateOptions, world: bool) -> SiteSettings:
     reach = frames_of(options.reach or ("24f" if world else "18f"), "--reach")
     low = options.sink
     usual = sorted({max(low, own) for own in (low, reach // 8, reach // 4, reach // 2)})
-    exact = usual if options.exact is None else sorted({*map(whole, options.exact)})
-    return SiteSettings(
-        reach=reach,
-        scorers=tuple(options.scorers),
-        sink=low,
-        chunks=options.chunks,
-        steps=tuple(map(whole, options.steps)),
-        probes=options.probes,
-        rows=options.rows,
-        exact=tuple(exact),
-        batch=options.batch,
-        seed=options.seed,
-    )
+    exact = usual if options.exact is None else options.exact
+    if exact == ["all"]:
+        exact = range(low, reach + 1)
+    told = {
+        "reach": reach,
+        "scorers": tuple(options.scorers),
+        "sink": low,
+        "chunks": options.chunks,
+        "probes": options.probes,
+        "exact": tuple(sorted({*map(whole, exact)})),
+    }
+    return SiteSettings(**told, **more_of(options.measuring, told))
+
+
+def more_of(given: dict[str, Any], told: Collection[str]) -> dict[str, Any]:
+    """Settings of a pass that have no option of their own.
+
+    Args:
+        given: By name, steps as a list.
+        told: Names of those that have one.
+
+    Raises:
+        ValueError: One is not known, or has one.
+    """
+    from lightning_kv.calibration.sites import SiteSettings
+
+    left = [name for name in SiteSettings.__dataclass_fields__ if name not in told]
+    if wrong := sorted(given.keys() - set(left)):
+        raise ValueError(
+            f"--measuring.{wrong[0]} is not known.{hint(wrong[0], left)} It has {', '.join(left)}; "
+            "all else is an option of its own."
+        )
+    found = {name: whole(value) for name, value in given.items() if name != "steps"}
+    if "steps" in given:
+        found["steps"] = tuple(map(whole, listed(given["steps"])))
+    return found
+
+
+def listed(value: Any) -> list[Any]:
+    """A list, as it is or as it is typed: ``0,-1``, or one number."""
+    if isinstance(value, str):
+        return items_of(value)
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def whole(text: Any) -> int:
@@ -250,7 +274,6 @@ def module_for(
         size=options.size,
         seed=options.seed,
         negative=options.negative,
-        backend=options.backend,
         validate=options.validate,
         labels=options.labels,
     )
@@ -275,8 +298,8 @@ def work_of(options: CalibrateOptions) -> tuple[Work, str]:
     rollouts = RolloutSettings(options.frames, options.context_frames, options.size)
     rollouts = rollouts.filled(None if world else config)
     config.plan(rollouts.frames, rollouts.context_frames)
-    graphics = options.trainer.accelerator == "gpu" or not world
-    rate, known = (costs.GPU_RATE, "assumed") if graphics else (costs.CPU_RATE, "measured")
+    on_gpu = options.trainer.accelerator == "gpu" or not world
+    rate, known = (costs.GPU_RATE, "assumed") if on_gpu else (costs.CPU_RATE, "measured")
     precision = options.precision or ("float32" if world else "reference")
     work = costs.Work(
         config,
@@ -290,9 +313,9 @@ def work_of(options: CalibrateOptions) -> tuple[Work, str]:
         options.videos is not None,
         settings.devices * settings.num_nodes if isinstance(settings.devices, int) else 1,
         torch.finfo(known_profile(precision).dtype).bits // 8,
-        options.rate or rate,
+        rate,
     )
-    return work, "as given" if options.rate else known
+    return work, known
 
 
 def prompts_of(options: CalibrateOptions) -> int:
@@ -338,14 +361,9 @@ COMMAND = Command(
     CalibrateOptions,
     run,
     """\
-The file holds curves: loss against history frames for each head, scorer and measure (mass and
-output of attention; gn: the clean estimate, by random probes; exact: by leaving frames out), prompt
-by prompt. One file serves every budget and rule, which are solved when a policy is loaded:
-  lightning-kv budgets heads.safetensors --rule optimal --mean 6
-  lightning-kv evaluate --policies [mine.yaml]   with a budget of {part: calibrated, amount: 6f,
-                                                 heads: heads.safetensors, rule: optimal}
-Each clip is one record, whole on disk or not there. Stop it whenever you like; the same command
-goes on, on any number of processes, and more --prompts are added to what is there. For example:
+Loss against frames for each head, by attention alone, by probes of the estimate (gn), exactly. One
+file serves every budget and rule: `lightning-kv budgets FILE`, {part: calibrated, heads: FILE}. A
+stopped run goes on when started again, also with other --devices and more prompts. For example:
   lightning-kv calibrate -c configs/calibrate.yaml --trainer.devices 2 -o heads.safetensors
   lightning-kv calibrate --model wan-1.3b --frames 126 --prompts 32 --devices 8 --dry_run""",
     metavars={
@@ -358,6 +376,7 @@ goes on, on any number of processes, and more --prompts are added to what is the
         "data.class_path": "CLASS",
         "data.init_args": "ARGS",
         "reach": "FRAMES",
+        "measuring": "ARGS",
         "reference": "POLICY",
         "mean": "FRAMES",
         "size": "HxW",

@@ -51,7 +51,8 @@ class CalibrateModule(L.LightningModule):
     Args:
         model: The model, or its name as :func:`lightning_kv.load_model` takes it.
         measuring: What is measured in a pass.
-        reference: Policy that the curves end in; ``sliding-window@REACHf`` where None.
+        reference: Policy that the curves end in; a window over the reach, with the sink, where
+            None.
         frames: Latent frames per clip, what is given included; the model's own where None.
         context_frames: Given frames at the start, of the panorama's worlds; not for videos.
         size: HEIGHTxWIDTH in pixels; the model's own where None.
@@ -90,8 +91,7 @@ class CalibrateModule(L.LightningModule):
         self.settings = RolloutSettings(
             frames, context_frames, size, seed, negative, backend, decode=False
         ).filled(None if self.world else config)
-        reference = reference or f"sliding-window@{self.measuring.reach}f"
-        self.reference = load_policy(reference)
+        self.reference = load_policy(reference or window(self.measuring))
         sites_of("", self.settings.frames, config.chunk, self.measuring)  # else it is too short
         self.settings.check(model.name, config, [self.reference], self.world)
         check_inputs([self.reference], model.name, self.world)
@@ -167,8 +167,7 @@ class CalibrateModule(L.LightningModule):
             },
             "data": {"seeds": [self.settings.seed], "frames": self.settings.frames},
             "settings": told["measuring"]
-            | {"fingerprint": f"sha256:{fingerprint(told)}", "anchor": "full"}
-            | {"gram": [measuring.scorers[0]]},
+            | {"fingerprint": f"sha256:{fingerprint(told)}", "anchor": "full"},
         }
 
     def wanted(self, data: PromptDataModule) -> dict[str, Wanted]:
@@ -265,6 +264,13 @@ def weights_of(model: VideoModel) -> str:
     """What tells a model's weights from others in a file of curves."""
     told = {"source": model.source, "config": model.network.config.to_dict()}
     return f"sha256:{fingerprint(told)}"
+
+
+def window(measuring: SiteSettings) -> dict[str, Any]:
+    """The usual reference: the newest frames within reach, and the sink."""
+    name = f"{'sink' if measuring.sink else 'sliding'}-window@{measuring.reach}f"
+    retain = {"part": "window", "sink": measuring.sink, "budget": f"{measuring.reach}f"}
+    return {"name": name, "retain": retain}
 
 
 def validating(keys: list[str], count: int) -> frozenset[str]:

@@ -49,6 +49,10 @@ class ProgressLine:
         """So many more units are done; what is going on, and a remark behind the bar."""
         self.bar.update(self.task, advance=count, description=label, note=note)
 
+    def at(self, done: float, note: str = "") -> None:
+        """So many units are done by now."""
+        self.bar.update(self.task, completed=done, note=note)
+
 
 class RolloutProgress(ProgressLine):
     """Chunks of rollouts, with frames per second and the size of the cache of this rank.

@@ -12,7 +12,7 @@ from lightning_kv.calibration.reduction import mean_of, reduced, summary_of
 from lightning_kv.calibration.sites import SiteSettings, losses, sites_of
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
-from lightning_kv.policies.registry import preset
+from lightning_kv.policies.registry import policy_from_dict, preset
 from lightning_kv.rollout import rollout
 
 TINY = WanConfig(
@@ -85,6 +85,17 @@ def test_chunks_that_are_given_are_no_sites():
     assert {chunk for chunk, _ in found.sites} == {4, 5}
 
 
+def test_a_sink_is_kept_by_every_head():
+    sunk = policy_from_dict({"name": "x", "retain": {"part": "window", "sink": 3, "budget": "6f"}})
+    own = replace(meter(sink=3, exact=()), reference=sunk)
+    record = next(iter(own.of_prompt("a", "a", "x").sites.values()))
+    assert record["gn/mass"].shape == (3, 2, 2, 4)  # 3, 4, 5 and 6 frames
+    assert float(record["mass/mass"][..., -1].abs().max()) < 1e-12
+    dropped = replace(own, reference=preset("sliding-window@6f"))
+    with pytest.raises(ValueError, match=r"keep the first 3 frames.*dropped frame 0.*sink: 3"):
+        dropped.of_prompt("b", "b", "x")
+
+
 def test_a_step_that_the_sampler_does_not_have_is_said():
     first = replace(TINY, sampler="rolling")
     torch.manual_seed(0)
@@ -137,8 +148,8 @@ def test_prompts_are_means_of_their_clips_in_any_order():
         a, b, c = (summary_of(clip(key, key == "a"), SETTINGS, 2)[name] for key in "abc")
         assert torch.equal(found[0].stacked(name), torch.stack([mean_of([a, b]), c]))
     assert not found[0].has("zero")  # not of all clips
-    curves = found[0].curves([], {"model": {}})
-    assert curves.shape == (2, 2, 2) and curves.budgets == tuple(range(7))
+    curves = found[0].curves([])
+    assert curves.shape == (2, 2) and curves.budgets == tuple(range(7))
     assert set(curves.curves) == {f"{s}/{m}" for s in SETTINGS.scorers for m in METRICS}
     assert set(curves.importance) == {"history"}
     assert float(curves.extra["query/var"].min()) > 0
@@ -150,10 +161,10 @@ METRICS = ("mass", "output", "gn")
 def test_exact_curves_are_there_where_all_is_measured_exactly():
     own = meter(exact=tuple(range(7)), chunks=1, steps=(0,))
     clips = [own.of_prompt(key, key, "x", validates=True) for key in "ab"]
-    curves = reduced(clips, own.settings, 2).curves(["a", "b"], {})
+    curves = reduced(clips, own.settings, 2).curves(["a", "b"])
     assert {"mass/exact", "recency/exact"} <= curves.curves.keys()
     assert set(curves.importance) == {"history", "zero"}
-    assert reduced(clips, own.settings, 2).curves(["a"], {}).curves.keys() == {
+    assert reduced(clips, own.settings, 2).curves(["a"]).curves.keys() == {
         f"{s}/{m}" for s in SETTINGS.scorers for m in METRICS
     }
 
@@ -162,7 +173,7 @@ def test_without_probes_curves_are_of_attention_alone():
     own = meter(probes=0, exact=())
     curves = reduced([own.of_prompt(key, key, "x") for key in "ab"], own.settings, 2)
     assert curves.metric == "output"
-    made = curves.curves([], {})
+    made = curves.curves([])
     assert set(made.curves) == {f"{s}/{m}" for s in SETTINGS.scorers for m in ("mass", "output")}
     assert not made.importance and "gram/gn" not in made.extra
 

@@ -13,20 +13,23 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_context_videos import lossless
 
 from lightning_kv.calibration.sites import SiteSettings
-from lightning_kv.cli import main
+from lightning_kv.cli import main, parse
+from lightning_kv.commands.calibrate import measuring_of
 from lightning_kv.data.datamodule import PromptDataModule
 from lightning_kv.data.panorama import world_for
 from lightning_kv.models import load_model
 from lightning_kv.policies.head_curves import HeadCurves
 from lightning_kv.policies.registry import policy_from_dict
 from lightning_kv.tasks.calibrate import CalibrateModule, validating
-from lightning_kv.tasks.callbacks import CurveWriter
+from lightning_kv.tasks.callbacks import CalibrationProgressBar, CurveWriter
 from lightning_kv.tasks.evaluate import EvaluateModule
 from lightning_kv.tasks.measuring.head_profiles import labels_of, profile
 from lightning_kv.tasks.rollouts.context import start_of
@@ -37,17 +40,19 @@ MEASURING = SiteSettings(reach=6, chunks=1, steps=(0,), probes=2, exact=(0, 2), 
 SMALL = {"frames": 15, "context_frames": 6, "validate": 1}
 
 
-def calibrated(out, prompts=2, data=None, measuring=MEASURING, logger=False, mean=None, **settings):
+def calibrated(
+    out, prompts=2, data=None, measuring=MEASURING, logger=False, mean=None, beside=(), **settings
+):
     """A calibration as a user's own few lines make it."""
     writer = CurveWriter(out, mean=mean)
     module = CalibrateModule("panorama", measuring, **(SMALL | settings))
     trainer = L.Trainer(
-        callbacks=[writer],
+        callbacks=[writer, *beside],
         accelerator="cpu",
         devices=1,
         logger=logger,
         enable_checkpointing=False,
-        enable_progress_bar=False,
+        enable_progress_bar=bool(beside),
         enable_model_summary=False,
     )
     data = data or PromptDataModule(SHARDS, prompts, seed=1)
@@ -72,7 +77,7 @@ def four(tmp_path_factory):
 def test_ten_lines_give_a_file_that_budgets_are_solved_from(four):
     out, found = four
     curves = HeadCurves.load(out)
-    assert curves.budgets == tuple(range(7)) and curves.shape == (4, 6, 4)
+    assert curves.budgets == tuple(range(7)) and curves.shape == (6, 4)
     names = {f"{s}/{m}" for s in ("mass", "recency") for m in ("mass", "output", "gn")}
     assert set(curves.curves) == names
     assert set(curves.importance) == {"history", "zero"}
@@ -118,7 +123,7 @@ def test_what_is_added_later_is_as_if_it_had_been_there(four, tmp_path):
     """From two prompts to four; the prompt that validates is another one then, or the same."""
     out = tmp_path / "heads.safetensors"
     calibrated(out, 2)
-    assert HeadCurves.load(out).shape[0] == 2
+    assert len(HeadCurves.load(out).prompts("mass", "gn")) == 2
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "heads.records/clips").iterdir()}
     assert len(files) == 2
     calibrated(out, 4)
@@ -160,9 +165,41 @@ def test_what_is_finished_is_not_measured_again(four, tmp_path, monkeypatch):
 def test_samples_are_means_within_their_prompt(tmp_path):
     data = PromptDataModule(SHARDS, 2, samples=2, seed=1)
     found = calibrated(tmp_path / "heads.safetensors", data=data, validate=0)
-    assert found.curves.shape[0] == 2 and found.curves.about["data"]["clips"] == 4
+    assert len(found.curves.prompts("mass", "gn")) == 2 and found.curves.about["data"]["clips"] == 4
     assert "zero" not in found.curves.importance
     assert any("validate 0" in each for each in found.words)
+
+
+def test_clips_are_counted_on_a_line(tmp_path, screen):
+    shown = screen(terminal=True)
+    bar = CalibrationProgressBar()
+    calibrated(tmp_path / "heads.safetensors", beside=[bar], validate=0, labels=False)
+    said = shown()
+    assert re.search(r"measuring .* 2/2 clips", said) and "left-" in said
+    assert bar.bar is None
+
+
+def test_a_command_line_of_lightnings_own_writes_the_same(four, tmp_path):
+    out = tmp_path / "heads.safetensors"
+    told = {
+        "model": {"measuring": {**vars(MEASURING)}, **SMALL},
+        "data": {"shards": str(SHARDS), "prompts": 4, "seed": 1},
+        "trainer": {"accelerator": "cpu", "devices": 1, "logger": False},
+    }
+    told["model"]["measuring"] |= {"steps": [0], "exact": [0, 2], "scorers": ["mass", "recency"]}
+    told["trainer"] |= {"enable_checkpointing": False}
+    (tmp_path / "cli.yaml").write_text(yaml.safe_dump(told))
+    words = ["test", "--config", str(tmp_path / "cli.yaml"), "--trainer.callbacks"]
+    words += ["lightning_kv.tasks.callbacks.CurveWriter", "--trainer.callbacks.out", str(out)]
+    LightningCLI(CalibrateModule, PromptDataModule, args=words, save_config_callback=None)
+    assert content(out) == content(four[0])
+
+
+def test_a_sink_has_a_reference_that_keeps_it(tmp_path):
+    measuring = SiteSettings(reach=6, sink=3, chunks=1, steps=(0,), probes=2)
+    found = calibrated(tmp_path / "heads.safetensors", measuring=measuring, validate=0, mean=4)
+    assert found.curves.budgets == (3, 4, 5, 6)
+    assert found.curves.about["cache"]["reference"]["name"] == "sink-window@6f"
 
 
 def test_loggers_hear_of_it(tmp_path):
@@ -241,7 +278,7 @@ def filmed(tmp_path_factory):
 def test_history_is_that_of_the_video(filmed, tmp_path):
     data = PromptDataModule(context_videos=filmed / "long")
     found = calibrated(tmp_path / "heads.safetensors", data=data)
-    assert found.curves.shape == (2, 6, 4)
+    assert found.curves.prompts("mass", "gn").shape == (2, 6, 4, 7)
     assert found.curves.about["data"]["prompts"] == sorted(data.keys())
     module = CalibrateModule("panorama", MEASURING, **SMALL)
     sample = data.prompt_samples()[0]
@@ -346,8 +383,9 @@ def test_who_validates_does_not_depend_on_the_order():
 # -- processes --------------------------------------------------------------------------------
 
 WORDS = ["--data.shards", str(SHARDS), "--prompts", "4", "--reach", "6f", "--chunks", "1"]
-WORDS += ["--steps", "0", "--probes", "2", "--exact", "0,2", "--batch", "6", "--frames", "15"]
-WORDS += ["--context_frames", "6", "--validate", "1", "--trainer.accelerator", "cpu"]
+WORDS += ["--measuring.steps", "0", "--measuring.batch", "6", "--probes", "2", "--exact", "0,2"]
+WORDS += ["--frames", "15", "--context_frames", "6", "--validate", "1"]
+WORDS += ["--trainer.accelerator", "cpu"]
 
 
 def started(out, devices):
@@ -367,6 +405,8 @@ def test_the_command_writes_the_file_of_the_module(four, tmp_path, capsys):
     out = tmp_path / "heads.safetensors"
     main(["calibrate", *WORDS, "--trainer.devices", "1", "-o", str(out)])
     assert content(out) == content(four[0])
+    again = parse("calibrate", ["-c", str(tmp_path / "heads.records/config.yaml")])
+    assert again.out == out and measuring_of(again, world=True) == MEASURING
     told = capsys.readouterr().out
     assert "Rank correlation of probes" in told and "lightning-kv budgets" in told
 

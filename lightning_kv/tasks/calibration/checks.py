@@ -32,6 +32,8 @@ from lightning_kv.utilities.formatting import number, several
 GATES = ((0.9, "probes"), (0.7, "screen"), (-1.0, "exact"))
 """Least lower bound of the rank correlation of probes with exact losses, and what it allows."""
 
+WAY = "measure all exactly (--exact all, --validate as many as --prompts) and use metric: exact"
+
 
 def agreement(reduced: Reduced, validated: Sequence[str]) -> dict[str, Any]:
     """Cheap against exact losses on the prompts that validate, for ``about["checks"]``.
@@ -65,6 +67,7 @@ def agreement(reduced: Reduced, validated: Sequence[str]) -> dict[str, Any]:
         scorer = settings.scorers[0]
         exact = _flat(reduced.stacked(f"exact/{scorer}", validated)[..., 0])
         found |= _gate(found["budgets"][f"{scorer}@{least}f"], settings.probes)
+        found["gate_at"] = least
         zero = _flat(reduced.stacked("zero", validated))
         found["spearman_zero_history"] = _triple(rank_correlation(zero, exact))
     else:
@@ -124,17 +127,16 @@ def sentences_of(checks: dict[str, Any]) -> list[str]:
         return [f"Rank correlation of probes with exact losses: {shown}, {checks['why']}.{more}"]
     said = {
         "probes": "probes will do",
-        "screen": "probes tell roughly; where gains are close, measure exactly (--validate all of "
-        "the prompts, --exact the whole grid), and use metric: exact",
-        "exact": "probes do not rank these heads: measure exactly (--validate all of the prompts, "
-        "--exact the whole grid), and use metric: exact",
+        "screen": f"probes tell roughly; where gains are close, {WAY}",
+        "exact": f"probes do not rank these heads: {WAY}",
     }[checks["gate"]]
+    where = f"{checks['gate_at']} frames left" if checks["gate_at"] else "no history"
     found = (
-        f"Rank correlation of probes with exact losses across heads, no history: {number(middle)} "
+        f"Rank correlation of probes with exact losses across heads, {where}: {number(middle)} "
         f"(95 % interval {number(low)} to {number(high)}, {on}): {said}."
     )
     zero = checks["spearman_zero_history"][0]
-    more = [] if zero is None else [f"Of whole heads taken away, with no history: {number(zero)}."]
+    more = [] if zero is None else [f"Of losses without whole heads with the same: {number(zero)}."]
     floor = f"A row that changes nothing changes the estimate by {number(checks['floor'])} at most."
     return [found, *more, floor]
 

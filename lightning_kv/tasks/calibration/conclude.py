@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from lightning_kv.tasks.calibration.checks import (
 )
 from lightning_kv.tasks.calibration.records import CalibrationDirectory, Wanted, mark_of
 from lightning_kv.tasks.measuring.head_profiles import labels_of, save_labels
-from lightning_kv.utilities.formatting import number, several
+from lightning_kv.utilities.formatting import number, percent, several
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,27 +75,18 @@ def conclude(
     Raises:
         ValueError: Fewer than two prompts have a record.
     """
-    done = run.finished(wanted)
-    units = {wanted[key].sample.key: None for key in wanted if key in done}
+    done = sorted(run.finished(wanted))
+    units = list(dict.fromkeys(own.sample.key for key, own in wanted.items() if key in done))
     check_enough(len(units), "were measured")
-    settings = task.settings
-    found = reduced((run.read(key) for key in sorted(done)), settings, round(task.mean))
+    found = reduced(map(run.read, done), task.settings, round(task.mean))
     validated = sorted({wanted[key].sample.key for key in done if wanted[key].validates})
-    curves = found.curves(validated, {})
-    scorer, metric = settings.scorers[0], found.metric
-    places = [found.prompts.index(unit) for unit in units]
-    seen = looks(curves, places, scorer, metric, task.mean)
-    checks = agreement(found, validated)
-    marks = sorted([key, mark_of(wanted[key].sample)] for key in done)
-    told = dict(task.about)
-    told["data"] = told["data"] | {
-        "prompts": list(found.prompts),
-        "clips": len(done),
-        "fingerprint": f"sha256:{fingerprint({'clips': marks})}",
-    }
-    history = curves.curve(scorer, metric, shrink=False)[..., 0]
-    told["checks"] = checks | {
-        "am_gm": am_gm(history),
+    curves = found.curves(validated)
+    order = [found.prompts.index(unit) for unit in units]
+    scorer = task.settings.scorers[0]
+    metric = "exact" if f"{scorer}/exact" in curves.curves else found.metric
+    seen = looks(curves, order, scorer, metric, task.mean)
+    checks = agreement(found, validated) | {
+        "am_gm": am_gm(curves.prompts(scorer, metric).mean(0)[..., 0]),
         "structure": structure(curves, scorer, metric),
         "mean": task.mean,
         "looks": [plain(each) for each in seen],
@@ -103,26 +94,42 @@ def conclude(
         "regret90": seen[-1].regret,
     }
     tables, said = write_labels(found, task, out)
-    told["labels"] = [path.name for path in tables]
-    told["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    curves = HeadCurves(curves.budgets, curves.curves, curves.importance, curves.extra, told)
+    told = {"checks": checks, "labels": [path.name for path in tables]}
+    told |= {"created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    about = _about(task, found, {key: wanted[key] for key in done}) | told
+    curves = replace(curves, about=about)
     curves.save(out)
-    spread = told["checks"]["am_gm"]
-    first = (
-        f"{out}: {several(len(found.prompts), 'prompt')}, {len(curves.curves)} curves of "
-        f"{curves.shape[0]} x {curves.shape[1]} heads at {len(curves.budgets)} budgets "
-        f"({curves.budgets[0]} to {curves.reach} frames)."
-    )
-    bound = (
-        ""
-        if spread is None
-        else (
-            f"AM/GM of what heads lose without history: {number(spread)}, about the most that "
-            "uniform budgets can lose against the best ones."
+    words = (*_first(out, curves), *sentences_of(checks), *advice(seen[-1], task.mean), *said)
+    return Calibration(curves, words, tables)
+
+
+def _about(task: Task, found: Reduced, done: Mapping[str, Wanted]) -> dict[str, Any]:
+    """What the file says of model, cache, data and settings."""
+    marks = [[key, mark_of(own.sample)] for key, own in done.items()]
+    data = {"prompts": list(found.prompts), "clips": len(done)}
+    data |= {"fingerprint": f"sha256:{fingerprint({'clips': marks})}"}
+    settings = task.settings
+    gram = {"scorer": settings.scorers[0], "frames": round(task.mean)} if settings.probes else None
+    told = dict(task.about)
+    return told | {"data": told["data"] | data, "settings": told["settings"] | {"gram": gram}}
+
+
+def _first(out: Path, curves: HeadCurves) -> list[str]:
+    """What was written, and how far heads differ."""
+    prompts, (layers, heads) = len(curves.about["data"]["prompts"]), curves.shape
+    found = [
+        f"{out}: {several(prompts, 'prompt')}, {len(curves.curves)} curves of {layers} x {heads} "
+        f"heads at {len(curves.budgets)} budgets ({curves.budgets[0]} to {curves.reach} frames)."
+    ]
+    checks = curves.about["checks"]
+    if (spread := checks["am_gm"]) is not None:
+        found.append(
+            f"AM/GM of what heads lose with the least: {number(spread)}. If all heads decayed "
+            "alike, uniform budgets would lose so many times what the best ones lose."
         )
-    )
-    words = [first, *filter(None, [bound]), *sentences_of(checks), *advice(seen[-1], task.mean)]
-    return Calibration(curves, (*words, *said), tables)
+    if (share := checks["structure"]["off_median"]) is not None:
+        found.append(f"Heads that surely differ from the median head: {percent(share)}.")
+    return found
 
 
 def check_enough(count: int, what: str) -> None:

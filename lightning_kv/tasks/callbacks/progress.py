@@ -128,16 +128,28 @@ class FrameProgressBar(LineProgressBar):
 class CalibrationProgressBar(LineProgressBar):
     """A line with the clips that are measured, and the time left; silent without a terminal."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.clips, self.part = 0, 0.0  # done, and of the running one
+
     def on_test_start(self, trainer: L.Trainer, pl_module: CalibrateModule) -> None:
         """Begin the line."""
         left = trainer.datamodule.left()
         self.begin(ProgressLine(left, "clips", "measuring", visible=trainer.is_global_zero))
         pl_module.heard.append(self.further)
+        self.clips, self.part = 0, 0.0
 
     def further(self, key: str, share: float) -> None:
         """A clip is so much further."""
-        if self.bar is not None:
-            self.bar.advance(share, note=key)
+        self.part += share
+        self.bar.at(self.clips + self.part, key)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: CalibrateModule, outputs: Any, *_: Any
+    ) -> None:
+        """Clips are done; shares of them need not add up to whole numbers."""
+        self.clips, self.part = self.clips + len(outputs["clips"]), 0.0
+        self.bar.at(self.clips)
 
     def close(self, pl_module: CalibrateModule) -> None:
         """Leave the terminal tidy, and the module without listeners."""
