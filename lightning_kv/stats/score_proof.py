@@ -183,8 +183,17 @@ def figures(found: Difference, p: float) -> str:
     """
     ends = "no interval"
     if found.low is not None:
-        ends = f"95 % interval {found.low:+.3g} to {found.high:+.3g}"
-    return f"{found.gain:+.3g} ({ends}, p {number(p)})"
+        ends = f"95 % interval {signed(found.low)} to {signed(found.high)}"
+    return f"{signed(found.gain)} ({ends}, p {number(p)})"
+
+
+def signed(value: float) -> str:
+    """A difference, with its sign.
+
+    >>> signed(0.0123456), signed(-0.0)
+    ('+0.0123', '+0')
+    """
+    return f"{value + 0.0:+.3g}"
 
 
 def headline(

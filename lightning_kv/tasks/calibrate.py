@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -68,6 +68,9 @@ class CalibrateModule(L.LightningModule):
     Attributes:
         heard: Called with the key of a clip and by how much of it is further; callbacks add to it.
     """
+
+    judges: ClassVar[str] = "heads"
+    """What its records are about."""
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_kv.calibration.chunk_meter import ChunkMeter
 from lightning_kv.calibration.sites import SiteSettings
@@ -51,6 +51,8 @@ class ProveBudgetsModule(CalibrateModule):
         ValueError: The file is no such, of another model, or has not these curves; a mean is
             outside of them; the part does not read whole frames; or as in the base.
     """
+
+    judges: ClassVar[str] = "whole tables of budgets"
 
     def __init__(
         self,

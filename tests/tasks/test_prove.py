@@ -244,12 +244,18 @@ def test_what_does_not_fit_is_refused_before_anything_is_measured(planted, tmp_p
         proving(folder, model, select="focused")
     with pytest.raises(ValueError, match=r"no curves recency/gn"):
         proving(folder, model, scorer="recency")
+    with pytest.raises(ValueError, match=r"No head curves are shipped for the model 'tiny'"):
+        ProveBudgetsModule(model, "auto", frames=FRAMES)
     with pytest.raises(ValueError, match=r"made for another model: 2 layers of 8 heads"):
         ProveBudgetsModule("panorama", folder / "heads.safetensors", frames=FRAMES)
     with pytest.raises(ValueError, match="writes what a ProveBudgetsModule"):
         measuring = SiteSettings(reach=6, scorers=("mass",), chunks=1, exact=())
         calibration = CalibrateModule(model, measuring, frames=FRAMES)
         ran(calibration, ProofWriter(tmp_path / "p"), prompts(folder, "others", 10))
+    with pytest.raises(ValueError, match="writes what a CalibrateModule"):
+        writer = CurveWriter(tmp_path / "p.safetensors")
+        ran(proving(folder, model), writer, prompts(folder, "others", 10))
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_sampler_with_several_chunks_in_flight_is_refused(planted):

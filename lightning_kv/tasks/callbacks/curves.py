@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 
@@ -34,6 +34,9 @@ class CurveWriter(L.Callback):
     Attributes:
         found: What came of it, on the first rank, once the test has ended.
     """
+
+    measured_by: ClassVar[type[CalibrateModule]] = CalibrateModule
+    """The module whose clips it writes."""
 
     def __init__(
         self, out: str | Path, records: str | Path | None = None, mean: float | None = None
@@ -87,10 +90,11 @@ class CurveWriter(L.Callback):
         """
         if stage != "test":
             return
-        if not isinstance(pl_module, CalibrateModule):
+        kind = self.measured_by
+        if not isinstance(pl_module, kind) or pl_module.judges != kind.judges:
             raise ValueError(
-                f"CurveWriter writes what a CalibrateModule measures, and a "
-                f"{type(pl_module).__name__} was given. Use it with CalibrateModule."
+                f"{type(self).__name__} writes what a {kind.__name__} measures, and a "
+                f"{type(pl_module).__name__} was given. Use it with {kind.__name__}."
             )
         if trainer.is_global_zero and not self.opened:
             self.open(trainer, pl_module, trainer.datamodule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import lightning as L
 
@@ -25,6 +26,7 @@ class ProofWriter(CurveWriter):
         found: What came of it, on the first rank, once the test has ended.
     """
 
+    measured_by: ClassVar[type[ProveBudgetsModule]] = ProveBudgetsModule
     found: ReadsProof | None
 
     def __init__(self, records: str | Path) -> None:
@@ -34,19 +36,6 @@ class ProofWriter(CurveWriter):
     def settled(self, module: ProveBudgetsModule) -> float:
         """The first mean: nothing is asked about one alone."""
         return float(module.design.means[0])
-
-    def setup(self, trainer: L.Trainer, pl_module: ProveBudgetsModule, stage: str) -> None:
-        """Take up what an earlier start has left.
-
-        Raises:
-            ValueError: The Trainer runs something else than such a proof.
-        """
-        if not isinstance(pl_module, ProveBudgetsModule):
-            raise ValueError(
-                f"ProofWriter writes what a ProveBudgetsModule measures, and a "
-                f"{type(pl_module).__name__} was given. Use it with ProveBudgetsModule."
-            )
-        super().setup(trainer, pl_module, stage)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: ProveBudgetsModule) -> None:
         """Say what it proves, once all ranks are done."""

@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_kv.report.proof_page import Section
@@ -19,13 +19,21 @@ from lightning_kv.runs.margins import MARGINS
 from lightning_kv.runs.units import unit_of
 from lightning_kv.stats.bootstrap import bca_interval
 from lightning_kv.stats.comparison import Comparison, compare
-from lightning_kv.stats.proof import Proof, change, prove
+from lightning_kv.stats.proof import (
+    Proof,
+    Quality,
+    change,
+    keeps_quality,
+    prove,
+    quality_words,
+)
 from lightning_kv.stats.score_proof import (
     Difference,
     ScoreProof,
     as_losses,
     difference,
     prove_score,
+    signed,
 )
 from lightning_kv.tasks.proof.design import JUDGED, ONLINE, SHUFFLED, TABLES, WHOLE
 from lightning_kv.tasks.report import open_run
@@ -57,6 +65,7 @@ class GroupProof:
         against: Each rule against uniform budgets, p not adjusted.
         proof: Tests and verdict.
         left_out: Clips that have no value under some rule.
+        quality: Whether other metrics keep within their margin of uniform budgets.
     """
 
     policy: str
@@ -67,6 +76,7 @@ class GroupProof:
     against: Mapping[str, Comparison | Difference]
     proof: Proof | ScoreProof
     left_out: tuple[str, ...]
+    quality: tuple[Quality, ...] = ()
 
     @property
     def title(self) -> str:
@@ -76,10 +86,11 @@ class GroupProof:
     @property
     def words(self) -> tuple[str, ...]:
         """The verdict and what it rests on."""
-        if not self.left_out:
-            return self.proof.words
-        some = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
-        return (*self.proof.words, f"Without a value under some budgets, so left out: {some}.")
+        said = [*self.proof.words, *map(quality_words, self.quality)]
+        if self.left_out:
+            some = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
+            said.append(f"Without a value under some budgets, so left out: {some}.")
+        return tuple(said)
 
 
 def of_run(run: RunDirectory, metrics: Sequence[str] | None = None) -> tuple[GroupProof, ...]:
@@ -105,11 +116,34 @@ def of_run(run: RunDirectory, metrics: Sequence[str] | None = None) -> tuple[Gro
     facts = about["metrics"]
     warn_fitted_run(about["policies"], {unit_of(record) for record in records})
     chosen = chosen_metrics(facts, records, metrics)
-    return tuple(
-        judged(records, policy, mean, rules, metric, facts[metric])
-        for (policy, mean), rules in groups.items()
-        for metric in chosen
-    )
+    guards = {name: facts[name] for name in MARGINS if name in facts and name not in chosen}
+    found = []
+    for (policy, mean), rules in groups.items():
+        quality = kept(records, rules, guards)
+        for metric in chosen:
+            own = judged(records, policy, mean, rules, metric, facts[metric])
+            found.append(replace(own, quality=quality))
+    return tuple(found)
+
+
+def kept(
+    records: Sequence[Record], rules: Mapping[str, str], guards: Mapping[str, Any]
+) -> tuple[Quality, ...]:
+    """Whether metrics keep within their margin of uniform budgets; those that have values.
+
+    Args:
+        records: Of the run.
+        rules: Name of the policy by rule.
+        guards: What the run says of each of them.
+    """
+    both = {rule: rules[rule] for rule in (JUDGED, UNIFORM)}
+    found = []
+    for metric, fact in guards.items():
+        values, _ = values_of(records, both, metric)
+        if len(values[JUDGED]) > 1:
+            higher = bool(fact["higher_is_better"])
+            found.append(keeps_quality(values, metric, JUDGED, UNIFORM, MARGINS[metric], higher))
+    return tuple(found)
 
 
 def grouped_by_policy(names: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
@@ -202,7 +236,7 @@ def judged(
     if not fact["higher_is_better"] and min(every) > 0:
         if str(fact["unit"]).endswith("^2"):
             values = {r: {p: [*map(math.sqrt, x)] for p, x in v.items()} for r, v in values.items()}
-        proof, kind = prove(values, JUDGED, shuffles=shuffles), "ratio"
+        proof, kind = prove(values, JUDGED, shuffles=shuffles, expects=False), "ratio"
         against = {rule: compare(values, rule, UNIFORM) for rule in others}
     else:
         higher, kind = bool(fact["higher_is_better"]), "difference"
@@ -253,8 +287,8 @@ def cells(found: GroupProof) -> list[tuple[str, ...]]:
             inside = "" if other.low is None else f" [{change(other.low)}, {change(other.high)}]"
             gain = f"{change(other.ratio)}{inside}"
         elif other is not None:
-            inside = "" if other.low is None else f" [{other.low:+.3g}, {other.high:+.3g}]"
-            gain = f"{other.gain:+.3g}{inside}"
+            inside = "" if other.low is None else f" [{signed(other.low)}, {signed(other.high)}]"
+            gain = f"{signed(other.gain)}{inside}"
         rows.append((rule, f"{number(value)}{ends}", gain, p))
     return rows
 

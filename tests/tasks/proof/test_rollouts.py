@@ -99,6 +99,19 @@ def test_scores_are_differences(run):
     assert json.loads(json.dumps(asdict(own)))["proof"]["verdict"] == "optimal"
 
 
+def test_other_metrics_must_keep(run):
+    every = of_run(run, ["latent_relative"])
+    for own in every:
+        (kept,) = own.quality  # recall is not judged here, and has a margin
+        assert (kept.metric, kept.against, kept.found.margin) == ("recall", "uniform", 0.02)
+        assert kept.found.verdict == "not worse" and kept.found.mean == pytest.approx(
+            -0.03, abs=3e-3
+        )
+        assert "Recall is kept within 0.02 of that of uniform budgets" in own.words[-1]
+        assert not any("Expected" in each for each in own.words)
+    assert not any(own.quality for own in of_run(run, ["recall", "latent_relative"]))
+
+
 def test_clips_without_a_value_are_left_out_and_said(tmp_path):
     run = recorded(tmp_path / "run", samples=1)
     path = next((tmp_path / "run/records").iterdir())
