@@ -135,6 +135,8 @@ def calibrate(options: CalibrateOptions) -> Calibration | None:
     from lightning_kv.tasks.trainer import is_first, launched, trainer_for
 
     settings = launched(options.trainer)
+    if settings.deterministic is None and settings.accelerator == "gpu":
+        settings.deterministic = "warn"  # else gradients of attention differ from run to run
     if options.threads < 1:
         raise ValueError(f"--threads {options.threads} leaves nobody to work. Use 1 or more.")
     torch.set_num_threads(options.threads)

@@ -95,6 +95,23 @@ def under(data, *names):
     return data
 
 
+def test_what_takes_longest_is_dealt_out_first(folder):
+    keys = PromptDataModule(folder).keys()
+    slow, done = keys[1::4], {keys[2]}  # three of them, all of which rank 1 of 2 or 4 would get
+    for world in (1, 2, 3):
+        ranks = []
+        for rank in range(world):
+            data = place(PromptDataModule(folder), rank, world)
+            data.longest, data.finished = slow, done
+            ranks.append(seen(data))
+            assert data.left() == len(ranks[-1])
+        assert sorted(key for own in ranks for key in own) == sorted(set(keys) - done)
+        counts = [len(set(own) & set(slow)) for own in ranks]
+        assert max(counts) - min(counts) <= 1
+        assert all(set(own[:n]) <= set(slow) for own, n in zip(ranks, counts, strict=True))
+    assert [item.key for item in PromptDataModule(folder).items()] == keys
+
+
 def test_the_policies_of_a_prompt_and_noise_follow_each_other_the_reference_first(folder):
     data = under(place(PromptDataModule(folder, prompts=2, samples=2), 0, 1), "full", "window")
     items = [item for batch in data.test_dataloader() for item in batch]

@@ -29,6 +29,7 @@ from lightning_kv.models import load_model
 from lightning_kv.policies.head_curves import HeadCurves
 from lightning_kv.policies.registry import policy_from_dict
 from lightning_kv.tasks.calibrate import CalibrateModule, validating
+from lightning_kv.tasks.calibration.records import CalibrationDirectory
 from lightning_kv.tasks.callbacks import CalibrationProgressBar, CurveWriter
 from lightning_kv.tasks.evaluate import EvaluateModule
 from lightning_kv.tasks.measuring.head_profiles import labels_of, profile
@@ -41,7 +42,15 @@ SMALL = {"frames": 15, "context_frames": 6, "validate": 1}
 
 
 def calibrated(
-    out, prompts=2, data=None, measuring=MEASURING, logger=False, mean=None, beside=(), **settings
+    out,
+    prompts=2,
+    data=None,
+    measuring=MEASURING,
+    logger=False,
+    mean=None,
+    beside=(),
+    limit=1.0,
+    **settings,
 ):
     """A calibration as a user's own few lines make it."""
     writer = CurveWriter(out, mean=mean)
@@ -54,6 +63,7 @@ def calibrated(
         enable_checkpointing=False,
         enable_progress_bar=bool(beside),
         enable_model_summary=False,
+        limit_test_batches=limit,
     )
     data = data or PromptDataModule(SHARDS, prompts, seed=1)
     trainer.test(module, datamodule=data, verbose=False)
@@ -200,6 +210,21 @@ def test_a_sink_has_a_reference_that_keeps_it(tmp_path):
     found = calibrated(tmp_path / "heads.safetensors", measuring=measuring, validate=0, mean=4)
     assert found.curves.budgets == (3, 4, 5, 6)
     assert found.curves.about["cache"]["reference"]["name"] == "sink-window@6f"
+
+
+def test_prompts_are_left_out_only_where_one_says_so(tmp_path, monkeypatch):
+    out = tmp_path / "not" / "yet" / "heads.safetensors"
+    assert calibrated(out, 3, limit=2).curves.shape[0] == 2
+    with pytest.raises(ValueError, match="Too few prompts: 1 were measured"):
+        calibrated(tmp_path / "one.safetensors", 3, limit=1)
+    write = CalibrationDirectory.write
+    monkeypatch.setattr(
+        CalibrationDirectory,
+        "write",
+        lambda self, record, sample: None if "noon" in record.key else write(self, record, sample),
+    )
+    with pytest.raises(ValueError, match=r"none of 1 of 3 clips, such as .noon.*machines share"):
+        calibrated(tmp_path / "more.safetensors", 3)
 
 
 def test_loggers_hear_of_it(tmp_path):
@@ -354,6 +379,14 @@ def test_gradients_that_are_no_numbers_are_said(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"gn/mass, gn/recency of clip .* are not finite"):
         calibrated(tmp_path / "heads.safetensors")
     assert not list((tmp_path / "heads.records/clips").iterdir())
+
+
+def test_a_file_without_its_records_is_not_lost(four, tmp_path):
+    out = tmp_path / "heads.safetensors"
+    shutil.copy(four[0], out)
+    with pytest.raises(ValueError, match=r"is there already, and its records are not"):
+        calibrated(out)
+    assert content(out) == content(four[0]) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_another_ending_is_refused(tmp_path):

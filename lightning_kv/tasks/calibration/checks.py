@@ -35,17 +35,19 @@ GATES = ((0.9, "probes"), (0.7, "screen"), (-1.0, "exact"))
 WAY = "measure all exactly (--exact all, --validate as many as --prompts) and use metric: exact"
 
 
-def agreement(reduced: Reduced, validated: Sequence[str]) -> dict[str, Any]:
+def agreement(reduced: Reduced, validated: Sequence[str], mean: float) -> dict[str, Any]:
     """Cheap against exact losses on the prompts that validate, for ``about["checks"]``.
 
     Args:
         reduced: Of all prompts.
         validated: Keys of those that were also measured exactly.
+        mean: Budget that is asked about.
 
     Returns:
         Plain data: ``spearman_gn_exact`` ``[estimate, low, high]`` across heads where the least
-        budget is kept, what it allows (``gate``), the same for other budgets and measures, how
-        well each repeats itself, the median of ``|log gn / exact|``, and the numerical ``floor``.
+        budget is kept, what it allows (``gate``), the same for the budget that is ``nearest`` to
+        the mean, for other ``budgets`` and measures, how well each repeats itself, the median of
+        ``|log gn / exact|``, and the numerical ``floor``.
     """
     if not validated:
         return {"validated": [], "gate": None, "why": "no prompt was measured exactly"}
@@ -68,6 +70,9 @@ def agreement(reduced: Reduced, validated: Sequence[str]) -> dict[str, Any]:
         exact = _flat(reduced.stacked(f"exact/{scorer}", validated)[..., 0])
         found |= _gate(found["budgets"][f"{scorer}@{least}f"], settings.probes)
         found["gate_at"] = least
+        nearest = min(settings.exact, key=lambda own: abs(own - mean))
+        at = found["budgets"].get(f"{scorer}@{nearest}f", {}).get("gn")
+        found["nearest"] = at and {"frames": nearest, "spearman": at["spearman"]}
         zero = _flat(reduced.stacked("zero", validated))
         found["spearman_zero_history"] = _triple(rank_correlation(zero, exact))
     else:
@@ -135,7 +140,10 @@ def sentences_of(checks: dict[str, Any]) -> list[str]:
         f"Rank correlation of probes with exact losses across heads, {where}: {number(middle)} "
         f"(95 % interval {number(low)} to {number(high)}, {on}): {said}."
     )
-    zero = checks["spearman_zero_history"][0]
+    zero, near = checks["spearman_zero_history"][0], checks["nearest"]
+    if near and near["frames"] != checks["gate_at"] and near["spearman"][1] is not None:
+        middle, low, high = map(number, near["spearman"])
+        found += f" With {near['frames']} frames left: {middle} ({low} to {high})."
     more = [] if zero is None else [f"Of losses without whole heads with the same: {number(zero)}."]
     floor = f"A row that changes nothing changes the estimate by {number(checks['floor'])} at most."
     return [found, *more, floor]

@@ -85,7 +85,7 @@ def conclude(
     scorer = task.settings.scorers[0]
     metric = "exact" if f"{scorer}/exact" in curves.curves else found.metric
     seen = looks(curves, order, scorer, metric, task.mean)
-    checks = agreement(found, validated) | {
+    checks = agreement(found, validated, task.mean) | {
         "am_gm": am_gm(curves.prompts(scorer, metric).mean(0)[..., 0]),
         "structure": structure(curves, scorer, metric),
         "mean": task.mean,

@@ -11,7 +11,7 @@ from lightning_kv.runs.directory import fingerprint
 from lightning_kv.tasks.calibrate import CalibrateModule
 from lightning_kv.tasks.calibration.checks import warn_few
 from lightning_kv.tasks.calibration.conclude import Calibration, Task, conclude
-from lightning_kv.tasks.calibration.records import CalibrationDirectory
+from lightning_kv.tasks.calibration.records import CalibrationDirectory, Wanted
 from lightning_kv.tasks.measuring.fingerprint import surroundings, versions
 
 
@@ -55,15 +55,22 @@ class CurveWriter(L.Callback):
         """Make the directory, or check that it holds records of these very settings; for one rank.
 
         Raises:
-            ValueError: It holds something else, or the module cannot measure what the data gives.
+            ValueError: It holds something else, a file would be lost, or the module cannot measure
+                what the data gives.
         """
         module.check_data(data)
         self.settled(module)
+        if self.out.exists() and not self.run.path.exists():
+            raise ValueError(
+                f"{self.out} is there already, and its records are not: there is no "
+                f"{self.run.path}. Give another file, the folder of its records, or remove it."
+            )
         described = {**module.describe(), **surroundings(trainer)}
         logs = [Path(each.log_dir).resolve().parts for each in trainer.loggers if each.log_dir]
         own = self.run.path.resolve().parts
         beside = {parts[len(own)] for parts in logs if parts[: len(own)] == own != parts}
         self.run.open(fingerprint(described), described, None, beside)
+        self.out.parent.mkdir(parents=True, exist_ok=True)  # not after hours
         warn_few(min(module.validate, data.total))
         self.opened = True
 
@@ -115,12 +122,29 @@ class CurveWriter(L.Callback):
         trainer.strategy.barrier("records are written")
         if trainer.is_global_zero:
             wanted = pl_module.wanted(trainer.datamodule)
+            self._check_whole(trainer, wanted)
             about = pl_module.about()
             about["software"] = versions() | {"device": trainer.strategy.root_device.type}
             chunk = pl_module.network.config.chunk
             task = Task(pl_module.measuring, self.settled(pl_module), chunk, about)
             self.found = conclude(self.run, wanted, task, self.out)
             self._log(trainer, self.found)
+
+    def _check_whole(self, trainer: L.Trainer, wanted: dict[str, Wanted]) -> None:
+        """Refuse to leave prompts out, unless the Trainer was told to.
+
+        Raises:
+            ValueError: Records are not where this rank looks for them.
+        """
+        there = self.run.finished(wanted)
+        missing = [key for key in wanted if key not in there]
+        limit = trainer.limit_test_batches
+        if missing and isinstance(limit, float) and limit == 1:  # 1 is one batch, 1.0 all of them
+            raise ValueError(
+                f"Records are missing: {self.run.path} has none of {len(missing)} of {len(wanted)} "
+                f"clips, such as {missing[0]!r}, though they were measured. Give a folder that all "
+                "machines share (--records), copy theirs into it, and start again."
+            )
 
     @staticmethod
     def _log(trainer: L.Trainer, found: Calibration) -> None:

@@ -42,7 +42,7 @@ def drawn(prompts=8, noise=0.1, spread=1.0, settings=SETTINGS, seed=0):
 def test_agreement_is_that_of_scipy_on_the_prompts_that_validate():
     own = drawn()
     keys = own.prompts[2:7]
-    found = agreement(own, keys)
+    found = agreement(own, keys, 2)
     assert found["validated"] == sorted(keys) and found["floor"] == 0.25
     gn, exact = (own.stacked(name, keys).mean(0) for name in ("mass/gn", "exact/mass"))
     expected = spearmanr(gn[..., 0].flatten(), exact[..., 0].flatten()).statistic
@@ -54,6 +54,8 @@ def test_agreement_is_that_of_scipy_on_the_prompts_that_validate():
     ratio = (gn[..., 2] / exact[..., 1]).log().abs().flatten().numpy()
     assert at["gn"]["median_abs_log_ratio"] == pytest.approx(np.median(ratio))
     assert 0 < at["gn"]["reliability"] <= 1 and at["gn"]["disattenuated"] is not None
+    assert found["nearest"] == {"frames": 2, "spearman": at["gn"]["spearman"]}
+    assert "With 2 frames left" in sentences_of(found)[0]
     zero = own.stacked("zero", keys).mean(0).flatten()
     expected = spearmanr(zero, exact[..., 0].flatten()).statistic
     assert found["spearman_zero_history"][0] == pytest.approx(expected)
@@ -68,7 +70,7 @@ def test_agreement_is_that_of_scipy_on_the_prompts_that_validate():
     ],
 )
 def test_the_gate_is_the_lower_bound(noise, gate, words):
-    found = agreement(own := drawn(noise=noise, spread=1.2), own.prompts)
+    found = agreement(own := drawn(noise=noise, spread=1.2), own.prompts, 2)
     low = found["spearman_gn_exact"][1]
     assert (low >= 0.9, 0.7 <= low < 0.9, low < 0.7) == tuple(
         gate == name for name in ("probes", "screen", "exact")
@@ -78,14 +80,16 @@ def test_the_gate_is_the_lower_bound(noise, gate, words):
 
 def test_few_prompts_have_no_gate():
     own = drawn()
-    found = agreement(own, own.prompts[:2])
+    found = agreement(own, own.prompts[:2], 2)
     assert found["gate"] is None and found["spearman_gn_exact"][0] is not None
     assert "Validate on 3 prompts or more" in " ".join(sentences_of(found))
-    found = agreement(own, [])
+    found = agreement(own, [], 2)
     assert found["gate"] is None and "validate 0" in sentences_of(found)[0]
     none = replace(own, settings=replace(SETTINGS, exact=()))
-    assert agreement(none, own.prompts)["why"] == "no budget below the reach was measured exactly"
-    assert "not compared" in sentences_of(agreement(none, own.prompts))[0]
+    assert (
+        agreement(none, own.prompts, 2)["why"] == "no budget below the reach was measured exactly"
+    )
+    assert "not compared" in sentences_of(agreement(none, own.prompts, 2))[0]
 
 
 def test_looks_are_those_of_the_prompts_that_came_first():
