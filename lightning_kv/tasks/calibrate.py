@@ -264,8 +264,12 @@ class CalibrateModule(L.LightningModule):
 
 
 def weights_of(model: VideoModel) -> str:
-    """What tells a model's weights from others in a file of curves."""
-    told = {"source": model.source, "config": model.network.config.to_dict()}
+    """What tells a model's weights from others in a file of curves.
+
+    Text states and VAE are left out: other prompts have states of their own.
+    """
+    source = {name: mark for name, mark in model.source.items() if name not in ("text", "vae")}
+    told = {"source": source, "config": model.network.config.to_dict()}
     return f"sha256:{fingerprint(told)}"
 
 

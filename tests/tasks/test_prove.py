@@ -280,6 +280,11 @@ def test_other_weights_of_the_model_are_said(planted):
     other.source["sha256"] = "another"
     with pytest.warns(UserWarning, match="other weights of 'tiny'"):
         proving(folder, other)
+    other.source.pop("sha256")
+    other.source["text"] = "that of other prompts"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        proving(folder, other)
 
 
 @pytest.fixture(scope="module")
