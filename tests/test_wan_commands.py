@@ -538,3 +538,22 @@ def test_heads_are_calibrated_on_real_videos(tiny_wan, prompts, tmp_path):
     found = calibrated(tiny_wan, tmp_path / "heads.safetensors", *words)
     assert found.about["data"]["prompts"] == ["a", "b"]
     assert float(found.prompts("recency", "gn")[..., 0].min()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Validation on 1 prompt")
+def test_budgets_are_proved_on_other_prompts(tiny_wan, prompts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    heads = tmp_path / "heads.safetensors"
+    calibrated(tiny_wan, heads, "--data.shards", str(prompts), "--scorers", "mass")
+    Path("other.txt").write_text("".join(f"{number} boats\n" for number in range(8)))
+    main(["encode", "other.txt", "--text", str(tiny_wan), "-o", "other"])
+    capsys.readouterr()
+    words = ["--model", str(tiny_wan / "model.yaml"), "--data.shards", "other", "--frames", "12"]
+    words += ["--chunks", "1", "--prompts", "8", "--means", "1f", "--accelerator", "cpu", "--json"]
+    main(["prove", "budgets", str(heads), *words])
+    (own,) = json.loads(capsys.readouterr().out)["means"]
+    losses = {row["rule"]: row["loss"] for row in own["rows"]}
+    # Of three frames every head reads one: there is one way to give them.
+    assert losses["uniform"] > 0 and losses["optimal"] == losses["uniform"] == losses["pyramid"]
+    assert own["proof"]["verdict"] == "uniform" and own["found"] == 1

@@ -114,6 +114,7 @@ def prove(
     others: Sequence[str] = (),
     quality: Sequence[Quality] = (),
     seed: int = 0,
+    expects: bool = True,
 ) -> Proof:
     """The verdict on budgets by head, from losses on prompts that did not choose them.
 
@@ -129,6 +130,7 @@ def prove(
         others: Conditions to compare with beside the family.
         quality: From :func:`keeps_quality`.
         seed: The same seed gives the same figures.
+        expects: Also say whether it came as expected; that was said of chunks, not of rollouts.
 
     Raises:
         ValueError: The family is empty, or as in :func:`~lightning_kv.stats.comparison.compare`.
@@ -150,8 +152,7 @@ def prove(
         *(quality_words(found) for found in quality),
         f"Not measured, so not compared with: {', '.join(absent)}." if absent else "",
         lonely(comparisons),
-        f"Expected beforehand was a loss lower by {percent(WORTH)} or more, with p below "
-        f"{EXPECTED_P}: that {'came' if expected else 'did not come'} true.",
+        expectation(expected) if expects else "",
     ]
     return Proof(
         condition,
@@ -300,6 +301,14 @@ def headline(first: Comparison, adjusted: float, verdict: ProofVerdict, fewest: 
     needed = first.needed and max(first.needed, fewest)
     more = f"; about {needed} prompts would show it" if needed and needed > first.prompts else ""
     return f"Undecided: {seen}. {upper(worth)} is neither shown nor excluded{more}.{short}"
+
+
+def expectation(came: bool) -> str:
+    """Whether it came as expected."""
+    return (
+        f"Expected beforehand was a loss lower by {percent(WORTH)} or more, with p below "
+        f"{EXPECTED_P}: that {'came' if came else 'did not come'} true."
+    )
 
 
 def lonely(comparisons: Sequence[Comparison]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -68,6 +68,9 @@ class CalibrateModule(L.LightningModule):
     Attributes:
         heard: Called with the key of a clip and by how much of it is further; callbacks add to it.
     """
+
+    judges: ClassVar[str] = "heads"
+    """What its records are about."""
 
     def __init__(
         self,
@@ -151,12 +154,11 @@ class CalibrateModule(L.LightningModule):
         """What a file of curves says of model, cache, data and settings."""
         network, measuring = self.network, self.measuring
         geometry = network.geometry(read_size(self.settings.size, network.config))
-        weights = {"source": self.source, "config": network.config.to_dict()}
         told = self.describe()
         return {
             "model": {
                 "name": self.own_name,
-                "fingerprint": f"sha256:{fingerprint(weights)}",
+                "fingerprint": weights_of(self.model),
                 "geometry": described(geometry),
                 "schedule": list(network.config.timesteps),
                 "precision": self.source.get("precision", "float32"),
@@ -184,9 +186,9 @@ class CalibrateModule(L.LightningModule):
         """
         if not isinstance(data, PromptDataModule):
             raise ValueError(
-                f"CalibrateModule measures the clips of prompts, and {type(data).__name__} was "
-                "given. Call trainer.test(module, datamodule=PromptDataModule(...)); real videos "
-                "are its context_videos."
+                f"{type(self).__name__} measures the clips of prompts, and "
+                f"{type(data).__name__} was given. Call trainer.test(module, "
+                "datamodule=PromptDataModule(...)); real videos are its context_videos."
             )
         data.keys()  # two clips with one key would share noise and records
         check_enough(data.total, "are asked for")
@@ -259,6 +261,16 @@ class CalibrateModule(L.LightningModule):
         frames = min(latent_frames(shown, self.network.config), self.settings.frames)
         whole = replace(self.settings, frames=frames, context_frames=frames)
         return video_start(sample, self.model, whole).context
+
+
+def weights_of(model: VideoModel) -> str:
+    """What tells a model's weights from others in a file of curves.
+
+    Text states and VAE are left out: other prompts have states of their own.
+    """
+    source = {name: mark for name, mark in model.source.items() if name not in ("text", "vae")}
+    told = {"source": source, "config": model.network.config.to_dict()}
+    return f"sha256:{fingerprint(told)}"
 
 
 def window(measuring: SiteSettings) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def test_prompts_are_means_of_their_clips_in_any_order():
         assert torch.equal(found[0].stacked(name), torch.stack([mean_of([a, b]), c]))
     assert not found[0].has("zero")  # not of all clips
     curves = found[0].curves([])
-    assert curves.shape == (2, 2, 2) and curves.budgets == tuple(range(7))
+    assert curves.shape == (2, 2) and curves.budgets == tuple(range(7))
     assert set(curves.curves) == {f"{s}/{m}" for s in SETTINGS.scorers for m in METRICS}
     assert set(curves.importance) == {"history"}
     assert float(curves.extra["query/var"].min()) > 0

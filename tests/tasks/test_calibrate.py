@@ -87,7 +87,7 @@ def four(tmp_path_factory):
 def test_ten_lines_give_a_file_that_budgets_are_solved_from(four):
     out, found = four
     curves = HeadCurves.load(out)
-    assert curves.budgets == tuple(range(7)) and curves.shape == (4, 6, 4)
+    assert curves.budgets == tuple(range(7)) and curves.shape == (6, 4)
     names = {f"{s}/{m}" for s in ("mass", "recency") for m in ("mass", "output", "gn")}
     assert set(curves.curves) == names
     assert set(curves.importance) == {"history", "zero"}
@@ -133,7 +133,7 @@ def test_what_is_added_later_is_as_if_it_had_been_there(four, tmp_path):
     """From two prompts to four; the prompt that validates is another one then, or the same."""
     out = tmp_path / "heads.safetensors"
     calibrated(out, 2)
-    assert HeadCurves.load(out).shape[0] == 2
+    assert len(HeadCurves.load(out).prompts("mass", "gn")) == 2
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "heads.records/clips").iterdir()}
     assert len(files) == 2
     calibrated(out, 4)
@@ -175,7 +175,7 @@ def test_what_is_finished_is_not_measured_again(four, tmp_path, monkeypatch):
 def test_samples_are_means_within_their_prompt(tmp_path):
     data = PromptDataModule(SHARDS, 2, samples=2, seed=1)
     found = calibrated(tmp_path / "heads.safetensors", data=data, validate=0)
-    assert found.curves.shape[0] == 2 and found.curves.about["data"]["clips"] == 4
+    assert len(found.curves.prompts("mass", "gn")) == 2 and found.curves.about["data"]["clips"] == 4
     assert "zero" not in found.curves.importance
     assert any("validate 0" in each for each in found.words)
 
@@ -214,7 +214,7 @@ def test_a_sink_has_a_reference_that_keeps_it(tmp_path):
 
 def test_prompts_are_left_out_only_where_one_says_so(tmp_path, monkeypatch):
     out = tmp_path / "not" / "yet" / "heads.safetensors"
-    assert calibrated(out, 3, limit=2).curves.shape[0] == 2
+    assert len(calibrated(out, 3, limit=2).curves.prompts("mass", "gn")) == 2
     with pytest.raises(ValueError, match="Too few prompts: 1 were measured"):
         calibrated(tmp_path / "one.safetensors", 3, limit=1)
     write = CalibrationDirectory.write
@@ -303,7 +303,7 @@ def filmed(tmp_path_factory):
 def test_history_is_that_of_the_video(filmed, tmp_path):
     data = PromptDataModule(context_videos=filmed / "long")
     found = calibrated(tmp_path / "heads.safetensors", data=data)
-    assert found.curves.shape == (2, 6, 4)
+    assert found.curves.prompts("mass", "gn").shape == (2, 6, 4, 7)
     assert found.curves.about["data"]["prompts"] == sorted(data.keys())
     module = CalibrateModule("panorama", MEASURING, **SMALL)
     sample = data.prompt_samples()[0]

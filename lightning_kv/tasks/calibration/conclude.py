@@ -116,7 +116,7 @@ def _about(task: Task, found: Reduced, done: Mapping[str, Wanted]) -> dict[str, 
 
 def _first(out: Path, curves: HeadCurves) -> list[str]:
     """What was written, and how far heads differ."""
-    prompts, layers, heads = curves.shape
+    prompts, (layers, heads) = len(curves.about["data"]["prompts"]), curves.shape
     found = [
         f"{out}: {several(prompts, 'prompt')}, {len(curves.curves)} curves of {layers} x {heads} "
         f"heads at {len(curves.budgets)} budgets ({curves.budgets[0]} to {curves.reach} frames)."

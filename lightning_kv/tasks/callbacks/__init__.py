@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         RolloutProgressBar,
         TrainingProgressBar,
     )
+    from lightning_kv.tasks.callbacks.proof import ProofWriter
     from lightning_kv.tasks.callbacks.records import RecordWriter
     from lightning_kv.tasks.callbacks.traces import TraceWriter
     from lightning_kv.tasks.callbacks.videos import ComparisonVideos, PairVideos
@@ -28,6 +29,7 @@ _HOMES = {
     "FrameProgressBar": "progress",
     "PairVideos": "videos",
     "PolicyEvaluation": "policy_evaluation",
+    "ProofWriter": "proof",
     "RecordWriter": "records",
     "RolloutProgressBar": "progress",
     "TraceWriter": "traces",
@@ -41,6 +43,7 @@ __all__ = [
     "FrameProgressBar",
     "PairVideos",
     "PolicyEvaluation",
+    "ProofWriter",
     "RecordWriter",
     "RolloutProgressBar",
     "TraceWriter",

@@ -140,13 +140,23 @@ def warn_fitted(
             used = part.fitted_on(geometry) if isinstance(part, Calibrated) else ()
             both = [key for key in used if key in prompts]
             if both:
-                named = ", ".join(both[:NAMED]) + (" and others" if len(both) > NAMED else "")
-                warnings.warn(
-                    f"The budgets of {policy.name!r} ({part.heads.file}) were fitted on "
-                    f"{several(len(both), 'prompt')} of this evaluation, where they look too good: "
-                    f"{named}. Evaluate on others: another set, or another --data.seed.",
-                    stacklevel=2,
-                )
+                warnings.warn(fitted_words(policy.name, part.heads.file, both), stacklevel=2)
+
+
+def fitted_words(policy: str, file: str | None, prompts: Sequence[str]) -> str:
+    """What to say of prompts that budgets were fitted on.
+
+    Args:
+        policy: Name of the policy.
+        file: Of the head curves.
+        prompts: Their keys.
+    """
+    named = ", ".join(prompts[:NAMED]) + (" and others" if len(prompts) > NAMED else "")
+    return (
+        f"The budgets of {policy!r} ({file}) were fitted on {several(len(prompts), 'prompt')} of "
+        f"this evaluation, where they look too good: {named}. Evaluate on others: another set, or "
+        "another --data.seed."
+    )
 
 
 def by_name(policies: list[CachePolicy]) -> dict[str, CachePolicy]:

@@ -1,0 +1,37 @@
+"""Losses under budgets by head: clips are on disk as they are measured, and one rank concludes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import lightning as L
+
+from lightning_kv.tasks.calibration.records import Wanted
+from lightning_kv.tasks.callbacks.clip_records import ClipRecordWriter
+from lightning_kv.tasks.proof.reads import ReadsProof, conclude
+from lightning_kv.tasks.prove import ProveBudgetsModule
+
+
+class ProofWriter(ClipRecordWriter):
+    """Writes a record of each clip, and at the end says what they prove.
+
+    Args:
+        records: Folder of the records.
+
+    Attributes:
+        found: What came of it, on the first rank, once the test has ended.
+    """
+
+    measured_by: ClassVar[type[ProveBudgetsModule]] = ProveBudgetsModule
+    found: ReadsProof | None
+
+    def concluded(
+        self, trainer: L.Trainer, module: ProveBudgetsModule, wanted: Mapping[str, Wanted]
+    ) -> ReadsProof:
+        """What it proves."""
+        return conclude(self.run, wanted, module.design)
+
+    def numbers(self, found: ReadsProof) -> dict[str, float]:
+        """Loss over that of uniform budgets, at each mean."""
+        return {f"prove/optimal@{own.mean}f": own.found for own in found.means}

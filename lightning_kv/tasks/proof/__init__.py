@@ -1,0 +1,1 @@
+"""What a proof of head budgets compares, what it concludes, and how that is said."""

@@ -1,0 +1,175 @@
+"""Prove head budgets: on prompts that did not choose them, what does a chunk lose by each rule?"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning_kv.calibration.chunk_meter import ChunkMeter
+from lightning_kv.calibration.sites import SiteSettings
+from lightning_kv.models.loading import load_model
+from lightning_kv.models.samplers import stable_seed
+from lightning_kv.models.video import VideoModel
+from lightning_kv.stats.comparison import WORTH, prompts_planned
+from lightning_kv.stats.proof import FAMILY, fewest_prompts
+from lightning_kv.tasks.calibrate import CalibrateModule, weights_of
+from lightning_kv.tasks.proof.design import SHUFFLES, Design, Source, select_part
+from lightning_kv.tasks.rollouts.lengths import read_size
+from lightning_kv.tasks.rollouts.policies import warn_fitted
+
+SPREAD = 0.15
+"""Standard deviation of log-ratios between prompts that a number of prompts is planned with."""
+
+
+class ProveBudgetsModule(CalibrateModule):
+    """Rolls the reference out and makes chunks of each clip again, once for each condition.
+
+    It is a calibration that judges whole tables of budgets in place of single heads: prompts,
+    videos, the reference and the settings of rollouts are as there, and so are records, ranks and
+    interruptions. Run it with ``Trainer(...).test(module, datamodule=PromptDataModule(...))`` and
+    a :class:`~lightning_kv.tasks.callbacks.ProofWriter`.
+
+    Args:
+        model: The model, or its name as :func:`lightning_kv.load_model` takes it.
+        heads: File of head curves, or ``auto``.
+        means: History frames per head; about 25, 35 and 50 % of the reach where empty.
+        select: Part that chooses what is read, of whole frames by score.
+        scorer: Of the curves; that of the select part where None.
+        metric: Of the curves: gn, exact, output or mass.
+        chunks: Chunks of a clip that are made again.
+        shuffles: How often the optimal budgets are dealt to other heads.
+        frames: Latent frames per clip, what is given included; the model's own where None.
+        context_frames: Given frames at the start, of the panorama's worlds; not for videos.
+        size: HEIGHTxWIDTH in pixels; the model's own where None.
+        seed: Of the noise, and of which chunks.
+        negative: What guidance leads away from (models with guidance).
+        backend: Attention kernel, sdpa or reference.
+
+    Raises:
+        ValueError: The file is no such, of another model, or has not these curves; a mean is
+            outside of them; the part does not read whole frames; or as in the base.
+    """
+
+    judges: ClassVar[str] = "whole tables of budgets"
+
+    def __init__(
+        self,
+        model: VideoModel | str = "panorama",
+        heads: str | Path = "auto",
+        means: Sequence[int] = (),
+        select: str = "top-attention",
+        scorer: str | None = None,
+        metric: str = "gn",
+        *,
+        chunks: int = 3,
+        shuffles: int = SHUFFLES,
+        frames: int | None = None,
+        context_frames: int | None = None,
+        size: str | None = None,
+        seed: int = 0,
+        negative: str = "",
+        backend: str = "sdpa",
+    ) -> None:
+        part = select_part(select)
+        model = load_model(model, decode=False) if isinstance(model, str) else model
+        check_sampler(model)
+        own = model.network.config.model or model.name
+        source = Source.of(heads, own, select, scorer, metric)
+        cache, curves = source.curves.about.get("cache", {}), source.curves
+        geometry = model.network.geometry(read_size(size, model.network.config))
+        curves.check(geometry, fingerprint=weights_of(model))
+        super().__init__(
+            model,
+            SiteSettings(
+                reach=curves.reach,
+                scorers=("mass",),
+                sink=cache.get("sink", 0),
+                chunks=chunks,
+                steps=(0,),
+                probes=0,
+                seed=stable_seed("prove", seed),
+            ),
+            cache.get("reference"),
+            frames=frames,
+            context_frames=context_frames,
+            size=size,
+            seed=seed,
+            negative=negative,
+            backend=backend,
+            validate=0,
+            labels=False,
+        )
+        self.design = Design(source, part, tuple(means), geometry, shuffles)
+        for policy in self.design.policies():
+            policy.check(geometry, model.network.config.chunk, self.settings.frames)
+
+    @cached_property
+    def meter(self) -> ChunkMeter:
+        """Measures a clip."""
+        settings = self.settings
+        return ChunkMeter(
+            self.model,
+            self.reference,
+            self.measuring,
+            settings.frames,
+            settings.seed,
+            read_size(settings.size, self.network.config),
+            settings.negative,
+            settings.backend,
+            ways=self.design.parts(),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that a record depends on beside its clip: part of a run's fingerprint."""
+        return super().describe() | {"task": "prove budgets", "design": self.design.describe()}
+
+    def check_data(self, data: Any) -> None:
+        """Refuse prompts that can show nothing, or cannot be measured; name those of the file.
+
+        Raises:
+            ValueError: They are too few, or as in the base.
+        """
+        super().check_data(data)
+        check_prompts(data.total, self.design.rules)
+
+    def setup(self, stage: str) -> None:
+        """Check the data, and say which prompts the budgets were fitted on."""
+        super().setup(stage)
+        keys = {sample.key for sample in self.trainer.datamodule.prompt_samples()}
+        optimal = [own for own in self.design.policies() if own.name.startswith("optimal@")]
+        warn_fitted(optimal[:1], self.design.geometry, keys)
+
+
+def check_sampler(model: VideoModel) -> None:
+    """Refuse a model whose chunks cannot be made again on their own.
+
+    Raises:
+        ValueError: It has another sampler than the few-step one.
+    """
+    if (own := model.network.config.sampler) != "few-step":
+        raise ValueError(
+            f"Chunks of {model.name!r} cannot be made again on their own: its sampler is {own!r}. "
+            "Judge whole rollouts of it (prove budgets --run), or use a few-step model."
+        )
+
+
+def check_prompts(count: int, rules: Collection[str]) -> None:
+    """Refuse fewer prompts than could show anything.
+
+    Args:
+        count: Number of held-out prompts.
+        rules: Rules that are compared.
+
+    Raises:
+        ValueError: They are too few.
+    """
+    least = fewest_prompts(len([name for name in FAMILY if name in rules]))
+    if count < least:
+        planned = prompts_planned(SPREAD, WORTH)
+        raise ValueError(
+            f"Too few prompts: on {count} no test can show anything, however large the effect. "
+            f"Give {least} or more; to see a loss lower by {WORTH:.0%}, about {planned} if "
+            f"log-ratios spread by {SPREAD} between prompts."
+        )
