@@ -70,7 +70,9 @@ def _drop_broken() -> None:
 
 
 def presets(without_tables: bool = False, any_model: bool = False) -> dict[str, Preset]:
-    """The published methods: the full cache first, then by the kind of their main part.
+    """The published methods: the full cache first, then by kind and file of their main part.
+
+    In whatever order files were imported; those of other packages come last in their kind.
 
     Args:
         without_tables: Leave out those that need a table of a reference rollout, or a side input
@@ -79,12 +81,18 @@ def presets(without_tables: bool = False, any_model: bool = False) -> dict[str, 
     """
     discover()
     _drop_broken()
-    order = sorted(PRESETS.values(), key=lambda own: KINDS.index(own[1].kind))
+    order = sorted(PRESETS.values(), key=lambda own: _place(own[1]))
     names = ["full", *(own.name for own, _ in order if own.name != "full")]
     made = {n: preset(n) for n in names} if without_tables or any_model else {}
     left_out = {n for n, own in made.items() if without_tables and (own.needs or own.inputs)}
     left_out |= {n for n, own in made.items() if any_model and _of_one_model(own)}
     return {n: PRESETS[n][0] for n in names if n not in left_out}
+
+
+def _place(cls: type[Part]) -> tuple[int, bool, str]:
+    """Kind and file of a part; files of other packages stay in the order of their import."""
+    home = cls.__module__.startswith(HOME)
+    return KINDS.index(cls.kind), not home, cls.__module__ if home else ""
 
 
 def _of_one_model(policy: CachePolicy) -> bool:

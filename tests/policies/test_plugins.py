@@ -410,3 +410,20 @@ def test_the_settings_of_a_part_of_ones_own_are_listed_by_its_address(package, c
     (row,) = json.loads(capsys.readouterr().out)
     assert row["part"] == f"{package}.mine:Thinned"
     assert row["settings"]["every"] == "Frames between two that are kept. [2]"
+
+
+@pytest.mark.slow
+def test_methods_are_listed_alike_whatever_was_imported_first():
+    code = "import {}; from lightning_kv.policies.registry import presets; print(*presets())"
+    first = (
+        "lightning_kv",
+        "lightning_kv.policies.budget.pyramid",
+        "lightning_kv.calibration.clips",
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code.format(own)], capture_output=True, text=True, check=True
+        ).stdout
+        for own in first
+    }
+    assert len(told) == 1 and told.pop().split()[0] == "full"
