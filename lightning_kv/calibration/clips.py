@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_kv.cache.passes import CONDITIONAL
-from lightning_kv.calibration.memory import Held, held_by
-from lightning_kv.calibration.scorers import scorer_of
+from lightning_kv.calibration.memory import Held, Memory
 from lightning_kv.calibration.sites import SiteRecorder, SiteSettings, sites_of
 from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.base import CachePolicy
@@ -146,15 +145,14 @@ class ClipMeter:
         return ClipRecord(key, unit, found, self._profile(out))
 
     @cached_property
-    def memories(self) -> dict[str, CachePolicy]:
+    def memories(self) -> dict[str, Memory]:
         """Scorers that are memories."""
-        every = {name: scorer_of(name) for name in self.settings.scorers}
-        return {name: own for name, own in every.items() if isinstance(own, CachePolicy)}
+        return self.settings.memories(self.model.network.config.chunk)
 
     @property
     def _looked_up(self) -> int:
-        """Passes of the clip that memories are looked up in, each about as long as a chunk."""
-        return len(self.memories) * len(self.settings.budgets)
+        """Times that a clip goes through the model for them, each about as long as a chunk."""
+        return sum(len(own.looked_up) for own in self.memories.values())
 
     def _held(
         self,
@@ -169,10 +167,8 @@ class ClipMeter:
         with torch.inference_mode(False):
             latents = latents.clone()
         return {
-            name: held_by(
+            name: memory.held(
                 self.model,
-                policy,
-                self.settings.budgets,
                 chunks,
                 key,
                 prompt,
@@ -180,7 +176,7 @@ class ClipMeter:
                 (lambda: progress(share)) if progress else None,
                 **self._settings,
             )
-            for name, policy in self.memories.items()
+            for name, memory in self.memories.items()
         }
 
     @property

@@ -64,51 +64,68 @@ def frames_held(view: PassView) -> Tensor:
     return count > 0
 
 
-def held_by(
-    model: VideoModel,
-    policy: CachePolicy,
-    budgets: Sequence[int],
-    chunks: Sequence[int],
-    key: str,
-    prompt: str,
-    latents: Tensor,
-    progress: Callable[[], None] | None = None,
-    **settings: Any,
-) -> Held:
-    """What a policy would hold when some chunks begin, at every budget.
+@dataclass(frozen=True)
+class Memory:
+    """A scorer that is a memory, and the budgets at which it is looked up.
 
-    For each budget the clip goes through the model once, a clean pass over each chunk, with all
-    heads at that budget; so what was dropped early is missing later, and what a head holds depends
-    on what it and the layers below had left. A memory cannot be smaller than what its policy
-    protects; at budgets below that the newest frames are held.
+    A memory cannot be smaller than what its policy protects; at budgets below that the newest
+    frames are held. At those between two that are looked up, heads hold what they do at the smaller
+    one, and of what they hold at the larger one beside that, the newest.
 
     Args:
-        model: The model.
         policy: Whose memory, see :func:`~lightning_kv.calibration.scorers.scorer_of`.
-        budgets: History frames per head.
-        chunks: Which.
-        key: Of the clip.
-        prompt: What the model is told.
-        latents: ``[F, C, h, w]`` of the clip, the reference's own.
-        progress: Told after every budget.
-        settings: Of the rollout: seed, latent size, negative, backend.
-
-    Raises:
-        ValueError: It merges frames, or holds parts of them.
+        budgets: The grid of the curves, history frames per head.
+        chunk: Frames of a chunk.
+        every: It is looked up at every so many frames of the grid, and at its end.
     """
-    chunk, last = model.network.config.chunk, max(chunks)
-    given = latents[: (last + 1) * chunk].unsqueeze(0)
-    least, found = policy.retain.smallest(chunk), []
-    for budget in budgets:
-        if budget < least:
-            found.append({own: newest_frames(model, budget, own * chunk) for own in chunks})
-        else:
-            watch = _Watch(chunks)
+
+    policy: CachePolicy
+    budgets: tuple[int, ...]
+    chunk: int
+    every: int
+
+    @property
+    def looked_up(self) -> tuple[int, ...]:
+        """The budgets at which it is looked up."""
+        able = [own for own in self.budgets if own >= self.policy.retain.smallest(self.chunk)]
+        return tuple(sorted({*able[:: self.every], *able[-1:]}))
+
+    def held(
+        self,
+        model: VideoModel,
+        chunks: Sequence[int],
+        key: str,
+        prompt: str,
+        latents: Tensor,
+        progress: Callable[[], None] | None = None,
+        **settings: Any,
+    ) -> Held:
+        """What it would hold when some chunks begin, at every budget of the grid.
+
+        For each budget the clip goes through the model once, a clean pass over each chunk, with all
+        heads at that budget; so what was dropped early is missing later, and what a head holds
+        depends on what it and the layers below had left.
+
+        Args:
+            model: The model.
+            chunks: Which.
+            key: Of the clip.
+            prompt: What the model is told.
+            latents: ``[F, C, h, w]`` of the clip, the reference's own.
+            progress: Told after every budget that is looked up.
+            settings: Of the rollout: seed, latent size, negative, backend.
+
+        Raises:
+            ValueError: It merges frames, or holds parts of them.
+        """
+        given, found = latents[: (max(chunks) + 1) * self.chunk].unsqueeze(0), {}
+        for budget in self.looked_up:
+            found[budget] = watch = _Watch(chunks)
             rollout(
                 model,
-                policy.budgeted(f"{budget}f"),
+                self.policy.budgeted(f"{budget}f"),
                 prompt,
-                given.shape[1] + chunk,
+                given.shape[1] + self.chunk,
                 keys=[key],
                 context=given,
                 sampler=only_given,
@@ -116,12 +133,31 @@ def held_by(
                 watch=watch,
                 **settings,
             )
-            found.append(watch.held)
-        if progress:
-            progress()
-    return {
-        own: [torch.stack(x) for x in zip(*(f[own] for f in found), strict=True)] for own in chunks
-    }
+            if progress:
+                progress()
+        layers = range(model.network.config.layers)
+        return {
+            chunk: [
+                self._filled({b: own.held[chunk][n] for b, own in found.items()}) for n in layers
+            ]
+            for chunk in chunks
+        }
+
+    def _filled(self, found: dict[int, Tensor]) -> Tensor:
+        """Of one layer at one chunk, from some budgets to all of the grid, ``[N, H, S]``.
+
+        Args:
+            found: By budget, bool ``[H, S]``.
+        """
+        looked, rows = self.looked_up, []
+        for budget in self.budgets:
+            below = max((own for own in looked if own <= budget), default=None)
+            above = min(own for own in looked if own >= budget)
+            held = torch.zeros_like(found[above]) if below is None else found[below]
+            more = torch.ones_like(held) if below is None else found[above] & ~held
+            newest = more.long().flip(-1).cumsum(-1).flip(-1) <= budget - (below or 0)
+            rows.append(held | (more & newest))
+        return torch.stack(rows)
 
 
 def only_given(
@@ -129,10 +165,3 @@ def only_given(
 ) -> Steps:
     """A sampler that makes nothing: clean passes over what is given."""
     yield from prefill(plan, context)
-
-
-def newest_frames(model: VideoModel, budget: int, frames: int) -> list[Tensor]:
-    """The last of so many frames, alike in every layer and head, ``[H, S]`` of each layer."""
-    config = model.network.config
-    new = torch.arange(frames, device=next(model.network.parameters()).device) >= frames - budget
-    return [new.expand(config.heads, -1)] * config.layers

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_kv.cache.passes import CONDITIONAL, Pass
-from lightning_kv.calibration.memory import Held
+from lightning_kv.calibration.memory import Held, Memory
 from lightning_kv.calibration.passes import (
     Looked,
     exact_losses,
@@ -23,6 +23,7 @@ from lightning_kv.calibration.passes import (
 )
 from lightning_kv.calibration.scorers import scorer_of
 from lightning_kv.models.samplers import stable_seed
+from lightning_kv.policies.base import CachePolicy
 from lightning_kv.rollout import Call
 
 
@@ -43,6 +44,8 @@ class SiteSettings:
         rows: Queries of a pass that stand for all where attention itself is judged.
         exact: Budgets at which losses are also measured exactly, in clips that validate.
         batch: Rows that go through the layers together in exact measurements.
+        every: Memories are looked up at every so many frames of the grid; a chunk of them where
+            None.
         seed: Of sites, probes and rows.
 
     Raises:
@@ -58,6 +61,7 @@ class SiteSettings:
     rows: int = 520
     exact: tuple[int, ...] = ()
     batch: int = 12
+    every: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +73,7 @@ class SiteSettings:
             "probes": self.probes < 0,
             "rows": self.rows < 1,
             "batch": self.batch < 2,
+            "every": self.every is not None and self.every < 1,
             "scorers": not self.scorers,
             "exact": any(not self.sink <= b <= self.reach for b in self.exact),
         }
@@ -84,6 +89,19 @@ class SiteSettings:
     def budgets(self) -> tuple[int, ...]:
         """The grid: history frames from the sink to all that are within reach."""
         return tuple(range(self.sink, self.reach + 1))
+
+    def memories(self, chunk: int) -> dict[str, Memory]:
+        """Scorers that are memories, by name.
+
+        Args:
+            chunk: Frames of a chunk.
+        """
+        found = {name: scorer_of(name) for name in self.scorers}
+        return {
+            name: Memory(own, self.budgets, chunk, self.every or chunk)
+            for name, own in found.items()
+            if isinstance(own, CachePolicy)
+        }
 
 
 def sites_of(

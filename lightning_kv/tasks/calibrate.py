@@ -275,7 +275,7 @@ def weights_of(model: VideoModel) -> str:
 
 def usual_reference(measuring: SiteSettings) -> str | dict[str, Any]:
     """Everything where a scorer is a memory; else the newest frames within reach, and the sink."""
-    if any(isinstance(scorer_of(name), CachePolicy) for name in measuring.scorers):
+    if measuring.memories(1):
         return "full"
     name = f"{'sink' if measuring.sink else 'sliding'}-window@{measuring.reach}f"
     retain = {"part": "window", "sink": measuring.sink, "budget": f"{measuring.reach}f"}

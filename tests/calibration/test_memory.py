@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_network import TINY, encoder
 
 from lightning_kv.calibration.clips import ClipMeter
-from lightning_kv.calibration.memory import frames_held, held_by
+from lightning_kv.calibration.memory import Memory, frames_held
 from lightning_kv.calibration.scorers import scorer_names, scorer_of
 from lightning_kv.calibration.sites import SiteSettings
 from lightning_kv.models.video import VideoModel
@@ -40,7 +40,8 @@ def test_a_window_holds_the_newest_and_a_sink_the_first():
     budgets, told = range(10), []
     for name, sink in (("window", 0), ("sink-window", 3)):
         policy = load_policy(name)
-        found = held_by(model(), policy, budgets, (3, 4), "a", "x", clip(), lambda: told.append(1))
+        memory = Memory(policy, (*budgets,), 3, 1)
+        found = memory.held(model(), (3, 4), "a", "x", clip(), lambda: told.append(1))
         assert sorted(found) == [3, 4]
         for chunk, layers in found.items():
             before = 3 * chunk
@@ -50,7 +51,7 @@ def test_a_window_holds_the_newest_and_a_sink_the_first():
                 first = sink if budget >= policy.retain.smallest(3) else 0
                 expected = [*range(first), *range(before - budget + first, before)]
                 assert all(ids(own[budget]) == [expected] * 2 for own in layers)
-    assert len(told) == 20
+    assert len(told) == 9 + 4  # what is looked up: 1 to 9, and 6 to 9 behind a sink
 
 
 @pytest.mark.parametrize("name", ["snap-kv", "heavy-hitters", "random-memory"])
@@ -62,13 +63,37 @@ def test_it_is_what_a_rollout_of_the_policy_held(name):
             seen.setdefault(view.step.chunk, []).append(frames_held(view))
 
     made = rollout(model(), policy, "x", 18, keys=["a"], watch=note, decode=False)
-    found = held_by(model(), load_policy(name), (6,), (3, 4, 5), "a", "x", made.latents[0])
+    memory = Memory(load_policy(name), (6,), 3, 3)
+    found = memory.held(model(), (3, 4, 5), "a", "x", made.latents[0])
     if name != "random-memory":
         assert any(not torch.equal(own[0], own[1]) for own in seen[5])  # heads differ
     for chunk, layers in found.items():
         assert all(len(each) == 6 for own in layers for each in ids(own[0]))
         for own, other in zip(layers, seen[chunk], strict=True):
             assert torch.equal(own[0], other)
+
+
+@pytest.mark.parametrize("name", ["window", "sink-window", "snap-kv"])
+def test_between_two_that_are_looked_up_the_newest_of_the_larger_ones_are_added(name):
+    budgets, policy = range(1, 12), load_policy(name)
+    every, some = (
+        Memory(policy, (*budgets,), 3, step).held(model(), (4,), "a", "x", clip())[4]
+        for step in (1, 3)
+    )
+    least = policy.retain.smallest(3)
+    looked = Memory(policy, (*budgets,), 3, 3).looked_up
+    assert looked == (*range(least, 11, 3), 11)
+    for full, few in zip(every, some, strict=True):
+        for place, budget in enumerate(budgets):
+            if name != "snap-kv" or budget in looked or budget < least:
+                assert torch.equal(full[place], few[place])
+                continue
+            low = max(own for own in looked if own < budget) - 1  # places in the grid
+            high = min(own for own in looked if own > budget) - 1
+            for head in range(2):
+                old, new = ({*ids(few[n])[head]} for n in (low, high))
+                more = sorted(new - old)[-(budget - 1 - low) :]
+                assert {*ids(few[place])[head]} == old | {*more}
 
 
 def test_curves_of_a_memory_are_losses_of_what_it_holds():
@@ -114,7 +139,7 @@ def test_parts_of_frames_are_refused():
         "retain": {"part": "heavy-hitters", "granularity": "token", "budget": "9f"},
     }
     with pytest.raises(ValueError, match="does not hold whole frames as they were made"):
-        held_by(model(), policy_from_dict(rows), (6,), (4,), "a", "x", clip())
+        Memory(policy_from_dict(rows), (6,), 3, 3).held(model(), (4,), "a", "x", clip())
 
 
 def test_names_of_scorers():

@@ -11,13 +11,13 @@ Shapes: K probes, S scorers, E budgets that are measured exactly, L layers, H he
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from lightning_kv.calibration.scorers import scorer_of
+from lightning_kv.calibration.memory import Memory
 from lightning_kv.calibration.sites import SiteSettings, sites_of
 from lightning_kv.models.sizes import parameters
 from lightning_kv.models.wan import WanConfig
-from lightning_kv.policies.base import CachePolicy
 from lightning_kv.utilities.formatting import format_bytes, several
 
 CPU_RATE = 1.5e10
@@ -93,10 +93,9 @@ class Work:
     held: int | None = None
 
     @property
-    def memories(self) -> list[CachePolicy]:
-        """Scorers whose memory is looked up at every budget."""
-        every = map(scorer_of, self.settings.scorers)
-        return [own for own in every if isinstance(own, CachePolicy)]
+    def memories(self) -> Collection[Memory]:
+        """Scorers whose memory is looked up."""
+        return self.settings.memories(self.config.chunk).values()
 
     def keys(self, chunk: int) -> int:
         """Frames that a pass over a chunk reads, its own included."""
@@ -144,9 +143,8 @@ class Work:
         chunk, passes = self.config.chunk, Passes(self.config, self.latent_size)
         reads = [
             min(n * chunk, budget) + chunk
-            for policy in self.memories
-            for budget in self.settings.budgets
-            if budget >= policy.retain.smallest(chunk)
+            for memory in self.memories
+            for budget in memory.looked_up
             for n in range(self.sites[-1] + 1)
         ]
         return len(reads), sum(passes.forward(chunk, keys) for keys in reads)

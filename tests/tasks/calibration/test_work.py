@@ -92,7 +92,7 @@ def test_torch_counts_the_same_where_memories_are_looked_up():
     """But for text, once a rollout, and what the memory looks at itself: nothing in a window."""
     own = {"reach": 12, "chunks": 1, "steps": (0,), "probes": 0}
     plain = SiteSettings(**own, scorers=("mass",))
-    memory = SiteSettings(**own, scorers=("mass", "window"))
+    memory = SiteSettings(**own, scorers=("mass", "window"), every=1)
     told = {"frames": 24, "size": 4, "ranks": 1, "held": 24}
     alone, both = (work(TINY, settings=each, **told) for each in (plain, memory))
     passes, flops = both.looked_up()
