@@ -51,8 +51,8 @@ class CalibrateModule(L.LightningModule):
     Args:
         model: The model, or its name as :func:`lightning_kv.load_model` takes it.
         measuring: What is measured in a pass.
-        reference: Policy that the curves end in; a window over the reach, with the sink, where
-            None.
+        reference: Policy that losses are against; where None a window over the reach, with the
+            sink, or everything where a scorer is a memory.
         frames: Latent frames per clip, what is given included; the model's own where None.
         context_frames: Given frames at the start, of the panorama's worlds; not for videos.
         size: HEIGHTxWIDTH in pixels; the model's own where None.
@@ -94,7 +94,7 @@ class CalibrateModule(L.LightningModule):
         self.settings = RolloutSettings(
             frames, context_frames, size, seed, negative, backend, decode=False
         ).filled(None if self.world else config)
-        self.reference = load_policy(reference or window(self.measuring))
+        self.reference = load_policy(reference or usual_reference(self.measuring))
         sites_of("", self.settings.frames, config.chunk, self.measuring)  # else it is too short
         self.settings.check(model.name, config, [self.reference], self.world)
         check_inputs([self.reference], model.name, self.world)
@@ -273,8 +273,10 @@ def weights_of(model: VideoModel) -> str:
     return f"sha256:{fingerprint(told)}"
 
 
-def window(measuring: SiteSettings) -> dict[str, Any]:
-    """The usual reference: the newest frames within reach, and the sink."""
+def usual_reference(measuring: SiteSettings) -> str | dict[str, Any]:
+    """Everything where a scorer is a memory; else the newest frames within reach, and the sink."""
+    if measuring.memories(1):
+        return "full"
     name = f"{'sink' if measuring.sink else 'sliding'}-window@{measuring.reach}f"
     retain = {"part": "window", "sink": measuring.sink, "budget": f"{measuring.reach}f"}
     return {"name": name, "retain": retain}
