@@ -75,3 +75,14 @@ def test_probes_of_every_coordinate_give_the_derivative_of_autograd():
         mine = found[:, layer, head, budget]
         assert float(mine.abs().max()) > 1e-6
         torch.testing.assert_close(mine, torch.stack(slope), rtol=1e-9, atol=1e-14)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", range(3))
+def test_masses_are_those_of_this_pass(layer):
+    """The site is a second step: what the first has written in flight is not in its softmax."""
+    _, looked, _ = site()
+    logits, units, _ = plainly(looked.views[layer])
+    share = logits.softmax(-1).mean(1)  # [H, rows]
+    expected = [share[:, units == unit].sum(-1) for unit in range(len(looked.views[layer].frames))]
+    torch.testing.assert_close(looked.masses[layer], torch.stack(expected, -1), **EXACT)
