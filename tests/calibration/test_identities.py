@@ -11,6 +11,7 @@ from test_passes import Masked, PartWay, site, whole
 
 from lightning_kv.calibration.frames import attention_over, by_frame
 from lightning_kv.calibration.passes import probe_products
+from lightning_kv.calibration.scorers import SCORERS
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 
@@ -65,7 +66,8 @@ def test_composition_leave_one_out_and_gram(layer):
 def test_probes_of_every_coordinate_give_the_derivative_of_autograd():
     """The derivative of the estimate along a restriction, all of it, without a finite step."""
     call, looked, _ = site()
-    found = probe_products(looked, "recency")  # [K, L, H, U], a probe for every number
+    kept = looked.kept(SCORERS["recency"], range(13))
+    found = probe_products(looked, kept)  # [K, L, H, N], a probe for every number
     for layer, head, budget in ((0, 1, 0), (1, 0, 3), (2, 1, 7)):
         newest = sorted(looked.views[layer].frames)[len(looked.views[layer].frames) - budget :]
         alone = Masked(call.session, layer, head, newest)

@@ -55,9 +55,9 @@ def test_probes_are_signs_and_no_two_sites_share_them(monkeypatch):
     """Else the noise of probes would not fall with the number of sites and prompts."""
     real, seen = sites.look, []
 
-    def noted(call, scorers, probes, sink):
+    def noted(call, probes):
         seen.append(torch.stack(list(probes)))
-        return real(call, scorers, probes, sink)
+        return real(call, probes)
 
     monkeypatch.setattr(sites, "look", noted)
     own = meter()
