@@ -171,18 +171,6 @@ def test_blocks_that_run_again_give_the_same_gradients():
         assert torch.equal(a[:3], b)
 
 
-def test_mass_is_over_the_rows_of_this_very_pass():
-    """An earlier pass of the chunk has left its own rows in the memory; they do not count."""
-    call, looked, _ = site()
-    assert call.step.step == 1
-    for view, mass in zip(looked.views, looked.masses, strict=True):
-        keys = torch.cat([view.keys("read"), view.own_keys()], 1)
-        share = (view.query @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5).softmax(-1).mean(1)
-        for place, frame in enumerate(view.frames):
-            own = share[:, : len(view)][:, view.frame_id[0] == frame].sum(-1)
-            torch.testing.assert_close(mass[:, place], own)
-
-
 @torch.no_grad()
 def test_shares_and_errors_are_those_of_a_mask():
     _, looked, _ = site()
