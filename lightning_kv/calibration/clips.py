@@ -31,8 +31,8 @@ class ClipRecord:
         unit: Key of the prompt, which statistics count.
         sites: By chunk and step, as :class:`~lightning_kv.calibration.sites.SiteRecorder` has them.
         profile: ``mass`` ``[chunks, L, H, frames]`` of the first chunks, whose whole history is
-            within reach, and ``logits`` ``[L, H, reach + 1]`` by lag; nothing where it was not
-            recorded.
+            within reach, and ``logits`` ``[L, H, lags]`` of the whole clip, from lag 0 (of videos,
+            and where positions move, up to the reach); nothing where it was not recorded.
     """
 
     key: str
@@ -99,7 +99,8 @@ class ClipMeter:
         site = self._site(key, chunks, validates)
         share = 1 / self.model.network.config.plan(self.frames, given).count
         out = self._roll(key, prompt, self.frames, context, site, share, progress, self.profiles)
-        return ClipRecord(key, unit, self._whole(site), self._profile(out))
+        lags = self.settings.reach + 1 if self.reference.positions.moves else self.frames
+        return ClipRecord(key, unit, self._whole(site), self._profile(out, lags))
 
     def of_video(
         self,
@@ -132,7 +133,7 @@ class ClipMeter:
             known = latents[: own * chunk]
             out = self._roll(key, prompt, end, known, site, share, progress, self.profiles and last)
             found |= self._whole(site)
-        return ClipRecord(key, unit, found, self._profile(out))
+        return ClipRecord(key, unit, found, self._profile(out, self.settings.reach + 1))
 
     def _site(self, key: str, chunks: tuple[int, ...], validates: bool) -> SiteRecorder:
         steps = len(self.model.network.config.timesteps)
@@ -185,13 +186,13 @@ class ClipMeter:
             )
         return site.records
 
-    def _profile(self, out: Rollout | None) -> dict[str, Tensor]:
+    def _profile(self, out: Rollout | None, lags: int) -> dict[str, Tensor]:
         """What heads attended to in the chunks that read all that came before them."""
         if not self.profiles:
             return {}
         chunks, frames = profiled(self.settings.reach, self.model.network.config.chunk)
         mass = out.tables["mass"][0].mass[CONDITIONAL][:chunks, ..., :frames]
-        logits = out.tables["lags"][0].logits[CONDITIONAL][..., : self.settings.reach + 1]
+        logits = out.tables["lags"][0].logits[CONDITIONAL][..., :lags]
         return {"mass": mass.cpu().double(), "logits": logits.cpu().double()}
 
 
