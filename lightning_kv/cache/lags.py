@@ -85,7 +85,8 @@ class LagRecorder(Recorder):
         if place not in self._keys:
             self._keys[place] = held.new_zeros(*held.shape[:2], self.clips[view.sample].frames)
         keys, known = self._keys[place], self._known.setdefault(place, set())
-        keys[..., view.frame_ids] = held
+        old = keys[..., view.frame_ids]
+        keys[..., view.frame_ids] = torch.where(view.present.unsqueeze(1), held, old)
         known.update(view.frames)
         return sorted(known), keys[..., upload(sorted(known), keys, torch.int64)]
 

@@ -12,7 +12,7 @@ from lightning_kv.testing import chunked, random_tape
 from lightning_kv.testing.twin import turn
 
 
-@pytest.mark.parametrize("policy", ["full", "sliding-window@2f"])
+@pytest.mark.parametrize("policy", ["full", "sliding-window@2f", "ada-kv@3f"])
 def test_every_lag_is_the_mean_over_queries_keys_and_passes(policy):
     """Over all frames that were ever held: what memory has dropped since is not forgotten."""
     tape = random_tape(chunked([2, 2, 1, 2], noisy=2), heads=2, grid=(1, 3), batch=2)

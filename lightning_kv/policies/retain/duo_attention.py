@@ -29,8 +29,8 @@ class DuoAttention(RetainPart):
 
     Ours: the paper keeps 128 and 256 words of a text; here it is frames. It trains the gates that
     tell heads apart; the shipped labels are those of Forcing-KV, whose static heads look at what
-    streaming heads keep. Gates of its authors' files are read as labels, by ``threshold``. A
-    prompt switch changes nothing.
+    streaming heads keep, and ``lightning-kv calibrate`` writes others, by what heads lose. Gates of
+    its authors' files are read as labels, by ``threshold``. A prompt switch changes nothing.
 
     Args:
         sink: First frames of the video that stay.
