@@ -38,8 +38,8 @@ class HeadTable:
         rows: One row per layer, one number or word per head.
         file: Name of the file or of the shipped table; None where they were given in place.
         sha256: Of that file.
-        auto: Name of a method: the table that is shipped of it for the model at hand. Then
-            ``sha256`` is that of all that are shipped of this method.
+        auto: Names of methods, with spaces: the table that is shipped for the model at hand of the
+            first that has one. Then ``sha256`` is that of all that are shipped of these methods.
     """
 
     rows: Rows = ()
@@ -120,7 +120,7 @@ class HeadTable:
     @property
     def values(self) -> tuple[Value, ...]:
         """Each value that occurs, once; of an ``auto`` table those of all that it may mean."""
-        every = [own.rows for own in shipped().values() if own.method == self.auto]
+        every = [own.rows for own in shipped_of(self.auto)]
         rows = [row for own in (every if self.auto else [self.rows]) for row in own]
         return tuple(sorted({value for row in rows for value in row}, key=lambda x: (str(x), x)))
 
@@ -187,12 +187,13 @@ class HeadTable:
         """
         if not self.auto:
             return self.rows
-        for own in shipped().values():
-            if own.method == self.auto and geometry.model in own.models:
+        for own in shipped_of(self.auto):
+            if geometry.model in own.models:
                 return own.rows
         whose = f"the model {geometry.model!r}" if geometry.model else "a model without a name"
+        named = " or ".join(map(repr, self.auto.split()))
         raise ValueError(
-            f"No head table of {self.auto!r} is shipped for {whose}, and the setting is auto. "
+            f"No head table of {named} is shipped for {whose}, and the setting is auto. "
             f"{_way(self.auto, geometry)}"
         )
 
@@ -280,11 +281,20 @@ def _curves(path: Path) -> Shipped:
     return Shipped(rows, "importance", (told["model"]["name"],), about, source, path)
 
 
+def shipped_of(methods: str) -> list[Shipped]:
+    """The tables that are shipped of some methods, those of the first named first.
+
+    Args:
+        methods: Names, with spaces.
+    """
+    return [own for name in methods.split() for own in shipped().values() if own.method == name]
+
+
 @cache
-def _digest(method: str) -> str:
-    """Of all tables that are shipped of a method."""
-    own = [table.path for table in shipped().values() if table.method == method]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in own)).hexdigest()
+def _digest(methods: str) -> str:
+    """Of all tables that are shipped of some methods."""
+    every = b"".join(own.path.read_bytes() for own in shipped_of(methods))
+    return hashlib.sha256(every).hexdigest()
 
 
 def _way(method: str, geometry: Geometry) -> str:
@@ -293,7 +303,7 @@ def _way(method: str, geometry: Geometry) -> str:
     fit = [
         name
         for name, own in shipped().items()
-        if own.method == method and [len(row) for row in own.rows] == shape
+        if own.method in method.split() and [len(row) for row in own.rows] == shape
     ]
     shown = f"{', '.join(fit)} (`lightning-kv list heads`)"
     named = f"Shipped and of this shape: {shown}. Or give" if fit else "Give"

@@ -150,6 +150,32 @@ def test_a_shipped_file_of_head_curves_is_found_and_listed(shipping, capsys):
     assert row["heads"] == f"6 layers of 4: from {lowest:.5g} to {highest:.5g}"
 
 
+def test_the_first_method_that_has_a_table_for_the_model_is_taken(shipping):
+    """DuoAttention takes labels of its own rule where they are shipped, else Forcing-KV's."""
+    _, geometry = shipping
+    auto = {"name": "x", "retain": "duo-attention"}
+
+    def rows(of):
+        return policy_from_dict(auto).retain.labels.rows_for(of)
+
+    for own in tables.HEADS.glob("duo-attention-*"):
+        own.unlink()
+    tables.shipped.cache_clear()
+    assert rows(geometry) == shipped()["forcing-kv-panorama"].rows
+    before = policy_from_dict(auto).retain.labels.sha256
+    told = {"method": "duo-attention", "model": ["panorama"], "about": "-", "source": "-"}
+    made = [["retrieval", "streaming"] * 2] * 6
+    path = tables.HEADS / "duo-attention-panorama.json"
+    path.write_text(json.dumps(told | {"labels": made}))
+    tables.shipped.cache_clear()
+    tables._digest.cache_clear()
+    assert rows(geometry) == tuple(map(tuple, made))
+    assert rows(replace(WAN, model="longlive")) == shipped()["forcing-kv-longlive"].rows
+    assert policy_from_dict(auto).retain.labels.sha256 != before
+    with pytest.raises(ValueError, match=r"table of 'duo-attention' or 'forcing-kv' is shipped"):
+        rows(replace(WAN, model="mine"))
+
+
 def test_models_say_their_name():
     assert load_model("panorama").network.geometry().model == "panorama"
     assert CATALOGUE["longlive"].config.geometry().model == "longlive"
