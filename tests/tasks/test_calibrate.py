@@ -263,6 +263,8 @@ def test_labels_are_those_of_the_full_cache(labelled):
         assert sum(same) >= 23  # of 24: a head on the edge may fall to the other side
         assert held["model"] == ["panorama"]
         assert held["source"] == "lightning-kv calibrate, 2 prompts"
+        lags = held["method"] == "pyramid-forcing"
+        assert held["about"].endswith("from 38 lags" if lags else "up to 12 frames of history")
 
 
 def profile_of_all(model, samples, frames, within):

@@ -54,14 +54,17 @@ def rules_of(found: Reduced, chunk: int) -> Mapping[str, tuple[Callable[[], Labe
     """By method, what gives its labels, and by what rule that is, in words."""
     tables = {name: found.mean(f"profile/{name}") for name in ("mass", "logits")}
     profile = profile_of(tables, chunk)
-    rules = {name: (partial(rule, profile), "the method's rule") for name, rule in RULES.items()}
+    seen, lags = profile.starts[-2], profile.logits.shape[-1] - 1
+    how = dict.fromkeys(RULES, f"the method's rule, with up to {seen} frames of history")
+    how["pyramid-forcing"] = f"the method's rule, from {lags} lags"
+    rules = {name: (partial(rule, profile), how[name]) for name, rule in RULES.items()}
     first = found.settings.sink
     kept = f"the first {first} and the newest frame" if first else "the newest 2 frames"
-    how = (
+    ours = (
         f"a rule of ours in place of trained gates: the half that loses most with {kept} alone "
         f"(recency/{found.metric})"
     )
-    return rules | {"duo-attention": (partial(streamed, found), how)}
+    return rules | {"duo-attention": (partial(streamed, found), ours)}
 
 
 def streamed(found: Reduced) -> Labels:
