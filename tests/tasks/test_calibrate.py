@@ -238,10 +238,10 @@ def test_loggers_hear_of_it(tmp_path):
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
-    """No frames given; the last chunks have more history than is within reach."""
+    """No frames given; clips are as long as those that the model was trained on."""
     out = tmp_path_factory.mktemp("labelled") / "heads.safetensors"
-    measuring = SiteSettings(reach=12, chunks=1, steps=(0,), probes=0)
-    given = {"frames": 39, "context_frames": 0, "validate": 1}
+    measuring = SiteSettings(reach=69, chunks=1, steps=(0,), probes=0)
+    given = {"frames": 72, "context_frames": 0, "validate": 1}
     return out, calibrated(out, measuring=measuring, **given)
 
 
@@ -250,10 +250,9 @@ METHODS = ("forcing-kv", "head-forcing", "pyramid-forcing", "duo-attention")
 
 
 def test_labels_are_those_of_the_full_cache(labelled):
-    """Mass is that of the chunks with all history within reach; logits are of all frames."""
     out, found = labelled
     samples = PromptDataModule(SHARDS, 2, seed=1).prompt_samples()
-    keyed = profile_of_all(load_model("panorama"), samples, 39, within=15)
+    keyed = profile_of_all(load_model("panorama"), samples, 72)
     assert [path.name for path in found.labels] == [f"{own}-panorama.json" for own in METHODS]
     for path in found.labels[:3]:
         assert path.parent == out.with_suffix("")
@@ -264,10 +263,10 @@ def test_labels_are_those_of_the_full_cache(labelled):
         assert held["model"] == ["panorama"]
         assert held["source"] == "lightning-kv calibrate, 2 prompts"
         lags = held["method"] == "pyramid-forcing"
-        assert held["about"].endswith("from 38 lags" if lags else "up to 12 frames of history")
+        assert held["about"].endswith("from 71 lags" if lags else "up to 69 frames of history")
 
 
-def profile_of_all(model, samples, frames, within):
+def profile_of_all(model, samples, frames):
     """What heads attend to with the full cache, of clips with the noise of their keys."""
     made = [
         rollout(
@@ -283,8 +282,7 @@ def profile_of_all(model, samples, frames, within):
     ]
     mass = sum(own["mass"][0].mass["cond"].double() for own in made) / len(made)
     logits = sum(own["lags"][0].logits["cond"].double() for own in made) / len(made)
-    chunks = within // 3
-    return Profile(mass[:chunks, ..., :within], (*range(0, within, 3), within), logits)
+    return Profile(mass, tuple(range(0, frames + 1, 3)), logits)
 
 
 def test_heads_that_lose_most_with_what_streaming_heads_keep_are_retrieval_heads(labelled):
@@ -324,9 +322,11 @@ def test_what_is_written_is_what_presets_run_with(labelled):
 
 
 def test_what_cannot_be_told_is_not_written(four, tmp_path):
-    """Of 14 lags no wave, of 6 frames no memory heads; without recency no streaming heads."""
-    names = {path.name for path in four[1].labels}
-    assert names == {f"{own}-panorama.json" for own in ("forcing-kv", "duo-attention")}
+    """Of 14 lags no wave, of 9 frames no shares of mass; without recency no streaming heads."""
+    assert [path.name for path in four[1].labels] == ["duo-attention-panorama.json"]
+    for name in ("forcing-kv", "head-forcing"):
+        said = f"No labels of {name}: Its rule looks at clips .*, 72 frames, .* for 9 frames"
+        assert any(re.match(said, each) for each in four[1].words)
     said = "No labels of pyramid-forcing: Waves need a curve of 36 lags or more, and 14 were"
     assert any(each.startswith(said) for each in four[1].words)
     alone = replace(MEASURING, scorers=("mass",), probes=0, exact=())

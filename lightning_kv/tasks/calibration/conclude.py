@@ -49,12 +49,14 @@ class Task:
         settings: What was measured in a pass.
         mean: Budget that the stopping rule is asked about, history frames per head.
         chunk: Frames of a chunk.
+        horizon: Frames that the model was trained on.
         about: What the file says of model, cache, data, settings and software.
     """
 
     settings: SiteSettings
     mean: float
     chunk: int
+    horizon: int
     about: Mapping[str, Any]
 
 
@@ -90,7 +92,8 @@ def conclude(
         "stopped_at": seen[-1].prompts if seen[-1].stop else None,
         "regret90": seen[-1].regret,
     }
-    tables, said = write_labels(found, task.chunk, task.about["model"]["name"], out)
+    name = task.about["model"]["name"]
+    tables, said = write_labels(found, task.chunk, task.horizon, name, out)
     told = {"checks": checks, "labels": [path.name for path in tables]}
     told |= {"created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     about = _about(task, found, {key: wanted[key] for key in done}) | told

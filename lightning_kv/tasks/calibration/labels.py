@@ -13,18 +13,22 @@ from pathlib import Path
 
 from lightning_kv.calibration.clips import profile_of
 from lightning_kv.calibration.reduction import Reduced
-from lightning_kv.policies.profiles import RULES, Labels, duo_attention
+from lightning_kv.policies.profiles import RULES, Labels, Profile, duo_attention
 from lightning_kv.utilities.formatting import several
+
+BY_MASS = ("forcing-kv", "head-forcing")
+"""Methods whose rules look at shares of softmax mass."""
 
 
 def write_labels(
-    found: Reduced, chunk: int, model: str, out: Path
+    found: Reduced, chunk: int, horizon: int, model: str, out: Path
 ) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """Write labels for forcing-kv, head-forcing, pyramid-forcing and duo-attention.
 
     Args:
         found: With profiles; without, nothing is written.
         chunk: Frames of a chunk.
+        horizon: Frames that the model was trained on.
         model: Name of the model.
         out: Of the curves; ``OUT/METHOD-MODEL.json`` go into the folder of its name without ending.
 
@@ -35,7 +39,7 @@ def write_labels(
         return (), ()
     folder, written, said = out.with_suffix(""), [], []
     source = f"lightning-kv calibrate, {several(len(found.prompts), 'prompt')}"
-    for method, (rule, how) in rules_of(found, chunk).items():
+    for method, (rule, how) in rules_of(found, chunk, horizon).items():
         try:
             labels = rule()
         except ValueError as error:
@@ -50,14 +54,17 @@ def write_labels(
     return tuple(written), tuple(said)
 
 
-def rules_of(found: Reduced, chunk: int) -> Mapping[str, tuple[Callable[[], Labels], str]]:
+def rules_of(
+    found: Reduced, chunk: int, horizon: int
+) -> Mapping[str, tuple[Callable[[], Labels], str]]:
     """By method, what gives its labels, and by what rule that is, in words."""
     tables = {name: found.mean(f"profile/{name}") for name in ("mass", "logits")}
     profile = profile_of(tables, chunk)
     seen, lags = profile.starts[-2], profile.logits.shape[-1] - 1
-    how = dict.fromkeys(RULES, f"the method's rule, with up to {seen} frames of history")
-    how["pyramid-forcing"] = f"the method's rule, from {lags} lags"
-    rules = {name: (partial(rule, profile), how[name]) for name, rule in RULES.items()}
+    how = f"the method's rule, with up to {seen} frames of history"
+    rules = {name: (partial(by_mass, name, profile, horizon), how) for name in BY_MASS}
+    waves = partial(RULES["pyramid-forcing"], profile), f"the method's rule, from {lags} lags"
+    rules |= {"pyramid-forcing": waves}
     first = found.settings.sink
     kept = f"the first {first} and the newest frame" if first else "the newest 2 frames"
     ours = (
@@ -65,6 +72,21 @@ def rules_of(found: Reduced, chunk: int) -> Mapping[str, tuple[Callable[[], Labe
         f"(recency/{found.metric})"
     )
     return rules | {"duo-attention": (partial(streamed, found), ours)}
+
+
+def by_mass(method: str, profile: Profile, horizon: int) -> Labels:
+    """Labels by shares of mass, which fall as history grows: of all that the model was trained on.
+
+    Raises:
+        ValueError: The reference held less history than that.
+    """
+    if (seen := profile.starts[-1]) < horizon:
+        raise ValueError(
+            f"Its rule looks at clips as long as those that the model was trained on, {horizon} "
+            f"frames, and the reference held all history for {seen} frames only. Give a larger "
+            "reach, or a reference that holds more, and clips that are as long."
+        )
+    return RULES[method](profile)
 
 
 def streamed(found: Reduced) -> Labels:
