@@ -437,9 +437,9 @@ def labels() -> str:
     told = []
     for own in shipped().values():
         if "panorama" in own.models:
-            heads = [label for row in own.rows for label in row]
+            heads = [label for row in own.rows for label in row if isinstance(label, str)]
             counts = ", ".join(f"{heads.count(kind)} {kind}" for kind in sorted(set(heads)))
-            told.append(f"`{own.method}`: {counts}")
+            told += [f"`{own.method}`: {counts}"] if heads else []
     return "; ".join(told)
 
 

@@ -3,28 +3,21 @@
     python tools/head_labels.py
 
 Rolls the full cache out from prompts of all palettes and sizes, and writes
-`lightning_kv/policies/heads/METHOD-panorama.json`. With `--statistics FILE` it writes means of
-queries instead, for the setting of that name of tri-attention.
+`lightning_kv/policies/heads/METHOD-panorama.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from itertools import product
-from pathlib import Path
 
 from lightning_kv.data.panorama import PALETTES, SIZES, SPEEDS, STARTS
 from lightning_kv.models import load_model
 from lightning_kv.policies.profiles import RULES
 from lightning_kv.policies.tables import HEADS
-from lightning_kv.tasks.measuring.head_profiles import (
-    labels_of,
-    profile,
-    query_statistics,
-    save_labels,
-)
+from lightning_kv.tasks.calibration.labels import save_labels
+from lightning_kv.tasks.measuring.head_profiles import labels_of, profile
 
 
 def main() -> None:
@@ -33,17 +26,12 @@ def main() -> None:
     parser.add_argument("--model", default="panorama")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--frames", type=int, default=60)
-    parser.add_argument("--statistics", type=Path, help="write means of queries to this file")
     options = parser.parse_args()
     words = PALETTES, SPEEDS, [f"n{size}" for size in SIZES], STARTS
     every = [" ".join(own) for own in product(*words)]
     chosen = every[:: max(1, len(every) // options.prompts)][: options.prompts]
     again = f"python tools/head_labels.py --prompts {options.prompts} --frames {options.frames}"
     model = load_model(options.model)
-    if options.statistics:
-        made = query_statistics(model, chosen, options.frames)
-        options.statistics.write_text(json.dumps(made))
-        return
     found = profile(model, chosen, options.frames)
     for method in RULES:
         labels = labels_of(method, found)

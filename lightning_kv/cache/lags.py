@@ -19,7 +19,7 @@ from lightning_kv.cache.view import PassView
 
 @dataclass
 class LagLogits:
-    """Mean logit between the rows of a query frame and of a held frame so many frames back.
+    """Mean logit between the rows of a query frame and of a frame so many frames back.
 
     Args:
         clip: Whose it is.
@@ -36,6 +36,9 @@ class LagLogits:
 class LagRecorder(Recorder):
     """Mean logits by lag of every layer and head: the product of the mean query and mean key.
 
+    Frames that memory has dropped count too, as they were when last held; where positions move with
+    the query only held ones do.
+
     Args:
         limit: See :class:`Recorder`.
     """
@@ -46,6 +49,8 @@ class LagRecorder(Recorder):
         super().__init__(1, limit)
         self._sums: dict[tuple[int, str], Tensor] = {}
         self._weights: dict[tuple[int, str], list[float]] = {}
+        self._keys: dict[tuple[int, str, int], Tensor] = {}
+        self._known: dict[tuple[int, str, int], set[int]] = {}
 
     def size(self, clip: Clip) -> int:
         """4 bytes for each layer, head and lag, in each namespace."""
@@ -61,15 +66,29 @@ class LagRecorder(Recorder):
             self._weights[place] = [0.0] * clip.frames
         if not view.frames:
             return
-        keys = view.by_frame(view.keys("read").transpose(1, 2), "mean")  # [H, D, F]
+        frames, keys = self._seen(view)
         queries = view.query.unflatten(1, (len(step.frames), -1)).mean(2)  # [H, Q, D]
         logits = (queries.to(keys) @ keys / keys.shape[1] ** 0.5).flatten(1)
-        lags = [now - then for now in step.frames for then in view.frames]
+        lags = [now - then for now in step.frames for then in frames]
         weight, line = weight_of(step), self._sums[place][view.layer]
         at = upload(lags, line, torch.int64).unsqueeze(0)
         line += summed((weight * logits).to(line).unsqueeze(-1), at, line.shape[1])[..., 0]
         for lag in lags if not view.layer else ():
             self._weights[place][lag] += weight
+
+    def _seen(self, view: PassView) -> tuple[list[int], Tensor]:
+        """Frames that were ever held, and the mean key of each, ``[H, D, F]``."""
+        held = view.by_frame(view.keys("read").transpose(1, 2), "mean")
+        if view.lag is not None:  # read at other times in every pass: no key can be kept
+            return list(view.frames), held
+        place = view.sample, view.step.namespace, view.layer
+        if place not in self._keys:
+            self._keys[place] = held.new_zeros(*held.shape[:2], self.clips[view.sample].frames)
+        keys, known = self._keys[place], self._known.setdefault(place, set())
+        old = keys[..., view.frame_ids]
+        keys[..., view.frame_ids] = torch.where(view.present.unsqueeze(1), held, old)
+        known.update(view.frames)
+        return sorted(known), keys[..., upload(sorted(known), keys, torch.int64)]
 
     def table(self, sample: int) -> LagLogits:
         """Means over passes and pairs of frames."""

@@ -33,9 +33,9 @@ class ClipRecord:
         key: Of prompt and noise.
         unit: Key of the prompt, which statistics count.
         sites: By chunk and step, as :class:`~lightning_kv.calibration.sites.SiteRecorder` has them.
-        profile: ``mass`` ``[chunks, L, H, frames]`` of the first chunks, whose whole history is
-            within reach, and ``logits`` ``[L, H, reach + 1]`` by lag; nothing where it was not
-            recorded.
+        profile: ``mass`` ``[chunks, L, H, frames]`` of the first chunks, whose whole history was
+            held, and ``logits`` ``[L, H, lags]`` of the whole clip, from lag 0 (of videos,
+            and where positions move, up to the reach); nothing where it was not recorded.
     """
 
     key: str
@@ -108,7 +108,8 @@ class ClipMeter:
             memories = self._held(chunks, key, prompt, out.latents[0], share, progress)
         site = self._site(key, chunks, validates, memories)
         out = self._roll(key, prompt, self.frames, context, site, share, progress, self.profiles)
-        return ClipRecord(key, unit, self._whole(site), self._profile(out))
+        lags = self.settings.reach + 1 if self.reference.positions.moves else self.frames
+        return ClipRecord(key, unit, self._whole(site), self._profile(out, lags))
 
     def of_video(
         self,
@@ -142,7 +143,7 @@ class ClipMeter:
             known = latents[: own * chunk]
             out = self._roll(key, prompt, end, known, site, share, progress, self.profiles and last)
             found |= self._whole(site)
-        return ClipRecord(key, unit, found, self._profile(out))
+        return ClipRecord(key, unit, found, self._profile(out, self.settings.reach + 1))
 
     @cached_property
     def memories(self) -> dict[str, Memory]:
@@ -243,23 +244,29 @@ class ClipMeter:
             )
         return site.records
 
-    def _profile(self, out: Rollout | None) -> dict[str, Tensor]:
+    def _profile(self, out: Rollout | None, lags: int) -> dict[str, Tensor]:
         """What heads attended to in the chunks that read all that came before them."""
         if not self.profiles:
             return {}
-        chunks, frames = profiled(self.settings.reach, self.model.network.config.chunk)
-        mass = out.tables["mass"][0].mass[CONDITIONAL][:chunks, ..., :frames]
-        logits = out.tables["lags"][0].logits[CONDITIONAL][..., : self.settings.reach + 1]
+        mass, chunk = out.tables["mass"][0].mass[CONDITIONAL], self.model.network.config.chunk
+        chunks = min(profiled(mass, chunk), -(-lags // chunk))
+        mass = mass[:chunks, ..., : chunks * chunk]
+        logits = out.tables["lags"][0].logits[CONDITIONAL][..., :lags]
         return {"mass": mass.cpu().double(), "logits": logits.cpu().double()}
 
 
-def profiled(reach: int, chunk: int) -> tuple[int, int]:
-    """Chunks at the start of a clip whose whole history is within reach, and their frames.
+def profiled(mass: Tensor, chunk: int) -> int:
+    """Chunks at the start of a clip whose whole history was held.
 
     There the reference is no other than the full cache, so labels are those of the full cache.
+
+    Args:
+        mass: By chunk and frame, ``[chunks, L, H, F]``.
+        chunk: Frames of a chunk.
     """
-    chunks = reach // chunk + 1
-    return chunks, chunks * chunk
+    held = mass.amax((1, 2)) > 0  # [chunks, F]
+    whole = [bool(held[own, : own * chunk].all()) for own in range(len(mass))]
+    return [*whole, False].index(False)
 
 
 def profile_of(tables: Mapping[str, Tensor], chunk: int) -> Profile:

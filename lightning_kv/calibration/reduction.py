@@ -30,9 +30,10 @@ def summary_of(clip: ClipRecord, settings: SiteSettings, at: int) -> Summary:
 
     Returns:
         ``SCORER/METRIC`` ``[L, H, N]``, ``lag/mass`` ``[L, H, S, reach]``, ``query/mean`` and
-        ``query/square`` ``[L, H, D]``, ``gram/gn`` ``[L H, L H]`` where there are probes; in clips
-        that validate ``exact/SCORER`` ``[L, H, E]``, ``zero`` ``[L, H]`` and ``floor`` (the
-        largest, not the mean); with profiles ``profile/mass`` and ``profile/logits``.
+        ``query/square`` ``[L, H, D]``, ``query/length`` ``[L, H, D / 2]``, ``gram/gn``
+        ``[L H, L H]`` where there are probes; in clips that validate ``exact/SCORER``
+        ``[L, H, E]``, ``zero`` ``[L, H]`` and ``floor`` (the largest, not the mean); with profiles
+        ``profile/mass`` and ``profile/logits``.
     """
     order = sorted(clip.sites)
     records = [clip.sites[place] for place in order]
@@ -42,7 +43,7 @@ def summary_of(clip: ClipRecord, settings: SiteSettings, at: int) -> Summary:
         for scorer in settings.scorers
         for metric in metrics
     }
-    for name in ("query/mean", "query/square"):
+    for name in ("query/mean", "query/square", "query/length"):
         found[name] = mean_of(record[name] for record in records)
     steps = sorted({step for _, step in order})
     lags = [
@@ -139,6 +140,7 @@ class Reduced:
         mean, square = self.mean("query/mean"), self.mean("query/square")
         extra = {"lag/mass": self.mean("lag/mass"), "query/mean": mean}
         extra["query/var"] = (square - mean.square()).clamp_min(0)
+        extra["query/length"] = self.mean("query/length")
         if settings.probes:
             extra["gram/gn"] = self.mean("gram/gn")
         return HeadCurves(grid, curves, importance, extra)

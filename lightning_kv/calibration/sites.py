@@ -24,6 +24,7 @@ from lightning_kv.calibration.passes import (
 from lightning_kv.calibration.scorers import scorer_of
 from lightning_kv.models.samplers import stable_seed
 from lightning_kv.policies.base import CachePolicy
+from lightning_kv.policies.future_score import pair_lengths
 from lightning_kv.rollout import Call
 
 
@@ -152,7 +153,8 @@ class SiteRecorder:
             ``mass/SCORER`` and ``output/SCORER`` ``[L, H, N]``, ``gn/SCORER`` ``[K, L, H, N]``
             (products with probes: a loss is their mean square over ``norm``), ``lag/mass``
             ``[L, H, reach]`` (softmax mass on history, the newest frame first), ``query/mean``
-            and ``query/square`` ``[L, H, D]`` (of queries before rotation), in clips that validate
+            and ``query/square`` ``[L, H, D]`` and ``query/length`` ``[L, H, D / 2]`` (of queries
+            before rotation and of their complex pairs), in clips that validate
             ``exact/SCORER`` ``[L, H, budgets]``, ``zero`` ``[L, H]`` and ``floor``.
     """
 
@@ -273,13 +275,16 @@ def mass_by_lag(looked: Looked, reach: int) -> Tensor:
 
 
 def query_moments(looked: Looked) -> dict[str, Tensor]:
-    """Means of queries before rotation and of their squares, float64 ``[L, H, D]``."""
-    means, squares = [], []
+    """Means of queries before rotation and of their squares ``[L, H, D]``, and of the lengths of
+    their complex pairs ``[L, H, D / 2]``, float64.
+    """
+    found: dict[str, list[Tensor]] = {"query/mean": [], "query/square": [], "query/length": []}
     for view in looked.views:  # a layer at a time: in float64 all of them are large
         own = view.raw_query.double()  # [H, T, D]
-        means.append(own.mean(1))
-        squares.append(own.square().mean(1))
-    return {"query/mean": torch.stack(means), "query/square": torch.stack(squares)}
+        each = own, own.square(), pair_lengths(own)
+        for line, values in zip(found.values(), each, strict=True):
+            line.append(values.mean(1))
+    return {name: torch.stack(line) for name, line in found.items()}
 
 
 def losses(record: dict[str, Tensor], metric: str, scorer: str) -> Tensor:

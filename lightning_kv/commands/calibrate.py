@@ -64,7 +64,7 @@ class CalibrateOptions:
         validate: Prompts that are also measured exactly; 0 for none.
         exact: At which frames, or all (0, 1/8, 1/4 and 1/2 of the reach).
         mean: Mean budget that is asked for (a quarter of the reach).
-        labels: Write labels for forcing-kv, head- and pyramid-forcing.
+        labels: Write labels for forcing-kv, head-forcing, pyramid-forcing, duo-attention.
         size: HEIGHTxWIDTH in pixels (the model's own).
         seed: Of the noise.
         negative: What guidance leads away from, for models with guidance.

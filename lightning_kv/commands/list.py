@@ -178,7 +178,7 @@ def tables(policy: Any) -> list[str]:
                 fit = [
                     table
                     for name, table in shipped().items()
-                    if each.file == name or (each.auto and each.auto == table.method)
+                    if each.file == name or table.method in each.auto.split()
                 ]
                 models = ", ".join(dict.fromkeys(name for table in fit for name in table.models))
                 words = all(isinstance(value, str) for value in each.values)

@@ -35,7 +35,8 @@ def labelled(
         part: That has it.
         kinds: The words.
         threshold: Where given, numbers mean the second of two words from there on, else the first.
-        method: Whose shipped tables ``auto`` means; the part's name where not given.
+        method: Whose shipped tables ``auto`` means, or several, see
+            :class:`~lightning_kv.policies.tables.HeadTable`; the part's name where not given.
     """
     given = HeadTable.of(part.labels, "labels")
     if threshold is not None and all(isinstance(x, int | float) for x in given.values):

@@ -1,10 +1,11 @@
-"""Rules that label heads by what they attended to in rollouts with the full cache.
+"""Rules that label heads by what they attended to, or lost, in rollouts with the full cache.
 
 Shapes: C chunks, L layers, H heads, F frames.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,12 @@ from torch import Tensor
 
 Labels = list[list[str]]
 """A row per layer, one word per head."""
+
+LAGS = 36
+"""With fewer lags, labels of waves still change with their number (embedded model)."""
+
+FINE = 16
+"""Wave lengths that are compared for each that fits into a curve a whole number of times."""
 
 
 @dataclass(frozen=True)
@@ -89,24 +96,30 @@ def pyramid_forcing(profile: Profile, swings: float = 0.8, period: float = 6.4) 
 
     The curve of a head is its mean logit by lag, from 1. Wave: at ``swings`` or more of its inner
     points it turns (from rising to falling or back), or the strongest wave in it is ``period``
-    frames long or shorter. Ours, since the paper's exact rule is not public: the straight line
-    through the curve is taken out before; of the other heads those whose mean logit is above that
-    of the layer's heads are anchors, others veils (a constant changes no softmax, so the sign of a
-    logit tells nothing).
+    frames long or shorter (the fastest rotary pair turns in 2 pi frames). Ours, since the paper's
+    exact rule is not public: the straight line through the curve is taken out before; waves of all
+    lengths up to that of the curve are compared, not only those that fit into it a whole number of
+    times; of the other heads those whose mean logit is above that of the layer's heads are anchors,
+    others veils (a constant changes no softmax, so the sign of a logit tells nothing).
+
+    Raises:
+        ValueError: The curve is so short that a slow wave in it passes for a straight line.
     """
     curve = profile.logits[..., 1:].double()
-    if curve.shape[-1] < 8:
+    lags = curve.shape[-1]
+    if lags < LAGS:
         raise ValueError(
-            f"Waves need a curve of 8 lags or more, and {curve.shape[-1]} were recorded. Give "
-            "longer rollouts."
+            f"Waves need a curve of {LAGS} lags or more, and {lags} were recorded. Give longer "
+            "rollouts."
         )
-    at = torch.arange(curve.shape[-1], dtype=curve.dtype) - (curve.shape[-1] - 1) / 2
+    at = torch.arange(lags, dtype=curve.dtype) - (lags - 1) / 2
     flat = curve - curve.mean(-1, keepdim=True)
     flat = flat - (flat @ at / (at @ at)).unsqueeze(-1) * at
     steps = flat.diff(dim=-1)
     turns = (steps[..., 1:] * steps[..., :-1] < 0).double().mean(-1)
-    strongest = torch.fft.rfft(flat).abs()[..., 1:].argmax(-1) + 1
-    wave = (turns >= swings) | (curve.shape[-1] / strongest <= period)
+    points = FINE * lags
+    strongest = torch.fft.rfft(flat, points).abs()[..., FINE:].argmax(-1) + FINE
+    wave = (turns >= swings) | (points / strongest <= period)
     mean = curve.mean(-1)
     rest = _words(mean > mean.mean(-1, keepdim=True), "anchor", "veil")
     return [
@@ -115,12 +128,29 @@ def pyramid_forcing(profile: Profile, swings: float = 0.8, period: float = 6.4) 
     ]
 
 
+def duo_attention(losses: Tensor, share: float = 0.5) -> Labels:
+    """Retrieval and streaming heads of DuoAttention (arXiv 2410.10819), without its trained gates.
+
+    Ours: the paper trains a gate for each head, all together, and takes a quantile of them. Here
+    the ``share`` of heads that lose most, each alone, with what a streaming head keeps are
+    retrieval heads (half of one: up); ties go to the earlier layer and head.
+
+    Args:
+        losses: ``[L, H]``, with only the first and newest frames.
+        share: Of retrieval heads among those of the model.
+    """
+    order = losses.flatten().argsort(descending=True, stable=True)
+    mask = torch.zeros(losses.numel(), dtype=torch.bool)
+    mask[order[: math.floor(share * losses.numel() + 0.5)]] = True
+    return _words(mask.view_as(losses), "retrieval", "streaming")
+
+
 RULES: dict[str, Callable[[Profile], Labels]] = {
     "forcing-kv": forcing_kv,
     "head-forcing": head_forcing,
     "pyramid-forcing": pyramid_forcing,
 }
-"""By the method whose labels they give."""
+"""By the method whose labels they give, of a profile."""
 
 
 def _words(mask: Tensor, yes: str, no: str) -> Labels:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,11 +18,12 @@ from lightning_kv.cache.host import send
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.future_score import QueryMeans
+from lightning_kv.policies.head_curves import HeadCurves
 
 Rows = tuple[tuple[tuple[float, ...], ...], ...]
 WANTED = (
     'Give a JSON file such as {"mean": [[[0.1, ...], ...], ...], "length": [[[0.3, ...], ...], '
-    "...]}: for each layer and head D and D / 2 numbers."
+    "...]}: for each layer and head D and D / 2 numbers; or a file of `lightning-kv calibrate`."
 )
 
 
@@ -57,7 +57,7 @@ class QueryTable:
 
     @classmethod
     def read(cls, path: str | Path, name: str, folder: Path = Path()) -> QueryTable:
-        """From a JSON file.
+        """From a file of head curves (.safetensors), or from a JSON file.
 
         Args:
             path: Of the file.
@@ -70,7 +70,11 @@ class QueryTable:
         path = folder / path
         try:
             content = path.read_bytes()
-            found = json.loads(content)
+            if path.suffix == ".safetensors":
+                extra = HeadCurves.load(path).extra
+                found = {key: extra[f"query/{key}"].tolist() for key in ("mean", "length")}
+            else:
+                found = json.loads(content)
             rows = [
                 tuple(tuple(tuple(map(float, head)) for head in layer) for layer in found[key])
                 for key in ("mean", "length")
@@ -112,20 +116,3 @@ class QueryTable:
 
 NO_QUERIES = QueryTable()
 """Not given: they are measured."""
-
-
-def query_table(states: Sequence[dict[Any, Any]], layers: int) -> dict[str, Any]:
-    """What :meth:`QueryTable.read` wants, from what parts have seen of several rollouts.
-
-    Args:
-        states: Of parts that called :func:`update_query_means`, one for each sample.
-        layers: Of the model.
-    """
-    found: dict[str, Any] = {"mean": [], "length": []}
-    for layer in range(layers):
-        each = [state["query_means"][layer] for state in states]
-        rows = sum(own.rows for own in each)
-        for name in found:
-            total = sum(getattr(own, name).double() * own.rows for own in each) / rows
-            found[name].append([[float(f"{x:.6g}") for x in head] for head in total.tolist()])
-    return found

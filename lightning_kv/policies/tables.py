@@ -12,11 +12,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors import safe_open as open_tensors
+from safetensors.torch import load as unpack
+
 from lightning_kv.cache.passes import Geometry
+from lightning_kv.utilities.formatting import several
 from lightning_kv.utilities.nearest import hint
 
 HEADS = Path(__file__).parent / "heads"
 """Where the shipped tables are."""
+
+ZERO = "zero"
+"""Name of the importance by silencing whole heads, in files of head curves."""
 
 Value = float | str
 Rows = tuple[tuple[Value, ...], ...]
@@ -30,8 +38,8 @@ class HeadTable:
         rows: One row per layer, one number or word per head.
         file: Name of the file or of the shipped table; None where they were given in place.
         sha256: Of that file.
-        auto: Name of a method: the table that is shipped of it for the model at hand. Then
-            ``sha256`` is that of all that are shipped of this method.
+        auto: Names of methods, with spaces: the table that is shipped for the model at hand of the
+            first that has one. Then ``sha256`` is that of all that are shipped of these methods.
     """
 
     rows: Rows = ()
@@ -72,7 +80,7 @@ class HeadTable:
 
         Args:
             path: Name of a shipped table, ``auto``, or path of a file: JSON with the rows under
-                the key ``name``, or as authors publish it (:func:`rows_of`).
+                the key ``name``, as authors publish it, or of head curves (:func:`rows_of`).
             name: Of the setting.
             folder: Where a path starts.
 
@@ -89,8 +97,8 @@ class HeadTable:
                     f"{', '.join(shipped())} (`lightning-kv list heads`). Or give the path of a "
                     "file (.json)."
                 )
-            content = (HEADS / f"{path}.json").read_bytes()
-            return cls(shipped()[path].rows, path, hashlib.sha256(content).hexdigest())
+            found = shipped()[path]
+            return cls(found.rows, path, hashlib.sha256(found.path.read_bytes()).hexdigest())
         return cls._from_file(folder / path, name)
 
     @classmethod
@@ -103,7 +111,7 @@ class HeadTable:
             rows = tuple(tuple(map(_value, row)) for row in rows_of(content, path.suffix, name))
         except FileNotFoundError:
             raise ValueError(f"No head table at {str(path)!r}. {wanted}") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(
                 f"{str(path)!r} is no head table: {type(error).__name__}: {error}. {wanted}"
             ) from error
@@ -112,7 +120,7 @@ class HeadTable:
     @property
     def values(self) -> tuple[Value, ...]:
         """Each value that occurs, once; of an ``auto`` table those of all that it may mean."""
-        every = [own.rows for own in shipped().values() if own.method == self.auto]
+        every = [own.rows for own in shipped_of(self.auto)]
         rows = [row for own in (every if self.auto else [self.rows]) for row in own]
         return tuple(sorted({value for row in rows for value in row}, key=lambda x: (str(x), x)))
 
@@ -179,12 +187,13 @@ class HeadTable:
         """
         if not self.auto:
             return self.rows
-        for own in shipped().values():
-            if own.method == self.auto and geometry.model in own.models:
+        for own in shipped_of(self.auto):
+            if geometry.model in own.models:
                 return own.rows
         whose = f"the model {geometry.model!r}" if geometry.model else "a model without a name"
+        named = " or ".join(map(repr, self.auto.split()))
         raise ValueError(
-            f"No head table of {self.auto!r} is shipped for {whose}, and the setting is auto. "
+            f"No head table of {named} is shipped for {whose}, and the setting is auto. "
             f"{_way(self.auto, geometry)}"
         )
 
@@ -229,6 +238,7 @@ class Shipped:
         models: Names of the models whose heads it describes.
         about: What the numbers or words are, in a sentence.
         source: Where they are from.
+        path: Of the file.
     """
 
     rows: Rows
@@ -236,25 +246,55 @@ class Shipped:
     models: tuple[str, ...]
     about: str
     source: str
+    path: Path
 
 
 @cache
 def shipped() -> dict[str, Shipped]:
-    """Every shipped table, by name."""
+    """Every shipped table, by name; of a file of head curves the importance."""
     found = {}
     for path in sorted(HEADS.glob("*.json")):
         own = json.loads(path.read_text("utf-8"))
+        if "method" not in own:  # what a file of head curves says of itself
+            continue
         told = (own["method"], tuple(own["model"]), own["about"], own["source"])
         key = next(key for key, value in own.items() if isinstance(value, list) and key != "model")
-        found[path.stem] = Shipped(tuple(tuple(map(_value, row)) for row in own[key]), *told)
+        found[path.stem] = Shipped(tuple(tuple(map(_value, row)) for row in own[key]), *told, path)
+    for path in sorted(HEADS.glob("*.safetensors")):
+        found[path.stem] = _curves(path)
     return found
 
 
+def _curves(path: Path) -> Shipped:
+    """Of a shipped file of head curves the importance; curves wait until they are asked for."""
+    with open_tensors(path, "pt") as file:
+        told = json.loads(file.metadata()["lightning_kv"])
+        budgets = file.get_tensor("grid/budget").tolist()
+        rows = tuple(map(tuple, file.get_tensor(f"importance/{ZERO}").tolist()))
+        names = [key[7:] for key in file.keys() if key.startswith("prompt/")]  # noqa: SIM118
+    about = (
+        f"What heads lose with {budgets[0]} to {budgets[-1]} frames ({', '.join(sorted(names))}), "
+        "for budgets by head (part calibrated, heads: auto); and their importance, the loss "
+        "without the whole head."
+    )
+    source = f"lightning-kv calibrate, {several(len(told['data']['prompts']), 'prompt')}"
+    return Shipped(rows, "importance", (told["model"]["name"],), about, source, path)
+
+
+def shipped_of(methods: str) -> list[Shipped]:
+    """The tables that are shipped of some methods, those of the first named first.
+
+    Args:
+        methods: Names, with spaces.
+    """
+    return [own for name in methods.split() for own in shipped().values() if own.method == name]
+
+
 @cache
-def _digest(method: str) -> str:
-    """Of all tables that are shipped of a method."""
-    own = [name for name, table in shipped().items() if table.method == method]
-    return hashlib.sha256(b"".join((HEADS / f"{n}.json").read_bytes() for n in own)).hexdigest()
+def _digest(methods: str) -> str:
+    """Of all tables that are shipped of some methods."""
+    every = b"".join(own.path.read_bytes() for own in shipped_of(methods))
+    return hashlib.sha256(every).hexdigest()
 
 
 def _way(method: str, geometry: Geometry) -> str:
@@ -263,7 +303,7 @@ def _way(method: str, geometry: Geometry) -> str:
     fit = [
         name
         for name, own in shipped().items()
-        if own.method == method and [len(row) for row in own.rows] == shape
+        if own.method in method.split() and [len(row) for row in own.rows] == shape
     ]
     shown = f"{', '.join(fit)} (`lightning-kv list heads`)"
     named = f"Shipped and of this shape: {shown}. Or give" if fit else "Give"
@@ -277,13 +317,22 @@ def rows_of(content: bytes, suffix: str, name: str) -> list[list[Any]]:
         content: Of the file. ``.csv`` and ``.tsv``: a line per layer, a number per head
             (Pyramid-Forcing, DuoAttention). JSON: rows under the key ``name``, or a list, perhaps
             under ``layers``, of ``layer_idx`` with ``static_head`` and ``dynamic_head``, in older
-            files ``local_head`` and ``temporal_head`` (Forcing-KV).
+            files ``local_head`` and ``temporal_head`` (Forcing-KV). ``.safetensors``: head curves,
+            whose importance is the loss with the whole head silenced, as Focused Forcing has it.
         suffix: Of its name.
         name: Key of the rows.
 
     Raises:
-        ValueError: Its layers do not name each head once.
+        ValueError: Its layers do not name each head once, or these head curves have no such rows.
     """
+    if suffix == ".safetensors":
+        found = unpack(content).get(f"{name}/{ZERO}")
+        if found is None:
+            raise ValueError(
+                f"it has no {name}/{ZERO}. Of a file of head curves `importance` can be read, if "
+                "prompts validated (calibrate --validate 4); labels are in the folder beside it"
+            )
+        return found.tolist()
     if suffix in (".csv", ".tsv"):
         lines = content.decode().split("\n")
         return [[float(x) for x in re.split(r"[,\t]", line)] for line in lines if line.strip()]

@@ -2,14 +2,16 @@
 
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 
 from lightning_kv.calibration.clips import ClipMeter, profile_of, profiled
 from lightning_kv.calibration.reduction import mean_of, reduced, summary_of
-from lightning_kv.calibration.sites import SiteSettings, losses, sites_of
+from lightning_kv.calibration.sites import SiteSettings, losses, query_moments, sites_of
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
 from lightning_kv.policies.registry import policy_from_dict, preset
@@ -106,15 +108,31 @@ def test_a_step_that_the_sampler_does_not_have_is_said():
 
 
 def test_the_profile_is_that_of_the_full_cache():
-    own, (chunks, frames) = meter(), profiled(6, 3)
-    assert (chunks, frames) == (3, 9)
+    own = meter()
     full = rollout(
         own.model, preset("full"), "x", 18, keys=["a"], decode=False, record=("mass", "lags")
     )
-    mass = full.tables["mass"][0].mass["cond"][:3, ..., :9]
+    mass = full.tables["mass"][0].mass["cond"]
+    assert profiled(mass, 3) == 6
+    mass = mass[:3, ..., :9]
     torch.testing.assert_close(clip().profile["mass"], mass.double(), rtol=1e-5, atol=1e-6)
     made = profile_of(clip().profile, 3)
-    assert made.starts == (0, 3, 6, 9) and made.logits.shape == (2, 2, 7)
+    assert made.starts == (0, 3, 6, 9) and made.logits.shape == (2, 2, 18)
+    assert float(made.logits[..., 1:].abs().min()) > 0  # also of frames out of reach
+    video = replace(own, profiles=True).of_video("a", "a", "x", full.latents[0])
+    assert video.profile["logits"].shape == (2, 2, 7)
+
+
+def test_moments_of_queries_are_those_of_numpy():
+    own = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(3))
+    looked = SimpleNamespace(views=[SimpleNamespace(raw_query=own)] * 3)
+    found, x = query_moments(looked), own.double().numpy()
+    pairs = np.abs(x[..., 0::2] + 1j * x[..., 1::2])
+    each = {"query/mean": x, "query/square": x**2, "query/length": pairs}
+    assert found.keys() == each.keys()
+    for name, values in each.items():
+        for layer in found[name]:
+            np.testing.assert_allclose(layer, values.mean(1), rtol=1e-12)
 
 
 def test_means_are_those_of_numpy():

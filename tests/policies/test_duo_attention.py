@@ -82,9 +82,9 @@ def test_gates_of_a_file_of_the_authors_are_labels(tmp_path):
     assert policy(labels=[[1, 0], [R, S]]).retain.labels.rows == ((R, S), (R, S))
 
 
-def test_the_shipped_labels_are_those_of_forcing_kv():
+def test_labels_of_forcing_kv_serve_too():
     """Static heads stream, dynamic ones retrieve, whichever way the table is named."""
-    assert preset("duo-attention").retain.labels.auto == "forcing-kv"
+    assert preset("duo-attention").retain.labels.auto == "duo-attention forcing-kv"
     other, names = {R: "dynamic", S: "static"}, ("panorama", "self-forcing", "longlive")
     theirs = tuple(tuple(other[word] for word in row) for row in LABELS)
     tape = random_tape(chunked([3] * 6, noisy=1), heads=4, layers=3, grid=(1, 2))

@@ -64,11 +64,12 @@ def slow_pyramid(profile, layer, head):
     flat = [y - mean - slope * (i - centre) for i, y in enumerate(curve)]
     steps = [b - a for a, b in pairwise(flat)]
     turns = sum(a * b < 0 for a, b in pairwise(steps)) / (n - 2)
-    power = {
-        k: abs(sum(y * cmath.exp(-2j * math.pi * k * i / n) for i, y in enumerate(flat)))
-        for k in range(1, n // 2 + 1)
-    }
-    if turns >= 0.8 or n / max(power, key=power.get) <= 6.4:
+    periods = [16 * n / k for k in range(16, 8 * n + 1)]
+    power = [
+        abs(sum(y * cmath.exp(-2j * math.pi * i / period) for i, y in enumerate(flat)))
+        for period in periods
+    ]
+    if turns >= 0.8 or periods[power.index(max(power))] <= 6.4:
         return "wave"
     others = [own[1:] for own in profile.logits[layer].double().tolist()]
     means = [sum(own) / len(own) for own in others]
@@ -85,9 +86,9 @@ SLOW = {
 @pytest.mark.parametrize("method", RULES)
 def test_every_label_is_the_slow_rules(method):
     """In chunks of 1, 2, 3 and 4, a shorter last one; 320 heads of each rule."""
-    words = []
+    words, least = [], 37 if method == "pyramid-forcing" else 20
     for seed, size in enumerate([1, 2, 3, 4] * 10):
-        made = drawn(seed, [*range(0, 20, size), 20 + seed % 3])
+        made = drawn(seed, [*range(0, least, size), least + seed % 3])
         for layer, row in enumerate(RULES[method](made)):
             for head, word in enumerate(row):
                 assert word == SLOW[method](made, layer, head), f"{seed}: {layer} {head}"
@@ -96,11 +97,38 @@ def test_every_label_is_the_slow_rules(method):
     assert len(words) == 320 and len(set(words)) == kinds
 
 
+def one_head(curve):
+    return Profile(torch.zeros(0), (), torch.tensor(curve, dtype=torch.float64).view(1, 1, -1))
+
+
+@pytest.mark.parametrize("lags", [36, 47, 59, 60, 64, 71])
+@pytest.mark.parametrize("phase", [0.0, 1.0, 2.0])
+def test_a_turn_of_the_fastest_rotary_pair_is_a_wave_however_many_lags_there_are(lags, phase):
+    """In 2 pi frames; 59 lags have 9.4 of them, and whole waves of 6.6 and 5.9 frames."""
+
+    def curve(period, slow):
+        turn, drift = 2 * math.pi / period, 2 * math.pi / 35
+        return [math.cos(turn * i + phase) + slow * math.cos(drift * i) for i in range(lags + 1)]
+
+    assert profiles.pyramid_forcing(one_head(curve(2 * math.pi, 0.5))) == [["wave"]]
+    assert profiles.pyramid_forcing(one_head(curve(2 * math.pi, 2.0))) == [["veil"]]
+    assert profiles.pyramid_forcing(one_head(curve(7.5, 0.0))) == [["veil"]]
+
+
+def test_retrieval_heads_are_those_that_lose_most():
+    losses = torch.tensor([[0.1, 0.5, 0.2], [0.2, 0.0, 0.9]])
+    yes, no = "retrieval", "streaming"
+    assert profiles.duo_attention(losses) == [[no, yes, yes], [no, no, yes]]  # the earlier of two
+    assert profiles.duo_attention(losses, 1 / 6) == [[no] * 3, [no, no, yes]]
+    assert profiles.duo_attention(losses[:, :1], 0.25) == [[no], [yes]]  # half of one: up
+    assert profiles.duo_attention(losses, 0) == [[no] * 3] * 2
+
+
 def test_a_profile_that_is_too_short_is_refused():
-    short = drawn(0, [0, 3, 6])
-    for rule in (profiles.head_forcing, profiles.pyramid_forcing):
-        with pytest.raises(ValueError, match="Give longer rollouts"):
-            rule(short)
+    with pytest.raises(ValueError, match="Give longer rollouts"):
+        profiles.head_forcing(drawn(0, [0, 3, 6]))
+    with pytest.raises(ValueError, match=r"36 lags or more, and 35 were recorded\. Give longer"):
+        profiles.pyramid_forcing(drawn(0, [*range(0, 37, 3)]))
     with pytest.raises(ValueError, match="No chunk has 5 frames of history"):
         profiles.forcing_kv(drawn(0, [0, 3]))
 

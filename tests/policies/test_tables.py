@@ -1,17 +1,23 @@
 """Head tables: by name, from the files that authors publish, and those that cannot work."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from slow import sessions
 
+from lightning_kv.cli import main
 from lightning_kv.models import load_model
 from lightning_kv.models.catalogue import CATALOGUE
+from lightning_kv.policies import curve_tables, tables
+from lightning_kv.policies.budget.importance import budgets
+from lightning_kv.policies.head_curves import HeadCurves, described
 from lightning_kv.policies.registry import build_budget, policy_from_dict, policy_to_dict
 from lightning_kv.policies.tables import HeadTable, shipped
 
@@ -66,6 +72,108 @@ def test_auto_is_the_table_that_is_shipped_for_the_model():
         part.check(replace(WAN, model="mine"), 1)
     with pytest.raises(ValueError, match=r"a model without a name, .*Give one value for each head"):
         part.check(sessions.GEOMETRY, 1)
+
+
+@pytest.fixture
+def curves(tmp_path):
+    """A file of head curves of the embedded model, as `calibrate` has them."""
+    geometry = load_model("panorama").network.geometry()
+    rng = torch.Generator().manual_seed(0)
+    own = HeadCurves(
+        (1, 2, 3),
+        {"mass/gn": torch.rand(3, 6, 4, 3, generator=rng)},
+        {"history": torch.zeros(6, 4), "zero": torch.rand(6, 4, generator=rng)},
+        about={
+            "model": {"name": "panorama", "geometry": described(geometry)},
+            "data": {"prompts": ["a", "b", "c"]},
+        },
+    )
+    path = tmp_path / "panorama.safetensors"
+    own.save(path)
+    return path, own, geometry
+
+
+def test_focused_forcings_own_importance_is_read_from_a_file_of_head_curves(curves):
+    """The frames that its rule gives are those of the curves' own rule of that name."""
+    path, own, geometry = curves
+    part = build_budget({"part": "importance", "amount": "6f", "importance": str(path)})
+    part.check(geometry, 1)
+    assert part.importance.rows == tuple(map(tuple, own.importance["zero"].double().tolist()))
+    told = {"part": "calibrated", "amount": "3f", "heads": str(path)}
+    same = build_budget(told | {"rule": "focused", "importance": "zero"})
+    assert budgets(part.importance.rows, 2.0, 3, 1) == same.solved(geometry)
+
+
+def test_what_a_file_of_head_curves_does_not_have_is_said(curves, tmp_path):
+    path, own, _ = curves
+    with pytest.raises(ValueError, match=r"has no labels/zero.*labels are in the folder beside it"):
+        HeadTable.of(str(path), "labels")
+    other = tmp_path / "other.safetensors"
+    replace(own, importance={}).save(other)
+    with pytest.raises(ValueError, match=r"has no importance/zero.*--validate 4"):
+        HeadTable.of(str(other), "importance")
+    other.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"'.*other.safetensors' is no head table: SafetensorErr"):
+        HeadTable.of(str(other), "importance")
+
+
+@pytest.fixture
+def shipping(curves, monkeypatch):
+    """The folder of shipped tables with such a file, and what it says of itself, in it."""
+    folder = curves[0].parent / "heads"
+    shutil.copytree(tables.HEADS, folder)
+    for path in (curves[0], curves[0].with_suffix(".json")):
+        shutil.copy(path, folder)
+    caches = (tables.shipped, tables._digest, curve_tables.shipped_curves, curve_tables._digest)
+    monkeypatch.setattr(tables, "HEADS", folder)
+    monkeypatch.setattr(curve_tables, "HEADS", folder)
+    for own in caches:
+        own.cache_clear()
+    yield curves[1:]
+    for own in caches:
+        own.cache_clear()
+
+
+def test_a_shipped_file_of_head_curves_is_found_and_listed(shipping, capsys):
+    own, geometry = shipping
+    part = build_budget({"part": "importance", "amount": "6f", "importance": "auto"})
+    part.check(geometry, 1)
+    rows = tuple(map(tuple, own.importance["zero"].double().tolist()))
+    assert part.importance.rows_for(geometry) == rows == HeadTable.of("panorama").rows
+    solved = build_budget({"part": "calibrated", "amount": "2f"}).solved(geometry)
+    assert solved == own.solve("optimal", 2)
+    main(["list", "heads", "panorama", "--json"])
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["about"].startswith("What heads lose with 1 to 3 frames (mass/gn)")
+    assert row["source"] == "lightning-kv calibrate, 3 prompts" and row["models"] == "panorama"
+    lowest, highest = min(map(min, rows)), max(map(max, rows))
+    assert row["heads"] == f"6 layers of 4: from {lowest:.5g} to {highest:.5g}"
+
+
+def test_the_first_method_that_has_a_table_for_the_model_is_taken(shipping):
+    """DuoAttention takes labels of its own rule where they are shipped, else Forcing-KV's."""
+    _, geometry = shipping
+    auto = {"name": "x", "retain": "duo-attention"}
+
+    def rows(of):
+        return policy_from_dict(auto).retain.labels.rows_for(of)
+
+    for own in tables.HEADS.glob("duo-attention-*"):
+        own.unlink()
+    tables.shipped.cache_clear()
+    assert rows(geometry) == shipped()["forcing-kv-panorama"].rows
+    before = policy_from_dict(auto).retain.labels.sha256
+    told = {"method": "duo-attention", "model": ["panorama"], "about": "-", "source": "-"}
+    made = [["retrieval", "streaming"] * 2] * 6
+    path = tables.HEADS / "duo-attention-panorama.json"
+    path.write_text(json.dumps(told | {"labels": made}))
+    tables.shipped.cache_clear()
+    tables._digest.cache_clear()
+    assert rows(geometry) == tuple(map(tuple, made))
+    assert rows(replace(WAN, model="longlive")) == shipped()["forcing-kv-longlive"].rows
+    assert policy_from_dict(auto).retain.labels.sha256 != before
+    with pytest.raises(ValueError, match=r"table of 'duo-attention' or 'forcing-kv' is shipped"):
+        rows(replace(WAN, model="mine"))
 
 
 def test_models_say_their_name():

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from slow_units import RAGGED, UnitScript, by_frame
 
 from lightning_kv.cache.decisions import Event
-from lightning_kv.policies.query_tables import query_table
+from lightning_kv.policies.head_curves import HeadCurves
 from lightning_kv.policies.registry import load_policy, policy_from_dict, policy_to_dict, preset
 from lightning_kv.testing import (
     assert_same_as_twin,
@@ -144,35 +144,48 @@ def test_outputs_and_rows_are_those_of_the_twin():
     assert_same_as_twin(made, TriScript(13 / 4, "token", 1), tape)
 
 
-def beforehand(tmp_path, horizon=1000):
-    """A file of what a dense rollout asked, and the tape."""
-    tape = random_tape(chunked([2] * 8, noisy=1), heads=2, batch=2)
-    part = {"part": "tri-attention", "horizon": horizon}
-    session = tape.session(policy_from_dict({"name": "dense", "retain": part}))
-    tape.play(session)
-    states = [sample.states["cond"]["retain"] for sample in session.samples]
-    path = tmp_path / "queries.json"
-    path.write_text(json.dumps(query_table(states, 2)))
+def beforehand(tmp_path, ending=".json"):
+    """A file with means of the clean queries of a tape, by layer and head, and the tape."""
+    tape, found = random_tape(chunked([2] * 8, noisy=1), heads=2, batch=2), {}
+    clean = [[e.layers[n][0].double() for e in tape.entries if e.step.final] for n in range(2)]
+    queries = [torch.cat([x.flatten(0, 1) for x in own]) for own in clean]  # [rows, H, D]
+    found["mean"] = torch.stack([own.mean(0) for own in queries])
+    pairs = [own.unflatten(-1, (-1, 2)).norm(dim=-1) for own in queries]
+    found["length"] = torch.stack([own.mean(0) for own in pairs])
+    path = tmp_path / f"queries{ending}"
+    if ending == ".json":
+        path.write_text(json.dumps({name: own.tolist() for name, own in found.items()}))
+    else:
+        curves = {"mass/gn": torch.zeros(2, 2, 2, 2)}
+        HeadCurves((1, 2), curves, {}, {f"query/{k}": own for k, own in found.items()}).save(path)
     return path, tape
 
 
-def test_statistics_made_beforehand(tmp_path):
-    """They are the means over all samples and passes, and measure nothing in the rollout itself."""
-    path, tape = beforehand(tmp_path)
+@pytest.mark.parametrize("ending", [".json", ".safetensors"])
+def test_statistics_made_beforehand(tmp_path, ending):
+    """They are those of the file, and nothing is measured in the rollout itself."""
+    path, tape = beforehand(tmp_path, ending)
     made = policy("4f", statistics=str(path))
     table = made.retain.statistics
     clean = [e.layers[1][0] for e in tape.entries if e.step.final]
     queries = torch.cat([x.flatten(0, 1) for x in clean])[:, 0].double()  # of layer 1, head 0
-    assert table.mean[1][0] == pytest.approx(queries.mean(0).tolist(), abs=1e-4)
+    assert table.mean[1][0] == pytest.approx(queries.mean(0).tolist(), abs=1e-12)
     lengths = queries.unflatten(-1, (-1, 2)).norm(dim=-1).mean(0)
-    assert table.length[1][0] == pytest.approx(lengths.tolist(), abs=1e-4)
-    assert (table.file, len(table.sha256)) == ("queries.json", 64)
+    assert table.length[1][0] == pytest.approx(lengths.tolist(), abs=1e-12)
+    assert (table.file, len(table.sha256)) == (f"queries{ending}", 64)
     assert policy_from_dict(policy_to_dict(made)) == made
     session = tape.session(made)
     tape.play(session)
     state = session.samples[0].states["cond"]["retain"]
     assert "query_means" not in state and set(state["given"]) == {0, 1}
     assert len(session.samples[0].stores["cond"][0].frames) >= 4
+
+
+def test_head_curves_without_queries(tmp_path):
+    path = tmp_path / "heads.safetensors"
+    HeadCurves((1, 2), {"mass/gn": torch.zeros(2, 2, 2, 2)}).save(path)
+    with pytest.raises(ValueError, match=r"heads.safetensors' holds no means of queries: KeyErr"):
+        policy("6f", statistics=str(path))
 
 
 def test_without_commit_passes_statistics_must_be_given(tmp_path):

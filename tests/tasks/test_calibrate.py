@@ -1,5 +1,6 @@
 """Calibration under a Trainer: one file for any ranks and interruptions, and what is refused."""
 
+import itertools
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -27,12 +29,13 @@ from lightning_kv.data.datamodule import PromptDataModule
 from lightning_kv.data.panorama import world_for
 from lightning_kv.models import load_model
 from lightning_kv.policies.head_curves import HeadCurves
-from lightning_kv.policies.registry import policy_from_dict
+from lightning_kv.policies.profiles import RULES, Profile
+from lightning_kv.policies.registry import policy_from_dict, preset
+from lightning_kv.rollout import rollout
 from lightning_kv.tasks.calibrate import CalibrateModule, validating
 from lightning_kv.tasks.calibration.records import CalibrationDirectory
 from lightning_kv.tasks.callbacks import CalibrationProgressBar, CurveWriter
 from lightning_kv.tasks.evaluate import EvaluateModule
-from lightning_kv.tasks.measuring.head_profiles import labels_of, profile
 from lightning_kv.tasks.rollouts.context import start_of
 
 ROOT = Path(__file__).parents[2]
@@ -235,42 +238,38 @@ def test_loggers_hear_of_it(tmp_path):
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
-    """No frames given, and all history within reach but for the last chunk."""
+    """No frames given; clips are as long as those that the model was trained on."""
     out = tmp_path_factory.mktemp("labelled") / "heads.safetensors"
-    measuring = SiteSettings(reach=12, chunks=1, steps=(0,), probes=0, scorers=("mass",))
-    given = {"frames": 15, "context_frames": 0, "validate": 0}
+    measuring = SiteSettings(reach=69, chunks=1, steps=(0,), probes=0)
+    given = {"frames": 72, "context_frames": 0, "validate": 1}
     return out, calibrated(out, measuring=measuring, **given)
 
 
-def test_labels_are_those_of_a_profile_with_the_full_cache(labelled):
+PYRAMID = {"select": "pyramid-reads", "positions": "pyramid-times"}
+METHODS = ("forcing-kv", "head-forcing", "pyramid-forcing", "duo-attention")
+
+
+def test_labels_are_those_of_the_full_cache(labelled):
     out, found = labelled
-    data = PromptDataModule(SHARDS, 2, seed=1)
-    model = load_model("panorama")
-    keyed = profile_by_key(model, data.prompt_samples(), 15)
-    assert {path.name for path in found.labels} == {
-        f"{own}-panorama.json" for own in ("forcing-kv", "head-forcing", "pyramid-forcing")
-    }
-    for path in found.labels:
+    samples = PromptDataModule(SHARDS, 2, seed=1).prompt_samples()
+    keyed = profile_of_all(load_model("panorama"), samples, 72)
+    assert [path.name for path in found.labels] == [f"{own}-panorama.json" for own in METHODS]
+    for path in found.labels[:3]:
         assert path.parent == out.with_suffix("")
         held = json.loads(path.read_text())
-        rows = zip(held["labels"], labels_of(held["method"], keyed), strict=True)
+        rows = zip(held["labels"], RULES[held["method"]](keyed), strict=True)
         same = [a == b for x, y in rows for a, b in zip(x, y, strict=True)]
         assert sum(same) >= 23  # of 24: a head on the edge may fall to the other side
         assert held["model"] == ["panorama"]
-    spec = {"part": "forcing-kv", "labels": str(out.with_suffix("") / "forcing-kv-panorama.json")}
-    policy_from_dict({"name": "x", "retain": spec}).check(model.network.geometry(), 3, 15)
+        assert held["source"] == "lightning-kv calibrate, 2 prompts"
+        lags = held["method"] == "pyramid-forcing"
+        assert held["about"].endswith("from 71 lags" if lags else "up to 69 frames of history")
 
 
-def profile_by_key(model, samples, frames):
-    """As `profile` makes it, of clips with the noise of their keys."""
-    from lightning_kv.policies.profiles import Profile
-    from lightning_kv.policies.registry import preset
-    from lightning_kv.rollout import rollout
-
-    assert profile  # the same by prompts alone
-    mass = logits = 0
-    for sample in samples:
-        own = rollout(
+def profile_of_all(model, samples, frames):
+    """What heads attend to with the full cache, of clips with the noise of their keys."""
+    made = [
+        rollout(
             model,
             preset("full"),
             sample.prompt,
@@ -278,10 +277,61 @@ def profile_by_key(model, samples, frames):
             keys=[sample.key],
             decode=False,
             record=("mass", "lags"),
-        )
-        mass = mass + own.tables["mass"][0].mass["cond"].double() / len(samples)
-        logits = logits + own.tables["lags"][0].logits["cond"].double() / len(samples)
-    return Profile(mass, (*range(0, frames, 3), frames), logits[..., :13])
+        ).tables
+        for sample in samples
+    ]
+    mass = sum(own["mass"][0].mass["cond"].double() for own in made) / len(made)
+    logits = sum(own["lags"][0].logits["cond"].double() for own in made) / len(made)
+    return Profile(mass, tuple(range(0, frames + 1, 3)), logits)
+
+
+def test_heads_that_lose_most_with_what_streaming_heads_keep_are_retrieval_heads(labelled):
+    out, found = labelled
+    held = json.loads(found.labels[3].read_text())
+    lost = HeadCurves.load(out).prompts("recency", "output").mean(0)[..., 2]
+    yes = {own for row, words in zip(lost.tolist(), held["labels"], strict=True)
+           for own, word in zip(row, words, strict=True) if word == "retrieval"}  # fmt: skip
+    assert yes == set(sorted(lost.flatten().tolist())[12:])
+    assert held["about"].endswith(
+        " heads, by a rule of ours in place of trained gates: the half that loses most with the "
+        "newest 2 frames alone (recency/output)"
+    )
+
+
+def test_what_is_written_is_what_presets_run_with(labelled):
+    out, found = labelled
+    policies = []
+    for method, path in zip(METHODS, found.labels, strict=True):
+        made = {"labels": str(path)}
+        own = {"retain": {"part": method, **made}}
+        if method in ("forcing-kv", "head-forcing"):
+            own["retain"]["budget"] = "6f"
+        if method == "pyramid-forcing":
+            own |= {kind: {"part": name, **made} for kind, name in PYRAMID.items()}
+        policies.append(own)
+    policies.append({"retain": {"part": "tri-attention", "budget": "6f", "statistics": str(out)}})
+    budget = {"part": "importance", "importance": str(out), "amount": "9f", "least": "3f"}
+    policies.append({"retain": {"part": "snap-kv", "budget": budget}})
+    model, clips = load_model("panorama", decode=False), []
+    for own in policies:
+        policy = policy_from_dict({"name": "x", **own})
+        clips.append(rollout(model, policy, "dusk fast n10 left", 27, decode=False).latents)
+    assert all(own.isfinite().all() for own in clips)
+    same = [n for n in itertools.combinations(range(6), 2) if torch.equal(*(clips[i] for i in n))]
+    assert not same
+
+
+def test_what_cannot_be_told_is_not_written(four, tmp_path):
+    """Of 14 lags no wave, of 9 frames no shares of mass; without recency no streaming heads."""
+    assert [path.name for path in four[1].labels] == ["duo-attention-panorama.json"]
+    for name in ("forcing-kv", "head-forcing"):
+        said = f"No labels of {name}: Its rule looks at clips .*, 72 frames, .* for 9 frames"
+        assert any(re.match(said, each) for each in four[1].words)
+    said = "No labels of pyramid-forcing: Waves need a curve of 36 lags or more, and 14 were"
+    assert any(each.startswith(said) for each in four[1].words)
+    alone = replace(MEASURING, scorers=("mass",), probes=0, exact=())
+    found = calibrated(tmp_path / "heads.safetensors", measuring=alone, validate=0)
+    assert any("duo-attention: mass say nothing" in each for each in found.words)
 
 
 # -- videos -----------------------------------------------------------------------------------

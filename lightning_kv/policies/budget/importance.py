@@ -27,8 +27,9 @@ class Importance(BudgetPart):
         least: What the least important head gets, in the same unit.
         gamma: Above 1, the middle heads come closer to the least.
         importance: One row per layer, one number per head; the name of a shipped table, such as
-            ``focused-forcing-wan-1.3b``; or the path of a JSON file with them under
-            ``importance``.
+            ``focused-forcing-wan-1.3b``; ``auto``, the one shipped for the model; the path of a
+            file of ``lightning-kv calibrate`` (.safetensors: the loss with the whole head silenced,
+            as the paper has it), or of a JSON file with them under ``importance``.
     """
 
     name: ClassVar[str] = "importance"

@@ -17,6 +17,7 @@ from lightning_kv.policies.labels import heads_of, labelled
 from lightning_kv.policies.part import Preset
 from lightning_kv.policies.tables import AUTO, HeadTable
 
+METHODS = "duo-attention forcing-kv"
 KINDS = {"static": 0, "dynamic": 1, "streaming": 0, "retrieval": 1}
 
 
@@ -28,9 +29,10 @@ class DuoAttention(RetainPart):
     frames, as many as it allows; nothing is dropped in any head while all fits.
 
     Ours: the paper keeps 128 and 256 words of a text; here it is frames. It trains the gates that
-    tell heads apart; the shipped labels are those of Forcing-KV, whose static heads look at what
-    streaming heads keep. Gates of its authors' files are read as labels, by ``threshold``. A
-    prompt switch changes nothing.
+    tell heads apart; here labels go by what each head loses with what streaming heads keep, as
+    ``lightning-kv calibrate`` measures it. Where none of these are shipped they are those of
+    Forcing-KV, whose static heads look at what streaming heads keep. Gates of the authors' files
+    are read as labels, by ``threshold``. A prompt switch changes nothing.
 
     Args:
         sink: First frames of the video that stay.
@@ -61,7 +63,7 @@ class DuoAttention(RetainPart):
         between(self, 0, None, "sink")
         between(self, 1, None, "recent")
         between(self, 0, 1, "threshold")
-        labels = labelled(self, KINDS, self.threshold, "forcing-kv")
+        labels = labelled(self, KINDS, self.threshold, METHODS)
         object.__setattr__(self, "labels", labels)
 
     def smallest(self, chunk: int) -> int:
@@ -70,7 +72,7 @@ class DuoAttention(RetainPart):
 
     def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
         """The labels are those of the model."""
-        self.labels.check_heads(geometry, "head labels", "forcing-kv")
+        self.labels.check_heads(geometry, "head labels", METHODS)
 
     def protected(self, view: CacheView, scores: Tensor) -> Tensor:
         """The sink."""

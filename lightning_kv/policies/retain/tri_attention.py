@@ -39,8 +39,8 @@ class TriAttention(UnitPart):
             (the paper's); ``layer_perhead``: every head of every layer ranks for itself.
         furthest: Largest offset in frames, never beyond what the model has been trained on.
         horizon: Frames whose queries count; what the model has been trained on where None.
-        statistics: Path of a JSON file with ``mean`` and ``length`` of queries made beforehand, by
-            layer, head and number (``tools/head_labels.py --statistics FILE`` writes it).
+        statistics: Path of a file with queries made beforehand: that of ``lightning-kv calibrate``
+            (.safetensors), or JSON with their ``mean`` and ``length`` by layer, head and number.
     """
 
     name: ClassVar[str] = "tri-attention"

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from lightning_kv.calibration.clips import profile_of
 from lightning_kv.calibration.reduction import Reduced, reduced
 from lightning_kv.calibration.sites import SiteSettings
 from lightning_kv.policies.curve_statistics import am_gm
 from lightning_kv.policies.head_curves import HeadCurves
-from lightning_kv.policies.profiles import RULES
 from lightning_kv.runs.directory import fingerprint
 from lightning_kv.tasks.calibration.checks import (
     advice,
@@ -24,8 +21,8 @@ from lightning_kv.tasks.calibration.checks import (
     sentences_of,
     structure,
 )
+from lightning_kv.tasks.calibration.labels import write_labels
 from lightning_kv.tasks.calibration.records import CalibrationDirectory, Wanted, mark_of
-from lightning_kv.tasks.measuring.head_profiles import labels_of, save_labels
 from lightning_kv.utilities.formatting import number, percent, several
 
 
@@ -52,12 +49,14 @@ class Task:
         settings: What was measured in a pass.
         mean: Budget that the stopping rule is asked about, history frames per head.
         chunk: Frames of a chunk.
+        horizon: Frames that the model was trained on.
         about: What the file says of model, cache, data, settings and software.
     """
 
     settings: SiteSettings
     mean: float
     chunk: int
+    horizon: int
     about: Mapping[str, Any]
 
 
@@ -93,7 +92,8 @@ def conclude(
         "stopped_at": seen[-1].prompts if seen[-1].stop else None,
         "regret90": seen[-1].regret,
     }
-    tables, said = write_labels(found, task, out)
+    name = task.about["model"]["name"]
+    tables, said = write_labels(found, task.chunk, task.horizon, name, out)
     told = {"checks": checks, "labels": [path.name for path in tables]}
     told |= {"created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     about = _about(task, found, {key: wanted[key] for key in done}) | told
@@ -144,36 +144,3 @@ def check_enough(count: int, what: str) -> None:
             "more; 8 for the first look of the stopping rule, which is mostly content with 16 to "
             "32."
         )
-
-
-def write_labels(found: Reduced, task: Task, out: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
-    """Labels of heads as the presets forcing-kv, head-forcing and pyramid-forcing read them.
-
-    Args:
-        found: With profiles; without, nothing is written.
-        task: Of the calibration.
-        out: Its file; ``OUT/METHOD-MODEL.json`` go into the folder of that name without an ending.
-
-    Returns:
-        The files, and what is to be said of them.
-    """
-    if not found.has("profile/mass"):
-        return (), ()
-    tables = {name: found.mean(f"profile/{name}") for name in ("mass", "logits")}
-    profile, model = profile_of(tables, task.chunk), task.about["model"]["name"]
-    folder, written, said = out.with_suffix(""), [], []
-    for method in RULES:
-        try:
-            labels = labels_of(method, profile)
-        except ValueError as error:
-            said.append(f"No labels of {method}: {error}")
-            continue
-        counts = Counter(word for row in labels for word in row)
-        told = ", ".join(f"{count} {word}" for word, count in counts.most_common())
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{method}-{model.replace('/', '_')}.json"
-        source = f"lightning-kv calibrate, {several(len(found.prompts), 'prompt')}"
-        save_labels(path, labels, method, model, f"{told} heads, by the method's rule", source)
-        written.append(path)
-        said.append(f"{path}: {told}.")
-    return tuple(written), tuple(said)

@@ -93,8 +93,9 @@ class CurveWriter(ClipRecordWriter):
         """Write the file."""
         about = module.about()
         about["software"] = versions() | {"device": trainer.strategy.root_device.type}
-        chunk = module.network.config.chunk
-        task = Task(module.measuring, self.settled(module), chunk, about)
+        config = module.network.config
+        mean = self.settled(module)
+        task = Task(module.measuring, mean, config.chunk, config.train_horizon, about)
         return conclude(self.run, wanted, task, self.out)
 
     def numbers(self, found: Calibration) -> dict[str, float]:

@@ -1,17 +1,12 @@
-"""Labels of a model's heads, and means of their queries, from rollouts with the full cache."""
+"""Labels of a model's heads from rollouts with the full cache."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from lightning_kv.cache.session import CacheSession
 from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.profiles import RULES, Profile
-from lightning_kv.policies.query_tables import query_table
-from lightning_kv.policies.registry import policy_from_dict, preset
+from lightning_kv.policies.registry import preset
 from lightning_kv.rollout import rollout
 from lightning_kv.utilities.nearest import unknown
 
@@ -41,33 +36,6 @@ def profile(model: VideoModel, prompts: Sequence[str], frames: int, seed: int = 
     return Profile(mass, starts, logits)
 
 
-def query_statistics(
-    model: VideoModel, prompts: Sequence[str], frames: int, seed: int = 0
-) -> dict[str, Any]:
-    """What tri-attention's setting ``statistics`` reads: means of clean queries, of all prompts.
-
-    Args:
-        model: Any whose sampler commits frames in passes at t = 0.
-        prompts: Texts, one clip each.
-        frames: Latent frames of a clip.
-        seed: Of the noise.
-
-    Raises:
-        ValueError: No prompts.
-    """
-    _some(prompts)
-    part = {"part": "tri-attention", "horizon": frames}  # without a budget it keeps all
-    policy, states = policy_from_dict({"name": "seen", "retain": part}), []
-
-    def keep(_: int, session: CacheSession) -> None:
-        states[-1].update(session.samples[0].states["cond"]["retain"])
-
-    for prompt in prompts:
-        states.append({})
-        rollout(model, policy, prompt, frames, seed=seed, decode=False, progress=keep)
-    return query_table(states, model.network.geometry().layers)
-
-
 def labels_of(method: str, profile: Profile) -> list[list[str]]:
     """A word for each head by a method's rule.
 
@@ -77,16 +45,6 @@ def labels_of(method: str, profile: Profile) -> list[list[str]]:
     if method not in RULES:
         raise ValueError(unknown("profile rule", method, RULES))
     return RULES[method](profile)
-
-
-def save_labels(
-    path: Path, labels: list[list[str]], method: str, model: str, about: str, source: str
-) -> None:
-    """Write a head table that a setting ``labels`` reads."""
-    told = {"method": method, "model": [model], "source": source, "about": about}
-    head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in told.items())
-    rows = ",\n  ".join(json.dumps(row) for row in labels)
-    path.write_text(f'{{\n{head} "labels": [\n  {rows}\n ]\n}}\n')
 
 
 def _some(prompts: Sequence[str]) -> None:

@@ -34,6 +34,7 @@ def drawn(prompts=8, noise=0.1, spread=1.0, settings=SETTINGS, seed=0):
         found = {"mass/gn": gn, "mass/output": gn * 2, "mass/mass": gn.sqrt(), "exact/mass": exact}
         found |= {"zero": normal(LAYERS, HEADS).exp(), "floor": torch.tensor(0.25).double()}
         found |= {"lag/mass": gn, "query/mean": size, "query/square": size.square() + 1}
+        found["query/length"] = size
         summaries.append(found | {"gram/gn": torch.eye(LAYERS * HEADS).double()})
     keys = tuple(f"prompt-{n}" for n in range(prompts))
     return Reduced(keys, tuple(summaries), settings)
