@@ -18,7 +18,7 @@ from lightning_kv.tasks.calibration.module import SitesModule
 from lightning_kv.tasks.measuring.fingerprint import weights_of
 from lightning_kv.tasks.proof.design import SHUFFLES, Design, Source, select_part
 from lightning_kv.tasks.rollouts.lengths import read_size
-from lightning_kv.tasks.rollouts.policies import warn_fitted
+from lightning_kv.tasks.rollouts.policies import foreign_curves, warn_fitted
 
 SPREAD = 0.15
 """Standard deviation of log-ratios between prompts that a number of prompts is planned with."""
@@ -73,7 +73,7 @@ class ProveBudgetsModule(SitesModule):
         source = Source.of(heads, own, select, scorer, metric)
         cache, curves = source.curves.about.get("cache", {}), source.curves
         geometry = model.network.geometry(read_size(size, model.network.config))
-        curves.check(geometry, fingerprint=weights_of(model))
+        source.table().check(geometry, transfer=False)
         super().__init__(
             model,
             SiteSettings(
@@ -90,7 +90,8 @@ class ProveBudgetsModule(SitesModule):
             seed=seed,
             **rollouts,
         )
-        self.design = Design(source, part, tuple(means), geometry, shuffles)
+        self.design = Design(source, part, tuple(means), geometry, shuffles, weights_of(model))
+        foreign_curves(self.design.policies(), geometry, self.design.weights, warn=True)
         for policy in self.design.policies():
             policy.check(geometry, model.network.config.chunk, self.settings.frames)
 
@@ -116,8 +117,7 @@ class ProveBudgetsModule(SitesModule):
         """Check the data, and say which prompts the budgets were fitted on."""
         super().setup(stage)
         keys = {sample.key for sample in self.trainer.datamodule.prompt_samples()}
-        optimal = [own for own in self.design.policies() if own.name.startswith("optimal@")]
-        warn_fitted(optimal[:1], self.design.geometry, keys)
+        warn_fitted(self.design.policies(), self.design.geometry, keys)
 
 
 def check_sampler(model: VideoModel) -> None:

@@ -128,6 +128,7 @@ class Design:
         means: Frames per head on average.
         geometry: Of the model.
         shuffles: How many times the optimal budgets are dealt to other heads.
+        weights: What tells the weights of the model from others.
     """
 
     source: Source
@@ -135,6 +136,7 @@ class Design:
     means: tuple[int, ...]
     geometry: Geometry
     shuffles: int = SHUFFLES
+    weights: str = ""
 
     def __post_init__(self) -> None:
         low, reach = self.least, self.source.curves.reach
@@ -159,12 +161,13 @@ class Design:
     def note(self) -> str:
         """What differs from the measurement of the curves; nothing where nothing does."""
         sink = self.source.curves.about.get("cache", {}).get("sink", 0)
-        if sink <= getattr(self.select, "sink", 0):
-            return ""
-        return (
-            f"Curves were measured with the first {sink} frames always read, and "
-            f"{self.select.name} may leave them out."
-        )
+        said = [self._tables[CURVE].foreign(self.geometry.model, self.weights)]
+        if sink > getattr(self.select, "sink", 0):
+            said.append(
+                f"Curves were measured with the first {sink} frames always read, and "
+                f"{self.select.name} may leave them out."
+            )
+        return " ".join(filter(None, said))
 
     @property
     def rules(self) -> tuple[str, ...]:
@@ -224,6 +227,7 @@ class Design:
             importance=importance,
             least=f"{self.least}f" if self.least else None,
             seed=seed,
+            transfer=True,  # the cache is that of the file; what else differs is in the note
         )
 
     def parts(self) -> dict[str, SelectPart]:

@@ -261,16 +261,16 @@ def warn_fitted_run(policies: Mapping[str, Any], prompts: set[str]) -> None:
         policies: What the run says of each.
         prompts: Keys of its prompts.
     """
-    told = set()
+    found: dict[str, tuple[list[str], list[str]]] = {}
     for name, parts in policies.items():
         for own in parts.values():
             budget = own.get("budget") if isinstance(own, dict) else None
             heads = budget.get("heads") if isinstance(budget, dict) else None
             heads = heads if isinstance(heads, dict) else {}
-            both = [key for key in heads.get("prompts") or () if key in prompts]
-            if both and heads.get("file") not in told:
-                told.add(heads.get("file"))
-                warnings.warn(fitted_words(name, heads.get("file"), both), stacklevel=2)
+            if both := [key for key in heads.get("prompts") or () if key in prompts]:
+                found.setdefault(heads.get("file"), (both, []))[1].append(name)
+    for file, own in found.items():
+        warnings.warn(fitted_words(file, *own), stacklevel=2)
 
 
 HEADS = ("budgets", "mean", "against uniform", "p")
