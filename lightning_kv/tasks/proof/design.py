@@ -35,7 +35,7 @@ ONLINE: dict[str, type[BudgetPart]] = {"dynamic": Adaptive, "dynamic-table": Cal
 WHOLE = "focused-matched-zero"
 """Focused Forcing's rule on its own measure, whole heads taken away, where the file has it."""
 SHUFFLED = "shuffled-"
-JUDGED = "optimal"
+JUDGED, UNIFORM = "optimal", "uniform"
 SHUFFLES = 5
 SHARES = (1 / 4, 3 / 8, 1 / 2)
 """Means where none are given, as shares of the reach."""
@@ -199,7 +199,7 @@ class Design:
                 if rule not in found:
                     self.budgets(rule, self.means[0])
             except ValueError as error:
-                if rule in ("uniform", JUDGED):
+                if rule in (UNIFORM, JUDGED):
                     raise
                 found[rule] = str(error)
         return found

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_kv.report.proof_page import Section
+from lightning_kv.report.proof_page import Section, ranged
 from lightning_kv.runs.directory import Record, RunDirectory
 from lightning_kv.runs.margins import MARGINS
 from lightning_kv.runs.units import unit_of
@@ -35,13 +35,12 @@ from lightning_kv.stats.score_proof import (
     prove_score,
     signed,
 )
-from lightning_kv.tasks.proof.design import JUDGED, ONLINE, SHUFFLED, TABLES, WHOLE
+from lightning_kv.tasks.proof.design import JUDGED, ONLINE, SHUFFLED, TABLES, UNIFORM, WHOLE
 from lightning_kv.tasks.report import open_run
 from lightning_kv.tasks.rollouts.policies import fitted_words
 from lightning_kv.utilities.formatting import number, several
 from lightning_kv.utilities.nearest import unknown
 
-UNIFORM = "uniform"
 NAMES = re.compile(
     rf"(?P<name>.+?)-(?P<rule>{'|'.join([*TABLES, WHOLE, *ONLINE])}|{SHUFFLED}\d+)@(?P<mean>\w+)"
 )
@@ -280,16 +279,12 @@ def cells(found: GroupProof) -> list[tuple[str, ...]]:
     """Rows of the table, as text."""
     rows = []
     for rule, (value, low, high) in found.values.items():
-        ends = "" if low is None else f" [{number(low)}, {number(high)}]"
-        other = found.against.get(rule)
-        gain, p = "", "" if other is None else number(other.p)
-        if isinstance(other, Comparison):
-            inside = "" if other.low is None else f" [{change(other.low)}, {change(other.high)}]"
-            gain = f"{change(other.ratio)}{inside}"
-        elif other is not None:
-            inside = "" if other.low is None else f" [{signed(other.low)}, {signed(other.high)}]"
-            gain = f"{signed(other.gain)}{inside}"
-        rows.append((rule, f"{number(value)}{ends}", gain, p))
+        other, gain, p = found.against.get(rule), "", ""
+        if other is not None:
+            ratio = isinstance(other, Comparison)
+            mean, shown = (other.ratio, change) if ratio else (other.gain, signed)
+            gain, p = ranged(mean, other.low, other.high, shown), number(other.p)
+        rows.append((rule, ranged(value, low, high), gain, p))
     return rows
 
 
