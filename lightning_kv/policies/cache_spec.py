@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lightning_kv.policies.budgets import Amount
@@ -22,20 +22,22 @@ class CacheSpec:
             that chooses is the one that holds.
         sink: First frames of the clip that are held however old they are.
         kept: First frames of the clip that the part never leaves out.
+        policy: Whose it is, for errors.
     """
 
     window: int | None = None
     sink: int = 0
     kept: int = 0
+    policy: str = field(default="", compare=False)
 
     @classmethod
     def of_policy(cls, policy: CachePolicy, part: ScoredPart) -> CacheSpec:
         """What the retain or the select part of a policy has."""
         kept, held = sink_of(vars(part)), policy.retain
         if part is held:
-            return cls(kept=kept)
-        budget = held.budget
-        return cls(window_of(held.name, budget and budget.amount), sink_of(vars(held)), kept)
+            return cls(kept=kept, policy=policy.name)
+        window = window_of(held.name, held.budget and held.budget.amount)
+        return cls(window, sink_of(vars(held)), kept, policy.name)
 
     @classmethod
     def of_file(cls, cache: Any) -> CacheSpec | None:

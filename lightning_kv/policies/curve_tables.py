@@ -195,7 +195,7 @@ class CurveTable:
         if self.cache and (other := self.cache.differing(here, history)):
             raise ValueError(
                 f"The head curves ({self.file}) were measured with {self.cache.words(other)}, and "
-                f"this policy has {here.words(other)}. Give the policy such a cache, measure "
+                f"{here.policy!r} has {here.words(other)}. Give the policy such a cache, measure "
                 "curves with its own (calibrate --reach, --reference, --sink), or allow it "
                 "(transfer: true)."
             )

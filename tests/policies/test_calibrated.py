@@ -396,7 +396,7 @@ def test_reads_from_another_cache_are_refused_unless_allowed(
 
 def test_first_frames_that_were_always_kept_must_be(tmp_path):
     path = with_cache(tmp_path, SUNK, sink=3)
-    said = "the first 3 kept in every head, and this policy has the first 0 kept"
+    said = "the first 3 kept in every head, and 'test' has the first 0 kept"
     for kind in ("retain", "select"):
         part = {"retain": "window", "select": "top-attention"}[kind]
         parts = {"retain": SUNK, kind: {"part": part, "budget": budget(path, "5f")}}

@@ -434,7 +434,7 @@ def test_an_evaluation_records_that_curves_are_of_other_weights(four):
 def test_an_evaluation_with_another_cache_is_refused(four):
     part = {"part": "calibrated", "amount": "2f", "heads": str(four[0]), "least": "1f"}
     policy = {"name": "mine", "select": {"part": "top-attention", "budget": part}}
-    said = r"with 6 frames of history held, and this policy has all frames .* \(transfer: true\)"
+    said = r"with 6 frames of history held, and 'mine' has all frames .* \(transfer: true\)"
     with pytest.raises(ValueError, match=said):
         EvaluateModule("panorama", [policy], metrics=["psnr"], frames=15, context_frames=6)
     EvaluateModule("panorama", [policy], metrics=["psnr"], frames=9, context_frames=6)
