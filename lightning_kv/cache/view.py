@@ -223,7 +223,7 @@ class PassView(CacheView):
     def joint_keys(self) -> Tensor:
         """Keys as read of held rows and of those in flight, ``[H, N + P, D]``."""
         groups, store = self._rows.groups, self._store
-        written = store.flight == self.flight and store.own is None
+        written = store.flight == self.flight and store.own is None and self.step.mode == "run"
         if written and self.lag is None and self._rotated and len(groups) == 1:
             return groups[0].payload("k", self.flight)
         return torch.cat([self.keys("read"), self._own["read"]], dim=1)

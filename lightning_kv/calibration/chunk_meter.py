@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_kv.cache.passes import CONDITIONAL
 from lightning_kv.calibration.chunks import chunk_losses
 from lightning_kv.calibration.clips import ClipMeter
+from lightning_kv.calibration.memory import Held
 from lightning_kv.models.samplers import Noise, keyed_noise
 from lightning_kv.policies.base import SelectPart
 from lightning_kv.rollout import Call, Rollout
@@ -73,7 +74,13 @@ class ChunkMeter(ClipMeter):
 
     ways: Mapping[str, SelectPart] = field(default_factory=dict)
 
-    def _site(self, key: str, chunks: tuple[int, ...], validates: bool) -> ChunkRecorder:
+    def _site(
+        self,
+        key: str,
+        chunks: tuple[int, ...],
+        validates: bool,
+        memories: Mapping[str, Held],
+    ) -> ChunkRecorder:
         steps = len(self.model.network.config.timesteps)
         return ChunkRecorder(key, chunks, steps, self.ways)
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_kv.cache.passes import CONDITIONAL
+from lightning_kv.calibration.memory import Held, Memory
 from lightning_kv.calibration.sites import SiteRecorder, SiteSettings, sites_of
 from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.base import CachePolicy
@@ -52,7 +55,8 @@ class ClipMeter:
 
     Args:
         model: Any whose sampler makes one chunk at a time.
-        reference: Policy that holds as many whole frames as are within reach, alike in all heads.
+        reference: Policy that holds as many whole frames as are within reach, or more, alike in all
+            heads; all where a scorer is a memory.
         settings: What is measured.
         frames: Latent frames of a clip, what is given included.
         seed: Of the noise.
@@ -96,8 +100,13 @@ class ClipMeter:
         """
         given, chunk = 0 if context is None else len(context), self.model.network.config.chunk
         chunks = sites_of(key, self.frames, chunk, self.settings, given)
-        site = self._site(key, chunks, validates)
-        share = 1 / self.model.network.config.plan(self.frames, given).count
+        count, memories = self.model.network.config.plan(self.frames, given).count, {}
+        share = 1 / count
+        if self.memories:  # of the whole clip, which has to be made for that
+            share = 1 / (2 * count + self._looked_up)
+            out = self._roll(key, prompt, self.frames, context, None, share, progress, False)
+            memories = self._held(chunks, key, prompt, out.latents[0], share, progress)
+        site = self._site(key, chunks, validates, memories)
         out = self._roll(key, prompt, self.frames, context, site, share, progress, self.profiles)
         return ClipRecord(key, unit, self._whole(site), self._profile(out))
 
@@ -125,18 +134,70 @@ class ClipMeter:
         """
         chunk = self.model.network.config.chunk
         chunks = sites_of(key, len(latents), chunk, self.settings)
-        share, found, out = 1 / sum(own + 1 for own in chunks), {}, None
+        share, found, out = 1 / (sum(own + 1 for own in chunks) + self._looked_up), {}, None
+        memories = self._held(chunks, key, prompt, latents, share, progress)
         for own in chunks:
-            site, last = self._site(key, (own,), validates), own == chunks[-1]
+            site, last = self._site(key, (own,), validates, memories), own == chunks[-1]
             end = min((own + 1) * chunk, len(latents))
             known = latents[: own * chunk]
             out = self._roll(key, prompt, end, known, site, share, progress, self.profiles and last)
             found |= self._whole(site)
         return ClipRecord(key, unit, found, self._profile(out))
 
-    def _site(self, key: str, chunks: tuple[int, ...], validates: bool) -> SiteRecorder:
+    @cached_property
+    def memories(self) -> dict[str, Memory]:
+        """Scorers that are memories."""
+        return self.settings.memories(self.model.network.config.chunk)
+
+    @property
+    def _looked_up(self) -> int:
+        """Times that a clip goes through the model for them, each about as long as a chunk."""
+        return sum(len(own.looked_up) for own in self.memories.values())
+
+    def _held(
+        self,
+        chunks: tuple[int, ...],
+        key: str,
+        prompt: str,
+        latents: Tensor,
+        share: float,
+        progress: Callable[[float], None] | None,
+    ) -> dict[str, Held]:
+        """What memories hold when some chunks begin, by scorer."""
+        with torch.inference_mode(False):
+            latents = latents.clone()
+        return {
+            name: memory.held(
+                self.model,
+                chunks,
+                key,
+                prompt,
+                latents,
+                (lambda: progress(share)) if progress else None,
+                **self._settings,
+            )
+            for name, memory in self.memories.items()
+        }
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """Of every rollout."""
+        return {
+            "seed": self.seed,
+            "latent_size": self.latent_size,
+            "negative": self.negative,
+            "backend": self.backend,
+        }
+
+    def _site(
+        self,
+        key: str,
+        chunks: tuple[int, ...],
+        validates: bool,
+        memories: Mapping[str, Held],
+    ) -> SiteRecorder:
         steps = len(self.model.network.config.timesteps)
-        return SiteRecorder(key, self.settings, chunks, steps, validates)
+        return SiteRecorder(key, self.settings, chunks, steps, validates, memories)
 
     def _roll(
         self,
@@ -144,7 +205,7 @@ class ClipMeter:
         prompt: str,
         frames: int,
         context: Tensor | None,
-        site: SiteRecorder,
+        site: SiteRecorder | None,
         share: float,
         progress: Callable[[float], None] | None,
         profiles: bool,
@@ -156,16 +217,13 @@ class ClipMeter:
             self.reference,
             prompt,
             frames,
-            seed=self.seed,
             keys=[key],
             context=given,
-            latent_size=self.latent_size,
-            negative=self.negative,
-            backend=self.backend,
             record=TABLES if profiles else (),
             decode=False,
             before=site,
             progress=lambda *_: progress(share) if progress else None,
+            **self._settings,
         )
 
     def _whole(self, site: SiteRecorder) -> dict[tuple[int, int], dict[str, Tensor]]:

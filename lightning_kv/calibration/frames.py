@@ -1,7 +1,7 @@
 """Attention of one pass frame by frame: what any set of frames would give, from one look.
 
 Shapes: H heads, R query rows, F held frames, U = F + 1 units (held frames in order, and last the
-frames in flight as one, which are always read), D head width, K probes, N budgets.
+frames in flight as one, which are always read), D head width, N budgets.
 """
 
 from __future__ import annotations
@@ -85,55 +85,48 @@ def _share(lse: Tensor, of: Tensor) -> Tensor:
     return torch.where(lse == -torch.inf, 0.0, (lse - of).exp())
 
 
-def kept_at(order: Tensor, budget: Tensor) -> Tensor:
-    """Frames that each head keeps, bool ``[H, F]``.
-
-    Args:
-        order: ``[H, F]``, see :func:`order_of`.
-        budget: Frames of each head, int64 ``[1 or H]``.
-    """
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, places < budget.unsqueeze(1))
-
-
-def order_of(scores: Tensor, frames: Sequence[int], sink: int) -> Tensor:
-    """The order in which frames are kept, int64 ``[H, F]``: the sink, then the highest scores.
+def kept_by_score(
+    scores: Tensor, frames: Sequence[int], budgets: Sequence[int], sink: int = 0
+) -> Tensor:
+    """Frames that each head keeps at some budgets: the sink, then the highest scores.
 
     Ties go to the earlier frame.
 
     Args:
         scores: ``[H, F]``.
         frames: Ids of the held frames.
+        budgets: Numbers of frames.
         sink: So many first frames of the clip come before all others.
+
+    Returns:
+        bool ``[N, H, F]``.
     """
     first = torch.tensor([frame < sink for frame in frames], device=scores.device)
     key = scores.double().masked_fill(first, torch.inf)
-    return key.argsort(dim=-1, descending=True, stable=True)
+    order = key.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.zeros_like(order).scatter(1, order, places)
+    return rank < torch.tensor(budgets, device=rank.device).view(-1, 1, 1)
 
 
-def sorted_units(x: Tensor, order: Tensor, dim: int = -1) -> Tensor:
-    """Units of ``[..., H, R, U, ...]`` in the order of keeping, those in flight first."""
-    own = torch.full((len(order), 1), order.shape[1], device=order.device)
-    every = torch.cat([own, order], 1)  # [H, U]
-    dim = dim % x.ndim
-    shape = [1] * x.ndim
-    shape[dim - 2], shape[dim] = every.shape
-    return x.gather(dim, every.view(shape).expand(x.shape))
+def _units(kept: Tensor) -> Tensor:
+    """Units that count, float64 ``[H, U, N]``: those in flight always do."""
+    own = kept.new_ones(*kept.shape[:2], 1)
+    return torch.cat([kept, own], -1).permute(1, 2, 0).double()
 
 
-def kept_shares(lse: Tensor, order: Tensor) -> Tensor:
-    """Softmax mass of the units kept at 0 to F history frames, ``[H, R, U]``; 1 at all.
+def kept_shares(lse: Tensor, kept: Tensor) -> Tensor:
+    """Softmax mass of the units kept at each budget, ``[H, R, N]``.
 
     Args:
         lse: ``[H, R, U]``.
-        order: ``[H, F]``, see :func:`order_of`.
+        kept: bool ``[N, H, F]``.
     """
-    share = sorted_units(lse.double().softmax(-1), order)
-    return share.cumsum(-1).clamp_max(1)
+    return (lse.double().softmax(-1) @ _units(kept)).clamp_max(1)
 
 
-def kept_means(lse: Tensor, values: Tensor, order: Tensor) -> Tensor:
-    """Mean of values of units under the softmax over those kept, at 0 to F history frames.
+def kept_means(lse: Tensor, values: Tensor, kept: Tensor) -> Tensor:
+    """Mean of values of units under the softmax over those kept at each budget.
 
     Composition of attention: with a softmax restricted to a set K, the output is the mean of the
     units' own outputs under the softmax of their log-sum-exp over K.
@@ -141,11 +134,10 @@ def kept_means(lse: Tensor, values: Tensor, order: Tensor) -> Tensor:
     Args:
         lse: ``[H, R, U]``.
         values: ``[..., H, R, U]``.
-        order: ``[H, F]``.
+        kept: bool ``[N, H, F]``.
 
     Returns:
-        ``[..., H, R, U]``, the last place for all frames.
+        ``[..., H, R, N]``.
     """
-    share = sorted_units((lse - lse.amax(-1, keepdim=True)).double().exp(), order)
-    total = (share * sorted_units(values.double(), order)).cumsum(-1)
-    return total / share.cumsum(-1)
+    share, units = (lse - lse.amax(-1, keepdim=True)).double().exp(), _units(kept)
+    return (share * values.double()) @ units / (share @ units)

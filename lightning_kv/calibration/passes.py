@@ -22,10 +22,9 @@ from lightning_kv.calibration.frames import (
     attention_over,
     by_frame,
     check_frames,
-    kept_at,
+    kept_by_score,
     kept_means,
     kept_shares,
-    order_of,
 )
 from lightning_kv.calibration.scorers import Scorer
 from lightning_kv.rollout import Call
@@ -77,7 +76,6 @@ class Looked:
         views: What each layer was shown.
         out: Attention of each layer ``[1, T, H, D]``.
         masses: Mean softmax mass on each held frame, ``[H, F]`` of each layer.
-        orders: By scorer, ``[H, F]`` of each layer.
         gradients: Of each probe's product with ``x0``, by the attention of each layer,
             ``[K, T, H, D]``; empty without probes.
     """
@@ -89,7 +87,6 @@ class Looked:
     views: list[PassView]
     out: list[Tensor]
     masses: list[Tensor]
-    orders: dict[str, list[Tensor]]
     gradients: list[Tensor]
 
     @property
@@ -97,21 +94,26 @@ class Looked:
         """Squared norm of the estimate, float64."""
         return self.x0.double().square().sum()
 
+    def kept(self, scorer: Scorer, budgets: Sequence[int], sink: int = 0) -> list[Tensor]:
+        """Frames that heads keep by a score, bool ``[N, H, F]`` of each layer.
 
-def look(
-    call: Call,
-    scorers: dict[str, Scorer],
-    probes: Sequence[Tensor] = (),
-    sink: int = 0,
-    remember: bool = False,
-) -> Looked:
+        Args:
+            scorer: See :mod:`lightning_kv.calibration.scorers`.
+            budgets: History frames, N numbers.
+            sink: First frames that are kept before all others.
+        """
+        return [
+            kept_by_score(scorer(view, mass), view.frames, budgets, sink)
+            for view, mass in zip(self.views, self.masses, strict=True)
+        ]
+
+
+def look(call: Call, probes: Sequence[Tensor] = (), remember: bool = False) -> Looked:
     """Run a pass that is thrown away, and keep what is needed to judge heads.
 
     Args:
         call: From ``rollout(..., before=...)``; one sample.
-        scorers: Orders to prepare, by name.
         probes: Random tensors of the shape of the estimate; their gradients are taken.
-        sink: First frames that are kept before all others.
         remember: Activations stay for the backward passes, which then run faster; else each block
             runs again.
 
@@ -145,16 +147,9 @@ def look(
             found.append(torch.autograd.grad(product, gates, retain_graph=True))
     gradients = [torch.cat(own) for own in zip(*found, strict=True)]
     views = [seen.views[layer] for layer in range(len(network.blocks))]
-    masses, kept = [frame_mass(view) for view in views], [seen.out[n] for n in range(len(views))]
-    orders = {
-        name: [
-            order_of(scorer(view, mass), view.frames, sink)
-            for view, mass in zip(views, masses, strict=True)
-        ]
-        for name, scorer in scorers.items()
-    }
+    masses, out = [frame_mass(view) for view in views], [seen.out[n] for n in range(len(views))]
     embedding = embedding.detach()
-    return Looked(call, x0.detach(), inside, embedding, views, kept, masses, orders, gradients)
+    return Looked(call, x0.detach(), inside, embedding, views, out, masses, gradients)
 
 
 def frame_mass(view: PassView) -> Tensor:
@@ -165,30 +160,40 @@ def frame_mass(view: PassView) -> Tensor:
     return view.by_frame(held)[:, 0] / view.query.shape[1]
 
 
-def probe_products(looked: Looked, scorer: str) -> Tensor:
+def probe_products(looked: Looked, kept: Sequence[Tensor]) -> Tensor:
     """What the restriction of one head changes of each probe's product with the estimate.
 
     To first order in the change of a head's output, ``t = <gradient, a(K) - a(V)>``; for a random
     probe with independent signs its mean square is the squared change of the estimate
     (Gauss-Newton).
 
+    Args:
+        looked: A pass.
+        kept: Frames that heads keep, ``[N, H, F]`` of each layer.
+
     Returns:
-        float64 ``[K, L, H, U]``: at 0 to F history frames; 0 at all.
+        float64 ``[K, L, H, N]``.
     """
     found = []
-    orders = looked.orders[scorer]
-    for view, gradient, order in zip(looked.views, looked.gradients, orders, strict=True):
+    for view, gradient, own in zip(looked.views, looked.gradients, kept, strict=True):
         pull = gradient.permute(0, 2, 1, 3)  # [K, H, T, D]
         lse, along = [], []
-        for own, out in by_frame(view):
-            lse.append(own)
+        for each, out in by_frame(view):
+            lse.append(each)
             along.append((pull.to(out) * out).sum(-1))
-        means = kept_means(torch.stack(lse, -1), torch.stack(along, -1), order)
-        found.append((means - means[..., -1:]).sum(-2))
+        means = kept_means(torch.stack(lse, -1), torch.stack(along, -1), _and_all(own))
+        found.append((means[..., :-1] - means[..., -1:]).sum(-2))
     return torch.stack(found, 1)
 
 
-def masses_and_errors(looked: Looked, scorer: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _and_all(kept: Tensor) -> Tensor:
+    """With one more budget, everything."""
+    return torch.cat([kept, torch.ones_like(kept[:1])])
+
+
+def masses_and_errors(
+    looked: Looked, kept: Sequence[Tensor], rows: Tensor
+) -> tuple[Tensor, Tensor]:
     """Lost softmax mass, and error of the layer's update, of each head alone.
 
     The error is the squared change of what reaches the residual stream (behind the output
@@ -196,30 +201,30 @@ def masses_and_errors(looked: Looked, scorer: str, rows: Tensor) -> tuple[Tensor
 
     Args:
         looked: A pass.
-        scorer: Name.
+        kept: Frames that heads keep, ``[N, H, F]`` of each layer.
         rows: int64, queries that stand for all.
 
     Returns:
-        Two float64 ``[L, H, U]``: at 0 to F history frames; 0 at all.
+        Two float64 ``[L, H, N]``.
     """
     lost, errors = [], []
     frame = rows // looked.views[0].geometry.tokens
-    for layer, (view, order) in enumerate(zip(looked.views, looked.orders[scorer], strict=True)):
+    for layer, (view, own) in enumerate(zip(looked.views, kept, strict=True)):
         units = list(by_frame(view, rows))
-        lse = torch.stack([own for own, _ in units], -1)
-        out = torch.stack([own for _, own in units], -1).movedim(2, 0)  # [D, H, R, U]
-        lost.append(1 - kept_shares(lse, order).mean(1))
-        means = kept_means(lse, out, order).movedim(0, -1)  # [H, R, U, D]
-        change = means - means[:, :, -1:]
+        lse = torch.stack([each for each, _ in units], -1)
+        out = torch.stack([each for _, each in units], -1).movedim(2, 0)  # [D, H, R, U]
+        lost.append(1 - kept_shares(lse, own).mean(1))
+        means = kept_means(lse, out, _and_all(own)).movedim(0, -1)  # [H, R, N + 1, D]
+        change = means[:, :, :-1] - means[:, :, -1:]
         weight, gates = _projection(looked, layer)  # [H, D, o], [Q, o]
         square, update = 0.0, 0.0
         for index, gate in enumerate(gates):
-            own = (weight * gate).to(change)
+            onto = (weight * gate).to(change)
             here = frame == index
-            inner = own @ own.transpose(1, 2)
-            moved = torch.einsum("hrud,hde->hrue", change[:, here], inner)
+            inner = onto @ onto.transpose(1, 2)
+            moved = torch.einsum("hrnd,hde->hrne", change[:, here], inner)
             square = square + (moved * change[:, here]).sum((1, 3))
-            update = update + (means[:, here, -1] @ own).sum(0).square().sum()
+            update = update + (means[:, here, -1] @ onto).sum(0).square().sum()
         errors.append(square / update)
     return torch.stack(lost), torch.stack(errors)
 
@@ -234,8 +239,7 @@ def _projection(looked: Looked, layer: int) -> tuple[Tensor, Tensor]:
 
 def exact_losses(
     looked: Looked,
-    scorer: str | None,
-    budgets: Sequence[int],
+    kept: Sequence[Tensor] | None,
     heads: Sequence[tuple[int, ...]] | None = None,
     batch: int = 12,
 ) -> tuple[Tensor, float]:
@@ -246,23 +250,21 @@ def exact_losses(
 
     Args:
         looked: A pass.
-        scorer: Name; None takes a head's whole output away (Focused Forcing's measure), and then
-            ``budgets`` has one entry, whatever it is.
-        budgets: History frames, from 0 to F.
+        kept: Frames that heads keep, ``[N, H, F]`` of each layer; None takes a head's whole output
+            away (Focused Forcing's measure), and N is 1.
         heads: Layer and head, or layer alone for all of its heads together; every head where None.
         batch: Rows that go through together, one of which changes nothing. The last batch is
             filled up with such rows, since kernels may depend on the number.
 
     Returns:
-        float64 ``[len(heads), len(budgets)]``, and the largest loss of a row that changed nothing.
+        float64 ``[len(heads), N]``, and the largest loss of a row that changed nothing.
     """
     views, floor = looked.views, 0.0
     every = [(layer, head) for layer in range(len(views)) for head in range(views[0].heads)]
     heads = every if heads is None else heads
-    found = torch.zeros(len(heads), len(budgets), dtype=torch.float64)
+    found = torch.zeros(len(heads), 1 if kept is None else len(kept[0]), dtype=torch.float64)
     for layer in sorted({own[0] for own in heads}):
-        order = None if scorer is None else looked.orders[scorer][layer]
-        told = [_restricted(looked, layer, order, budget) for budget in budgets]  # [T, H, D]
+        told = _restricted(looked, layer, kept)
         todo = [(i, j) for i, own in enumerate(heads) if own[0] == layer for j in range(len(told))]
         for start in range(0, len(todo), batch - 1):
             some = todo[start : start + batch - 1]
@@ -277,12 +279,11 @@ def exact_losses(
     return found, floor
 
 
-def _restricted(looked: Looked, layer: int, order: Tensor | None, budget: int) -> Tensor:
-    """Attention of all heads of a layer, each at the same budget, ``[T, H, D]``."""
-    if order is None:
-        return torch.zeros_like(looked.out[layer][0])
-    each = torch.tensor([budget], device=order.device)
-    return attention_over(looked.views[layer], kept_at(order, each))
+def _restricted(looked: Looked, layer: int, kept: Sequence[Tensor] | None) -> list[Tensor]:
+    """Attention of all heads of a layer at each budget, ``[T, H, D]``."""
+    if kept is None:
+        return [torch.zeros_like(looked.out[layer][0])]
+    return [attention_over(looked.views[layer], own) for own in kept[layer]]
 
 
 def _losses(looked: Looked, layer: int, out: Tensor) -> Tensor:

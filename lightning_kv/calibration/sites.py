@@ -5,7 +5,7 @@ Shapes: L layers, H heads, N budgets of the grid, K probes, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_kv.cache.passes import CONDITIONAL, Pass
+from lightning_kv.calibration.memory import Held, Memory
 from lightning_kv.calibration.passes import (
     Looked,
     exact_losses,
@@ -22,6 +23,7 @@ from lightning_kv.calibration.passes import (
 )
 from lightning_kv.calibration.scorers import scorer_of
 from lightning_kv.models.samplers import stable_seed
+from lightning_kv.policies.base import CachePolicy
 from lightning_kv.rollout import Call
 
 
@@ -30,9 +32,10 @@ class SiteSettings:
     """What is measured in a pass; a record depends on this, the model and the clip alone.
 
     Args:
-        reach: Frames of history that the reference reads at a site.
-        scorers: Orders in which heads keep frames: ``mass``, ``recency``, or a select part or
-            preset with scores, such as ``focused``.
+        reach: Frames of history that curves end at; the reference reads as many, or more.
+        scorers: What decides which frames heads keep: ``mass``, ``recency``, a select part with
+            scores, such as ``focused``, or a retain part, such as ``snap-kv``, whose memory at
+            each budget is looked up.
         sink: First frames of the clip that every head keeps.
         chunks: Sites of a clip: one chunk in each of so many equal parts of those with enough
             history.
@@ -41,6 +44,8 @@ class SiteSettings:
         rows: Queries of a pass that stand for all where attention itself is judged.
         exact: Budgets at which losses are also measured exactly, in clips that validate.
         batch: Rows that go through the layers together in exact measurements.
+        every: Memories are looked up at every so many frames of the grid; a chunk of them where
+            None.
         seed: Of sites, probes and rows.
 
     Raises:
@@ -56,6 +61,7 @@ class SiteSettings:
     rows: int = 520
     exact: tuple[int, ...] = ()
     batch: int = 12
+    every: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,6 +73,7 @@ class SiteSettings:
             "probes": self.probes < 0,
             "rows": self.rows < 1,
             "batch": self.batch < 2,
+            "every": self.every is not None and self.every < 1,
             "scorers": not self.scorers,
             "exact": any(not self.sink <= b <= self.reach for b in self.exact),
         }
@@ -82,6 +89,19 @@ class SiteSettings:
     def budgets(self) -> tuple[int, ...]:
         """The grid: history frames from the sink to all that are within reach."""
         return tuple(range(self.sink, self.reach + 1))
+
+    def memories(self, chunk: int) -> dict[str, Memory]:
+        """Scorers that are memories, by name.
+
+        Args:
+            chunk: Frames of a chunk.
+        """
+        found = {name: scorer_of(name) for name in self.scorers}
+        return {
+            name: Memory(own, self.budgets, chunk, self.every or chunk)
+            for name, own in found.items()
+            if isinstance(own, CachePolicy)
+        }
 
 
 def sites_of(
@@ -125,6 +145,7 @@ class SiteRecorder:
         chunks: From :func:`sites_of`.
         steps: Denoising steps of the sampler.
         validates: Losses are measured exactly too.
+        memories: What those scorers hold that are memories, by name.
 
     Attributes:
         records: By chunk and step, float64 on the CPU: ``norm`` (squared, of the estimate),
@@ -140,6 +161,7 @@ class SiteRecorder:
     chunks: Sequence[int]
     steps: int
     validates: bool = False
+    memories: Mapping[str, Held] = field(default_factory=dict)
     records: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
 
     def __call__(self, call: Call) -> None:
@@ -156,23 +178,24 @@ class SiteRecorder:
             ValueError: The reference does not hold what it should, or a gradient is not a number.
         """
         settings, step = self.settings, call.step
-        scorers = {name: scorer_of(name) for name in settings.scorers}
-        looked = look(call, scorers, self._probes(call), settings.sink)
+        looked = look(call, self._probes(call))
         check_history(looked.views[0].frames, settings, step.chunk)
-        found = {"norm": looked.norm.cpu(), "lag/mass": mass_by_lag(looked)}
+        found = {"norm": looked.norm.cpu(), "lag/mass": mass_by_lag(looked, settings.reach)}
         found |= query_moments(looked)
-        rows, low, floors = self._rows(step, looked), settings.sink, []
+        rows, floors = self._rows(step, looked), []
         for name in settings.scorers:
-            lost, errors = masses_and_errors(looked, name, rows)
-            found[f"mass/{name}"], found[f"output/{name}"] = lost[..., low:], errors[..., low:]
+            kept = self._kept(name, looked)
+            found[f"mass/{name}"], found[f"output/{name}"] = masses_and_errors(looked, kept, rows)
             if settings.probes:
-                found[f"gn/{name}"] = probe_products(looked, name)[..., low:]
+                found[f"gn/{name}"] = probe_products(looked, kept)
             if self.validates and settings.exact:
-                losses, floor = exact_losses(looked, name, settings.exact, batch=settings.batch)
+                places = [own - settings.sink for own in settings.exact]
+                some = [own[places] for own in kept]
+                losses, floor = exact_losses(looked, some, batch=settings.batch)
                 found[f"exact/{name}"] = losses.unflatten(0, (len(looked.views), -1))
                 floors.append(floor)
         if self.validates:
-            losses, floor = exact_losses(looked, None, (0,), batch=settings.batch)
+            losses, floor = exact_losses(looked, None, batch=settings.batch)
             found["zero"] = losses.view(len(looked.views), -1)
             found["floor"] = torch.tensor(max([*floors, floor]), dtype=torch.float64)
         found = {name: value.cpu().double() for name, value in found.items()}
@@ -183,6 +206,25 @@ class SiteRecorder:
                 "--precision reference, and look at the clip."
             )
         return found
+
+    def _kept(self, name: str, looked: Looked) -> list[Tensor]:
+        """Frames that heads keep at each budget of the grid, ``[N, H, F]`` of each layer.
+
+        Raises:
+            ValueError: A memory holds frames that the reference has dropped.
+        """
+        settings, chunk = self.settings, looked.call.step.chunk
+        if name not in self.memories:
+            return looked.kept(scorer_of(name), settings.budgets, settings.sink)
+        held, frames = self.memories[name][chunk], list(looked.views[0].frames)
+        for layer, own in enumerate(held):
+            if int(own.sum()) != int(own[..., frames].sum()):
+                raise ValueError(
+                    f"The memory of {name!r} holds frames before chunk {chunk} (layer {layer}) "
+                    "that the reference has dropped. Give a reference that drops none, such as "
+                    "full."
+                )
+        return [own[..., frames] for own in held]
 
     def _probes(self, call: Call) -> list[Tensor]:
         """Independent signs, told by the site alone."""
@@ -206,13 +248,13 @@ def check_history(frames: Sequence[int], settings: SiteSettings, chunk: int) -> 
     """Refuse a reference that does not hold what curves start from and end at.
 
     Raises:
-        ValueError: It holds more or fewer frames than are within reach, or not the sink.
+        ValueError: It holds fewer frames than are within reach, or not the sink.
     """
-    if len(frames) != settings.reach:
+    if len(frames) < settings.reach:
         raise ValueError(
             f"The reference holds {len(frames)} frames of history in chunk {chunk}, and curves are "
-            f"to reach {settings.reach}. Give the reference a budget of {settings.reach}f, or "
-            "another reach."
+            f"to reach {settings.reach}. Give the reference a budget of {settings.reach}f or more, "
+            "or a smaller reach."
         )
     if gone := sorted(set(range(settings.sink)) - set(frames)):
         raise ValueError(
@@ -223,10 +265,10 @@ def check_history(frames: Sequence[int], settings: SiteSettings, chunk: int) -> 
         )
 
 
-def mass_by_lag(looked: Looked) -> Tensor:
-    """Softmax mass on held frames, the newest first, ``[L, H, F]``."""
+def mass_by_lag(looked: Looked, reach: int) -> Tensor:
+    """Softmax mass on held frames, the newest first, ``[L, H, reach]``."""
     frames = looked.views[0].frames
-    newest = sorted(range(len(frames)), key=lambda place: -frames[place])
+    newest = sorted(range(len(frames)), key=lambda place: -frames[place])[:reach]
     return torch.stack(looked.masses)[..., newest]
 
 

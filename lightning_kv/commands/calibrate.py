@@ -50,8 +50,9 @@ class CalibrateOptions:
         prompts: Prompts from the start of the set; null for all.
         samples: Noises per prompt; statistics count prompts.
         reach: History frames that curves end at (panorama 24f, else 18f).
-        reference: Holds so many whole frames in all heads (a window).
-        scorers: Frames kept first: mass, recency, a part's name.
+        reference: Holds so many whole frames in all heads (a window;
+            full where a scorer is a memory).
+        scorers: What keeps frames: mass, recency, a part, a memory.
         sink: First frames of the clip that every head keeps.
         frames: Latent frames per clip, context included (panorama 72).
         context_frames: Given frames at the start (panorama 15, else 0).
@@ -319,8 +320,21 @@ def work_of(options: CalibrateOptions) -> tuple[Work, str]:
         settings.devices * settings.num_nodes if isinstance(settings.devices, int) else 1,
         torch.finfo(known_profile(precision).dtype).bits // 8,
         rate,
+        held_at_most(options, measuring_of(options, world), rollouts.frames),
     )
     return work, known
+
+
+def held_at_most(options: CalibrateOptions, measuring: SiteSettings, frames: int) -> int:
+    """Frames of history that the reference holds at most."""
+    from lightning_kv.policies.budgets import Amount
+    from lightning_kv.policies.registry import load_policy
+    from lightning_kv.tasks.calibration.module import usual_reference
+
+    given = None if options.reference is None else file_of(options.reference)
+    budget = load_policy(given or usual_reference(measuring)).retain.budget
+    amount = None if budget is None else Amount.parse(budget.amount)
+    return int(amount.value) if amount and amount.unit == "f" else frames
 
 
 def prompts_of(options: CalibrateOptions) -> int:

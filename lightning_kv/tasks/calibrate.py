@@ -28,8 +28,8 @@ class CalibrateModule(SitesModule):
     Args:
         model: The model, or its name as :func:`lightning_kv.load_model` takes it.
         measuring: What is measured in a pass.
-        reference: Policy that the curves end in; a window over the reach, with the sink, where
-            None.
+        reference: Policy that losses are against; where None a window over the reach, with the
+            sink, or everything where a scorer is a memory.
         validate: So many prompts are also measured exactly, the first by a hash of their keys.
         labels: Also record what heads attend to, for the labels of presets.
         rollouts: frames, context_frames, size, seed, negative and backend, see the base.

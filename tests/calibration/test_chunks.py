@@ -81,8 +81,8 @@ def test_in_one_step_one_short_head_costs_its_exact_loss():
     parts = {"t": reading("top-attention", budget=table).select}
 
     def both(call, noise):
-        looked = look(call, SCORERS)
-        exact = float(exact_losses(looked, "mass", (5,), [(1, 1)])[0])
+        looked = look(call)
+        exact = float(exact_losses(looked, looked.kept(SCORERS["mass"], (5,)), [(1, 1)])[0])
         return chunk_losses(call, noise, parts)["t"], exact
 
     (one, exact), _ = tried((1000.0,), both)

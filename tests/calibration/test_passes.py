@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_network import TINY, encoder
 
-from lightning_kv.calibration.frames import kept_means, kept_shares, order_of
+from lightning_kv.calibration.frames import kept_by_score, kept_means, kept_shares
 from lightning_kv.calibration.passes import (
     exact_losses,
     look,
@@ -39,8 +39,8 @@ def site():
     def note(call):
         if (call.step.chunk, call.step.step, call.step.phase) == (4, 1, "denoise"):
             found.append(call)
-            found.append(look(call, SCORERS, basis(call.x), remember=True))
-            found.append(look(call, SCORERS, basis(call.x)[:3]))
+            found.append(look(call, basis(call.x), remember=True))
+            found.append(look(call, basis(call.x)[:3]))
             raise StopIteration  # so that the memory stays as this pass meets it
 
     with pytest.raises(StopIteration):
@@ -97,13 +97,15 @@ def whole(call, session):
 def test_a_start_at_a_heads_layer_is_a_whole_pass_with_a_mask(scorer):
     call, looked, _ = site()
     budgets = (0, 1, 5, 11, 12)
-    losses, floor = exact_losses(looked, scorer, budgets, batch=4)
+    kept = looked.kept(SCORERS[scorer], budgets)
+    losses, floor = exact_losses(looked, kept, batch=4)
     assert floor < 1e-24 and float(losses[:, -1].max()) < 1e-24  # all frames: nothing changes
     dense = whole(call, Masked(call.session, 0, 0, tuple(range(12))))
     torch.testing.assert_close(dense, looked.x0, rtol=1e-10, atol=1e-12)
     for line, (layer, head) in enumerate((a, b) for a in range(3) for b in range(2)):
         for column, budget in enumerate(budgets):
-            keep = looked.orders[scorer][layer][head, :budget].tolist()
+            keep = kept[layer][column, head].nonzero().flatten().tolist()
+            assert len(keep) == budget
             moved = whole(call, Masked(call.session, layer, head, keep))
             loss = (moved - dense).square().sum() / dense.square().sum()
             assert float(losses[line, column]) == pytest.approx(float(loss), rel=1e-8, abs=1e-22)
@@ -113,7 +115,8 @@ def test_a_start_at_a_heads_layer_is_a_whole_pass_with_a_mask(scorer):
 def test_a_start_at_a_layer_gives_the_same_bits():
     call, looked, _ = site()
     for layer in range(3):
-        losses, _ = exact_losses(looked, "mass", (12,), [(layer,)], batch=2)
+        every = [torch.ones(1, 2, 12, dtype=torch.bool)] * 3
+        losses, _ = exact_losses(looked, every, [(layer,)], batch=2)
         tokens, embedding = looked.tokens[layer], looked.embedding
         step = replace(call.step, mode="scratch", opens=False, final=())
         layers = range(layer, 3)
@@ -137,7 +140,7 @@ def test_a_whole_head_and_a_whole_layer():
                 out[:, :, self.heads] = 0
             return out
 
-    losses, _ = exact_losses(looked, None, (0,), [(1, 0), (1,)])
+    losses, _ = exact_losses(looked, None, [(1, 0), (1,)])
     for loss, heads in zip(losses[:, 0].tolist(), ([0], [0, 1]), strict=True):
         moved = whole(call, Silent(1, heads))
         expected = (moved - looked.x0).square().sum() / looked.x0.square().sum()
@@ -147,10 +150,11 @@ def test_a_whole_head_and_a_whole_layer():
 @torch.no_grad()
 def test_probes_of_every_coordinate_give_the_squared_derivative():
     call, looked, _ = site()
-    found = probe_products(looked, "recency").square().sum(0)  # [L, H, U]
-    assert float(found[..., -1].max()) == 0
+    kept = looked.kept(SCORERS["recency"], range(13))
+    found = probe_products(looked, kept).square().sum(0)  # [L, H, N]
+    assert float(found[..., -1].max()) < 1e-28
     for layer, head, budget in ((0, 0, 0), (0, 1, 4), (1, 0, 0), (2, 1, 7)):
-        keep = looked.orders["recency"][layer][head, :budget].tolist()
+        keep = list(range(12 - budget, 12))
         alone = Masked(call.session, layer, head, keep)
         changed = {}
 
@@ -171,7 +175,8 @@ def test_blocks_that_run_again_give_the_same_gradients():
 def test_shares_and_errors_are_those_of_a_mask():
     _, looked, _ = site()
     rows = torch.tensor([0, 2, 4, 8])
-    lost, errors = masses_and_errors(looked, "mass", rows)
+    kept = looked.kept(SCORERS["mass"], range(13))
+    lost, errors = masses_and_errors(looked, kept, rows)
     assert float(lost[..., -1].abs().max()) < 1e-15 and float(errors[..., -1].abs().max()) < 1e-20
     assert bool((lost.diff(dim=-1) <= 1e-15).all())  # a longer list loses less
     network, tokens = looked.call.network, 3
@@ -186,7 +191,8 @@ def test_shares_and_errors_are_those_of_a_mask():
         update = gate * torch.nn.functional.linear(dense.flatten(1), block.self_attn.o.weight)
         for head in range(2):
             for budget in (0, 3, 8):
-                keep = looked.orders["mass"][layer][head, :budget].tolist()
+                best = looked.masses[layer][head].argsort(descending=True)
+                keep = best[:budget].tolist()
                 mask = ~torch.isin(view.frame_id[0], torch.tensor(keep, dtype=torch.int64))
                 own = logits.clone()
                 own[head, :, : len(view)][:, mask] = -torch.inf
@@ -214,7 +220,7 @@ def test_the_plain_gradient_of_a_distillation_loss_is_no_measure():
     loss = (whole(call, Gated()) - looked.x0).square().sum()
     (slope,) = torch.autograd.grad(loss, gate)
     with torch.no_grad():
-        masked, _ = exact_losses(looked, "mass", (0,))
+        masked, _ = exact_losses(looked, [torch.zeros(1, 2, 12, dtype=torch.bool)] * 3)
     assert float(slope.abs().max()) < 1e-9 * float((masked * looked.norm).min())
 
 
@@ -225,13 +231,17 @@ def test_composition_is_a_softmax_over_what_is_kept():
     lse = logits.logsumexp(-1)
     own = (logits.softmax(-1) * values.unsqueeze(1)).sum(-1)
     scores = torch.tensor([[0.1, 0.9, 0.5], [0.5, 0.5, 0.7]])
-    order = order_of(scores, (4, 5, 6), 0)
-    assert order.tolist() == [[1, 2, 0], [2, 0, 1]]
-    assert order_of(scores, (0, 1, 6), 1).tolist() == [[0, 1, 2], [0, 2, 1]]
-    means, shares = kept_means(lse, own, order), kept_shares(lse, order)
+    order = [[1, 2, 0], [2, 0, 1]]  # ties go to the earlier frame
+    kept = kept_by_score(scores, (4, 5, 6), range(4))
+    first = kept_by_score(scores, (0, 1, 6), range(4), sink=1)
+    for head, sunk in enumerate(([0, 1, 2], [0, 2, 1])):
+        for budget in range(4):
+            assert set(kept[budget, head].nonzero().flatten().tolist()) == {*order[head][:budget]}
+            assert set(first[budget, head].nonzero().flatten().tolist()) == {*sunk[:budget]}
+    means, shares = kept_means(lse, own, kept), kept_shares(lse, kept)
     for head in range(2):
         for budget in range(4):
-            keep = [3, *order[head, :budget].tolist()]
+            keep = [3, *order[head][:budget]]
             mass = logits[head][:, keep].flatten(1).softmax(-1)
             expected = (mass * values[head, keep].flatten()).sum(-1)
             torch.testing.assert_close(means[head, :, budget], expected)
@@ -248,7 +258,7 @@ def test_what_cannot_be_taken_apart_is_refused():
 
     def note(call):
         if call.step.chunk == 3:
-            look(call, SCORERS)
+            look(call)
 
     with pytest.raises(ValueError, match="whole frames"):
         rollout(model, ragged, "a", 18, decode=False, before=note)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lightning_kv.stats.bootstrap import bca_interval, resample_counts
-from lightning_kv.stats.stopping import look, next_look
+from lightning_kv.stats.stopping import judge, look, next_look
 
 HEADS, BUDGETS = 16, 9
 EVEN = np.full(HEADS, 4)
@@ -157,6 +157,22 @@ def test_without_any_loss_nothing_can_be_told():
     assert found.uniform
     figures = (found.regret, found.change, found.error, found.gain, found.in_sample)
     assert figures == (None,) * 5 and found.unseen == 0
+
+
+@pytest.mark.parametrize(
+    ("most", "regret", "error", "early", "late"),
+    [
+        (-0.01, 0.15, 0.15, "table", "table"),
+        (0.0, 0.0, 0.0, "more prompts", "uniform"),  # the 95th percentile, not the middle
+        (-0.01, 0.16, 0.1, "more prompts", "table"),
+        (-0.01, 0.1, 0.16, "more prompts", "table"),
+        (-0.01, None, 0.1, "more prompts", "table"),
+    ],
+)
+def test_a_table_is_better_settled_and_exact(most, regret, error, early, late):
+    change = (-0.3, -0.2, most)
+    assert judge(regret, change, error, False) == early
+    assert judge(regret, change, error, True) == late
 
 
 def test_looks_are_fixed():

@@ -46,7 +46,7 @@ class SitesModule(L.LightningModule):
     Args:
         model: The model, or its name as :func:`lightning_kv.load_model` takes it.
         measuring: What is measured, and where.
-        reference: Policy that is rolled out; a window over the reach, with the sink, where None.
+        reference: Policy that is rolled out; the usual one where None.
         frames: Latent frames per clip, what is given included; the model's own where None.
         context_frames: Given frames at the start, of the panorama's worlds; not for videos.
         size: HEIGHTxWIDTH in pixels; the model's own where None.
@@ -88,7 +88,7 @@ class SitesModule(L.LightningModule):
         self.settings = RolloutSettings(
             frames, context_frames, size, seed, negative, backend, decode=False
         ).filled(None if self.world else config)
-        self.reference = load_policy(reference or window(measuring))
+        self.reference = load_policy(reference or usual_reference(measuring))
         sites_of("", self.settings.frames, config.chunk, measuring)  # else it is too short
         self.settings.check(model.name, config, [self.reference], self.world)
         check_inputs([self.reference], model.name, self.world)
@@ -231,8 +231,10 @@ class SitesModule(L.LightningModule):
         return video_start(sample, self.model, whole).context
 
 
-def window(measuring: SiteSettings) -> dict[str, Any]:
-    """The usual reference: the newest frames within reach, and the sink."""
+def usual_reference(measuring: SiteSettings) -> str | dict[str, Any]:
+    """Everything where a scorer is a memory; else the newest frames within reach, and the sink."""
+    if measuring.memories(1):
+        return "full"
     name = f"{'sink' if measuring.sink else 'sliding'}-window@{measuring.reach}f"
     retain = {"part": "window", "sink": measuring.sink, "budget": f"{measuring.reach}f"}
     return {"name": name, "retain": retain}

@@ -11,8 +11,10 @@ Shapes: K probes, S scorers, E budgets that are measured exactly, L layers, H he
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from lightning_kv.calibration.memory import Memory
 from lightning_kv.calibration.sites import SiteSettings, sites_of
 from lightning_kv.models.sizes import parameters
 from lightning_kv.models.wan import WanConfig
@@ -73,6 +75,7 @@ class Work:
         ranks: Number of processes.
         size: Bytes of a number.
         rate: FLOP per second of a process.
+        held: Frames of history that the reference holds at most; the reach where None.
     """
 
     config: WanConfig
@@ -87,6 +90,17 @@ class Work:
     ranks: int
     size: int
     rate: float
+    held: int | None = None
+
+    @property
+    def memories(self) -> Collection[Memory]:
+        """Scorers whose memory is looked up."""
+        return self.settings.memories(self.config.chunk).values()
+
+    def keys(self, chunk: int) -> int:
+        """Frames that a pass over a chunk reads, its own included."""
+        held = self.settings.reach if self.held is None else self.held
+        return min(chunk * self.config.chunk, held) + self.config.chunk
 
     @property
     def sites(self) -> tuple[int, ...]:
@@ -117,17 +131,33 @@ class Work:
         if self.videos:
             each = [n for site in self.sites for n in [*[1] * site, made]]
             places = [n for site in self.sites for n in range(site + 1)]
-        else:
-            places = list(range(count))
+        else:  # a clip is made before its memories are looked up, and made again with its sites
+            places = list(range(count)) * (2 if self.memories else 1)
             each = [1 if (n + 1) * chunk <= self.context else made for n in places]
-        read = [min(n * chunk, self.settings.reach) + chunk for n in places]
+        read = map(self.keys, places)
         flops = sum(n * passes.forward(chunk, keys) for n, keys in zip(each, read, strict=True))
         return sum(each), flops
+
+    def looked_up(self) -> tuple[int, float]:
+        """Passes of a clip in which memories are looked up, and their FLOP."""
+        chunk, passes = self.config.chunk, Passes(self.config, self.latent_size)
+        reads = [
+            min(n * chunk, budget) + chunk
+            for memory in self.memories
+            for budget in memory.looked_up
+            for n in range(self.sites[-1] + 1)
+        ]
+        return len(reads), sum(passes.forward(chunk, keys) for keys in reads)
+
+    @property
+    def _read(self) -> int:
+        """Frames that a pass reads in which heads are judged, their own included, on average."""
+        return round(sum(map(self.keys, self.sites)) / len(self.sites))
 
     def judged(self) -> float:
         """FLOP of one pass in which heads are judged by mass, output and probes."""
         chunk, own = self.config.chunk, self.settings
-        passes, keys = Passes(self.config, self.latent_size), own.reach + self.config.chunk
+        passes, keys = Passes(self.config, self.latent_size), self._read
         forward, attention = passes.forward(chunk, keys), passes.attention(chunk, keys)
         rows = min(1.0, own.rows / (chunk * passes.tokens))
         probe = forward + (forward - attention) + BACKWARD * attention  # blocks run again
@@ -140,7 +170,7 @@ class Work:
         A run starts in a head's layer, whose attention is given.
         """
         chunk, own, layers = self.config.chunk, self.settings, self.config.layers
-        passes, keys = Passes(self.config, self.latent_size), own.reach + chunk
+        passes, keys = Passes(self.config, self.latent_size), self._read
         forward, attention = passes.forward(chunk, keys), passes.attention(chunk, keys)
         runs = [len(own.exact)] * len(own.scorers) + [1]  # the last takes whole heads away
         batches = sum(-(-self.config.heads * each // (own.batch - 1)) for each in runs)
@@ -152,6 +182,7 @@ class Work:
         """Of all clips, by what is done."""
         return {
             "rollouts": self.clips * self.rollout()[1],
+            "looking memories up": self.clips * self.looked_up()[1],
             "judging heads": self.clips * self.site_passes * self.judged(),
             "measuring exactly": self.validating * self.site_passes * self.exact(),
         }
@@ -171,7 +202,7 @@ class Work:
         tokens = Passes(of, self.latent_size).tokens
         branches = of.geometry(self.latent_size).branches
         weights = parameters(of) * self.size
-        cache = 2 * branches * of.layers * (own.reach + of.chunk) * tokens * of.dim * self.size
+        cache = 2 * branches * of.layers * self.keys(self.sites[-1]) * tokens * of.dim * self.size
         rows = of.chunk * tokens
         kept = of.layers * rows * of.dim * (7 + own.probes) * self.size
         inside = rows * (3 * of.ffn_dim + 12 * of.dim) * self.size
@@ -186,7 +217,8 @@ class Work:
     @property
     def hours(self) -> float:
         """Until the first rank is done, which has most to do: clips that validate come first."""
-        flops = self.dealt[0] * (self.rollout()[1] + self.site_passes * self.judged())
+        each = self.rollout()[1] + self.looked_up()[1] + self.site_passes * self.judged()
+        flops = self.dealt[0] * each
         flops += -(-self.validating // self.ranks) * self.site_passes * self.exact()
         return flops / self.rate / 3600
 
@@ -196,17 +228,18 @@ class Work:
         Args:
             what: How the rate is known.
         """
-        passes, _ = self.rollout()
+        (passes, _), (looks, _) = self.rollout(), self.looked_up()
         items = ", ".join(map(str, dict.fromkeys(self.dealt)))
         chunks = ", ".join(map(str, self.sites))
         lines = [
             f"Clips: {self.clips} ({several(self.prompts, 'prompt')}), of which "
             f"{self.validating} are also measured exactly; on {self.ranks} "
             f"{'process' if self.ranks == 1 else 'processes'}: {items} each.",
-            f"Passes of a clip: {passes} of its rollouts; {self.site_passes} in which heads are "
-            f"judged (such as in chunks {chunks}).",
+            f"Passes of a clip: {passes} of its rollouts; "
+            + (f"{looks} in which memories are looked up; " if looks else "")
+            + f"{self.site_passes} in which heads are judged (such as in chunks {chunks}).",
             f"Arithmetic: {_flop(sum(self.flops.values()))} in all; "
-            + "; ".join(f"{name} {_flop(value)}" for name, value in self.flops.items())
+            + "; ".join(f"{name} {_flop(value)}" for name, value in self.flops.items() if value)
             + ".",
             f"Disk: {format_bytes(self.record)} a clip, {format_bytes(self.record * self.clips)} "
             f"in all. Memory of a process: about {format_bytes(self.memory)}.",

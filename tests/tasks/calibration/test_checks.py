@@ -61,6 +61,24 @@ def test_agreement_is_that_of_scipy_on_the_prompts_that_validate():
     assert found["spearman_zero_history"][0] == pytest.approx(expected)
 
 
+def test_behind_a_sink_the_same_budgets_are_compared():
+    """The curves of a grid that starts at two frames."""
+    own = drawn()
+    cut = [
+        {
+            name: value[..., 2:] if name.startswith("mass/") else value
+            for name, value in each.items()
+        }
+        | {"exact/mass": each["exact/mass"][..., 1:]}
+        for each in own.summaries
+    ]
+    sunk = Reduced(own.prompts, tuple(cut), replace(SETTINGS, sink=2, exact=(2, 6)))
+    found, plain = agreement(sunk, own.prompts, 2), agreement(own, own.prompts, 2)
+    assert found["budgets"] == {"mass@2f": plain["budgets"]["mass@2f"]}
+    assert found["gate_at"] == 2
+    assert found["spearman_gn_exact"] == plain["budgets"]["mass@2f"]["gn"]["spearman"]
+
+
 @pytest.mark.parametrize(
     ("noise", "gate", "words"),
     [

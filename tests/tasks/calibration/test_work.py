@@ -60,16 +60,16 @@ class Encoder:
         return torch.zeros(len(prompts), 3, 10)
 
 
-def counted(settings):
+def counted(settings, reference=None):
     """What torch counts in one clip with the plain kernel."""
     torch.manual_seed(0)
     network = CausalWan(TINY).eval().requires_grad_(False)
-    window = preset(f"sliding-window@{settings.reach}f")
+    reference = preset(reference or f"sliding-window@{settings.reach}f")
     meter = ClipMeter(
-        VideoModel(network, None, Encoder()), window, settings, 24, backend="reference"
+        VideoModel(network, None, Encoder()), reference, settings, 24, backend="reference"
     )
     with FlopCounterMode(display=False) as count:
-        meter.of_prompt("a", "a", "x", validates=bool(settings.exact))
+        meter.of_prompt("typical", "a", "x", validates=bool(settings.exact))
     return count.get_total_flops()
 
 
@@ -86,6 +86,24 @@ def test_torch_counts_the_same():
     passes, window = Passes(TINY, TINY.latent_size), 15
     less = 2 * (2.5 - 1.2) * passes.attention(3, window)  # gradients of logits, queries, own keys
     assert second - first == pytest.approx(more.judged() - mine.judged() - less, rel=0.05)
+
+
+def test_torch_counts_the_same_where_memories_are_looked_up():
+    """But for text, once a rollout, and what the memory looks at itself: nothing in a window."""
+    own = {"reach": 12, "chunks": 1, "steps": (0,), "probes": 0}
+    plain = SiteSettings(**own, scorers=("mass",))
+    memory = SiteSettings(**own, scorers=("mass", "window"), every=1)
+    told = {"frames": 24, "size": 4, "ranks": 1, "held": 24}
+    alone, both = (work(TINY, settings=each, **told) for each in (plain, memory))
+    passes, flops = both.looked_up()
+    assert passes == 12 * (both.sites[0] + 1) and alone.looked_up() == (0, 0)  # budgets of 1 to 12
+    assert both.rollout()[1] == 2 * alone.rollout()[1]
+    found = counted(memory, "full") - counted(plain, "full")
+    assert found == pytest.approx(
+        alone.rollout()[1] + flops + both.judged() - alone.judged(), rel=0.03
+    )
+    assert "passes in which memories are looked up" not in " ".join(alone.words("measured"))
+    assert f"{passes} in which memories are looked up" in " ".join(both.words("measured"))
 
 
 def test_clips_are_dealt_out_and_the_fullest_rank_counts():
