@@ -338,7 +338,7 @@ def test_too_few_prompts_are_refused_before_anything_is_written(tmp_path):
     [
         ({"frames": 6, "context_frames": 0}, r"6 latent frames has 0 chunks with 6 frames"),
         ({"context_frames": 12, "measuring": SiteSettings(reach=6, chunks=2)}, "12 of them given"),
-        ({"reference": "full"}, r"holds (9|12) frames of history"),
+        ({"reference": "sliding-window@3f"}, r"holds 3 frames of history"),
         ({"reference": "h2o@100t"}, r"whole frames"),
         ({"validate": -1}, "-1 prompts cannot validate"),
         ({"measuring": SiteSettings(reach=6, scorers=("mas",))}, "Did you mean 'mass'"),
