@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,6 @@ from lightning_kv.assets import file_of
 from lightning_kv.commands.evaluate import (
     DataOptions,
     EvaluateOptions,
-    check_text,
     config_yaml,
     data_of,
     model_for,
@@ -25,15 +25,13 @@ from lightning_kv.utilities.lists import items_of
 from lightning_kv.utilities.nearest import hint
 
 if TYPE_CHECKING:  # they take seconds
-    import torch
-    from lightning import LightningDataModule
-
     from lightning_kv.calibration.sites import SiteSettings
     from lightning_kv.models.sources import Source
     from lightning_kv.models.wan import WanConfig
-    from lightning_kv.tasks.calibrate import CalibrateModule
     from lightning_kv.tasks.calibration.conclude import Calibration
+    from lightning_kv.tasks.calibration.module import SitesModule
     from lightning_kv.tasks.calibration.work import Work
+    from lightning_kv.tasks.callbacks.clip_records import ClipRecordWriter
 
 
 @dataclass
@@ -129,28 +127,62 @@ def calibrate(options: CalibrateOptions) -> Calibration | None:
     Raises:
         ValueError: Anything that does not fit, before anything is measured.
     """
+    from lightning_kv.models.sources import find_model
+    from lightning_kv.tasks.calibrate import CalibrateModule
+    from lightning_kv.tasks.callbacks import CurveWriter
+
+    source = find_model(options.model)
+    module_of = partial(
+        CalibrateModule,
+        measuring=measuring_of(options, source.config is None),
+        reference=None if options.reference is None else file_of(options.reference),
+        validate=options.validate,
+        labels=options.labels,
+    )
+    writer = CurveWriter(options.out, options.records, options.mean)
+    return measured(options, source, writer, module_of, backward=True)
+
+
+def measured(
+    options: Any,
+    source: Source,
+    writer: ClipRecordWriter,
+    module_of: Callable[..., SitesModule],
+    backward: bool = False,
+) -> Any:
+    """Run, or go on with, what measures clips; what came of it, on rank 0.
+
+    Args:
+        options: Of the command: model, data and Trainer, named as those of `evaluate`.
+        source: Of the model.
+        writer: Of the records.
+        module_of: Makes the module of a model and the settings of rollouts.
+        backward: Gradients of attention are taken, which on a GPU may differ from run to run.
+
+    Raises:
+        ValueError: Anything that does not fit, before anything is measured.
+    """
     import torch
 
-    from lightning_kv.models.sources import find_model
-    from lightning_kv.tasks.callbacks import CalibrationProgressBar, CurveWriter
+    from lightning_kv.tasks.callbacks import CalibrationProgressBar
     from lightning_kv.tasks.trainer import is_first, launched, trainer_for
 
     settings = launched(options.trainer)
-    if settings.deterministic is None and settings.accelerator == "gpu":
-        settings.deterministic = "warn"  # else gradients of attention differ from run to run
+    if backward and settings.deterministic is None and settings.accelerator == "gpu":
+        settings.deterministic = "warn"
     if options.threads < 1:
         raise ValueError(f"--threads {options.threads} leaves nobody to work. Use 1 or more.")
     torch.set_num_threads(options.threads)
-    source = find_model(options.model)
     evaluation = settled(as_evaluation(options), source)
-    measuring = measuring_of(options, source.config is None)
-    writer = CurveWriter(options.out, options.records, options.mean)
     data = data_of(evaluation)
     trainer = trainer_for(
         settings, [writer], CalibrationProgressBar(), writer.run.path, enable_checkpointing=False
     )
-    root = trainer.strategy.root_device
-    module = module_for(options, evaluation, measuring, source, data, root)
+    names = ("frames", "context_frames", "size", "seed", "negative")
+    module = module_of(
+        model_for(evaluation, source, data, trainer.strategy.root_device),
+        **{name: getattr(evaluation, name) for name in names},
+    )
     if is_first():
         writer.open(trainer, module, data)
         write_atomic(writer.run.config, config_yaml(options))
@@ -158,8 +190,8 @@ def calibrate(options: CalibrateOptions) -> Calibration | None:
     return writer.found
 
 
-def as_evaluation(options: CalibrateOptions) -> EvaluateOptions:
-    """What an evaluation is told of model and data, which a calibration finds alike."""
+def as_evaluation(options: Any) -> EvaluateOptions:
+    """What an evaluation is told of model and data, which is found alike here."""
     names = ("model", "precision", "text", "vae", "data", "prompts", "samples", "frames", "size")
     names += ("context_frames", "seed", "negative", "threads", "trainer")
     told = {name: getattr(options, name) for name in names}
@@ -253,35 +285,6 @@ def frames_of(text: str, option: str) -> int:
     return int(number)
 
 
-def module_for(
-    options: CalibrateOptions,
-    evaluation: EvaluateOptions,
-    measuring: SiteSettings,
-    source: Source,
-    data: LightningDataModule,
-    device: torch.device,
-) -> CalibrateModule:
-    """The module, once what can be known before weights are read has been checked."""
-    from lightning_kv.models.loading import check_memory
-    from lightning_kv.tasks.calibrate import CalibrateModule
-
-    if source.config is not None:  # before gigabytes are read
-        check_memory(source.config, evaluation.precision, device)
-        check_text(evaluation, source)
-    return CalibrateModule(
-        model_for(evaluation, source, data),
-        measuring,
-        None if options.reference is None else file_of(options.reference),
-        frames=evaluation.frames,
-        context_frames=evaluation.context_frames,
-        size=options.size,
-        seed=options.seed,
-        negative=options.negative,
-        validate=options.validate,
-        labels=options.labels,
-    )
-
-
 def work_of(options: CalibrateOptions) -> tuple[Work, str]:
     """What it would take, and how the rate is known; nothing is read but the prompts, if any.
 
@@ -326,7 +329,7 @@ def held_at_most(options: CalibrateOptions, measuring: SiteSettings, frames: int
     """Frames of history that the reference holds at most."""
     from lightning_kv.policies.budgets import Amount
     from lightning_kv.policies.registry import load_policy
-    from lightning_kv.tasks.calibrate import usual_reference
+    from lightning_kv.tasks.calibration.module import usual_reference
 
     given = None if options.reference is None else file_of(options.reference)
     budget = load_policy(given or usual_reference(measuring)).retain.budget

@@ -266,7 +266,6 @@ def module_for(
 ) -> EvaluateModule:
     """The module, once everything that can be known before weights are read has been checked."""
     from lightning_kv.metrics.suite import Suite
-    from lightning_kv.models.loading import check_memory
     from lightning_kv.tasks.class_paths import metrics_of
     from lightning_kv.tasks.evaluate import EvaluateModule, known
     from lightning_kv.tasks.rollouts.context import check_context
@@ -283,10 +282,8 @@ def module_for(
         rollouts.check(options.model, source.config, everyone)
         sets = [] if options.real else list(suite.set_metrics())
         check_context(options.model, source.config, False, rollouts, data, sets)
-        check_memory(source.config, options.precision, device)
-        check_text(options, source)
     module = EvaluateModule(
-        model_for(options, source, data),
+        model_for(options, source, data, device),
         list(policies.values()),
         reference,
         metrics,
@@ -298,10 +295,19 @@ def module_for(
     return module
 
 
-def model_for(options: EvaluateOptions, source: Source, data: LightningDataModule) -> VideoModel:
-    """The model."""
-    from lightning_kv.models.loading import load_model
+def model_for(
+    options: EvaluateOptions, source: Source, data: LightningDataModule, device: torch.device
+) -> VideoModel:
+    """The model.
 
+    Raises:
+        ValueError: It does not fit on the device, or the text states are not on disk.
+    """
+    from lightning_kv.models.loading import check_memory, load_model
+
+    if source.config is not None:  # before gigabytes are read
+        check_memory(source.config, options.precision, device)
+        check_text(options, source)
     texts = data.prompt_texts() if hasattr(data, "prompt_texts") else None
     guided = source.config is not None and source.config.guidance != 1
     return load_model(

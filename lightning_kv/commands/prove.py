@@ -8,33 +8,20 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_kv.commands.calibrate import as_evaluation
-from lightning_kv.commands.evaluate import (
-    DataOptions,
-    check_text,
-    config_yaml,
-    data_of,
-    model_for,
-    settled,
-)
+from lightning_kv.commands.calibrate import measured
+from lightning_kv.commands.evaluate import DataOptions
 from lightning_kv.commands.options import Command
 from lightning_kv.commands.terminal import console, quiet, say
 from lightning_kv.tasks.options import TrainerOptions
-from lightning_kv.utilities.files import write_atomic
 from lightning_kv.utilities.nearest import unknown
 
 if TYPE_CHECKING:  # they take seconds
-    import torch
-    from lightning import LightningDataModule
-
-    from lightning_kv.commands.evaluate import EvaluateOptions
-    from lightning_kv.models.sources import Source
     from lightning_kv.report.proof_page import Section
     from lightning_kv.tasks.proof.reads import ReadsProof
-    from lightning_kv.tasks.prove import ProveBudgetsModule
 
 KINDS = ("budgets",)
 
@@ -158,65 +145,26 @@ def prove(options: ProveOptions) -> ReadsProof | None:
     Raises:
         ValueError: Anything that does not fit, before anything is measured.
     """
-    import torch
-
     from lightning_kv.models.sources import find_model
-    from lightning_kv.tasks.callbacks import CalibrationProgressBar, ProofWriter
-    from lightning_kv.tasks.trainer import is_first, launched, trainer_for
-
-    settings = launched(options.trainer)
-    if options.threads < 1:
-        raise ValueError(f"--threads {options.threads} leaves nobody to work. Use 1 or more.")
-    torch.set_num_threads(options.threads)
-    source = find_model(options.model)
-    evaluation = settled(as_evaluation(options), source)
-    writer, data = ProofWriter(options.records), data_of(evaluation)
-    trainer = trainer_for(
-        settings, [writer], CalibrationProgressBar(), writer.run.path, enable_checkpointing=False
-    )
-    root = trainer.strategy.root_device
-    module = module_for(options, evaluation, source, data, root)
-    if is_first():
-        writer.open(trainer, module, data)
-        write_atomic(writer.run.config, config_yaml(options))
-    trainer.test(module, datamodule=data, verbose=False)
-    return writer.found
-
-
-def module_for(
-    options: ProveOptions,
-    evaluation: EvaluateOptions,
-    source: Source,
-    data: LightningDataModule,
-    device: torch.device,
-) -> ProveBudgetsModule:
-    """The module, once what can be known before weights are read has been checked."""
-    from lightning_kv.models.loading import check_memory
     from lightning_kv.policies.head_curves import HeadCurves
     from lightning_kv.tasks.budgets import read_frames
+    from lightning_kv.tasks.callbacks import ProofWriter
     from lightning_kv.tasks.prove import ProveBudgetsModule
 
     means = [int(read_frames(str(text), "means", whole=True)) for text in options.means or ()]
-    if str(options.heads) != "auto":
+    if str(options.heads) != "auto":  # before gigabytes are read
         HeadCurves.load(options.heads)
-    if source.config is not None:  # before gigabytes are read
-        check_memory(source.config, evaluation.precision, device)
-        check_text(evaluation, source)
-    return ProveBudgetsModule(
-        model_for(evaluation, source, data),
-        options.heads,
-        means,
-        options.select,
-        options.scorer,
-        options.measure,
+    module_of = partial(
+        ProveBudgetsModule,
+        heads=options.heads,
+        means=means,
+        select=options.select,
+        scorer=options.scorer,
+        metric=options.measure,
         chunks=options.chunks,
-        frames=evaluation.frames,
-        context_frames=evaluation.context_frames,
-        size=options.size,
-        seed=options.seed,
-        negative=options.negative,
         backend=options.backend,
     )
+    return measured(options, find_model(options.model), ProofWriter(options.records), module_of)
 
 
 def _tell(

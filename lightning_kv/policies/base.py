@@ -19,6 +19,7 @@ from lightning_kv.cache.store import REDUCERS
 from lightning_kv.cache.view import CacheView, PassView
 from lightning_kv.policies.budget.uniform import Uniform
 from lightning_kv.policies.budgets import Amount
+from lightning_kv.policies.cache_spec import CacheSpec
 from lightning_kv.policies.checks import choice
 from lightning_kv.policies.part import PARTS, Part, State
 from lightning_kv.policies.scored import ScoredPart
@@ -336,6 +337,8 @@ class CachePolicy:
             if part.budget is not None:
                 self._check_budget(part)
                 part.budget.check(geometry, part.smallest(chunk))
+                own = CacheSpec.of_policy(self, part)
+                part.budget.check_cache(geometry, own, frames - chunk)
                 amount = Amount.parse(part.budget.amount)
                 if amount.unit == "B" and part.kind == "select":
                     raise ValueError(

@@ -6,6 +6,7 @@ Shapes: L layers, H heads, Bn budgets of the grid.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -15,13 +16,12 @@ import torch
 from torch import Tensor
 
 from lightning_kv.cache.passes import Geometry
+from lightning_kv.policies.cache_spec import CacheSpec
 from lightning_kv.policies.head_curves import (
     MAKE,
     HeadCurves,
     check_shape,
-    differs,
     limited,
-    warn_of_another,
 )
 from lightning_kv.policies.tables import HEADS
 from lightning_kv.utilities.files import checksum
@@ -68,6 +68,8 @@ class CurveTable:
         grid: Its token rows and columns.
         chunk: Frames of its chunks.
         prompts: Keys of the prompts that were measured: nothing is to be judged on these.
+        weights: What tells the weights that were measured from others; nothing as above.
+        cache: With which cache it was measured; None where it is not known.
         file: Name of the file, or ``auto``.
         sha256: Of the file; of ``auto``, of all that are shipped.
         path: Of a file whose curves are not chosen yet.
@@ -82,6 +84,8 @@ class CurveTable:
     grid: tuple[int, ...] = ()
     chunk: int = 0
     prompts: tuple[str, ...] = ()
+    weights: str = ""
+    cache: CacheSpec | None = None
     file: str | None = None
     sha256: str | None = None
     path: str = ""
@@ -110,7 +114,8 @@ class CurveTable:
                 f"{str(value)[:60]} is no file of head curves. Give the path of a .safetensors "
                 f"file, or auto (the one shipped for the model). {MAKE}"
             )
-        return cls(**value)
+        cache = value.get("cache")
+        return cls(**value | ({"cache": CacheSpec(**cache)} if isinstance(cache, dict) else {}))
 
     @classmethod
     def read(cls, path: str | Path, name: str, folder: Path = Path()) -> CurveTable:
@@ -173,9 +178,45 @@ class CurveTable:
         """
         own = {"layers": len(self.curve), "heads": len(self.curve[0]), "head_dim": self.head_dim}
         own |= {"grid": list(self.grid), "frames_per_chunk": self.chunk}
-        check_shape(own, geometry, allow=transfer)
-        if differs(self.model, geometry.model):
-            warn_of_another(self.model, geometry.model, True)
+        check_shape(own, geometry, transfer)
+        if said := self.foreign(geometry.model):
+            warnings.warn(said, stacklevel=2)
+
+    def check_cache(self, here: CacheSpec, history: int) -> None:
+        """Refuse a cache that they were not measured with; what is not known is not compared.
+
+        Args:
+            here: The cache of a policy.
+            history: The most history frames that a rollout has.
+
+        Raises:
+            ValueError: It holds another number of frames, or others, or may leave some out.
+        """
+        if self.cache and (other := self.cache.differing(here, history)):
+            raise ValueError(
+                f"The head curves ({self.file}) were measured with {self.cache.words(other)}, and "
+                f"{here.policy!r} has {here.words(other)}. Give the policy such a cache, measure "
+                "curves with its own (calibrate --reach, --reference, --sink), or allow it "
+                "(transfer: true)."
+            )
+
+    def foreign(self, model: str, weights: str = "") -> str:
+        """What to say where they are of another model, or of other weights of it; else nothing.
+
+        Args:
+            model: Name of the model that uses them; what is not known is not compared.
+            weights: What tells its weights from others.
+        """
+        if self.model and model and self.model != model:
+            whose, where = f"for the model {self.model!r}", f"for {model!r}"
+        elif self.weights and weights and self.weights != weights:
+            whose, where = f"with other weights of {self.model!r}", "here"
+        else:
+            return ""
+        return (
+            f"Head curves that were measured {whose} are used {where}. Whether they fit is an "
+            "experiment: measure them for this model to be sure."
+        )
 
     def limited(self, least: int | None, most: int | None) -> Any:
         """What a rule may look at, see :func:`~lightning_kv.policies.head_curves.limited`."""
@@ -204,6 +245,8 @@ def _chosen(curves: HeadCurves, how: Reading) -> CurveTable:
         tuple(sizes.get("grid", ())),
         sizes.get("frames_per_chunk", 0),
         tuple(curves.about.get("data", {}).get("prompts", ())),
+        model.get("fingerprint", ""),
+        CacheSpec.of_file(curves.about.get("cache")),
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,32 +176,6 @@ class HeadCurves:
         of = limited(self.budgets, curve, numbers, least, most)
         return tuple(map(tuple, allocate(rule, mean, of, knobs).tolist()))
 
-    def check(
-        self,
-        geometry: Geometry,
-        reach: int | None = None,
-        fingerprint: str | None = None,
-        allow: bool = False,
-    ) -> None:
-        """Refuse curves of other heads, and warn of those of another model.
-
-        Args:
-            geometry: Of the model that will use them.
-            reach: History frames that its reference may read; not compared where None.
-            fingerprint: Of its weights; not compared where None.
-            allow: Take curves that were measured with another chunk, grid or reach.
-
-        Raises:
-            ValueError: It has other layers or heads; or, unless allowed, another chunk, grid or
-                reach.
-        """
-        of_model = self.about.get("model", {})
-        own = of_model.get("geometry", {}) | dict(zip(("layers", "heads"), self.shape, strict=True))
-        check_shape(own | {"reach": self.reach}, geometry, reach, allow)
-        name, mark = of_model.get("name"), of_model.get("fingerprint")
-        if differs(name, geometry.model) or differs(mark, fingerprint):
-            warn_of_another(name, geometry.model, differs(name, geometry.model))
-
     def save(self, path: str | Path) -> None:
         """Write the file, and what it says about itself beside it as JSON.
 
@@ -289,22 +262,19 @@ def described(geometry: Geometry) -> dict[str, Any]:
     }
 
 
-def check_shape(
-    own: dict[str, Any], geometry: Geometry, reach: int | None = None, allow: bool = False
-) -> None:
+def check_shape(own: dict[str, Any], geometry: Geometry, allow: bool = False) -> None:
     """Refuse curves of a model of other sizes.
 
     Args:
-        own: As :func:`described`, of the model that was measured, and ``reach``; what is not
-            known is not compared.
+        own: As :func:`described`, of the model that was measured; what is not known is not
+            compared.
         geometry: Of the model that will use them.
-        reach: See :meth:`HeadCurves.check`.
-        allow: See there.
+        allow: Take curves that were measured with another chunk or grid.
 
     Raises:
-        ValueError: See there.
+        ValueError: It has other layers or heads; or, unless allowed, another chunk or grid.
     """
-    here = described(geometry) | ({} if reach is None else {"reach": reach})
+    here = described(geometry)
     if not geometry.chunk:
         del here["frames_per_chunk"]
     other = [key for key, value in here.items() if own.get(key) and own[key] != value]
@@ -318,7 +288,6 @@ def check_shape(
     other = [key for key in other if key != "tokens_per_frame"]  # the grid says the same
     if other and not allow:
         words = {"grid": "a token grid of {}", "frames_per_chunk": "chunks of {}"}
-        words["reach"] = "a reach of {} frames"
         then, now = (
             " and ".join(words[key].format(each[key]) for key in other) for each in (own, here)
         )
@@ -326,22 +295,6 @@ def check_shape(
             f"The head curves were measured with {then}, and this rollout has {now}. Measure them "
             "there, or allow it (transfer: true)."
         )
-
-
-def differs(one: str | None, other: str | None) -> bool:
-    """Whether both are known and not the same."""
-    return bool(one and other and one != other)
-
-
-def warn_of_another(name: str | None, model: str, renamed: bool) -> None:
-    """Say that curves come from other weights: whether they fit is an experiment."""
-    whose = f"for the model {name!r}" if renamed else f"with other weights of {name!r}"
-    used = f"for {model!r}" if renamed else "here"
-    warnings.warn(
-        f"Head curves that were measured {whose} are used {used}. Whether they fit is an "
-        "experiment: measure them for this model to be sure.",
-        stacklevel=2,
-    )
 
 
 def limited(

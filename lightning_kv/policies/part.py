@@ -18,6 +18,7 @@ from lightning_kv.policies.budgets import Amount
 
 if TYPE_CHECKING:
     from lightning_kv.policies.base import CachePolicy
+    from lightning_kv.policies.cache_spec import CacheSpec
 
 KINDS = ("retain", "select", "budget", "positions", "precision")
 State = dict[Any, Any]
@@ -193,6 +194,14 @@ class BudgetPart(Part, ABC):
 
         Raises:
             ValueError: Says which head gets too few.
+        """
+        return
+
+    def check_cache(self, geometry: Geometry, cache: CacheSpec, history: int) -> None:
+        """Refuse a cache that this budget was not made for, where so much history is seen.
+
+        Raises:
+            ValueError: Says what differs.
         """
         return
 

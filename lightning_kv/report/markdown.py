@@ -94,6 +94,7 @@ def _head(runs: Sequence[PageRun], verdict: list[str]) -> Iterator[str]:
             f"{name}: {model}, {extent(run.summary)}, {about['frames']} {frames}, "
             f"reference {run.summary['reference']}{seed}."
         )
+        yield from map(escaped, about.get("foreign_heads", ()))
     yield "## Verdict"
     yield "\n".join(f"- {escaped(sentence)}" for sentence in verdict) or "Nothing to compare yet."
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_kv.report.markdown import escaped, table
 from lightning_kv.report.page import templates
 from lightning_kv.utilities.files import write_atomic
+from lightning_kv.utilities.formatting import number
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,17 @@ class Section:
     sentences: tuple[str, ...]
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+
+def ranged(
+    value: float, low: float | None, high: float | None, shown: Callable[[float], str] = number
+) -> str:
+    """A value and its interval, if it has one, as a cell.
+
+    >>> ranged(0.5, 0.25, 0.75), ranged(0.5, None, None)
+    ('0.5 [0.25, 0.75]', '0.5')
+    """
+    return shown(value) + ("" if low is None else f" [{shown(low)}, {shown(high)}]")
 
 
 def write_proof_page(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -142,13 +142,18 @@ def prove(
     adjusted = tuple(holm([found.p for found in comparisons]))
     first, control = comparisons[0], placebo(losses, condition, shuffles, seed)
     fewest = fewest_prompts(len(there))
-    verdict = judge(first, adjusted[0], control, fewest)
+    gained = adjusted[0] <= ALPHA and first.change < 0
+    excluded = first.low is not None and first.low > 1 - WORTH
+    verdict = judge(gained, excluded and first.prompts >= fewest, control)
     expected = first.ratio <= 1 - WORTH and first.p < EXPECTED_P
     absent = tuple(name for name in family if name not in there)
     said = [
         headline(first, adjusted[0], verdict, fewest),
-        *(against(found, p) for found, p in zip(comparisons[1:], adjusted[1:], strict=True)),
-        *(placebo_words(control, first, adjusted[0])),
+        *(
+            against(found, p, found.change < 0, figures(found, p))
+            for found, p in zip(comparisons[1:], adjusted[1:], strict=True)
+        ),
+        placebo_words(control, condition, "lose less than") if gained else "",
         *(quality_words(found) for found in quality),
         f"Not measured, so not compared with: {', '.join(absent)}." if absent else "",
         lonely(comparisons),
@@ -249,12 +254,17 @@ def fewest_prompts(tests: int) -> int:
     return math.ceil(math.log2(2 * tests / ALPHA))
 
 
-def judge(first: Comparison, adjusted: float, control: Placebo | None, fewest: int) -> ProofVerdict:
-    """The verdict from the comparison with uniform and the placebo."""
-    if adjusted <= ALPHA and first.change < 0:
+def judge(gained: bool, excluded: bool, control: Placebo | None) -> ProofVerdict:
+    """The verdict from the comparison with uniform and the placebo.
+
+    Args:
+        gained: The budgets are better than uniform ones.
+        excluded: It is excluded that they are so much better that it would be worth having.
+        control: The placebo, if there is one.
+    """
+    if gained:
         return "optimal" if control is None or control.holds else "spread"
-    excluded = first.low is not None and first.low > 1 - WORTH
-    return "uniform" if excluded and first.prompts >= fewest else "unclear"
+    return "uniform" if excluded else "unclear"
 
 
 def figures(found: Comparison, p: float) -> str:
@@ -320,31 +330,42 @@ def lonely(comparisons: Sequence[Comparison]) -> str:
     return f"Not measured under all conditions, so left out where one is missing: {some}."
 
 
-def against(found: Comparison, adjusted: float) -> str:
-    """One more comparison of the family."""
+def against(found: Any, adjusted: float, better: bool, seen: str) -> str:
+    """One more comparison of the family.
+
+    Args:
+        found: What is compared with what.
+        adjusted: Its p value.
+        better: Whether the condition is better on average.
+        seen: Its figures.
+    """
     said = "cannot be told from"
     if adjusted <= ALPHA:
-        said = "is better than" if found.change < 0 else "is worse than"
-    return f"{upper(found.condition)} {said} {found.against}: {figures(found, adjusted)}."
+        said = "is better than" if better else "is worse than"
+    return f"{upper(found.condition)} {said} {found.against}: {seen}."
 
 
-def placebo_words(control: Placebo | None, first: Comparison, adjusted: float) -> list[str]:
-    """What the shuffles say; nothing where there is no gain to explain."""
-    if adjusted > ALPHA or first.change >= 0:
-        return []
+def placebo_words(control: Placebo | None, condition: str, better: str) -> str:
+    """What the shuffles say, where there is a gain to explain.
+
+    Args:
+        control: The placebo, if there is one.
+        condition: The budgets that are judged.
+        better: What they do where they are better: "lose less than".
+    """
     if control is None:
-        return ["No shuffled budgets were measured, so it is open whether the assignment matters."]
+        return "No shuffled budgets were measured, so it is open whether the assignment matters."
     dealt = several(len(control.shuffles), "shuffle")
     seen = (
-        f"{first.condition} budgets lose less than {control.better} of {dealt} and win "
+        f"{condition} budgets {better} {control.better} of {dealt} and win "
         f"{percent(control.won)} of all pairs (p {number(control.p)})"
     )
     if control.holds:
-        return [f"Which head gets which budget matters: {seen}."]
-    return [
+        return f"Which head gets which budget matters: {seen}."
+    return (
         f"It is not shown that it matters which head gets which budget: {seen}. The spread of "
         "budgets may have done the work."
-    ]
+    )
 
 
 def quality_words(found: Quality) -> str:

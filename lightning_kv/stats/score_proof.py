@@ -16,8 +16,18 @@ import numpy as np
 from lightning_kv.stats.bootstrap import finite
 from lightning_kv.stats.comparison import Comparison, Losses, compare
 from lightning_kv.stats.inference import holm
-from lightning_kv.stats.proof import ALPHA, FAMILY, Placebo, ProofVerdict, fewest_prompts, placebo
-from lightning_kv.utilities.formatting import number, percent, several, upper
+from lightning_kv.stats.proof import (
+    ALPHA,
+    FAMILY,
+    Placebo,
+    ProofVerdict,
+    against,
+    fewest_prompts,
+    judge,
+    placebo,
+    placebo_words,
+)
+from lightning_kv.utilities.formatting import number, several, upper
 
 
 @dataclass(frozen=True)
@@ -111,11 +121,16 @@ def prove_score(
     adjusted = tuple(holm([own.p for own in found]))
     control, fewest = placebo(losses, condition, shuffles, seed), fewest_prompts(len(there))
     first, absent = found[0], tuple(name for name in family if name not in there)
-    verdict = judged(first, adjusted[0], control, fewest, margin)
+    gained = adjusted[0] <= ALPHA and first.gain > 0
+    excluded = margin is not None and first.high is not None and first.high < margin
+    verdict = judge(gained, excluded and first.prompts >= fewest, control)
     said = [
         headline(first, adjusted[0], verdict, fewest, margin),
-        *(against(own, p) for own, p in zip(found[1:], adjusted[1:], strict=True)),
-        control_words(control, condition) if adjusted[0] <= ALPHA and first.gain > 0 else "",
+        *(
+            against(own, p, own.gain > 0, figures(own, p))
+            for own, p in zip(found[1:], adjusted[1:], strict=True)
+        ),
+        placebo_words(control, condition, "are better than") if gained else "",
         f"Not measured, so not compared with: {', '.join(absent)}." if absent else "",
     ]
     words = tuple(filter(None, said))
@@ -158,20 +173,6 @@ def difference(
     return Difference(
         condition, other, found.prompts, -found.change, *ends, found.p, found.wilcoxon
     )
-
-
-def judged(
-    first: Difference,
-    adjusted: float,
-    control: Placebo | None,
-    fewest: int,
-    margin: float | None,
-) -> ProofVerdict:
-    """The verdict from the comparison with uniform and the placebo."""
-    if adjusted <= ALPHA and first.gain > 0:
-        return "optimal" if control is None or control.holds else "spread"
-    excluded = margin is not None and first.high is not None and first.high < margin
-    return "uniform" if excluded and first.prompts >= fewest else "unclear"
 
 
 def figures(found: Difference, p: float) -> str:
@@ -217,28 +218,3 @@ def headline(
         )
     short = f" No effect can be shown on fewer than {fewest} prompts." * (first.prompts < fewest)
     return f"Undecided: {seen}.{short}"
-
-
-def against(found: Difference, adjusted: float) -> str:
-    """One more comparison of the family."""
-    said = "cannot be told from"
-    if adjusted <= ALPHA:
-        said = "is better than" if found.gain > 0 else "is worse than"
-    return f"{upper(found.condition)} {said} {found.against}: {figures(found, adjusted)}."
-
-
-def control_words(control: Placebo | None, condition: str) -> str:
-    """What the shuffles say."""
-    if control is None:
-        return "No shuffled budgets were measured, so it is open whether the assignment matters."
-    dealt = several(len(control.shuffles), "shuffle")
-    seen = (
-        f"{condition} budgets are better than {control.better} of {dealt} and win "
-        f"{percent(control.won)} of all pairs (p {number(control.p)})"
-    )
-    if control.holds:
-        return f"Which head gets which budget matters: {seen}."
-    return (
-        f"It is not shown that it matters which head gets which budget: {seen}. The spread of "
-        "budgets may have done the work."
-    )

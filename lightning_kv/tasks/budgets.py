@@ -119,6 +119,11 @@ def budget_map(
     Raises:
         ValueError: Something was not measured, or cannot be divided.
     """
+    if not mean:
+        raise ValueError(
+            f"0 frames leave nothing to divide: --mean {mean:g} was given. Give more than "
+            f"{curves.budgets[0]}, the least that was measured."
+        )
 
     def solved(prompts: Tensor) -> Tensor:
         own = replace(curves, curves={f"{how.scorer}/{how.metric}": prompts})

@@ -22,7 +22,7 @@ from lightning_kv.policies.registry import load_policy, policy_to_dict
 from lightning_kv.rollout import Rollout, rollout, together
 from lightning_kv.tasks.measuring.adapter import Clip, Measured, features, measure
 from lightning_kv.tasks.measuring.clip_module import ClipModule, ClipResult
-from lightning_kv.tasks.measuring.fingerprint import plugged
+from lightning_kv.tasks.measuring.fingerprint import plugged, weights_of
 from lightning_kv.tasks.measuring.real_videos import real_videos
 from lightning_kv.tasks.options import DEFAULT_POLICIES
 from lightning_kv.tasks.rollouts.context import (
@@ -40,6 +40,7 @@ from lightning_kv.tasks.rollouts.outcome import broken, cost
 from lightning_kv.tasks.rollouts.policies import (
     check_inputs,
     chosen_policies,
+    foreign_curves,
     needs_of,
     warn_fitted,
 )
@@ -165,6 +166,7 @@ class EvaluateModule(ClipModule):
         return {
             "policies": {name: policy_to_dict(policy) for name, policy in everyone.items()},
             "run": {
+                "foreign_heads": self.foreign(),
                 "hindsight": [name for name, policy in self.policies.items() if policy.needs],
                 "frames": settings.frames,
                 "pixel_frames": shown,
@@ -176,6 +178,12 @@ class EvaluateModule(ClipModule):
             },
             "model": {"name": self.model_name, **config.to_dict(), **self.source},
         }
+
+    def foreign(self, warn: bool = False) -> list[str]:
+        """What is to be said of head curves of other models or weights."""
+        everyone = [self.reference, *self.policies.values()]
+        geometry = self.network.geometry(self.latent_size)
+        return foreign_curves(everyone, geometry, weights_of(self.model), warn)
 
     def check_data(self, data: Any) -> None:
         """Refuse prompts and videos that this module cannot roll out.
@@ -193,6 +201,7 @@ class EvaluateModule(ClipModule):
             check_poses(everyone, config, self.settings, data)
             keys = {sample.key for sample in data.prompt_samples()}
             warn_fitted(everyone, self.network.geometry(self.latent_size), keys)
+        self.foreign(warn=True)
         if getattr(data, "video_infos", None):
             check_codec(self.model_name, self.codec)
             if isinstance(data, PromptDataModule):

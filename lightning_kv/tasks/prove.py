@@ -14,22 +14,22 @@ from lightning_kv.models.samplers import stable_seed
 from lightning_kv.models.video import VideoModel
 from lightning_kv.stats.comparison import WORTH, prompts_planned
 from lightning_kv.stats.proof import FAMILY, fewest_prompts
-from lightning_kv.tasks.calibrate import CalibrateModule, weights_of
+from lightning_kv.tasks.calibration.module import SitesModule
+from lightning_kv.tasks.measuring.fingerprint import weights_of
 from lightning_kv.tasks.proof.design import SHUFFLES, Design, Source, select_part
 from lightning_kv.tasks.rollouts.lengths import read_size
-from lightning_kv.tasks.rollouts.policies import warn_fitted
+from lightning_kv.tasks.rollouts.policies import foreign_curves, warn_fitted
 
 SPREAD = 0.15
 """Standard deviation of log-ratios between prompts that a number of prompts is planned with."""
 
 
-class ProveBudgetsModule(CalibrateModule):
+class ProveBudgetsModule(SitesModule):
     """Rolls the reference out and makes chunks of each clip again, once for each condition.
 
-    It is a calibration that judges whole tables of budgets in place of single heads: prompts,
-    videos, the reference and the settings of rollouts are as there, and so are records, ranks and
-    interruptions. Run it with ``Trainer(...).test(module, datamodule=PromptDataModule(...))`` and
-    a :class:`~lightning_kv.tasks.callbacks.ProofWriter`.
+    Whole tables of budgets are judged, all by the same chunks. Run it with
+    ``Trainer(...).test(module, datamodule=PromptDataModule(...))`` and a
+    :class:`~lightning_kv.tasks.callbacks.ProofWriter`.
 
     Args:
         model: The model, or its name as :func:`lightning_kv.load_model` takes it.
@@ -40,19 +40,16 @@ class ProveBudgetsModule(CalibrateModule):
         metric: Of the curves: gn, exact, output or mass.
         chunks: Chunks of a clip that are made again.
         shuffles: How often the optimal budgets are dealt to other heads.
-        frames: Latent frames per clip, what is given included; the model's own where None.
-        context_frames: Given frames at the start, of the panorama's worlds; not for videos.
         size: HEIGHTxWIDTH in pixels; the model's own where None.
         seed: Of the noise, and of which chunks.
-        negative: What guidance leads away from (models with guidance).
-        backend: Attention kernel, sdpa or reference.
+        rollouts: frames, context_frames, negative and backend, see the base.
 
     Raises:
         ValueError: The file is no such, of another model, or has not these curves; a mean is
             outside of them; the part does not read whole frames; or as in the base.
     """
 
-    judges: ClassVar[str] = "whole tables of budgets"
+    task: ClassVar[str] = "prove budgets"
 
     def __init__(
         self,
@@ -65,12 +62,9 @@ class ProveBudgetsModule(CalibrateModule):
         *,
         chunks: int = 3,
         shuffles: int = SHUFFLES,
-        frames: int | None = None,
-        context_frames: int | None = None,
         size: str | None = None,
         seed: int = 0,
-        negative: str = "",
-        backend: str = "sdpa",
+        **rollouts: Any,
     ) -> None:
         part = select_part(select)
         model = load_model(model, decode=False) if isinstance(model, str) else model
@@ -79,7 +73,7 @@ class ProveBudgetsModule(CalibrateModule):
         source = Source.of(heads, own, select, scorer, metric)
         cache, curves = source.curves.about.get("cache", {}), source.curves
         geometry = model.network.geometry(read_size(size, model.network.config))
-        curves.check(geometry, fingerprint=weights_of(model))
+        source.table().check(geometry, transfer=False)
         super().__init__(
             model,
             SiteSettings(
@@ -92,38 +86,23 @@ class ProveBudgetsModule(CalibrateModule):
                 seed=stable_seed("prove", seed),
             ),
             cache.get("reference"),
-            frames=frames,
-            context_frames=context_frames,
             size=size,
             seed=seed,
-            negative=negative,
-            backend=backend,
-            validate=0,
-            labels=False,
+            **rollouts,
         )
-        self.design = Design(source, part, tuple(means), geometry, shuffles)
+        self.design = Design(source, part, tuple(means), geometry, shuffles, weights_of(model))
+        foreign_curves(self.design.policies(), geometry, self.design.weights, warn=True)
         for policy in self.design.policies():
             policy.check(geometry, model.network.config.chunk, self.settings.frames)
 
     @cached_property
     def meter(self) -> ChunkMeter:
         """Measures a clip."""
-        settings = self.settings
-        return ChunkMeter(
-            self.model,
-            self.reference,
-            self.measuring,
-            settings.frames,
-            settings.seed,
-            read_size(settings.size, self.network.config),
-            settings.negative,
-            settings.backend,
-            ways=self.design.parts(),
-        )
+        return self.metered(ChunkMeter, ways=self.design.parts())
 
     def describe(self) -> dict[str, Any]:
         """Everything that a record depends on beside its clip: part of a run's fingerprint."""
-        return super().describe() | {"task": "prove budgets", "design": self.design.describe()}
+        return super().describe() | {"design": self.design.describe()}
 
     def check_data(self, data: Any) -> None:
         """Refuse prompts that can show nothing, or cannot be measured; name those of the file.
@@ -138,8 +117,7 @@ class ProveBudgetsModule(CalibrateModule):
         """Check the data, and say which prompts the budgets were fitted on."""
         super().setup(stage)
         keys = {sample.key for sample in self.trainer.datamodule.prompt_samples()}
-        optimal = [own for own in self.design.policies() if own.name.startswith("optimal@")]
-        warn_fitted(optimal[:1], self.design.geometry, keys)
+        warn_fitted(self.design.policies(), self.design.geometry, keys)
 
 
 def check_sampler(model: VideoModel) -> None:

@@ -182,6 +182,7 @@ def test_the_page_has_the_map(heads, capsys, tmp_path):
         (["--mean", "4f", "--rule", "best"], "No allocation rule 'best'. Use one of: uniform"),
         (["--mean", "4f", "--scorer", "h2o"], "no curves h2o/gn in this head file. It has mass/gn"),
         (["--mean", "4f", "--objective", "max"], "No objective 'max'. Use one of: mean, cvar"),
+        (["--mean", "0f"], "0 frames leave nothing to divide"),
         (["--mean", "4f", "--levels", "7"], "levels=7 of an allocation does not work. Give 2 or 3"),
         (["--mean", "4f", "--resamples", "3"], "--resamples 3 are too few"),
         (["--mean", "4f", "-o", "page.txt"], "page.txt is no place for a page"),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -294,16 +295,124 @@ def test_amounts_that_cannot_work(heads, settings, sink, said):
     )
 
 
-def test_curves_of_another_model_are_refused_and_of_other_weights_warned_of(tmp_path):
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"layers": 30}, "another model: 2 layers of 3 heads .* This one has 30 layers of 3 heads"),
+        ({"heads": 4}, "another model: .* 2 layers of 4 heads"),
+        ({"head_dim": 24}, r"\(12 numbers each\).*\(24 numbers\)"),
+    ],
+)
+def test_curves_of_another_model_are_refused(heads, other, said):
+    for transfer in (False, True):
+        made = policy(retain={"part": "window", "budget": budget(heads, transfer=transfer)})
+        with pytest.raises(ValueError, match=said + ".*Give those of this model"):
+            made.check(replace(GEOMETRY, **other), 2, 12)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"chunk": 2}, "measured with chunks of 3, and this rollout has chunks of 2"),
+        ({"grid": (2, 3)}, r"a token grid of \[2, 2\], .* a token grid of \[2, 3\]"),
+        ({"chunk": 1, "grid": (2, 3)}, r"a token grid of \[2, 2\] and chunks of 3, .* chunks of 1"),
+    ],
+)
+def test_another_chunk_or_grid_is_refused_unless_allowed(tmp_path, other, said):
     path = str(tmp_path / "heads.safetensors")
-    drawn(replace(GEOMETRY, chunk=3, model="mine"), GRID).save(path)
-    made = policy(select={"part": "top-attention", "budget": budget(path)})
-    with pytest.raises(ValueError, match=r"made for another model: 2 layers of 3 heads"):
-        made.check(replace(GEOMETRY, layers=30), 2, 12)
-    with pytest.raises(ValueError, match=r"with chunks of 3, .* chunks of 2.*transfer: true"):
-        made.check(replace(GEOMETRY, chunk=2), 2, 12)
-    policy(select={"part": "top-attention", "budget": budget(path, transfer=True)}).check(
-        replace(GEOMETRY, chunk=2), 2, 12
-    )
+    drawn(replace(GEOMETRY, chunk=3), GRID).save(path)
+    made = policy(retain={"part": "window", "budget": budget(path)})
+    with pytest.raises(ValueError, match=said + r".*or allow it \(transfer: true\)"):
+        made.check(replace(GEOMETRY, **other), 2, 12)
+    made = policy(retain={"part": "window", "budget": budget(path, transfer=True)})
+    made.check(replace(GEOMETRY, **other), 2, 12)
+
+
+def test_curves_of_another_model_of_the_same_sizes_are_warned_of(tmp_path):
+    path = str(tmp_path / "heads.safetensors")
+    own = replace(GEOMETRY, chunk=3, model="mine")
+    drawn(own, GRID, fingerprint="sha256:1").save(path)
+    made = policy(retain={"part": "window", "budget": budget(path)})
     with pytest.warns(UserWarning, match=r"for the model 'mine' are used for 'another'"):
-        made.check(replace(GEOMETRY, chunk=3, model="another"), 2, 12)
+        made.check(replace(own, model="another"), 2, 12)
+    table = made.retain.budget.heads
+    assert "for 'another'" in table.foreign("another", "sha256:1")
+    assert "with other weights of 'mine' are used here" in table.foreign("mine", "sha256:2")
+    assert not table.foreign("mine", "sha256:1") and not table.foreign("", "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.check(own, 2, 12)
+        made.check(replace(own, model="", chunk=0), 2, 12)
+
+
+# -- another cache than that of the measurement ----------------------------------------------
+
+
+def with_cache(tmp_path, retain, sink=0):
+    """A file that says with which cache it was measured."""
+    path = tmp_path / "cached.safetensors"
+    reference = policy_to_dict(policy_from_dict({"name": "reference", "retain": retain}))
+    curves = drawn(GEOMETRY, range(max(2, sink), 9))
+    about = curves.about | {"cache": {"reference": reference, "reach": 8, "sink": sink}}
+    replace(curves, about=about).save(path)
+    return str(path)
+
+
+WINDOW = {"part": "window", "budget": "8f"}
+SUNK = {"part": "window", "budget": "8f", "sink": 3}
+
+
+@pytest.mark.parametrize(
+    ("measured", "held", "frames", "said"),
+    [
+        (WINDOW, WINDOW, 22, ""),
+        (WINDOW, {"part": "everything"}, 10, ""),  # no more than 8 frames of history
+        (WINDOW, {"part": "everything"}, 12, "8 frames of history held, .* has all frames"),
+        (WINDOW, {"part": "window", "budget": "6f"}, 22, "8 frames .* has 6 frames"),
+        (WINDOW, {"part": "window", "budget": "6f"}, 8, ""),
+        (WINDOW, {"part": "window", "budget": "9f"}, 22, "8 frames .* has 9 frames"),
+        (WINDOW, SUNK, 22, "the first 0 of the clip among them, .* the first 3 of the clip"),
+        (SUNK, WINDOW, 22, "the first 3 of the clip among them, .* the first 0 of the clip"),
+        (SUNK, WINDOW, 10, ""),  # nothing was dropped yet
+        (SUNK, SUNK, 22, ""),
+        (WINDOW, {"part": "window", "budget": "0.5"}, 22, ""),  # not known
+        ({"part": "everything"}, {"part": "everything"}, 22, ""),
+        ({"part": "everything"}, WINDOW, 22, "all frames of history held, .* has 8 frames"),
+    ],
+)
+def test_reads_from_another_cache_are_refused_unless_allowed(
+    tmp_path, measured, held, frames, said
+):
+    path = with_cache(tmp_path, measured)
+    for transfer in (False, True):
+        read = {"part": "top-attention", "budget": budget(path, transfer=transfer)}
+        made = policy(retain=held, select=read)
+        if said and not transfer:
+            with pytest.raises(ValueError, match=said + r".*or allow it \(transfer: true\)"):
+                made.check(GEOMETRY, 2, frames)
+        else:
+            made.check(GEOMETRY, 2, frames)
+
+
+def test_first_frames_that_were_always_kept_must_be(tmp_path):
+    path = with_cache(tmp_path, SUNK, sink=3)
+    said = "the first 3 kept in every head, and 'test' has the first 0 kept"
+    for kind in ("retain", "select"):
+        part = {"retain": "window", "select": "top-attention"}[kind]
+        parts = {"retain": SUNK, kind: {"part": part, "budget": budget(path, "5f")}}
+        with pytest.raises(ValueError, match=said):
+            policy(**parts).check(GEOMETRY, 2, 22)
+    kept = {"part": "window", "sink": 3, "budget": budget(path, "5f")}
+    policy(retain=kept).check(GEOMETRY, 2, 22)
+    table = policy_from_dict(policy_to_dict(policy(retain=kept))).retain.budget.heads
+    assert table.cache == kept["budget"].heads.cache and table.cache.kept == 3
+
+
+def test_a_table_of_before_is_read_and_not_compared(heads):
+    """What is known of weights and cache now, older results do not say."""
+    made = policy(select={"part": "top-attention", "budget": budget(heads)})
+    told = json.loads(json.dumps(policy_to_dict(made)))
+    for name in ("weights", "cache"):
+        del told["select"]["budget"]["heads"][name]
+    policy_from_dict(told).check(GEOMETRY, 2, 22)
+    assert not policy_from_dict(told).select.budget.heads.foreign("mine", "sha256:1")

@@ -114,54 +114,6 @@ def test_what_was_not_measured_is_not_solved(curves, asked, said):
         curves.solve(**{"rule": "optimal", "mean": 4, **asked})
 
 
-@pytest.mark.parametrize(
-    ("other", "said"),
-    [
-        ({"layers": 3}, "another model: 2 layers of 3 heads .* This one has 3 layers of 3 heads"),
-        ({"heads": 4}, "another model: .* 2 layers of 4 heads"),
-        ({"head_dim": 24}, r"\(12 numbers each\).*\(24 numbers\)"),
-    ],
-)
-def test_another_model_is_refused(curves, other, said):
-    for allow in (False, True):
-        with pytest.raises(ValueError, match=said + ".*Give those of this model"):
-            curves.check(replace(GEOMETRY, **other), allow=allow)
-
-
-@pytest.mark.parametrize(
-    ("other", "reach", "said"),
-    [
-        ({"chunk": 3}, None, "measured with chunks of 2, and this rollout has chunks of 3"),
-        ({"grid": (2, 3)}, None, r"a token grid of \[2, 2\], .* a token grid of \[2, 3\]"),
-        ({}, 12, "a reach of 9 frames, and this rollout has a reach of 12 frames"),
-        ({"chunk": 1}, 6, "chunks of 2 and a reach of 9 frames, .* chunks of 1 and a reach of 6"),
-    ],
-)
-def test_another_window_is_refused_unless_allowed(curves, other, reach, said):
-    there = replace(GEOMETRY, **other)
-    with pytest.raises(ValueError, match=said + r".*or allow it \(transfer: true\)"):
-        curves.check(there, reach=reach)
-    curves.check(there, reach=reach, allow=True)
-
-
-@pytest.mark.parametrize(
-    ("model", "mark", "said"),
-    [
-        ("other", None, "measured for the model 'mine' are used for 'other'"),
-        ("mine", "sha256:2", "measured with other weights of 'mine' are used here"),
-    ],
-)
-def test_other_weights_are_warned_of(curves, model, mark, said):
-    with pytest.warns(UserWarning, match=said):
-        curves.check(replace(GEOMETRY, model=model), fingerprint=mark)
-
-
-@pytest.mark.filterwarnings("error")
-def test_the_model_itself_and_one_without_a_name_are_fine(curves):
-    curves.check(GEOMETRY, reach=9, fingerprint="sha256:1")
-    curves.check(replace(GEOMETRY, model="", chunk=0))
-
-
 def damaged(path):
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_kv.report.entries import PageRun
 from lightning_kv.report.markdown import table, write_markdown
+from lightning_kv.report.page import write_page
 
 RECALL = {"full": [1.0] * 3, "window@3f": [0.25, 0.5, 0.75], "a|b*<i>@6f": [0.5, 0.625, 1.0]}
 MINUS = "\N{MINUS SIGN}"
@@ -46,6 +47,17 @@ def text(tmp_path: Path, make_run, add_statistics, add_metrics) -> str:
 def test_the_verdict_and_the_run_come_first(text: str) -> None:
     assert text.startswith("# my run\n\nmy run: panorama, 3 prompts, 12 latent frames, ")
     assert "- Run \\*it\\* \\| now." in text
+
+
+def test_head_curves_of_other_weights_are_noted(tmp_path: Path, make_run) -> None:
+    run = make_run(tmp_path / "run", RECALL, ["a"])
+    run.summary["run"]["foreign_heads"] = ["Curves of *another* model."]
+    write_markdown(tmp_path / "report.md", [run], [])
+    write_page(tmp_path / "report.html", [run], [])
+    assert "Curves of \\*another\\* model.\n\n## Verdict" in (tmp_path / "report.md").read_text()
+    assert (
+        '<p class="note">Curves of *another* model.</p>' in (tmp_path / "report.html").read_text()
+    )
 
 
 def test_the_comparison_holds_the_numbers(text: str) -> None:

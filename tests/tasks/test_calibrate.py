@@ -101,6 +101,7 @@ def test_ten_lines_give_a_file_that_budgets_are_solved_from(four):
     policy = policy_from_dict(
         {
             "name": "x",
+            "retain": {"part": "window", "budget": "6f"},
             "select": {
                 "part": "top-attention",
                 "budget": {
@@ -114,7 +115,6 @@ def test_ten_lines_give_a_file_that_budgets_are_solved_from(four):
     )
     model = load_model("panorama")
     policy.check(model.network.geometry(), 3, 15)
-    curves.check(model.network.geometry(), 6)
     assert f"{out}: 4 prompts" in found.words[0]
     assert any("Measure 4 prompts more: --prompts 8." in each for each in found.words)
 
@@ -388,7 +388,7 @@ def test_too_few_prompts_are_refused_before_anything_is_written(tmp_path):
     [
         ({"frames": 6, "context_frames": 0}, r"6 latent frames has 0 chunks with 6 frames"),
         ({"context_frames": 12, "measuring": SiteSettings(reach=6, chunks=2)}, "12 of them given"),
-        ({"reference": "full"}, r"holds (9|12) frames of history"),
+        ({"reference": "sliding-window@3f"}, r"holds 3 frames of history"),
         ({"reference": "h2o@100t"}, r"whole frames"),
         ({"validate": -1}, "-1 prompts cannot validate"),
         ({"measuring": SiteSettings(reach=6, scorers=("mas",))}, "Did you mean 'mass'"),
@@ -446,13 +446,48 @@ def test_another_ending_is_refused(tmp_path):
 
 def test_an_evaluation_on_prompts_of_the_fit_is_warned_of(four, tmp_path):
     part = {"part": "calibrated", "amount": "2f", "heads": str(four[0]), "least": "1f"}
-    policy = {"name": "mine", "select": {"part": "top-attention", "budget": part}}
-    module = EvaluateModule("panorama", [policy], metrics=["psnr"], frames=15, context_frames=6)
-    with pytest.warns(UserWarning, match=r"'mine' \(heads.safetensors\) were fitted on 3 prompts"):
-        module.check_data(PromptDataModule(SHARDS, 3, seed=1))
+    policy = {
+        "name": "mine",
+        "retain": {"part": "window", "budget": "6f"},
+        "select": {"part": "top-attention", "budget": part},
+    }
+    settings = {"metrics": ["psnr"], "frames": 15, "context_frames": 6}
+    held = PromptDataModule(SHARDS, 3, seed=1).keys()
+    for others, whose in ((), "'mine'"), ((policy | {"name": "more"},), "2 policies"):
+        module = EvaluateModule("panorama", [policy, *others], **settings)
+        with pytest.warns(UserWarning, match="fitted on") as seen:
+            module.check_data(PromptDataModule(SHARDS, 3, seed=1))
+        (said,) = (str(own.message) for own in seen)  # once for the file
+        assert said.startswith("Head curves (heads.safetensors) were fitted on 3 prompts of this")
+        assert f"the budgets of {whose} look too good: " in said
+        assert all(key in said for key in held)
+    assert module.about()["run"]["foreign_heads"] == []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         module.check_data(PromptDataModule(SHARDS, 3))
+
+
+def test_an_evaluation_records_that_curves_are_of_other_weights(four):
+    part = {"part": "calibrated", "amount": "2f", "heads": str(four[0]), "transfer": True}
+    policies = [
+        {"name": name, "select": {"part": "top-attention", "budget": part | {"least": least}}}
+        for name, least in (("one", "1f"), ("two", "2f"))
+    ]
+    model = load_model("panorama")
+    model.source["sha256"] = "another"
+    module = EvaluateModule(model, policies, metrics=["psnr"], frames=15, context_frames=6)
+    with pytest.warns(UserWarning, match="measured with other weights of 'panorama'") as seen:
+        module.check_data(PromptDataModule(SHARDS, 3))
+    assert [str(own.message) for own in seen] == module.about()["run"]["foreign_heads"]
+
+
+def test_an_evaluation_with_another_cache_is_refused(four):
+    part = {"part": "calibrated", "amount": "2f", "heads": str(four[0]), "least": "1f"}
+    policy = {"name": "mine", "select": {"part": "top-attention", "budget": part}}
+    said = r"with 6 frames of history held, and 'mine' has all frames .* \(transfer: true\)"
+    with pytest.raises(ValueError, match=said):
+        EvaluateModule("panorama", [policy], metrics=["psnr"], frames=15, context_frames=6)
+    EvaluateModule("panorama", [policy], metrics=["psnr"], frames=9, context_frames=6)
 
 
 def test_who_validates_does_not_depend_on_the_order():

@@ -366,7 +366,7 @@ def test_without_pixels_the_codec_is_kept_for_videos_of_any_data_module(worlds, 
     data.video_infos = PromptDataModule(context_videos=worlds[0]).video_infos if videos else {}
     options = EvaluateOptions(decode=False, precision="float32")
     with mock.patch("lightning_kv.models.loading.load_model") as load:
-        model_for(options, find_model("panorama"), data)
+        model_for(options, find_model("panorama"), data, torch.device("cpu"))
     assert load.call_args.kwargs["decode"] is videos
 
 

@@ -278,8 +278,9 @@ def test_other_weights_of_the_model_are_said(planted):
     folder, _, _, _ = planted
     other = model_of(1.0, seed=5)
     other.source["sha256"] = "another"
-    with pytest.warns(UserWarning, match="other weights of 'tiny'"):
-        proving(folder, other)
+    with pytest.warns(UserWarning, match="other weights of 'tiny'") as seen:
+        module = proving(folder, other)
+    assert [str(own.message) for own in seen] == [module.design.note]  # which the proof keeps
     other.source.pop("sha256")
     other.source["text"] = "that of other prompts"
     with warnings.catch_warnings():

@@ -15,6 +15,7 @@ from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.allocation import UNMEASURED, Heads, Knobs, allocate, check_rule
 from lightning_kv.policies.budget.adaptive import shared
 from lightning_kv.policies.budgets import Amount
+from lightning_kv.policies.cache_spec import CacheSpec
 from lightning_kv.policies.checks import between, choice
 from lightning_kv.policies.curve_statistics import OBJECTIVES
 from lightning_kv.policies.curve_tables import AUTO_CURVES, CurveTable, Reading
@@ -52,7 +53,7 @@ class Calibrated(BudgetPart):
         beta: Of the pyramids: the last layer gets 1 / ``beta`` of the mean beside the least.
         levels: Of ``levels``: how many different budgets at most, 2 or 3.
         seed: Of ``shuffled``.
-        transfer: Take curves that were measured with another chunk or token grid.
+        transfer: Take curves that were measured with another chunk, token grid or cache.
     """
 
     name: ClassVar[str] = "calibrated"
@@ -108,8 +109,8 @@ class Calibrated(BudgetPart):
         """
         if self.mean(geometry) < least:
             return  # said of every budget
-        if self._measured:
-            self.heads.for_model(geometry, self.reading).check(geometry, self.transfer)
+        if table := self.table(geometry):
+            table.check(geometry, self.transfer)
         given = min(map(min, self.solved(geometry)))
         if given < least:
             raise ValueError(
@@ -117,11 +118,25 @@ class Calibrated(BudgetPart):
                 f"{least} are protected in every head. Give least: {least}f."
             )
 
-    def fitted_on(self, geometry: Geometry) -> tuple[str, ...]:
-        """Keys of the prompts that its curves were measured on; none where it has no curves."""
-        if not self._measured:
-            return ()
-        return self.heads.for_model(geometry, self.reading).prompts
+    def check_cache(self, geometry: Geometry, cache: CacheSpec, history: int) -> None:
+        """The curves were measured with such a cache, unless another one is allowed.
+
+        Raises:
+            ValueError: They were not.
+        """
+        table = self.table(geometry)
+        if table and not self.transfer:
+            table.check_cache(cache, history)
+
+    def table(self, geometry: Geometry) -> CurveTable | None:
+        """The curves that it looks at; None where its rule needs none and no file is given.
+
+        Raises:
+            ValueError: There are none of this model.
+        """
+        if self.rule in UNMEASURED and self.heads.file == "auto":
+            return None
+        return self.heads.for_model(geometry, self.reading)
 
     def mean(self, geometry: Geometry) -> float:
         """The amount in frames."""
@@ -140,18 +155,13 @@ class Calibrated(BudgetPart):
         """
         return _solved(self, geometry, geometry.model)
 
-    @property
-    def _measured(self) -> bool:
-        """Whether there are curves, or the rule wants them."""
-        return self.rule not in UNMEASURED or self.heads.file != "auto"
-
     def limits(self, geometry: Geometry) -> Heads:
         """What the rule may look at."""
         least, most = (
             None if own is None else int(Amount.parse(own).value) for own in (self.least, self.most)
         )
-        if self._measured:
-            return self.heads.for_model(geometry, self.reading).limited(least, most)
+        if table := self.table(geometry):
+            return table.limited(least, most)
         mean = self.mean(geometry)
         least = min(geometry.chunk, math.floor(mean)) if least is None else least
         most = max(1, 2 * math.ceil(mean)) if most is None else most

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import lightning as L
 
 from lightning_kv.runs.directory import fingerprint
-from lightning_kv.tasks.calibrate import CalibrateModule
+from lightning_kv.tasks.calibration.module import SitesModule
 from lightning_kv.tasks.calibration.records import CalibrationDirectory, Wanted
 from lightning_kv.tasks.measuring.fingerprint import surroundings
 
@@ -27,19 +27,19 @@ class ClipRecordWriter(L.Callback):
         found: What came of it, on the first rank, once the test has ended.
     """
 
-    measured_by: ClassVar[type[CalibrateModule]] = CalibrateModule
+    measured_by: ClassVar[type[SitesModule]]
     """The module whose clips it writes."""
 
     def __init__(self, records: str | Path) -> None:
         self.run = CalibrationDirectory(records)
         self.opened, self.found = False, None
 
-    def check(self, module: CalibrateModule) -> None:
+    def check(self, module: SitesModule) -> None:
         """Refuse what would be noticed when all is measured."""
         return
 
     def concluded(
-        self, trainer: L.Trainer, module: CalibrateModule, wanted: Mapping[str, Wanted]
+        self, trainer: L.Trainer, module: SitesModule, wanted: Mapping[str, Wanted]
     ) -> Any:
         """What comes of the records, on the first rank."""
         raise NotImplementedError
@@ -48,7 +48,7 @@ class ClipRecordWriter(L.Callback):
         """What loggers are told of it."""
         return {}
 
-    def open(self, trainer: L.Trainer, module: CalibrateModule, data: Any) -> None:
+    def open(self, trainer: L.Trainer, module: SitesModule, data: Any) -> None:
         """Make the directory, or check that it holds records of these very settings; for one rank.
 
         Raises:
@@ -64,7 +64,7 @@ class ClipRecordWriter(L.Callback):
         self.run.open(fingerprint(described), described, None, beside)
         self.opened = True
 
-    def setup(self, trainer: L.Trainer, pl_module: CalibrateModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: SitesModule, stage: str) -> None:
         """Take up what an earlier start has left.
 
         Raises:
@@ -73,7 +73,7 @@ class ClipRecordWriter(L.Callback):
         if stage != "test":
             return
         kind = self.measured_by
-        if not isinstance(pl_module, kind) or pl_module.judges != kind.judges:
+        if not isinstance(pl_module, kind):
             raise ValueError(
                 f"{type(self).__name__} writes what a {kind.__name__} measures, and a "
                 f"{type(pl_module).__name__} was given. Use it with {kind.__name__}."
@@ -86,13 +86,13 @@ class ClipRecordWriter(L.Callback):
         trainer.datamodule.longest = {key for key, own in wanted.items() if own.validates}
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: CalibrateModule, outputs: Any, *_: Any
+        self, trainer: L.Trainer, pl_module: SitesModule, outputs: Any, *_: Any
     ) -> None:
         """Write what was measured."""
         for record, sample in zip(outputs["clips"], outputs["samples"], strict=True):
             self.run.write(record, sample)
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: CalibrateModule) -> None:
+    def on_test_end(self, trainer: L.Trainer, pl_module: SitesModule) -> None:
         """Conclude, once all ranks are done."""
         trainer.strategy.barrier("records are written")
         if not trainer.is_global_zero:
@@ -119,14 +119,14 @@ class ClipRecordWriter(L.Callback):
                 "machines share (--records), copy theirs into it, and start again."
             )
 
-    def teardown(self, trainer: L.Trainer, pl_module: CalibrateModule, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: SitesModule, stage: str) -> None:
         """What comes next is another run, until it is compared with what is there."""
         self.opened = False
         if trainer.datamodule is not None:
             trainer.datamodule.finished = trainer.datamodule.longest = ()
 
     def on_exception(
-        self, trainer: L.Trainer, pl_module: CalibrateModule, exception: BaseException
+        self, trainer: L.Trainer, pl_module: SitesModule, exception: BaseException
     ) -> None:
         """After an error or an interrupt too: there is no teardown then."""
         self.teardown(trainer, pl_module, "test")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 
@@ -36,6 +36,7 @@ class CurveWriter(ClipRecordWriter):
         found: What came of it, on the first rank, once the test has ended.
     """
 
+    measured_by: ClassVar[type[CalibrateModule]] = CalibrateModule
     found: Calibration | None
 
     def __init__(

@@ -11,8 +11,10 @@ import torch
 
 import lightning_kv
 from lightning_kv.metrics.backbones.weights import checksum
+from lightning_kv.models.video import VideoModel
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.plugins import sources
+from lightning_kv.runs.directory import fingerprint
 from lightning_kv.tasks.measuring.clip_module import ClipModule
 from lightning_kv.tasks.measuring.real_videos import on_disk
 from lightning_kv.tasks.videos import GAIN
@@ -62,3 +64,13 @@ def about(trainer: L.Trainer, module: ClipModule, data: Any) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of this package and of torch."""
     return {"lightning_kv": lightning_kv.__version__, "torch": torch.__version__}
+
+
+def weights_of(model: VideoModel) -> str:
+    """What tells a model's weights from others in a file of curves.
+
+    Text states and VAE are left out: other prompts have states of their own.
+    """
+    source = {name: mark for name, mark in model.source.items() if name not in ("text", "vae")}
+    told = {"source": source, "config": model.network.config.to_dict()}
+    return f"sha256:{fingerprint(told)}"

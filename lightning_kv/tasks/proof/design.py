@@ -35,7 +35,7 @@ ONLINE: dict[str, type[BudgetPart]] = {"dynamic": Adaptive, "dynamic-table": Cal
 WHOLE = "focused-matched-zero"
 """Focused Forcing's rule on its own measure, whole heads taken away, where the file has it."""
 SHUFFLED = "shuffled-"
-JUDGED = "optimal"
+JUDGED, UNIFORM = "optimal", "uniform"
 SHUFFLES = 5
 SHARES = (1 / 4, 3 / 8, 1 / 2)
 """Means where none are given, as shares of the reach."""
@@ -128,6 +128,7 @@ class Design:
         means: Frames per head on average.
         geometry: Of the model.
         shuffles: How many times the optimal budgets are dealt to other heads.
+        weights: What tells the weights of the model from others.
     """
 
     source: Source
@@ -135,6 +136,7 @@ class Design:
     means: tuple[int, ...]
     geometry: Geometry
     shuffles: int = SHUFFLES
+    weights: str = ""
 
     def __post_init__(self) -> None:
         low, reach = self.least, self.source.curves.reach
@@ -159,12 +161,13 @@ class Design:
     def note(self) -> str:
         """What differs from the measurement of the curves; nothing where nothing does."""
         sink = self.source.curves.about.get("cache", {}).get("sink", 0)
-        if sink <= getattr(self.select, "sink", 0):
-            return ""
-        return (
-            f"Curves were measured with the first {sink} frames always read, and "
-            f"{self.select.name} may leave them out."
-        )
+        said = [self._tables[CURVE].foreign(self.geometry.model, self.weights)]
+        if sink > getattr(self.select, "sink", 0):
+            said.append(
+                f"Curves were measured with the first {sink} frames always read, and "
+                f"{self.select.name} may leave them out."
+            )
+        return " ".join(filter(None, said))
 
     @property
     def rules(self) -> tuple[str, ...]:
@@ -196,7 +199,7 @@ class Design:
                 if rule not in found:
                     self.budgets(rule, self.means[0])
             except ValueError as error:
-                if rule in ("uniform", JUDGED):
+                if rule in (UNIFORM, JUDGED):
                     raise
                 found[rule] = str(error)
         return found
@@ -224,6 +227,7 @@ class Design:
             importance=importance,
             least=f"{self.least}f" if self.least else None,
             seed=seed,
+            transfer=True,  # the cache is that of the file; what else differs is in the note
         )
 
     def parts(self) -> dict[str, SelectPart]:

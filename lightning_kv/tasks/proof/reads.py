@@ -9,16 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_kv.calibration.clips import ClipRecord
-from lightning_kv.report.proof_page import Section
+from lightning_kv.report.proof_page import Section, ranged
 from lightning_kv.stats.additivity import Additivity, additivity
 from lightning_kv.stats.bootstrap import bca_interval
 from lightning_kv.stats.comparison import Comparison, Losses, compare
 from lightning_kv.stats.proof import FAMILY, Proof, change, prove
 from lightning_kv.tasks.calibration.records import CalibrationDirectory, Wanted
-from lightning_kv.tasks.proof.design import JUDGED, Design
+from lightning_kv.tasks.proof.design import JUDGED, UNIFORM, Design
 from lightning_kv.utilities.formatting import number, several
 
-UNIFORM = "uniform"
 SQUARES = ("gn", "exact")
 """Metrics of curves that are squared errors of the clean estimate, as chunks have them."""
 
@@ -239,10 +238,9 @@ def sections(found: ReadsProof) -> list[Section]:
 
 def cells(row: Row) -> tuple[str, ...]:
     """A row of the table, as text."""
-    ends = "" if row.low is None else f" [{number(row.low)}, {number(row.high)}]"
-    other, found = row.against, (row.rule, f"{number(row.loss)}{ends}")
+    other, found = row.against, (row.rule, ranged(row.loss, row.low, row.high))
     if other is None:
         return (*found, "", "", "")
-    ends = "" if other.low is None else f" [{change(other.low)}, {change(other.high)}]"
     predicted = "" if row.predicted is None else change(row.predicted)
-    return (*found, f"{change(other.ratio)}{ends}", number(other.p), predicted)
+    gain = ranged(other.ratio, other.low, other.high, change)
+    return (*found, gain, number(other.p), predicted)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_kv.report.proof_page import Section
+from lightning_kv.report.proof_page import Section, ranged
 from lightning_kv.runs.directory import Record, RunDirectory
 from lightning_kv.runs.margins import MARGINS
 from lightning_kv.runs.units import unit_of
@@ -35,13 +35,12 @@ from lightning_kv.stats.score_proof import (
     prove_score,
     signed,
 )
-from lightning_kv.tasks.proof.design import JUDGED, ONLINE, SHUFFLED, TABLES, WHOLE
+from lightning_kv.tasks.proof.design import JUDGED, ONLINE, SHUFFLED, TABLES, UNIFORM, WHOLE
 from lightning_kv.tasks.report import open_run
 from lightning_kv.tasks.rollouts.policies import fitted_words
 from lightning_kv.utilities.formatting import number, several
 from lightning_kv.utilities.nearest import unknown
 
-UNIFORM = "uniform"
 NAMES = re.compile(
     rf"(?P<name>.+?)-(?P<rule>{'|'.join([*TABLES, WHOLE, *ONLINE])}|{SHUFFLED}\d+)@(?P<mean>\w+)"
 )
@@ -261,16 +260,16 @@ def warn_fitted_run(policies: Mapping[str, Any], prompts: set[str]) -> None:
         policies: What the run says of each.
         prompts: Keys of its prompts.
     """
-    told = set()
+    found: dict[str, tuple[list[str], list[str]]] = {}
     for name, parts in policies.items():
         for own in parts.values():
             budget = own.get("budget") if isinstance(own, dict) else None
             heads = budget.get("heads") if isinstance(budget, dict) else None
             heads = heads if isinstance(heads, dict) else {}
-            both = [key for key in heads.get("prompts") or () if key in prompts]
-            if both and heads.get("file") not in told:
-                told.add(heads.get("file"))
-                warnings.warn(fitted_words(name, heads.get("file"), both), stacklevel=2)
+            if both := [key for key in heads.get("prompts") or () if key in prompts]:
+                found.setdefault(heads.get("file"), (both, []))[1].append(name)
+    for file, own in found.items():
+        warnings.warn(fitted_words(file, *own), stacklevel=2)
 
 
 HEADS = ("budgets", "mean", "against uniform", "p")
@@ -280,16 +279,12 @@ def cells(found: GroupProof) -> list[tuple[str, ...]]:
     """Rows of the table, as text."""
     rows = []
     for rule, (value, low, high) in found.values.items():
-        ends = "" if low is None else f" [{number(low)}, {number(high)}]"
-        other = found.against.get(rule)
-        gain, p = "", "" if other is None else number(other.p)
-        if isinstance(other, Comparison):
-            inside = "" if other.low is None else f" [{change(other.low)}, {change(other.high)}]"
-            gain = f"{change(other.ratio)}{inside}"
-        elif other is not None:
-            inside = "" if other.low is None else f" [{signed(other.low)}, {signed(other.high)}]"
-            gain = f"{signed(other.gain)}{inside}"
-        rows.append((rule, f"{number(value)}{ends}", gain, p))
+        other, gain, p = found.against.get(rule), "", ""
+        if other is not None:
+            ratio = isinstance(other, Comparison)
+            mean, shown = (other.ratio, change) if ratio else (other.gain, signed)
+            gain, p = ranged(mean, other.low, other.high, shown), number(other.p)
+        rows.append((rule, ranged(value, low, high), gain, p))
     return rows
 
 

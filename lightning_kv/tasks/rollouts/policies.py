@@ -10,6 +10,7 @@ from lightning_kv.cache.passes import Geometry
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.budget.calibrated import Calibrated
 from lightning_kv.policies.budgets import Amount
+from lightning_kv.policies.curve_tables import CurveTable
 from lightning_kv.policies.plugins import imported
 from lightning_kv.policies.registry import load_policy
 from lightning_kv.policies.scored import ScoredPart
@@ -123,40 +124,75 @@ def check_inputs(policies: Iterable[CachePolicy], model: str, world: bool) -> No
             )
 
 
+def curve_files(
+    policies: Iterable[CachePolicy], geometry: Geometry
+) -> list[tuple[CurveTable, list[str]]]:
+    """Files of head curves, each with the names of the policies that use it.
+
+    Args:
+        policies: Of a run.
+        geometry: Of the model.
+    """
+    found: dict[str, tuple[CurveTable, list[str]]] = {}
+    for policy in policies:
+        tables = [part.table(geometry) for part in policy.parts if isinstance(part, Calibrated)]
+        for mark, table in {own.sha256: own for own in tables if own}.items():
+            found.setdefault(mark, (table, []))[1].append(policy.name)
+    return list(found.values())
+
+
 def warn_fitted(
     policies: Iterable[CachePolicy], geometry: Geometry, prompts: Collection[str]
 ) -> None:
-    """Say which prompts of an evaluation budgets were fitted on: there they look too good.
+    """Say which prompts of an evaluation head curves come from: there budgets look too good.
 
-    The first rank says it.
+    The first rank says it, once for each file.
 
     Args:
         policies: Of the run.
         geometry: Of the model.
         prompts: Keys of the prompts.
     """
-    for policy in policies if is_first() else ():
-        for part in policy.parts:
-            used = part.fitted_on(geometry) if isinstance(part, Calibrated) else ()
-            both = [key for key in used if key in prompts]
-            if both:
-                warnings.warn(fitted_words(policy.name, part.heads.file, both), stacklevel=2)
+    for table, names in curve_files(policies, geometry) if is_first() else ():
+        if both := [key for key in table.prompts if key in prompts]:
+            warnings.warn(fitted_words(table.file, both, names), stacklevel=2)
 
 
-def fitted_words(policy: str, file: str | None, prompts: Sequence[str]) -> str:
-    """What to say of prompts that budgets were fitted on.
+def fitted_words(file: str | None, prompts: Sequence[str], policies: Sequence[str]) -> str:
+    """What to say of prompts that a file of head curves was measured on.
 
     Args:
-        policy: Name of the policy.
-        file: Of the head curves.
+        file: Its name.
         prompts: Their keys.
+        policies: Names of those that use it.
     """
     named = ", ".join(prompts[:NAMED]) + (" and others" if len(prompts) > NAMED else "")
+    whose = repr(policies[0]) if len(policies) == 1 else f"{len(policies)} policies"
     return (
-        f"The budgets of {policy!r} ({file}) were fitted on {several(len(prompts), 'prompt')} of "
-        f"this evaluation, where they look too good: {named}. Evaluate on others: another set, or "
-        "another --data.seed."
+        f"Head curves ({file}) were fitted on {several(len(prompts), 'prompt')} of this "
+        f"evaluation, where the budgets of {whose} look too good: {named}. Evaluate on others: "
+        "another set, or another --data.seed."
     )
+
+
+def foreign_curves(
+    policies: Iterable[CachePolicy], geometry: Geometry, weights: str, warn: bool = False
+) -> list[str]:
+    """What is to be said of head curves of other models, or of other weights: once for each file.
+
+    Args:
+        policies: Of the run.
+        geometry: Of the model.
+        weights: What tells its weights from others.
+        warn: The first rank also warns of other weights; of other models, policies do so.
+    """
+    found = []
+    for table, _ in curve_files(policies, geometry):
+        if said := table.foreign(geometry.model, weights):
+            found.append(said)
+            if warn and is_first() and not table.foreign(geometry.model):
+                warnings.warn(said, stacklevel=2)
+    return found
 
 
 def by_name(policies: list[CachePolicy]) -> dict[str, CachePolicy]:
