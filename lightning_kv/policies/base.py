@@ -237,6 +237,9 @@ class CachePolicy:
             raise ValueError(
                 f"branches={self.branches!r} of policy {self.name!r}: use each or shared."
             )
+        for part in (self.retain, self.select):
+            if part.budget is not None and (own := part.budget.of(part)) is not part.budget:
+                object.__setattr__(self, part.kind, replace(part, budget=own))
 
     @property
     def parts(self) -> tuple[Part, ...]:

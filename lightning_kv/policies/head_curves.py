@@ -105,8 +105,9 @@ class HeadCurves:
         if found is None:
             raise ValueError(
                 f"There are no curves {scorer}/{metric} in this head file. It has "
-                f"{', '.join(sorted(self.curves))}. Use one of these, or measure again with this "
-                "scorer."
+                f"{', '.join(sorted(self.curves))}. Measure again with this scorer "
+                f"(calibrate --scorers {scorer}), or say which of these is meant (scorer, metric); "
+                "what a head loses depends on what keeps its frames."
             )
         return found.double()
 

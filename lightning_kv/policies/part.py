@@ -185,6 +185,10 @@ class BudgetPart(Part, ABC):
     def __post_init__(self) -> None:
         Amount.parse(self.amount)
 
+    def of(self, part: Part) -> BudgetPart:
+        """The same for the retain or select part that it belongs to; told when a policy is made."""
+        return self
+
     def frames(self, view: CacheView) -> float:
         """The amount in frames per head, in this pass."""
         return Amount.parse(self.amount).frames(view)

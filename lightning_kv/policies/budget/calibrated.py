@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from lightning_kv.policies.checks import between, choice
 from lightning_kv.policies.curve_statistics import OBJECTIVES
 from lightning_kv.policies.curve_tables import AUTO_CURVES, CurveTable, Reading
 from lightning_kv.policies.head_curves import CURVE, METRICS
-from lightning_kv.policies.part import BudgetPart
+from lightning_kv.policies.part import BudgetPart, Part
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Calibrated(BudgetPart):
             ``focused``, ``focused-matched``, ``proportional`` or ``log``; by curves ``optimal``
             (exact), ``greedy``, ``levels`` (few different budgets) or ``shuffled`` (the optimal
             ones given to other heads: a control).
-        scorer: Which frames were kept where curves were measured: mass, recency, or a part.
+        scorer: What kept frames where curves were measured: ``mass``, ``recency``, or a part. Where
+            None the part that this budget belongs to; of ``top-attention`` ``mass``.
         metric: How loss was measured: ``mass``, ``output``, ``gn`` or ``exact``.
         objective: ``mean`` over prompts, or ``cvar``: the worst quarter of them.
         importance: What rules by importance look at: one in the file, or ``curve``, the loss at
@@ -59,7 +60,7 @@ class Calibrated(BudgetPart):
     name: ClassVar[str] = "calibrated"
     heads: CurveTable = AUTO_CURVES
     rule: str = "optimal"
-    scorer: str = "mass"
+    scorer: str | None = None
     metric: str = "gn"
     objective: str = "mean"
     importance: str = CURVE
@@ -89,7 +90,12 @@ class Calibrated(BudgetPart):
                     "Give one, such as 4f."
                 )
         self.knobs  # noqa: B018  refuses what no rule can use
-        object.__setattr__(self, "heads", CurveTable.of(self.heads).chosen(self.reading))
+        heads = CurveTable.of(self.heads)
+        object.__setattr__(self, "heads", heads.chosen(self.reading) if self.scorer else heads)
+
+    def of(self, part: Part) -> Calibrated:
+        """With the curves of the part, unless others were asked for."""
+        return self if self.scorer else replace(self, scorer=scorer_of(part.name))
 
     @property
     def knobs(self) -> Knobs:
@@ -166,6 +172,11 @@ class Calibrated(BudgetPart):
         least = min(geometry.chunk, math.floor(mean)) if least is None else least
         most = max(1, 2 * math.ceil(mean)) if most is None else most
         return Heads(geometry.layers, geometry.heads, least, most)
+
+
+def scorer_of(part: str) -> str:
+    """The scorer whose curves are those of a retain or select part."""
+    return "mass" if part == "top-attention" else part
 
 
 @lru_cache(maxsize=64)

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.policies.base import CachePolicy, SelectPart
 from lightning_kv.policies.budget.adaptive import Adaptive
-from lightning_kv.policies.budget.calibrated import Calibrated, CalibratedLayers
+from lightning_kv.policies.budget.calibrated import Calibrated, CalibratedLayers, scorer_of
 from lightning_kv.policies.curve_statistics import loss_of
 from lightning_kv.policies.curve_tables import CurveTable, Reading, shipped_curves
 from lightning_kv.policies.head_curves import CURVE, MAKE, HeadCurves
@@ -79,7 +79,7 @@ class Source:
                 raise ValueError(f"No head curves are shipped for the model {model!r}. {MAKE}")
             path = shipped_curves()[model]
         curves = HeadCurves.load(path)
-        scorer = scorer or ("mass" if select == "top-attention" else select)
+        scorer = scorer or scorer_of(select)
         curves.prompts(scorer, metric)
         return cls(path, curves, scorer, metric)
 
