@@ -160,10 +160,11 @@ COMMAND = Command(
     BudgetOptions,
     run,
     """\
-Rules: uniform, pyramid, pyramid-reversed; by importance focused, focused-matched, proportional,
-log; by curves optimal (exact), greedy, levels (few different budgets), shuffled (a control). All
-but focused give the mean exactly. Losses of heads are added up; out of bag, budgets are solved on
-resampled prompts and judged on the others. A policy solves the same from the same file:
+Rules: uniform, pyramid, pyramid-reversed; by importance focused, focused-matched, published (a
+control), proportional, log; by curves optimal (exact), greedy, levels (few different budgets),
+shuffled (a control). All but focused give the mean exactly. Losses of heads are added up; out of
+bag, budgets are solved on resampled prompts and judged on the others. A policy solves the same
+from the same file:
   budget: {part: calibrated, amount: 5f, heads: heads.safetensors, rule: optimal}
 
 examples:

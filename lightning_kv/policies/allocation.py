@@ -23,13 +23,17 @@ from lightning_kv.policies.knapsack import greedy, in_levels, optimal
 UNMEASURED = ("uniform", "pyramid", "pyramid-reversed")
 """Rules that need no measurement."""
 
-BY_IMPORTANCE = ("focused", "focused-matched", "proportional", "log")
+BY_IMPORTANCE = ("focused", "focused-matched", "published", "proportional", "log")
 """Rules that look at one number for each head."""
 
 BY_CURVES = ("optimal", "greedy", "levels", "shuffled")
 """Rules that look at what each head loses at each budget."""
 
 RULES = (*UNMEASURED, *BY_IMPORTANCE, *BY_CURVES)
+
+PUBLISHED = {-1: 14, 0: 341, 1: 4, 4: 1}
+"""Focused Forcing's published budgets (arXiv 2605.18346, its table under its rule from 4 to 9
+frames, the chunk included): how many of 360 heads get how much more than 5."""
 
 NEAR = 1e-9  # frames: what differs by less is rounding
 
@@ -113,6 +117,7 @@ def allocate(rule: str, mean: float, of: Heads, knobs: Knobs = Knobs()) -> Tenso
         "pyramid": lambda: pyramid(*shape, total, low, high, knobs.beta),
         "pyramid-reversed": lambda: pyramid(*shape, total, low, high, knobs.beta, reverse=True),
         "focused-matched": lambda: matched(of.importance, total, low, high, knobs.gamma),
+        "published": lambda: published(of.importance, total, low, high),
         "proportional": lambda: proportional(of.importance, total, low, high),
         "log": lambda: logarithmic(of.importance, decay(of.curves), total, low, high),
         "optimal": lambda: optimal(of.curves, total, low),
@@ -186,6 +191,20 @@ def matched(importance: Tensor, total: int, low: int, high: int, gamma: float = 
     span = value.max() - value.min()
     share = (value - value.min()) / span if span > 1e-12 else torch.full_like(value, 0.5)
     real = low + share**gamma * (high - low)
+    return _rounded(_shifted(real, total, low, high), total)
+
+
+def published(importance: Tensor, total: int, low: int, high: int) -> Tensor:
+    """As uneven as Focused Forcing's published budgets, see :data:`PUBLISHED`: nearly uniform.
+
+    Heads of the same rank by importance get as much more or less than the others as there; what is
+    left goes to the most important ones.
+    """
+    more = torch.tensor([by for by, heads in PUBLISHED.items() for _ in range(heads)])
+    rank = importance.flatten().argsort(stable=True).argsort()
+    own = more[((rank + 0.5) * len(more) / len(rank)).long()]
+    even, left = divmod(total - int(own.sum()), len(own))
+    real = (own + even + (rank >= len(own) - left)).double().view(importance.shape)
     return _rounded(_shifted(real, total, low, high), total)
 
 

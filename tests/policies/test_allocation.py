@@ -201,6 +201,15 @@ def test_the_published_table_is_nearly_uniform():
     assert Counter(even.flatten().tolist()) == {4: 8, 5: 347, 6: 4, 9: 1}
 
 
+def test_published_budgets_are_those_of_the_table_and_nearly_uniform_elsewhere():
+    of = Heads(30, 12, 1, 6, importance=PUBLISHED)
+    own = allocate("published", 1794 / 360 - 3, of) + 3  # the total of the table under its rule
+    assert torch.equal(own, focused(PUBLISHED, 1, 6) + 3)
+    importance = torch.arange(24.0).view(6, 4)
+    few = allocate("published", 6, Heads(6, 4, 0, 24, importance=importance))
+    assert Counter(few.flatten().tolist()) == {5: 1, 6: 22, 7: 1} and few[0, 0] == 5
+
+
 def test_matched_has_the_shape_of_focused():
     """Where the shift is nothing, it is the same before rounding."""
     importance = torch.tensor([[0.0, 0.5], [0.75, 1.0]], dtype=torch.float64)

@@ -28,15 +28,25 @@ from lightning_kv.models.wan import CausalWan
 from lightning_kv.policies.head_curves import HeadCurves
 from lightning_kv.policies.registry import policy_from_dict, preset
 from lightning_kv.rollout import rollout
+from lightning_kv.stats.comparison import compare
 from lightning_kv.stats.proof import prove
 from lightning_kv.tasks.calibrate import CalibrateModule
 from lightning_kv.tasks.callbacks import CurveWriter, ProofWriter
 from lightning_kv.tasks.proof.design import Design, Source, select_part
-from lightning_kv.tasks.proof.reads import proved
+from lightning_kv.tasks.proof.reads import nearly_uniform, proved
 from lightning_kv.tasks.prove import ProveBudgetsModule
 
 FRAMES = 15
-RULES = ("pyramid", "pyramid-reversed", "focused-matched", "proportional", "log", "levels")
+LOSSES = {"x": [1.0], "y": [2.0]}
+RULES = (
+    "pyramid",
+    "pyramid-reversed",
+    "focused-matched",
+    "published",
+    "proportional",
+    "log",
+    "levels",
+)
 
 
 def model_of(spread, seed=0, constant=0):
@@ -158,10 +168,23 @@ def test_the_table_is_that_of_the_records(planted):
         np.mean([float(s[f"{n}@3f"]) ** 2 for c in clips for s in c.sites.values()]) for n in sums
     ]
     slope = np.polyfit(np.log([sums[n] for n in names]), np.log(true), 1)[0]
-    assert len(found.tables) == 14 and found.additivity.slope == pytest.approx(slope, abs=0.2)
+    assert len(found.tables) == 15 and found.additivity.slope == pytest.approx(slope, abs=0.2)
     assert {row.rule for row in own.rows if row.predicted is None} == {"dynamic", "dynamic-table"}
     again = proved(clips[::-1], design)
     assert again == found
+
+
+def test_what_is_said_of_nearly_uniform_budgets():
+    other = compare({"a": LOSSES, "b": LOSSES}, "a", "b")
+    for low, high, said in (
+        (0.99, 1.01, "came true"),
+        (1.03, 1.2, "did not come true"),
+        (0.7, 0.97, "did not come true"),
+        (0.9, 1.01, "is neither shown nor excluded"),
+        (None, None, "is not known with so few prompts"),
+    ):
+        text = nearly_uniform(replace(other, low=low, high=high))
+        assert text.endswith(f"less than 2 % either way: that {said}.")
 
 
 def test_a_record_is_the_change_that_a_chunk_takes(planted):

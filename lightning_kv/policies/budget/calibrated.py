@@ -37,9 +37,10 @@ class Calibrated(BudgetPart):
         heads: File of head curves (.safetensors), or ``auto``, the one shipped for the model. The
             rules uniform, pyramid and pyramid-reversed need none.
         rule: ``uniform``; ``pyramid`` or ``pyramid-reversed`` over layers; by importance
-            ``focused``, ``focused-matched``, ``proportional`` or ``log``; by curves ``optimal``
-            (exact), ``greedy``, ``levels`` (few different budgets) or ``shuffled`` (the optimal
-            ones given to other heads: a control).
+            ``focused``, ``focused-matched``, ``published`` (as uneven as Focused Forcing's own: a
+            control), ``proportional`` or ``log``; by curves ``optimal`` (exact), ``greedy``,
+            ``levels`` (few different budgets) or ``shuffled`` (the optimal ones given to other
+            heads: a control).
         scorer: What kept frames where curves were measured: ``mass``, ``recency``, or a part. Where
             None the part that this budget belongs to; of ``top-attention`` ``mass``.
         metric: How loss was measured: ``mass``, ``output``, ``gn`` or ``exact``.

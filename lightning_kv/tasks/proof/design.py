@@ -26,8 +26,8 @@ from lightning_kv.policies.registry import build_part, part_class, preset
 from lightning_kv.utilities.files import checksum
 
 TABLES = (
-    *("uniform", "pyramid", "pyramid-reversed", "focused-matched", "proportional", "log"),
-    *("optimal", "levels"),
+    *("uniform", "pyramid", "pyramid-reversed", "focused-matched", "published", "proportional"),
+    *("log", "optimal", "levels"),
 )
 """Rules that fix what each head gets, whatever the input."""
 ONLINE: dict[str, type[BudgetPart]] = {"dynamic": Adaptive, "dynamic-table": CalibratedLayers}

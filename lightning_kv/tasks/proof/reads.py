@@ -16,8 +16,10 @@ from lightning_kv.stats.comparison import Comparison, Losses, compare
 from lightning_kv.stats.proof import FAMILY, Proof, change, prove
 from lightning_kv.tasks.calibration.records import CalibrationDirectory, Wanted
 from lightning_kv.tasks.proof.design import JUDGED, UNIFORM, Design
-from lightning_kv.utilities.formatting import number, several
+from lightning_kv.utilities.formatting import number, percent, several
 
+NEARLY_UNIFORM, NOTHING = "published", 0.02
+"""A rule that is expected to change nothing, and what counts as that."""
 SQUARES = ("gn", "exact")
 """Metrics of curves that are squared errors of the clean estimate, as chunks have them."""
 
@@ -68,13 +70,14 @@ class MeanProof:
     @property
     def words(self) -> tuple[str, ...]:
         """The verdict and what it rests on, a sentence each."""
-        if self.predicted is None:
-            return self.proof.words
-        said = (
-            f"Curves alone predicted a change of {change(self.predicted)}; found was "
-            f"{change(self.found)}."
-        )
-        return (*self.proof.words, said)
+        near = [row.against for row in self.rows if row.rule == NEARLY_UNIFORM]
+        said = [*self.proof.words, *map(nearly_uniform, near)]
+        if self.predicted is not None:
+            said.append(
+                f"Curves alone predicted a change of {change(self.predicted)}; found was "
+                f"{change(self.found)}."
+            )
+        return tuple(said)
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,23 @@ def adding_up(losses: ByCondition, design: Design) -> tuple[Additivity | None, t
     if len(names) < 3:
         return None, tuple(names)
     return additivity(true, predicted), tuple(names)
+
+
+def nearly_uniform(other: Comparison) -> str:
+    """What it changes to be as uneven as a published table that is nearly uniform."""
+    if other.low is None or other.high is None:
+        verdict = "is not known with so few prompts"
+    elif max(abs(own - 1) for own in (other.low, other.high)) < NOTHING:
+        verdict = "came true"
+    elif other.low > 1 + NOTHING or other.high < 1 - NOTHING:
+        verdict = "did not come true"
+    else:
+        verdict = "is neither shown nor excluded"
+    return (
+        f"Budgets as uneven as Focused Forcing's published ones ({NEARLY_UNIFORM}) change the loss "
+        f"of uniform ones by {ranged(other.ratio, other.low, other.high, change)}. Expected "
+        f"beforehand was less than {percent(NOTHING, 0)} either way: that {verdict}."
+    )
 
 
 HEADS = ("budgets", "relative error", "against uniform", "p", "predicted")
