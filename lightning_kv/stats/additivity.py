@@ -124,6 +124,6 @@ def words(tables: int, slope: float, fit: float, factor: float) -> str:
     broken = [] if low <= slope <= high else [f"the slope is not in [{low}, {high}]"]
     broken += [] if fit >= FIT else [f"the line explains less than {percent(FIT)}"]
     return found + (
-        f"Curves do not add up ({' and '.join(broken)}): measure them with the other heads at the "
-        "operating point, or solve with the interactions between heads (Gram matrix)."
+        f"Curves do not add up ({' and '.join(broken)}): what they predict of a table is a guide, "
+        "and only losses of the whole table, such as these, tell which is better."
     )

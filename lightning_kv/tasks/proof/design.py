@@ -26,14 +26,15 @@ from lightning_kv.policies.registry import build_part, part_class, preset
 from lightning_kv.utilities.files import checksum
 
 TABLES = (
-    *("uniform", "pyramid", "pyramid-reversed", "focused-matched", "published", "proportional"),
+    *("uniform", "pyramid", "pyramid-reversed", "focused-matched", "proportional"),
     *("log", "optimal", "levels"),
 )
 """Rules that fix what each head gets, whatever the input."""
 ONLINE: dict[str, type[BudgetPart]] = {"dynamic": Adaptive, "dynamic-table": CalibratedLayers}
 """Rules that divide by the scores of each input."""
-WHOLE = "focused-matched-zero"
-"""Focused Forcing's rule on its own measure, whole heads taken away, where the file has it."""
+NEARLY_UNIFORM = "published-zero"
+BY_ZERO = {"focused-matched-zero": "focused-matched", NEARLY_UNIFORM: "published"}
+"""Rules on Focused Forcing's own measure, whole heads taken away, where the file has it."""
 SHUFFLED = "shuffled-"
 JUDGED, UNIFORM = "optimal", "uniform"
 SHUFFLES = 5
@@ -183,18 +184,19 @@ class Design:
     def every(self) -> tuple[str, ...]:
         """All rules, also those that cannot be here."""
         shuffles = (f"{SHUFFLED}{n}" for n in range(1, self.shuffles + 1))
-        return (*TABLES, WHOLE, *ONLINE, *shuffles)
+        return (*TABLES, *BY_ZERO, *ONLINE, *shuffles)
 
     @cached_property
     def absent(self) -> dict[str, str]:
         """Rules that cannot be here, and why."""
         found = {}
         if "zero" not in self.source.curves.importance:
-            found[WHOLE] = "no prompt was measured with whole heads taken away"
+            why = "no prompt was measured with whole heads taken away"
+            found |= dict.fromkeys(BY_ZERO, why)
         if not self.select.comparable:
             why = f"scores of {self.select.name} only rank within a head"
             found |= dict.fromkeys(ONLINE, why)
-        for rule in (*TABLES, WHOLE):
+        for rule in (*TABLES, *BY_ZERO):
             try:
                 if rule not in found:
                     self.budgets(rule, self.means[0])
@@ -211,10 +213,10 @@ class Design:
 
     def budget(self, rule: str, mean: int) -> BudgetPart:
         """The budget part of a condition."""
-        amount, importance = f"{mean}f", "zero" if rule == WHOLE else CURVE
+        amount, importance = f"{mean}f", "zero" if rule in BY_ZERO else CURVE
         if rule == "dynamic":
             return Adaptive(amount)
-        seed, name = 0, "focused-matched" if rule == WHOLE else rule
+        seed, name = 0, BY_ZERO.get(rule, rule)
         if rule.startswith(SHUFFLED):
             name, seed = "shuffled", int(rule.removeprefix(SHUFFLED))
         kind = CalibratedLayers if rule == "dynamic-table" else Calibrated

@@ -15,11 +15,11 @@ from lightning_kv.stats.bootstrap import bca_interval
 from lightning_kv.stats.comparison import Comparison, Losses, compare
 from lightning_kv.stats.proof import FAMILY, Proof, change, prove
 from lightning_kv.tasks.calibration.records import CalibrationDirectory, Wanted
-from lightning_kv.tasks.proof.design import JUDGED, UNIFORM, Design
+from lightning_kv.tasks.proof.design import JUDGED, NEARLY_UNIFORM, UNIFORM, Design
 from lightning_kv.utilities.formatting import number, percent, several
 
-NEARLY_UNIFORM, NOTHING = "published", 0.02
-"""A rule that is expected to change nothing, and what counts as that."""
+NOTHING = 0.02
+"""By how much a loss may differ from that of uniform budgets and count as the same."""
 SQUARES = ("gn", "exact")
 """Metrics of curves that are squared errors of the clean estimate, as chunks have them."""
 

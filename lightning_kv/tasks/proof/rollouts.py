@@ -35,14 +35,14 @@ from lightning_kv.stats.score_proof import (
     prove_score,
     signed,
 )
-from lightning_kv.tasks.proof.design import JUDGED, ONLINE, SHUFFLED, TABLES, UNIFORM, WHOLE
+from lightning_kv.tasks.proof.design import BY_ZERO, JUDGED, ONLINE, SHUFFLED, TABLES, UNIFORM
 from lightning_kv.tasks.report import open_run
 from lightning_kv.tasks.rollouts.policies import fitted_words
 from lightning_kv.utilities.formatting import number, several
 from lightning_kv.utilities.nearest import unknown
 
 NAMES = re.compile(
-    rf"(?P<name>.+?)-(?P<rule>{'|'.join([*TABLES, WHOLE, *ONLINE])}|{SHUFFLED}\d+)@(?P<mean>\w+)"
+    rf"(?P<name>.+?)-(?P<rule>{'|'.join([*TABLES, *BY_ZERO, *ONLINE])}|{SHUFFLED}\d+)@(?P<mean>\w+)"
 )
 USUAL = ("recall", "latent_relative", "revisit_error")
 """Metrics that are looked at where none is named, as far as a run has them."""
