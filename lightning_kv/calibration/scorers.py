@@ -6,6 +6,7 @@ Shapes: H heads, F held frames.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -53,6 +54,23 @@ def scorer_of(name: str) -> Scorer | CachePolicy:
             f"keeps them: {', '.join(scorer_names())}."
         )
     return policy
+
+
+def canonical(name: str) -> str:
+    """A scorer by the name under which budgets look for its curves: a preset's by that of its part.
+
+    Args:
+        name: See :func:`scorer_of`.
+
+    Raises:
+        ValueError: As there.
+    """
+    scorer = scorer_of(name)
+    if not isinstance(scorer, CachePolicy):
+        return name
+    part = PARTS["retain"][scorer.retain.name]
+    plain = replace(scorer.retain, budget=None) == replace(part(), budget=None)
+    return scorer.retain.name if plain else name
 
 
 def _select_scorer(name: str) -> Scorer | None:

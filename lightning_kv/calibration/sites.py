@@ -26,6 +26,7 @@ from lightning_kv.models.samplers import stable_seed
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.future_score import pair_lengths
 from lightning_kv.rollout import Call
+from lightning_kv.utilities.formatting import several
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,13 @@ class SiteSettings:
                 "sink to the reach."
             )
 
+        if self.sink and (memories := [*self.memories(1)]):
+            raise ValueError(
+                f"The first {self.sink} frames are to be kept in every head, and what "
+                f"{memories[0]} keeps is its own affair. Give a sink of 0 where a scorer is a "
+                "memory, or leave the memories out."
+            )
+
     @property
     def budgets(self) -> tuple[int, ...]:
         """The grid: history frames from the sink to all that are within reach."""
@@ -124,10 +132,11 @@ def sites_of(
     if count - first < settings.chunks:
         behind = f", {given} of them given," if given else ""
         raise ValueError(
-            f"A clip of {frames} latent frames{behind} has {max(0, count - first)} chunks with "
-            f"{settings.reach} frames of history before them, and {settings.chunks} are to be "
-            f"measured. Give {(first + settings.chunks) * chunk} frames or more, fewer chunks, or "
-            "a smaller reach."
+            f"A clip of {frames} latent frames{behind} has "
+            f"{several(max(0, count - first), 'chunk')} with {settings.reach} frames of history "
+            f"before them, and {settings.chunks} are to be measured. Give clips of "
+            f"{(first + settings.chunks) * chunk} frames or more (--frames), fewer chunks, or a "
+            "smaller reach."
         )
     found = []
     for part in range(settings.chunks):

@@ -24,15 +24,15 @@ class BudgetOptions:
     """How many frames each head gets, and what that is predicted to gain over uniform budgets.
 
     Args:
-        heads: File of head curves that calibrate made.
+        heads: File of head curves that calibrate made, or auto, the shipped one.
         mean: History frames per head on average, such as 5f; of focused the most.
         rule: Of the division, see below.
-        scorer: Which frames were kept where curves were measured.
+        scorer: What kept frames: mass (what is read), recency, or a part.
         metric: How loss was measured, of mass, output, gn and exact.
         objective: Over prompts, mean or cvar (the worst quarter).
         importance: What rules by importance look at; curve is the loss at the smallest budget.
         shrink: Take the noise out of the curves first.
-        least: Frames that every head gets (the smallest that was measured).
+        least: Frames that every head gets (what the scorer's part protects).
         most: Frames that no head exceeds (the largest that was measured).
         gamma: Of the focused rules.
         beta: Of the pyramids.
@@ -71,7 +71,7 @@ def run(options: BudgetOptions) -> None:
         ValueError: No such file or curves, a mean that cannot be divided, or the page is there.
     """
     from lightning_kv.policies.allocation import Knobs
-    from lightning_kv.policies.curve_tables import Reading
+    from lightning_kv.policies.curve_tables import Reading, file_of_curves
     from lightning_kv.policies.head_curves import HeadCurves
     from lightning_kv.tasks.budgets import budget_map, read_frames, sentences
 
@@ -84,10 +84,12 @@ def run(options: BudgetOptions) -> None:
     mean = read_frames(options.mean, "mean")
     chosen = (options.scorer, options.metric, options.objective, options.shrink)
     knobs = Knobs(options.gamma, options.beta, options.levels, options.seed)
-    curves = HeadCurves.load(options.heads)
+    curves = HeadCurves.load(file_of_curves(options.heads))
     how = Reading(*chosen, options.importance)
     found = budget_map(curves, options.rule, mean, how, least, most, knobs, options.resamples)
     told = sentences(found, model := curves.about.get("model", {}).get("name", ""))
+    if others := [own for own in curves.scorers if own != options.scorer]:
+        told.append(f"It also has curves of {', '.join(others)} (--scorer), each for its own part.")
     if options.out:
         _write(options, model, told, found)
     if options.json:
@@ -169,7 +171,7 @@ from the same file:
 
 examples:
   lightning-kv budgets heads.safetensors --rule optimal --mean 5f
-  lightning-kv budgets heads.safetensors --mean 5 --scorer top-attention -o budgets.html
+  lightning-kv budgets heads.safetensors --mean 6 --scorer heavy-hitters -o budgets.html
   lightning-kv budgets heads.safetensors --mean 5.5f --rule levels --levels 2 --least 4f --json""",
     positional={"heads": "HEADS"},
     metavars={"mean": "FRAMES", "least": "FRAMES", "most": "FRAMES", "out": "FILE"},

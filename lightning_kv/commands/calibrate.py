@@ -208,6 +208,7 @@ def measuring_of(options: CalibrateOptions, world: bool) -> SiteSettings:
     Raises:
         ValueError: A number makes no sense.
     """
+    from lightning_kv.calibration.scorers import canonical
     from lightning_kv.calibration.sites import SiteSettings
 
     reach = frames_of(options.reach or ("24f" if world else "18f"), "--reach")
@@ -218,7 +219,7 @@ def measuring_of(options: CalibrateOptions, world: bool) -> SiteSettings:
         exact = range(low, reach + 1)
     told = {
         "reach": reach,
-        "scorers": tuple(options.scorers),
+        "scorers": tuple(dict.fromkeys(map(canonical, options.scorers))),
         "sink": low,
         "chunks": options.chunks,
         "probes": options.probes,

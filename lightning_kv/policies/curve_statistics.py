@@ -36,9 +36,25 @@ def summed_up(curves: Tensor, objective: str = "mean") -> tuple[Tensor, Tensor |
         raise ValueError(f"No objective {objective!r}. Use one of: {', '.join(OBJECTIVES)}.")
     own = curves.double()
     if objective == "cvar":
-        own = own.sort(dim=0, descending=True, stable=True).values[: -(-len(own) // WORST)]
+        return _worst(own)
     error = own.std(0) / math.sqrt(len(own)) if len(own) > 1 else None
     return own.mean(0), error
+
+
+def _worst(prompts: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Mean of the worst quarter of the prompts, and its standard error by the jackknife."""
+    count = len(prompts)
+    falling = prompts.sort(dim=0, descending=True, stable=True).values
+    worst = -(-count // WORST)
+    mean = falling[:worst].mean(0)
+    if count < 2:
+        return mean, None
+    left = -(-(count - 1) // WORST)  # the worst of the others, once one is left out
+    sums = falling.cumsum(0)
+    inside = (sums[left] - falling[:left]) / left
+    outside = (sums[left - 1] / left).expand(count - left, *mean.shape)
+    without = torch.cat([inside, outside])
+    return mean, ((count - 1) * without.var(0, correction=0)).sqrt()
 
 
 def shrunken(mean: Tensor, error: Tensor | None) -> Tensor:
@@ -62,7 +78,7 @@ def shrunken(mean: Tensor, error: Tensor | None) -> Tensor:
     if error is None:
         raise ValueError(
             "Curves cannot be shrunk: one prompt tells nothing of their noise. Give two prompts or "
-            f"more, {WORST + 1} for the objective cvar, or switch shrinkage off (shrink: false)."
+            "more, or switch shrinkage off (shrink: false)."
         )
     known = mean > 0
     logs = torch.where(known, mean, 1.0).log()

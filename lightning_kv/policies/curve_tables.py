@@ -264,6 +264,27 @@ def shipped_curves() -> dict[str, Path]:
     return found
 
 
+def file_of_curves(path: str | Path, model: str = "") -> Path:
+    """Where a file of head curves is.
+
+    Args:
+        path: Its path, or ``auto``: the one that is shipped for the model.
+        model: Its name; where it is not known, ``auto`` is the only one that is shipped.
+
+    Raises:
+        ValueError: None is shipped, or several, and the model is not known.
+    """
+    if str(path) != "auto":
+        return Path(path)
+    shipped = shipped_curves()
+    if not model and len(shipped) == 1:
+        (model,) = shipped
+    if model not in shipped:
+        whose = f"the model {model!r}" if model else "a model without a name"
+        raise ValueError(f"No head curves are shipped for {whose}. {MAKE}")
+    return shipped[model]
+
+
 @cache
 def _digest() -> str:
     """Of all files that are shipped."""

@@ -39,9 +39,9 @@ class HeadCurves:
     """Loss against budget for every head of a model, as ``calibrate`` has measured it.
 
     Args:
-        budgets: Ascending whole history frames, from the protected number to the reach: those
-            that the reference may read where it was measured, at which nothing is lost. Rules
-            take straight lines between them. A curve may rise here and there, for it is noisy.
+        budgets: Ascending whole history frames, from the protected number to the reach. Where the
+            reference read no more than that, nothing is lost there. Rules take straight lines
+            between them. A curve may rise here and there, for it is noisy.
         curves: By ``SCORER/METRIC``, float64 ``[P, L, H, Bn]``: loss for each prompt, of which an
             expensive metric may have fewer. The scorer says which frames are kept: ``mass``,
             ``recency``, or a scoring part. The metric is ``mass`` (that is lost), ``output`` (error
@@ -95,6 +95,11 @@ class HeadCurves:
         """The most history frames that the reference read."""
         return self.budgets[-1]
 
+    @property
+    def scorers(self) -> list[str]:
+        """What kept frames, of all curves."""
+        return sorted({name.partition("/")[0] for name in self.curves})
+
     def prompts(self, scorer: str, metric: str) -> Tensor:
         """Curves of a scorer by a metric, float64 ``[P, L, H, Bn]``.
 
@@ -105,11 +110,17 @@ class HeadCurves:
         if found is None:
             raise ValueError(
                 f"There are no curves {scorer}/{metric} in this head file. It has "
-                f"{', '.join(sorted(self.curves))}. Measure again with this scorer "
-                f"(calibrate --scorers {scorer}), or say which of these is meant (scorer, metric); "
-                "what a head loses depends on what keeps its frames."
+                f"{', '.join(sorted(self.curves))}. {self._way(scorer, metric)}, or say which of "
+                "these is meant (scorer, metric); what a head loses depends on what keeps its "
+                "frames."
             )
         return found.double()
+
+    def _way(self, scorer: str, metric: str) -> str:
+        """How curves are made that are not here."""
+        if metric == "exact":
+            return "Measure all exactly (calibrate --exact all, --validate as many as --prompts)"
+        return f"Measure again with this scorer (calibrate --scorers {scorer})"
 
     def curve(
         self, scorer: str, metric: str, objective: str = "mean", shrink: bool = True

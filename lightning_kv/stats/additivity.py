@@ -43,7 +43,9 @@ class Additivity:
     words: str
 
 
-def additivity(true: Sequence[float], predicted: Sequence[float]) -> Additivity:
+def additivity(
+    true: Sequence[float], predicted: Sequence[float], groups: Sequence[int] = ()
+) -> Additivity:
     """Whether the sum of the heads' losses says what a whole table of budgets loses.
 
     Least squares in logs. Curves may be added where the slope is in [0.8, 1.25] and R² is 0.8 or
@@ -53,6 +55,8 @@ def additivity(true: Sequence[float], predicted: Sequence[float]) -> Additivity:
         true: Measured loss of each table, all of its budgets in force, on prompts that did not
             choose it.
         predicted: Sum over heads of the curves at each table's budgets, same order.
+        groups: What tables are alike in, such as their mean budget, same order: they are only
+            compared with those of their own group, as the choice of a table does. One where empty.
 
     Raises:
         ValueError: There are fewer than 3 tables, the lengths differ, or a loss is not finite and
@@ -69,6 +73,9 @@ def additivity(true: Sequence[float], predicted: Sequence[float]) -> Additivity:
             f"A line needs pairs of losses, but there are {len(y)} true and {len(x)} predicted "
             "ones. Pass both for 3 tables or more, in the same order."
         )
+    for group in set(groups):
+        own = np.array([each == group for each in groups])
+        x[own], y[own] = x[own] - x[own].mean(), y[own] - y[own].mean()
     if np.ptp(x) <= 1e-12 * max(1.0, np.abs(x).max()):
         why = (
             f"The same loss is predicted for all of {several(len(x), 'table')}, so nothing can be "
@@ -90,7 +97,7 @@ def additivity(true: Sequence[float], predicted: Sequence[float]) -> Additivity:
         worst,
         math.exp(off[worst]),
         holds,
-        words(len(x), slope, fit, math.exp(off[worst])),
+        words(len(x), slope, fit, math.exp(off[worst]), len(set(groups))),
     )
 
 
@@ -111,11 +118,13 @@ def logs(losses: Sequence[float], which: str) -> Array:
     return np.log(data)
 
 
-def words(tables: int, slope: float, fit: float, factor: float) -> str:
+def words(tables: int, slope: float, fit: float, factor: float, groups: int = 0) -> str:
     """The finding and its consequence in plain sentences."""
     low, high = SLOPES
+    compared = ", each against those of its mean" if groups > 1 else ""
     found = (
-        f"Over {several(tables, 'table')}, true losses follow the sums of curves with a slope of "
+        f"Over {several(tables, 'table')}{compared}, true losses follow the sums of curves with a "
+        "slope of "
         f"{number(slope)} in logs and R² {number(fit)}; the worst is {number(factor)} times what "
         "the line says. "
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_kv.policies.allocation import Knobs, uniform
+from lightning_kv.policies.budget.calibrated import least_of
 from lightning_kv.policies.curve_statistics import (
     Bootstrap,
     am_gm,
@@ -28,6 +29,12 @@ BY_GAIN = ("optimal", "greedy")
 """Rules that have a threshold: the gain of the last frame."""
 
 KNOBS = Knobs()
+
+TOTALS = "focused"
+"""A rule whose total is an outcome, so that other prompts would choose another one."""
+
+WORTH = 0.02
+"""Share of a loss that is worth a word."""
 
 ENOUGH = 3
 """Prompts for a judgement out of bag."""
@@ -56,6 +63,8 @@ class BudgetMap:
         am_gm: Arithmetic over geometric mean of the importances; None where a head has none.
         threshold: What the last frame gains (lambda*); None where the rule has no such thing.
         undecided: Layer and head, from 0, of those whose gain is within 2 standard errors of it.
+        capped: Heads that get all that was measured.
+        left: What they still lose together there, over what they lose with the least.
     """
 
     rule: str
@@ -73,6 +82,8 @@ class BudgetMap:
     am_gm: float | None
     threshold: float | None
     undecided: tuple[tuple[int, int], ...] | None
+    capped: int = 0
+    left: float = 0.0
 
 
 def read_frames(text: str, name: str, whole: bool = False) -> float:
@@ -111,7 +122,8 @@ def budget_map(
         rule: See :mod:`lightning_kv.policies.allocation`.
         mean: Frames per head; of ``focused`` the most.
         how: Which of the curves.
-        least: See :meth:`~lightning_kv.policies.head_curves.HeadCurves.solve`.
+        least: See :meth:`~lightning_kv.policies.head_curves.HeadCurves.solve`; where None at least
+            what the part protects that keeps the frames.
         most: See there.
         knobs: Settings of the rules.
         resamples: Of the prompts.
@@ -119,11 +131,14 @@ def budget_map(
     Raises:
         ValueError: Something was not measured, or cannot be divided.
     """
-    if not mean:
+    if mean < 1:
         raise ValueError(
-            f"0 frames leave nothing to divide: --mean {mean:g} was given. Give more than "
-            f"{curves.budgets[0]}, the least that was measured."
+            f"--mean {mean:g} is less than a frame, and leaves nothing to divide. A mean is a "
+            "number of history frames, no share: give 1 or more, such as 6f."
         )
+    if least is None:
+        geometry = curves.about.get("model", {}).get("geometry", {})
+        least = max(curves.budgets[0], least_of(how.scorer, geometry.get("frames_per_chunk", 0)))
 
     def solved(prompts: Tensor) -> Tensor:
         own = replace(curves, curves={f"{how.scorer}/{how.metric}": prompts})
@@ -133,11 +148,12 @@ def budget_map(
     prompts, low = curves.prompts(how.scorer, how.metric), curves.budgets[0]
     own = solved(prompts)
     even = uniform(*own.shape, int(own.sum()))
-    judged = _judged(curves, prompts, solved, even, resamples)
+    judged = _judged(curves, prompts, solved, even, resamples) if rule != TOTALS else None
     curve = curves.curve(how.scorer, how.metric, how.objective, how.shrink)
     lines = [each_frame(curves.budgets, x, low, curves.reach) for x in (prompts, curve)]
     last, near = undecided(*lines, own, low) if rule in BY_GAIN else (None, None)
-    flat = loss_of(lines[0].mean(0), even, low)
+    flat, full = loss_of(lines[0].mean(0), even, low), own == curves.reach
+    ends = lines[0].mean(0)[full]  # [heads, K]
     return BudgetMap(
         rule,
         how.words,
@@ -154,6 +170,8 @@ def budget_map(
         am_gm(curves.important(how.importance, curve)),
         last,
         None if near is None else tuple(map(tuple, near.nonzero().tolist())),
+        int(full.sum()),
+        float(ends[:, -1].sum() / ends[:, 0].sum()) if full.any() else 0.0,
     )
 
 
@@ -203,20 +221,33 @@ def sentences(found: BudgetMap, model: str) -> list[str]:
         "If each layer were stored as long as its longest head, they would take "
         f"{found.padded:.2f} times what they hold."
     )
+    if found.left > WORTH:
+        told.append(
+            f"{several(found.capped, 'head')} get all that was measured, and still lose "
+            f"{percent(found.left)} of what they lose with the least: a larger reach may give more."
+        )
     return told + _margin(found)
 
 
 def _verdict(found: BudgetMap) -> str:
     """Whether a table is worth it."""
     if found.sure:
-        return "Better than uniform budgets on prompts that they have not seen."
-    if found.sure is None:
+        return f"Better than uniform budgets on prompts that {found.rule} ones have not seen."
+    if found.rule == TOTALS:
+        return (
+            "Not judged on other prompts: those would choose another total. focused-matched has "
+            "its shape and the total that is asked for."
+        )
+    if found.out_of_bag is None:
         return (
             f"Not judged: that takes {ENOUGH} prompts or more, and budgets under which something "
             "is lost."
         )
+    if found.out_of_bag[1] > 1:
+        return f"Worse than uniform budgets on prompts that {found.rule} ones have not seen."
     return (
-        "Uniform is enough here: on prompts that they have not seen, these are not surely better."
+        f"Uniform is enough here: on prompts that {found.rule} budgets have not seen, these are "
+        "not surely better."
     )
 
 

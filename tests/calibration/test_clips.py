@@ -80,7 +80,7 @@ def test_chunks_that_are_given_are_no_sites():
     for key in map(str, range(40)):
         assert min(sites_of(key, 18, 3, SETTINGS)) >= 2
         assert sites_of(key, 18, 3, SETTINGS, given=12) == (4, 5)
-    with pytest.raises(ValueError, match=r"18 latent frames, 15 of them given, has 1 chunks"):
+    with pytest.raises(ValueError, match=r"18 latent frames, 15 of them given, has 1 chunk "):
         sites_of("a", 18, 3, SETTINGS, given=15)
     given = torch.zeros(12, 1, 2, 6, dtype=torch.float64)
     found = meter().of_prompt("a", "a", "x", given)

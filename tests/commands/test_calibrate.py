@@ -98,8 +98,8 @@ def test_a_dry_run_needs_no_weights(capsys, tmp_path, monkeypatch):
 
 
 def test_a_dry_run_of_the_configuration_is_minutes_at_most():
-    work, known = work_of(options("-c", CONFIG))
-    assert work.prompts == 16 and known == "measured" and work.hours * 60 < 5
+    work, known = work_of(options("-c", CONFIG, "--trainer.devices", "2"))
+    assert work.prompts == 32 and known == "measured" and work.hours * 60 < 5
     assert work.settings.reach == 24 and work.context == 15
     counted, _ = work_of(options("-c", CONFIG, "--prompts", "null"))
     assert (
@@ -111,7 +111,7 @@ def test_a_dry_run_of_the_configuration_is_minutes_at_most():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--model", "wan-1.3b"], "21 latent frames has 1 chunks with 18 frames of history"),
+        (["--model", "wan-1.3b"], "21 latent frames has 1 chunk with 18 frames of history"),
         (["--model", "wan-1.3b", "--frames", "126", "--prompts", "null"], "how many prompts"),
         (["--prompts", "1"], "Too few prompts: 1"),
         (["--model", "wan"], "No model 'wan'"),

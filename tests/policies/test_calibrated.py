@@ -36,7 +36,9 @@ def heads(tmp_path):
 
 
 def budget(heads, amount="4f", **settings):
-    return build_budget({"part": "calibrated", "amount": amount, "heads": heads, **settings})
+    return build_budget(
+        {"part": "calibrated", "amount": amount, "heads": heads, "scorer": "mass", **settings}
+    )
 
 
 # -- what heads hold and read ----------------------------------------------------------------
@@ -68,7 +70,7 @@ def test_the_embedded_model_holds_what_was_solved(panorama, tmp_path, rule):
     geometry = panorama.network.geometry()
     path = tmp_path / "heads.safetensors"
     drawn(geometry, range(3, 13)).save(path)
-    own = {"part": "calibrated", "amount": "5f", "heads": str(path), "rule": rule}
+    own = {"part": "calibrated", "amount": "5f", "heads": str(path), "rule": rule, "scorer": "mass"}
     made = policy_from_dict({"name": "x", "retain": {"part": "snap-kv", "budget": own}})
     made.check(geometry, 3, 24)
     clip = rollout(panorama, made, "dusk fast n10 left", 24, decode=False)
@@ -103,11 +105,13 @@ def test_uniform_and_pyramid_need_no_file():
     """They are those of the budget parts of these names."""
     at = Look(replace(GEOMETRY, chunk=2), 0)
     for rule in ("uniform", "pyramid"):
-        own = build_budget({"part": "calibrated", "amount": "6f", "rule": rule})
+        own = build_budget({"part": "calibrated", "amount": "6f", "rule": rule, "scorer": "mass"})
         plain = build_budget({"part": rule, "amount": "6f"})
         own.check(at.geometry, 2)
         assert own.allowed(at) == plain.allowed(at) * 3
-    turned = build_budget({"part": "calibrated", "amount": "6f", "rule": "pyramid-reversed"})
+    turned = build_budget(
+        {"part": "calibrated", "amount": "6f", "rule": "pyramid-reversed", "scorer": "mass"}
+    )
     assert turned.solved(at.geometry) == own.solved(at.geometry)[::-1]
 
 
@@ -140,7 +144,7 @@ def test_layers_share_what_the_curves_give_them(tmp_path, safe):
     )
     geometry, path = tape.geometry, tmp_path / "heads.safetensors"
     drawn(geometry, range(2, 11), seed=4).save(path)
-    own = {"part": "calibrated-layers", "amount": "5f", "heads": str(path)}
+    own = {"part": "calibrated-layers", "amount": "5f", "heads": str(path), "scorer": "mass"}
     own["safe"] = safe
     made = policy_from_dict({"name": "x", "retain": {"part": "snap-kv", "budget": own}})
     totals = [sum(row) for row in HeadCurves.load(path).solve("optimal", 5)]
@@ -152,7 +156,7 @@ def test_layers_share_what_the_curves_give_them(tmp_path, safe):
 
 
 def test_layers_need_scores_that_can_be_compared(heads):
-    own = {"part": "calibrated-layers", "amount": "4f", "heads": heads}
+    own = {"part": "calibrated-layers", "amount": "4f", "heads": heads, "scorer": "mass"}
     made = policy(retain={"part": "oracle", "budget": own})
     with pytest.raises(ValueError, match=r"'calibrated-layers' compares scores .* uniform"):
         made.check(GEOMETRY, 2, 12)
@@ -187,6 +191,7 @@ def test_a_path_is_relative_to_the_policy_file(heads):
     path = Path(heads).with_name("mine.yaml")
     path.write_text(
         "name: mine\nretain:\n  part: window\n  budget:\n    part: calibrated\n    amount: 4f\n"
+        "    scorer: mass\n"
         "    heads: heads.safetensors\n"
     )
     assert load_policy(str(path)).retain.budget == budget(heads)
@@ -197,16 +202,18 @@ def test_auto_is_the_file_that_is_shipped_for_the_model(heads, monkeypatch, tmp_
     curve_tables._digest.cache_clear()
     known = replace(GEOMETRY, model="mine")
     with pytest.raises(ValueError, match=r"shipped for the model 'mine', .*calibrate -o heads"):
-        policy(retain={"part": "window", "budget": Calibrated("4f")}).check(known, 2, 12)
+        policy(retain={"part": "window", "budget": Calibrated("4f", scorer="mass")}).check(
+            known, 2, 12
+        )
     with pytest.raises(ValueError, match=r"a model without a name, .* uniform or pyramid"):
-        Calibrated("4f").check(GEOMETRY, 1)
+        Calibrated("4f", scorer="mass").check(GEOMETRY, 1)
     folder = tmp_path / "shipped"
     folder.mkdir()
     drawn(known, GRID, seed=7).save(folder / "mine.safetensors")
     monkeypatch.setattr(curve_tables, "HEADS", folder)
     curve_tables.shipped_curves.cache_clear()
     curve_tables._digest.cache_clear()
-    made = Calibrated("4f")
+    made = Calibrated("4f", scorer="mass")
     made.check(known, 1)
     assert made.solved(known) == HeadCurves.load(folder / "mine.safetensors").solve("optimal", 4)
     assert made.heads.sha256 and not made.heads.curve
@@ -219,8 +226,14 @@ def test_auto_is_the_file_that_is_shipped_for_the_model(heads, monkeypatch, tmp_
 
 def both(heads):
     """A policy with curves for what is kept and for what is read."""
-    kept = {"part": "calibrated", "amount": "6f", "heads": heads}
-    read = {"part": "calibrated-layers", "amount": "5f", "heads": heads, "rule": "greedy"}
+    kept = {"part": "calibrated", "amount": "6f", "heads": heads, "scorer": "mass"}
+    read = {
+        "part": "calibrated-layers",
+        "amount": "5f",
+        "heads": heads,
+        "rule": "greedy",
+        "scorer": "mass",
+    }
     parts = {"retain": {"part": "snap-kv", "budget": kept}}
     return policy_from_dict(
         {"name": "x", **parts, "select": {"part": "top-attention", "budget": read}}
@@ -257,7 +270,7 @@ def test_they_obey(heads):
         ({"objective": "median"}, r"objective='median' .* Use one of: mean, cvar"),
         ({"least": "8t"}, r"least='8t' .* is no number of frames. Give one, such as 4f"),
         ({"levels": 5}, r"levels=5 .* does not work\. Give 2 or 3"),
-        ({"scorer": "h2o"}, r"no curves h2o/gn .* It has mass/gn, recency/mass\. Use one"),
+        ({"scorer": "h2o"}, r"no curves h2o/gn .* It has mass/gn, recency/mass\. Measure"),
         ({"importance": "zero"}, r"no importance 'zero'"),
         ({"heads": "nowhere.safetensors"}, r"No head file at .*Make one with"),
         ({"heads": [[1, 2]]}, r"is no file of head curves\. Give the path"),

@@ -84,8 +84,14 @@ def test_one_curve_from_those_of_prompts():
     torch.testing.assert_close(error, curves.std(0) / 3)
     worst, error = summed_up(curves, "cvar")  # 3 of 9, each head's and budget's own
     torch.testing.assert_close(worst, curves.topk(3, dim=0).values.mean(0))
-    torch.testing.assert_close(error, curves.topk(3, dim=0).values.std(0) / math.sqrt(3))
-    assert summed_up(curves[:1])[1] is None and summed_up(curves[:4], "cvar")[1] is None
+    for count in (2, 4, 5, 9):  # the jackknife, one prompt left out after the other
+        some = curves[:count]
+        left = torch.stack(
+            [summed_up(torch.cat([some[:out], some[out + 1 :]]), "cvar")[0] for out in range(count)]
+        )
+        expected = ((count - 1) / count * (left - left.mean(0)).square().sum(0)).sqrt()
+        torch.testing.assert_close(summed_up(some, "cvar")[1], expected)
+    assert summed_up(curves[:1])[1] is None and summed_up(curves[:1], "cvar")[1] is None
     with pytest.raises(ValueError, match=r"No objective 'median'. Use one of: mean, cvar"):
         summed_up(curves, "median")
 

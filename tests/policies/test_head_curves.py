@@ -101,7 +101,7 @@ def test_solve_is_every_rule_and_total(curves):
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"scorer": "h2o"}, "no curves h2o/gn .* It has mass/gn, top-attention/exact. Use one"),
+        ({"scorer": "h2o"}, "no curves h2o/gn .* It has mass/gn, top-attention/exact. Measure"),
         ({"metric": "exact"}, "no curves mass/exact in this head file"),
         ({"rule": "log", "importance": "zero"}, "no importance 'zero' .* It has history. Use one"),
         ({"least": 1}, "from 1 to 9 frames were not measured: the curves go from 2 to 9"),

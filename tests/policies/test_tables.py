@@ -99,7 +99,7 @@ def test_focused_forcings_own_importance_is_read_from_a_file_of_head_curves(curv
     part = build_budget({"part": "importance", "amount": "6f", "importance": str(path)})
     part.check(geometry, 1)
     assert part.importance.rows == tuple(map(tuple, own.importance["zero"].double().tolist()))
-    told = {"part": "calibrated", "amount": "3f", "heads": str(path)}
+    told = {"part": "calibrated", "amount": "3f", "scorer": "mass", "heads": str(path)}
     same = build_budget(told | {"rule": "focused", "importance": "zero"})
     assert budgets(part.importance.rows, 2.0, 3, 1) == same.solved(geometry)
 
@@ -140,7 +140,7 @@ def test_a_shipped_file_of_head_curves_is_found_and_listed(shipping, capsys):
     part.check(geometry, 1)
     rows = tuple(map(tuple, own.importance["zero"].double().tolist()))
     assert part.importance.rows_for(geometry) == rows == HeadTable.of("panorama").rows
-    solved = build_budget({"part": "calibrated", "amount": "2f"}).solved(geometry)
+    solved = build_budget({"part": "calibrated", "amount": "2f", "scorer": "mass"}).solved(geometry)
     assert solved == own.solve("optimal", 2)
     main(["list", "heads", "panorama", "--json"])
     (row,) = json.loads(capsys.readouterr().out)

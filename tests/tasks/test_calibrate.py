@@ -106,6 +106,7 @@ def test_ten_lines_give_a_file_that_budgets_are_solved_from(four):
                 "part": "top-attention",
                 "budget": {
                     "part": "calibrated",
+                    "scorer": "mass",
                     "amount": "2f",
                     "heads": str(out),
                     "least": "1f",
@@ -445,7 +446,13 @@ def test_another_ending_is_refused(tmp_path):
 
 
 def test_an_evaluation_on_prompts_of_the_fit_is_warned_of(four, tmp_path):
-    part = {"part": "calibrated", "amount": "2f", "heads": str(four[0]), "least": "1f"}
+    part = {
+        "part": "calibrated",
+        "amount": "2f",
+        "scorer": "mass",
+        "heads": str(four[0]),
+        "least": "1f",
+    }
     policy = {
         "name": "mine",
         "retain": {"part": "window", "budget": "6f"},
@@ -468,7 +475,13 @@ def test_an_evaluation_on_prompts_of_the_fit_is_warned_of(four, tmp_path):
 
 
 def test_an_evaluation_records_that_curves_are_of_other_weights(four):
-    part = {"part": "calibrated", "amount": "2f", "heads": str(four[0]), "transfer": True}
+    part = {
+        "part": "calibrated",
+        "amount": "2f",
+        "scorer": "mass",
+        "heads": str(four[0]),
+        "transfer": True,
+    }
     policies = [
         {"name": name, "select": {"part": "top-attention", "budget": part | {"least": least}}}
         for name, least in (("one", "1f"), ("two", "2f"))
@@ -482,7 +495,13 @@ def test_an_evaluation_records_that_curves_are_of_other_weights(four):
 
 
 def test_an_evaluation_with_another_cache_is_refused(four):
-    part = {"part": "calibrated", "amount": "2f", "heads": str(four[0]), "least": "1f"}
+    part = {
+        "part": "calibrated",
+        "amount": "2f",
+        "scorer": "mass",
+        "heads": str(four[0]),
+        "least": "1f",
+    }
     policy = {"name": "mine", "select": {"part": "top-attention", "budget": part}}
     said = r"with 6 frames of history held, and 'mine' has all frames .* \(transfer: true\)"
     with pytest.raises(ValueError, match=said):

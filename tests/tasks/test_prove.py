@@ -123,7 +123,7 @@ def test_budgets_win_where_heads_differ(planted):
     assert control.holds and control.better == 5 and control.p < 0.01
     assert own.found == first.ratio and abs(np.log(own.predicted / own.found)) < 0.3
     assert own.words[0].startswith("Optimal is better than uniform")
-    assert "Curves alone predicted" in own.words[-1]
+    assert "Curves alone, on the prompts they were solved on, predicted" in own.words[-1]
     rows = {row.rule: row for row in own.rows}
     whole = rows["focused-matched-zero"].against  # heads that always write the same look important
     assert whole.p > 0.05 and whole.low > rows["focused-matched"].against.high

@@ -20,7 +20,7 @@ from lightning_kv.policies.checks import between, choice
 from lightning_kv.policies.curve_statistics import OBJECTIVES
 from lightning_kv.policies.curve_tables import AUTO_CURVES, CurveTable, Reading
 from lightning_kv.policies.head_curves import CURVE, METRICS
-from lightning_kv.policies.part import BudgetPart, Part
+from lightning_kv.policies.part import PARTS, BudgetPart, Part
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,15 @@ class Calibrated(BudgetPart):
             ``levels`` (few different budgets) or ``shuffled`` (the optimal ones given to other
             heads: a control).
         scorer: What kept frames where curves were measured: ``mass``, ``recency``, or a part. Where
-            None the part that this budget belongs to; of ``top-attention`` ``mass``.
+            None the part that this budget belongs to; of ``top-attention`` ``mass``, of ``window``
+            ``recency``.
         metric: How loss was measured: ``mass``, ``output``, ``gn`` or ``exact``.
         objective: ``mean`` over prompts, or ``cvar``: the worst quarter of them.
         importance: What rules by importance look at: one in the file, or ``curve``, the loss at
             the smallest budget.
         shrink: Take the noise out of the curves first.
-        least: Frames that every head gets (``4f``): the smallest that was measured where None;
-            without a file the newest chunk.
+        least: Frames that every head gets (``4f``): where None the smallest that was measured, or
+            what the part protects if that is more; without a file the newest chunk.
         most: Frames that no head exceeds; the largest that was measured where None.
         gamma: Of the focused rules: above 1, the middle heads come closer to the least.
         beta: Of the pyramids: the last layer gets 1 / ``beta`` of the mean beside the least.
@@ -168,6 +169,8 @@ class Calibrated(BudgetPart):
             None if own is None else int(Amount.parse(own).value) for own in (self.least, self.most)
         )
         if table := self.table(geometry):
+            if least is None:
+                least = max(table.budgets[0], least_of(self.scorer, geometry.chunk))
             return table.limited(least, most)
         mean = self.mean(geometry)
         least = min(geometry.chunk, math.floor(mean)) if least is None else least
@@ -177,7 +180,19 @@ class Calibrated(BudgetPart):
 
 def scorer_of(part: str) -> str:
     """The scorer whose curves are those of a retain or select part."""
-    return "mass" if part == "top-attention" else part
+    return {"top-attention": "mass", "window": "recency"}.get(part, part)
+
+
+def least_of(scorer: str | None, chunk: int) -> int:
+    """Frames that a part protects in every head, as it comes, by the scorer of its curves.
+
+    Args:
+        scorer: A part's name, or another scorer: then 0.
+        chunk: Frames of a chunk.
+    """
+    name = {"mass": "top-attention", "recency": "window"}.get(scorer, scorer)
+    cls = PARTS["retain"].get(name) or PARTS["select"].get(name)
+    return cls().smallest(chunk) if cls is not None else 0
 
 
 @lru_cache(maxsize=64)

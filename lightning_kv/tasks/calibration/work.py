@@ -222,6 +222,19 @@ class Work:
         flops += -(-self.validating // self.ranks) * self.site_passes * self.exact()
         return flops / self.rate / 3600
 
+    @property
+    def _reference(self) -> str:
+        """What losses are against."""
+        held, horizon = max(map(self.keys, self.sites)), self.config.train_horizon
+        known = f"Losses are against a reference that reads {held} frames, the chunk included"
+        if held <= horizon:
+            return f"{known}."
+        return (
+            f"{known}, and the model was trained on {horizon}: what it loses there is not what it "
+            "loses in use. Give a --reference that holds fewer, or shorter clips and a smaller "
+            "reach."
+        )
+
     def words(self, what: str) -> list[str]:
         """All of it in lines.
 
@@ -242,7 +255,8 @@ class Work:
             + "; ".join(f"{name} {_flop(value)}" for name, value in self.flops.items() if value)
             + ".",
             f"Disk: {format_bytes(self.record)} a clip, {format_bytes(self.record * self.clips)} "
-            f"in all. Memory of a process: about {format_bytes(self.memory)}.",
+            f"in all. Tensors of a process: about {format_bytes(self.memory)}.",
+            self._reference,
             f"Time: about {_time(self.hours)} at {_flop(self.rate)} a second and process ({what}).",
         ]
         return lines

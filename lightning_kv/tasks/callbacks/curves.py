@@ -84,7 +84,7 @@ class CurveWriter(ClipRecordWriter):
         if not low <= mean < high:
             raise ValueError(
                 f"A mean of {mean:g} frames is no budget of these curves. They go from {low} "
-                f"(protected) to {high}, where nothing is lost. Give a mean in between."
+                f"(protected) to {high}, their reach. Give a mean in between."
             )
         return mean
 

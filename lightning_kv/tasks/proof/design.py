@@ -19,8 +19,8 @@ from lightning_kv.policies.base import CachePolicy, SelectPart
 from lightning_kv.policies.budget.adaptive import Adaptive
 from lightning_kv.policies.budget.calibrated import Calibrated, CalibratedLayers, scorer_of
 from lightning_kv.policies.curve_statistics import loss_of
-from lightning_kv.policies.curve_tables import CurveTable, Reading, shipped_curves
-from lightning_kv.policies.head_curves import CURVE, MAKE, HeadCurves
+from lightning_kv.policies.curve_tables import CurveTable, Reading, file_of_curves
+from lightning_kv.policies.head_curves import CURVE, HeadCurves
 from lightning_kv.policies.part import BudgetPart
 from lightning_kv.policies.registry import build_part, part_class, preset
 from lightning_kv.utilities.files import checksum
@@ -74,11 +74,7 @@ class Source:
         Raises:
             ValueError: There is no such file, or no such curves.
         """
-        path = Path(heads)
-        if str(heads) == "auto":
-            if model not in shipped_curves():
-                raise ValueError(f"No head curves are shipped for the model {model!r}. {MAKE}")
-            path = shipped_curves()[model]
+        path = file_of_curves(heads, model)
         curves = HeadCurves.load(path)
         scorer = scorer or scorer_of(select)
         curves.prompts(scorer, metric)
@@ -147,8 +143,8 @@ class Design:
             shown = ", ".join(f"{mean}f" for mean in wrong) or "none"
             raise ValueError(
                 f"Means of {shown} cannot be compared: {low} history frames are protected in every "
-                f"head, and at {reach}, the reach of these curves, nothing is lost. Give means "
-                "from the former on and below the latter."
+                f"head, and at {reach}, the reach of these curves, there is nothing to divide. "
+                "Give means from the former on and below the latter."
             )
         object.__setattr__(self, "means", tuple(sorted(set(given))))
 

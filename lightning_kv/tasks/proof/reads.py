@@ -74,8 +74,8 @@ class MeanProof:
         said = [*self.proof.words, *map(nearly_uniform, near)]
         if self.predicted is not None:
             said.append(
-                f"Curves alone predicted a change of {change(self.predicted)}; found was "
-                f"{change(self.found)}."
+                f"Curves alone, on the prompts they were solved on, predicted a change of "
+                f"{change(self.predicted)}; found was {change(self.found)}."
             )
         return tuple(said)
 
@@ -122,6 +122,11 @@ class ReadsProof:
             worst = self.additivity.worst
             where = "" if worst is None else f" (The worst is {self.tables[worst]}.)"
             said.append(self.additivity.words + where)
+        if len(self.means) > 1:
+            said.append(
+                f"{len(self.means)} verdicts, one for each mean; p values are adjusted within a "
+                "verdict, not for their number."
+            )
         said += [self.note] * bool(self.note)
         return (*said, *(f"Not measured: {rule}, {why}" for rule, why in self.absent.items()))
 
@@ -208,7 +213,7 @@ def adding_up(losses: ByCondition, design: Design) -> tuple[Additivity | None, t
     """True losses of whole tables against sums of curves, both as squared errors."""
     if design.source.metric not in SQUARES:
         return None, ()
-    names, true, predicted = [], [], []
+    names, true, predicted, means = [], [], [], []
     for mean in design.means:
         for rule in design.rules:
             name, sums = f"{rule}@{mean}f", design.predicted(rule, mean)
@@ -218,9 +223,10 @@ def adding_up(losses: ByCondition, design: Design) -> tuple[Additivity | None, t
             names.append(name)
             true.append(math.fsum(squares) / len(squares))
             predicted.append(sums)
+            means.append(mean)
     if len(names) < 3:
         return None, tuple(names)
-    return additivity(true, predicted), tuple(names)
+    return additivity(true, predicted, means), tuple(names)
 
 
 def nearly_uniform(other: Comparison) -> str:

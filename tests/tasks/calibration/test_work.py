@@ -140,5 +140,5 @@ def test_it_is_said_in_words():
     for part in ("32 prompts", "4 are also measured exactly", "8 processes: 4 each", "EFLOP"):
         assert part in text
     assert "250 TFLOP a second and process (assumed)" in text
-    with pytest.raises(ValueError, match="21 latent frames has 1 chunks"):
+    with pytest.raises(ValueError, match="21 latent frames has 1 chunk "):
         work(frames=21).words("assumed")
