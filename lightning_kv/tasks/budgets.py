@@ -23,6 +23,7 @@ from lightning_kv.policies.curve_statistics import (
 )
 from lightning_kv.policies.curve_tables import Reading
 from lightning_kv.policies.head_curves import HeadCurves
+from lightning_kv.policies.registry import discover
 from lightning_kv.utilities.formatting import number, percent, several
 
 BY_GAIN = ("optimal", "greedy")
@@ -137,6 +138,7 @@ def budget_map(
             "number of history frames, no share: give 1 or more, such as 6f."
         )
     if least is None:
+        discover()
         geometry = curves.about.get("model", {}).get("geometry", {})
         least = max(curves.budgets[0], least_of(how.scorer, geometry.get("frames_per_chunk", 0)))
 

@@ -12,7 +12,7 @@ from tiny_network import TINY, encoder
 
 from lightning_kv.calibration.clips import ClipMeter
 from lightning_kv.calibration.memory import Memory, frames_held
-from lightning_kv.calibration.scorers import scorer_names, scorer_of
+from lightning_kv.calibration.scorers import canonical, scorer_names, scorer_of
 from lightning_kv.calibration.sites import SiteSettings
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan
@@ -159,3 +159,20 @@ def test_names_of_scorers():
     ):
         with pytest.raises(ValueError, match=why):
             scorer_of(name)
+
+
+def test_a_preset_goes_by_the_name_of_its_part_unless_it_sets_more():
+    assert [canonical(name) for name in ("h2o", "snap-kv", "mass", "focused")] == [
+        "heavy-hitters",
+        "snap-kv",
+        "mass",
+        "focused",
+    ]
+    assert canonical("sink-window") == "sink-window" and canonical("sliding-window") == "window"
+
+
+def test_what_a_memory_keeps_is_its_own_affair():
+    with pytest.raises(ValueError, match="what snap-kv keeps is its own affair"):
+        SiteSettings(reach=6, sink=3, scorers=("mass", "snap-kv"))
+    with pytest.raises(ValueError, match="every=0"):
+        SiteSettings(every=0)

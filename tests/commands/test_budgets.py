@@ -121,6 +121,25 @@ def test_where_nothing_can_be_gained_uniform_is_enough(heads, capsys):
     assert "Uniform is enough here" in shown(capsys, "flat.safetensors", "--mean", "4f")
 
 
+def test_of_what_is_shipped(capsys):
+    """Budgets of a memory start from the newest chunk, and say that they end at what is known."""
+    text = " ".join(shown(capsys, "auto", "--mean", "6", "--scorer", "heavy-hitters").split())
+    assert "different ones from 3 to 24" in text
+    assert re.search(r"2 heads get all that was measured, and still lose \d+ % of what they", text)
+    assert "It also has curves of mass, recency, snap-kv (--scorer)" in text
+    found = json.loads(shown(capsys, "auto", "--mean", "6", "--json"))
+    assert min(x for row in found["budgets"] for x in row) >= 1 and found["capped"] == 0
+
+
+def test_a_verdict_is_of_its_rule(heads, capsys):
+    words = [heads, "--mean", "6f", "--rule", "pyramid", "--beta", "50"]
+    assert json.loads(shown(capsys, *words, "--json"))["out_of_bag"][1] > 1
+    text = shown(capsys, *words)
+    assert "Worse than uniform budgets on prompts that pyramid ones have not seen" in text
+    text = " ".join(shown(capsys, heads, "--mean", "6f", "--rule", "focused").split())
+    assert "Not judged on other prompts: those would choose another total" in text
+
+
 def test_what_cannot_be_judged_is_said(heads, capsys):
     text = shown(capsys, heads, "--mean", "10f")  # all there is: nothing is lost
     assert "Not judged" in text and "uniform budgets'" not in text

@@ -54,6 +54,30 @@ def test_every_head_holds_what_was_solved(heads, rule):
         assert stores(on)[layer].memory.lengths == tuple(n * TOKENS for n in expected)
 
 
+def test_budgets_take_the_curves_of_the_part_they_belong_to(tmp_path):
+    names = ("mass", "recency", "snap-kv", "focused")
+    path = tmp_path / "heads.safetensors"
+    drawn(GEOMETRY, range(9), keys=[f"{name}/gn" for name in names]).save(path)
+    curves, plain = (
+        HeadCurves.load(path),
+        build_budget({"part": "calibrated", "amount": "4f", "heads": str(path)}),
+    )
+    for kind, part, scorer, least in (
+        ("select", "top-attention", "mass", 1),
+        ("select", "focused", "focused", 1),
+        ("retain", "window", "recency", 1),
+        ("retain", "snap-kv", "snap-kv", 2),  # the newest chunk
+    ):
+        own = getattr(policy(**{kind: {"part": part, "budget": plain}}), kind).budget
+        assert own.scorer == scorer
+        assert own.solved(GEOMETRY) == curves.solve("optimal", 4, scorer, least=least)
+        other = {"part": "calibrated", "amount": "4f", "heads": str(path), "scorer": "mass"}
+        asked = getattr(policy(**{kind: {"part": part, "budget": other}}), kind).budget
+        assert asked.scorer == "mass"  # what is said is done
+    with pytest.raises(ValueError, match=r"no curves heavy-hitters/gn .* --scorers heavy-hitters"):
+        policy(retain={"part": "heavy-hitters", "budget": plain})
+
+
 @pytest.mark.parametrize("part", ["top-attention", "focused"])
 def test_every_head_reads_what_was_solved(heads, part):
     made = policy(select={"part": part, "budget": budget(heads)})

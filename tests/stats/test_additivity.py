@@ -77,3 +77,19 @@ def test_losses_that_are_all_the_same_are_no_proof():
 def test_bad_input_is_refused(true, predicted, said):
     with pytest.raises(ValueError, match=said):
         additivity(true, predicted)
+
+
+def test_tables_are_compared_within_their_group():
+    """A level that goes with the group is no merit of the predictions."""
+    predicted = [1.0, 2.0, 3.0, 101.0, 102.0, 103.0]
+    true = [3.0, 2.0, 1.0, 303.0, 302.0, 301.0]
+    assert additivity(true, predicted).fit > 0.9
+    found = additivity(true, predicted, [6, 6, 6, 9, 9, 9])
+    x, y = (
+        np.concatenate(
+            [np.log(own[:3]) - np.log(own[:3]).mean(), np.log(own[3:]) - np.log(own[3:]).mean()]
+        )
+        for own in (np.array(predicted), np.array(true))
+    )
+    assert found.slope == pytest.approx(np.polyfit(x, y, 1)[0]) and found.slope < 0
+    assert not found.holds and "each against those of its mean" in found.words
