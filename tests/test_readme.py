@@ -29,7 +29,8 @@ COMMANDS = [
 TOUR = [line for line in COMMANDS if "tiny-wan" in line]
 MEASURES = [line for line in COMMANDS if "tour/" in line]
 OWN = [line for line in COMMANDS if "mine.thinned" in line]
-COMMANDS = [line for line in COMMANDS if line not in (*TOUR, *MEASURES, *OWN)]
+FITTING = [line for line in COMMANDS if line.split()[1] in ("calibrate", "budgets", "prove")]
+COMMANDS = [line for line in COMMANDS if line not in (*TOUR, *MEASURES, *OWN, *FITTING)]
 PYTHON = [block for kind, block in BLOCKS if kind == "python" and "mine" not in block]
 UNDER_LIGHTNING = [code for code in PYTHON if "lightning_kv.tasks" in code]
 OWN_FILE, OWN_PYTHON = (block for kind, block in BLOCKS if kind == "python" and "mine" in block)
@@ -127,6 +128,27 @@ def test_evaluate_commands_run(line, tmp_path, monkeypatch, capsys):
     main([*words, *smaller, "--out", str(tmp_path / "run")])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert set(policies) <= set(summary["policies"])
+
+
+@pytest.mark.slow
+def test_the_tour_of_budgets_by_head_runs(tmp_path, monkeypatch, capsys):
+    """In its order, on few worlds and one chunk of each."""
+    for shared in ("configs", "data"):
+        (tmp_path / shared).symlink_to(ROOT / shared)
+    monkeypatch.chdir(tmp_path)
+    few = ["--frames", "33", "--chunks", "1"]
+    more = {
+        "calibrate": [*few, "--prompts", "3", "--validate", "0", "--scorers", "mass,heavy-hitters"],
+        "budgets": ["--resamples", "20"],
+        "prove": [*few, "--prompts", "8", "--context_frames", "15", "--means", "6f"],
+    }
+    for line in FITTING:
+        command, *words = shlex.split(line)[1:]
+        words = [word if word != "2" else "1" for word in words]  # processes
+        main([command, *words, *more[command]])
+    text = capsys.readouterr().out
+    assert [line.split()[1] for line in FITTING] == ["calibrate", "budgets", "prove"]
+    assert "frames of heads" in text and "8 held-out prompts" in text
 
 
 @pytest.mark.slow
