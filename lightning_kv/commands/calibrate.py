@@ -50,19 +50,18 @@ class CalibrateOptions:
         prompts: Prompts from the start of the set; null for all.
         samples: Noises per prompt; statistics count prompts.
         reach: History frames that curves end at (panorama 24f, else 18f).
-        reference: Holds so many whole frames in all heads (a window;
-            full where a scorer is a memory).
-        scorers: What keeps frames: mass, recency, a part, a memory.
+        reference: Holds at least so many frames (a window; full for memories).
+        scorers: What keeps frames: mass, recency, or a part.
         sink: First frames of the clip that every head keeps.
         frames: Latent frames per clip, context included (panorama 72).
         context_frames: Given frames at the start (panorama 15, else 0).
         chunks: Chunks of a clip in which heads are judged.
         probes: Random directions of a pass; 0 leaves them out.
-        measuring: More of that: steps, rows, batch, seed.
+        measuring: More of that: steps, rows, batch, every, seed.
         validate: Prompts that are also measured exactly; 0 for none.
         exact: At which frames, or all (0, 1/8, 1/4 and 1/2 of the reach).
         mean: Mean budget that is asked for (a quarter of the reach).
-        labels: Write labels for forcing-kv, head-forcing, pyramid-forcing, duo-attention.
+        labels: Write labels of heads for the presets that read them.
         size: HEIGHTxWIDTH in pixels (the model's own).
         seed: Of the noise.
         negative: What guidance leads away from, for models with guidance.
