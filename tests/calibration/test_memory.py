@@ -1,6 +1,7 @@
 """What memories hold at each budget: closed forms, and a rollout of the policy itself."""
 
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lightning_kv.calibration.sites import SiteSettings
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan
 from lightning_kv.policies.base import CachePolicy
+from lightning_kv.policies.part import PARTS
 from lightning_kv.policies.registry import load_policy, policy_from_dict, preset
 from lightning_kv.rollout import rollout
 
@@ -113,17 +115,11 @@ def test_curves_of_a_memory_are_losses_of_what_it_holds():
             if metric == "mass":  # nothing holds more of it than those frames that have most
                 assert bool((best <= snap + 1e-12).all())
         torch.testing.assert_close(record["exact/snap-kv"][..., 0], record["exact/window"][..., 0])
-    plain = ClipMeter(model(), preset("full"), settings_without(settings), 18)
+    plain = ClipMeter(model(), preset("full"), replace(settings, scorers=("mass",)), 18)
     alone = plain.of_prompt("a", "a", "x", validates=True)
     for place, record in alone.sites.items():  # memories change nothing of the others
         for name in ("mass/mass", "gn/mass", "exact/mass", "zero"):
             assert torch.equal(record[name], found.sites[place][name])
-
-
-def settings_without(settings):
-    from dataclasses import replace
-
-    return replace(settings, scorers=("mass",))
 
 
 def test_a_reference_that_has_dropped_what_a_memory_holds_is_refused():
@@ -146,10 +142,8 @@ def test_names_of_scorers():
     names = scorer_names()
     assert {"mass", "recency", "focused", "snap-kv", "heavy-hitters", "window"} <= {*names}
     for name in names:
-        found = scorer_of(name)
-        assert isinstance(found, CachePolicy) == (name not in ("mass", "recency")) or callable(
-            found
-        )
+        found, memory = scorer_of(name), name in PARTS["retain"]
+        assert isinstance(found, CachePolicy) == memory and callable(found) != memory
     for name, why in (
         ("full", "its memory has no budget"),
         ("oracle", "it needs outputs"),
