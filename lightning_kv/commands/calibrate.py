@@ -321,6 +321,7 @@ def work_of(options: CalibrateOptions) -> tuple[Work, str]:
         torch.finfo(known_profile(precision).dtype).bits // 8,
         rate,
         held_at_most(options, measuring_of(options, world), rollouts.frames),
+        1.0 if on_gpu else costs.CPU_LOOKUPS,
     )
     return work, known
 

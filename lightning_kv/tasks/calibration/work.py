@@ -22,6 +22,9 @@ from lightning_kv.utilities.formatting import format_bytes, several
 
 CPU_RATE = 1.5e10
 """FLOP per second of one core on the embedded model, measured: its passes are small."""
+CPU_LOOKUPS = 4.0
+"""How many times slower passes are there in which memories are looked up, measured: what a policy
+decides between them takes longer than they do."""
 GPU_RATE = 2.5e14
 """FLOP per second of an H100 in bfloat16, assumed."""
 
@@ -76,6 +79,7 @@ class Work:
         size: Bytes of a number.
         rate: FLOP per second of a process.
         held: Frames of history that the reference holds at most; the reach where None.
+        lookups: How many times slower passes are in which memories are looked up.
     """
 
     config: WanConfig
@@ -91,6 +95,7 @@ class Work:
     size: int
     rate: float
     held: int | None = None
+    lookups: float = 1.0
 
     @property
     def memories(self) -> Collection[Memory]:
@@ -217,7 +222,8 @@ class Work:
     @property
     def hours(self) -> float:
         """Until the first rank is done, which has most to do: clips that validate come first."""
-        each = self.rollout()[1] + self.looked_up()[1] + self.site_passes * self.judged()
+        each = self.rollout()[1] + self.site_passes * self.judged()
+        each += self.looked_up()[1] * self.lookups
         flops = self.dealt[0] * each
         flops += -(-self.validating // self.ranks) * self.site_passes * self.exact()
         return flops / self.rate / 3600

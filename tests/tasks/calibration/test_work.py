@@ -102,6 +102,9 @@ def test_torch_counts_the_same_where_memories_are_looked_up():
     assert found == pytest.approx(
         alone.rollout()[1] + flops + both.judged() - alone.judged(), rel=0.03
     )
+    slow = work(TINY, settings=memory, **told, lookups=4.0)
+    more = slow.dealt[0] * 3 * flops / slow.rate / 3600
+    assert slow.hours == pytest.approx(both.hours + more) and slow.flops == both.flops
     assert "passes in which memories are looked up" not in " ".join(alone.words("measured"))
     assert f"{passes} in which memories are looked up" in " ".join(both.words("measured"))
 
