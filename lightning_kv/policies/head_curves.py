@@ -274,14 +274,17 @@ def described(geometry: Geometry) -> dict[str, Any]:
     }
 
 
-def check_shape(own: dict[str, Any], geometry: Geometry, allow: bool = False) -> None:
-    """Refuse curves of a model of other sizes.
+def check_shape(
+    own: dict[str, Any], geometry: Geometry, allow: bool = False, what: str = "head curves were measured"
+) -> None:
+    """Refuse curves, or whatever was made for a model, where the model has other sizes.
 
     Args:
         own: As :func:`described`, of the model that was measured; what is not known is not
             compared.
         geometry: Of the model that will use them.
-        allow: Take curves that were measured with another chunk or grid.
+        allow: Take what was made with another chunk or grid.
+        what: What was made, and how.
 
     Raises:
         ValueError: It has other layers or heads; or, unless allowed, another chunk or grid.
@@ -292,10 +295,10 @@ def check_shape(own: dict[str, Any], geometry: Geometry, allow: bool = False) ->
     other = [key for key, value in here.items() if own.get(key) and own[key] != value]
     if {"layers", "heads", "head_dim"} & set(other):
         raise ValueError(
-            f"The head curves were made for another model: {own['layers']} layers of "
-            f"{own['heads']} heads ({own.get('head_dim', '?')} numbers each). This one has "
-            f"{geometry.layers} layers of {geometry.heads} heads ({geometry.head_dim} numbers). "
-            "Give those of this model."
+            f"The {what.rpartition(' ')[0]} made for another model: {own['layers']} layers of {own['heads']} heads "
+            f"({own.get('head_dim', '?')} numbers each). This one has {geometry.layers} layers of "
+            f"{geometry.heads} heads ({geometry.head_dim} numbers). Give those of "
+            "this model."
         )
     other = [key for key in other if key != "tokens_per_frame"]  # the grid says the same
     if other and not allow:
@@ -304,8 +307,8 @@ def check_shape(own: dict[str, Any], geometry: Geometry, allow: bool = False) ->
             " and ".join(words[key].format(each[key]) for key in other) for each in (own, here)
         )
         raise ValueError(
-            f"The head curves were measured with {then}, and this rollout has {now}. Measure them "
-            "there, or allow it (transfer: true)."
+            f"The {what} with {then}, and this rollout has {now}. Do that there too, or allow it "
+            "(transfer: true)."
         )
 
 

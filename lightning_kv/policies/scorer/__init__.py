@@ -1,0 +1,1 @@
+"""A learned scorer as it runs inside a policy: what it sees, how it ranks, its file."""
