@@ -88,6 +88,12 @@ class ComingOutputs:
         weight = [discount**i * x.weight / x.weight.sum() for i, x in enumerate(seen)]
         return cls(*(torch.cat(x, 1) for x in zip(*parts, strict=True)), torch.cat(weight))
 
+    def of_queries(self, index: Tensor) -> ComingOutputs:
+        """The same of some of the queries, int64 ``[R]``."""
+        weight = self.weight.index_select(0, index)
+        every = (self.share, self.pull, self.base_share, self.base_pull)
+        return ComingOutputs(*(own.index_select(1, index) for own in every), weight)
+
     def over(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Shares ``[H, E]`` and pulls ``[H, E, D]`` of kept frames, bool ``[H, U]``, and base."""
         total = self.base_share + (self.share * kept.unsqueeze(1)).sum(-1)

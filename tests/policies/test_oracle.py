@@ -29,7 +29,7 @@ from lightning_kv.cache.decisions import Event, Retention
 from lightning_kv.cache.record import recorders
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
-from lightning_kv.policies.hindsight import Place, coming_mass, greedy_order
+from lightning_kv.policies.hindsight import Place, coming_mass, greedy_gains, greedy_order
 from lightning_kv.policies.registry import build_part, policy_from_dict, presets
 from lightning_kv.policies.retain.oracle import Oracle
 from lightning_kv.policies.select.oracle_reads import OracleReads
@@ -151,7 +151,10 @@ def test_the_greedy_order_is_that_of_outputs_computed_anew(monkeypatch):
                 made = view.step.final[-1] + 1
                 guard = [[f in (0, made - 1) for f in view.frames]]
                 table, place = view.tables["outputs"], Place.of(view)
-                order = greedy_order(table, place, chunks, discount, torch.tensor(guard), most)
+                about = (table, place, chunks, discount, torch.tensor(guard), most)
+                order = greedy_order(*about)
+                again, gains = greedy_gains(*about)
+                assert torch.equal(order, again)
                 for h in range(view.heads):
                     seen = [found[0, "cond", c, view.layer, h] for c in chunks]
                     own = held_by(view, h)
@@ -167,6 +170,12 @@ def test_the_greedy_order_is_that_of_outputs_computed_anew(monkeypatch):
                     ]
                     assert all(rank < -len(view.frames) for rank in rest)
                     assert rest == sorted(rest), "of the others the newer first"
+                    sets = [kept | {*mine[:i]} for i in range(len(mine) + 1)]
+                    losses = [slow.loss_of(one, seen, made, discount) for one in sets]
+                    expected = dict.fromkeys(view.frames, 0.0)
+                    for f, before, after in zip(mine, losses, losses[1:], strict=False):
+                        expected[f] = (before - after) / losses[0]
+                    assert gains[h, 0].tolist() == pytest.approx([*expected.values()], abs=1e-5)
                     decisions += len(theirs)
 
             at_commits(recorded, tables, look)
