@@ -33,7 +33,7 @@ FROM_OUTSIDE = {
     "models": {"torch", "yaml", "safetensors", "numpy"},  # numpy draws the noise
     "rollout": {"torch"},
     "calibration": {"torch"},
-    "distillation": {"torch"},
+    "distillation": {"torch", "torchmetrics"},
     "testing": {"torch", "pytest"},
     "stats": {"numpy", "scipy"},
     "assets": set(),

@@ -278,11 +278,12 @@ def _outputs(
     Where a step brings more than the one before it, the frames of both are worth their mean, as
     neither does it alone; that keeps the order, and the sum.
     """
-    steps = len(place.frames)
+    steps = int(candidates(place, guard).sum(-1).max())
     ranks, gains = greedy_gains(tables["outputs"], place, chunks, teacher.discount, guard, steps)
     order = ranks[:, 0].argsort(-1, descending=True)
     worth = falling(gains[:, 0].double().gather(1, order)).clamp_min(0)
-    worth = worth * torch.linspace(1, 1 - TILT, steps, dtype=worth.dtype, device=worth.device)
+    tilt = torch.linspace(1, 1 - TILT, len(place.frames), dtype=worth.dtype, device=worth.device)
+    worth = worth * tilt
     worth = torch.zeros_like(worth).scatter(1, order, worth)
     least = worth.masked_fill(worth <= 0, torch.inf).amin(-1, keepdim=True)
     rest = BELOW * torch.where(least < torch.inf, least, 1.0)

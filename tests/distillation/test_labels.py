@@ -211,6 +211,7 @@ def test_draws_are_spread_and_in_proportion():
         assert bool(((count - expected).abs() < 1).all())
         total += count
     torch.testing.assert_close(total / 4000, expected, atol=0.03, rtol=0)
+    assert drawn(torch.tensor([0.0, 1.0]), 2, 0).tolist() == [1, 1], "what counts nothing never is"
 
 
 def test_draws_are_those_of_their_clip_chunk_and_layer():
