@@ -29,7 +29,7 @@ from lightning_kv.cache.decisions import Event, Retention
 from lightning_kv.cache.record import recorders
 from lightning_kv.models.video import VideoModel
 from lightning_kv.models.wan import CausalWan, WanConfig
-from lightning_kv.policies.hindsight import coming_mass, greedy_order
+from lightning_kv.policies.hindsight import Place, coming_mass, greedy_gains, greedy_order
 from lightning_kv.policies.registry import build_part, policy_from_dict, presets
 from lightning_kv.policies.retain.oracle import Oracle
 from lightning_kv.policies.select.oracle_reads import OracleReads
@@ -107,7 +107,7 @@ def test_mass_to_come_is_that_of_a_loop(discount, ahead):
     def look(view):
         nonlocal checked
         chunks = range(view.step.chunk + 1, min(chunks_of(recorded), view.step.chunk + 1 + ahead))
-        mine = coming_mass(view, chunks, discount)
+        mine = coming_mass(view.tables["mass"], Place.of(view), chunks, discount)
         assert mine.shape == (view.heads, 1, len(view.frames))
         for h in range(view.heads):
             where = (view.sample, "cond", view.layer, h)
@@ -150,7 +150,11 @@ def test_the_greedy_order_is_that_of_outputs_computed_anew(monkeypatch):
                 chunks = range(view.step.chunk + 1, min(end, view.step.chunk + 1 + ahead))
                 made = view.step.final[-1] + 1
                 guard = [[f in (0, made - 1) for f in view.frames]]
-                order = greedy_order(view, chunks, discount, torch.tensor(guard), most)
+                table, place = view.tables["outputs"], Place.of(view)
+                about = (table, place, chunks, discount, torch.tensor(guard), most)
+                order = greedy_order(*about)
+                again, gains = greedy_gains(*about)
+                assert torch.equal(order, again)
                 for h in range(view.heads):
                     seen = [found[0, "cond", c, view.layer, h] for c in chunks]
                     own = held_by(view, h)
@@ -166,6 +170,12 @@ def test_the_greedy_order_is_that_of_outputs_computed_anew(monkeypatch):
                     ]
                     assert all(rank < -len(view.frames) for rank in rest)
                     assert rest == sorted(rest), "of the others the newer first"
+                    sets = [kept | {*mine[:i]} for i in range(len(mine) + 1)]
+                    losses = [slow.loss_of(one, seen, made, discount) for one in sets]
+                    expected = dict.fromkeys(view.frames, 0.0)
+                    for f, before, after in zip(mine, losses, losses[1:], strict=False):
+                        expected[f] = (before - after) / losses[0]
+                    assert gains[h, 0].tolist() == pytest.approx([*expected.values()], abs=1e-5)
                     decisions += len(theirs)
 
             at_commits(recorded, tables, look)
@@ -181,7 +191,8 @@ def test_a_query_that_is_left_with_nothing_wants_what_it_saw(monkeypatch):
     def look(view):
         if view.step.chunk == 3:
             guard = torch.tensor([[False, False, False, True]])
-            orders.append(greedy_order(view, [4], 1.0, guard, 3)[0, 0].tolist())
+            table, place = view.tables["outputs"], Place.of(view)
+            orders.append(greedy_order(table, place, [4], 1.0, guard, 3)[0, 0].tolist())
 
     at_commits(recorded, tables_of(recorded), look, whole=True)
     for ranks in orders:

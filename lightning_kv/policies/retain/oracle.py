@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import UnitPart
 from lightning_kv.policies.checks import between, choice
-from lightning_kv.policies.hindsight import OBJECTIVES, TABLES, coming_mass, greedy_order
+from lightning_kv.policies.hindsight import OBJECTIVES, TABLES, Place, coming_mass, greedy_order
 from lightning_kv.policies.part import Preset
 
 
@@ -74,15 +74,14 @@ class Oracle(UnitPart):
 
     def scores(self, view: CacheView, state: Any) -> Tensor:
         """By the chunks that come after this one; there is nothing to choose behind the last."""
-        name = TABLES[self.objective]
-        last = view.tables[name].clip.chunks
+        table, place = view.tables[TABLES[self.objective]], Place.of(view)
+        last = table.clip.chunks
         if self.horizon is not None:
             last = min(last, view.step.chunk + 1 + self.horizon)
         chunks = range(view.step.chunk + 1, last)
         if not chunks:
             return super().scores(view, state)
         if self.objective == "mass":
-            return coming_mass(view, chunks, self.discount)
+            return coming_mass(table, place, chunks, self.discount)
         guard = self.protected(view, view.frame_ids)[:, 0]
-        rows = self.most(view)
-        return greedy_order(view, chunks, self.discount, guard, rows)
+        return greedy_order(table, place, chunks, self.discount, guard, self.most(view))

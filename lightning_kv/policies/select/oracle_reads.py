@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_kv.cache.view import PassView
 from lightning_kv.policies.base import SelectPart
 from lightning_kv.policies.checks import between, choice
-from lightning_kv.policies.hindsight import OBJECTIVES, TABLES, coming_mass, greedy_order
+from lightning_kv.policies.hindsight import OBJECTIVES, TABLES, Place, coming_mass, greedy_order
 from lightning_kv.policies.part import Preset
 
 
@@ -58,8 +58,9 @@ class OracleReads(SelectPart):
 
     def scores(self, view: PassView, state: Any) -> Tensor:
         """By what this chunk attends to."""
+        table, place = view.tables[TABLES[self.objective]], Place.of(view)
         chunk = (view.step.chunk,)
         if self.objective == "mass":
-            return coming_mass(view, chunk, 1.0)
+            return coming_mass(table, place, chunk)
         guard = torch.zeros(1, len(view.frames), dtype=torch.bool, device=view.device)
-        return greedy_order(view, chunk, 1.0, guard, self.most(view))
+        return greedy_order(table, place, chunk, 1.0, guard, self.most(view))
