@@ -14,6 +14,7 @@ RULES = {
     "models": {"cache", "models"},
     "rollout": {"cache", "policies", "models", "rollout"},
     "calibration": {"cache", "policies", "models", "rollout", "calibration"},
+    "distillation": {"cache", "policies", "models", "rollout", "calibration", "distillation"},
     "testing": {"cache", "policies", "models", "rollout", "testing"},
     "data": {"data"},
     "stats": {"stats"},
@@ -23,7 +24,7 @@ RULES = {
     "runs": {"runs", "stats"},
     "report": {"report", "runs", "stats"},
     "tasks": {"cache", "policies", "models", "rollout", "testing", "data", "metrics", "stats"}
-    | {"runs", "report", "calibration", "tasks"},
+    | {"runs", "report", "calibration", "distillation", "tasks"},
 }
 COMMAND_LINE = {"commands"}
 FROM_OUTSIDE = {
@@ -32,6 +33,7 @@ FROM_OUTSIDE = {
     "models": {"torch", "yaml", "safetensors", "numpy"},  # numpy draws the noise
     "rollout": {"torch"},
     "calibration": {"torch"},
+    "distillation": {"torch", "torchmetrics"},
     "testing": {"torch", "pytest"},
     "stats": {"numpy", "scipy"},
     "assets": set(),
