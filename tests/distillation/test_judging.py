@@ -255,6 +255,15 @@ def test_without_outputs_nothing_is_said_of_them():
         judged(bare, scores_of(lists))
 
 
+def test_scores_without_order_are_refused():
+    lists, _ = random_lists(count=20)
+    scores = scores_of(lists).masked_fill(~lists.candidate, torch.nan)
+    judged(lists, scores)
+    scores[lists.candidate.any(-1).nonzero()[:2, 0], 0] = torch.nan
+    with pytest.raises(ValueError, match="Of 20 lists 2 were given scores with NaN"):
+        judged(lists, scores)
+
+
 def test_lists_of_another_model_are_refused():
     lists, _ = random_lists()
     for name, count in (("layer", L), ("head", H), ("clip", CLIPS)):
