@@ -93,9 +93,9 @@ def cuts_of(lists: Lists, budgets: Sequence[int], outputs: bool = False) -> list
     for k in budgets:
         one = Cut(k, lists.candidate, worth, ideal, (age < k) & lists.candidate, None)
         if outputs:
-            each = [output_error(lists, one.top(rank)) for rank in noise]
-            none = output_error(lists, torch.zeros_like(lists.candidate))
-            errors = [output_error(lists, one.best), torch.stack(each).mean(0), none]
+            sets = [one.best, torch.zeros_like(one.best), *(one.top(rank) for rank in noise)]
+            best, none, *random = output_error(lists, torch.stack(sets))
+            errors = [best, torch.stack(random).mean(0), none]
             one = replace(one, errors=torch.stack(errors))
         found.append(one)
     return found
@@ -284,7 +284,8 @@ class ListMetric(Metric):
         self.clips, self.outputs = clips, outputs
         self.names = (*RANKED, *(OUTPUTS if outputs else ()))
         shape = (len(self.names), 2, len(self.budgets))
-        for name, count in (("sums", layers * heads), ("clip_sums", clips)):
+        sizes = {"sums": layers * heads} | ({"clip_sums": clips} if clips else {})
+        for name, count in sizes.items():
             empty = torch.zeros(*shape, count, dtype=torch.float64)
             self.add_state(name, empty, dist_reduce_fx="sum")
 
@@ -297,14 +298,14 @@ class ListMetric(Metric):
             cuts: Of these lists, from :func:`cuts_of`, where several rankings are judged on them.
 
         Raises:
-            ValueError: Lists are of layers, heads or clips that there are not.
+            ValueError: Lists are of layers, heads or clips that there are not, or have NaN scores.
         """
-        self._check(lists)
+        self._check(scores, lists)
         cuts = cuts or cuts_of(lists, self.budgets, self.outputs)
         rank = ranks(scores, lists.candidate)
         pairs = [[torch.stack(RANKED[name](rank, own)) for own in cuts] for name in RANKED]
         if self.outputs:
-            errors = [output_error(lists, own.top(rank)) for own in cuts]
+            errors = output_error(lists, torch.stack([own.top(rank) for own in cuts]))
             pairs += [
                 [torch.stack(OUTPUTS[name](*own)) for own in zip(errors, cuts, strict=True)]
                 for name in OUTPUTS
@@ -335,7 +336,7 @@ class ListMetric(Metric):
         return self._each(lambda: self.sums.unflatten(-1, (self.layers, self.heads)))
 
     def by_clip(self) -> dict[str, Tensor]:
-        """The same of each clip, ``[clips]``."""
+        """The same of each clip, ``[clips]``, where sums were kept by clip."""
         return self._each(lambda: self.clip_sums)
 
     def _each(self, sums: Callable[[], Tensor]) -> dict[str, Tensor]:
@@ -354,8 +355,13 @@ class ListMetric(Metric):
         total = summed(values, bucket.unsqueeze(0), count)[0].T
         return total.unflatten(0, (len(self.names), 2, len(self.budgets)))
 
-    def _check(self, lists: Lists) -> None:
-        """Refuse lists that have no place in the sums."""
+    def _check(self, scores: Tensor, lists: Lists) -> None:
+        """Refuse lists that have no place in the sums, and scores that rank nothing."""
+        if wrong := int((scores.isnan() & lists.candidate).any(-1).sum()):
+            raise ValueError(
+                f"Of {len(lists)} lists {wrong} were given scores with NaN, which have no order. "
+                "Give numbers; if a student made them, a lower learning rate may help it."
+            )
         most = {"layer": self.layers, "head": self.heads} | (
             {"clip": self.clips} if self.clips else {}
         )

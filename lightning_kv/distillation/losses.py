@@ -3,7 +3,7 @@
 A budget k is the number of candidates that a list keeps. Losses are given list by list; a list with
 nothing to learn from has the loss 0.
 
-Shapes: N lists, U places of a list, R queries, V = U + 1.
+Shapes: N lists, U places of a list, V = U + 1, R queries, S sets of a list.
 """
 
 from __future__ import annotations
@@ -62,14 +62,15 @@ def hard_top(scores: Tensor, candidate: Tensor, k: Tensor) -> Tensor:
 
 
 def output_error(lists: Lists, kept: Tensor) -> Tensor:
-    """Squared error of a head's output where some candidates alone are kept, float64 ``[N]``.
+    """Squared error of a head's output where some candidates alone are kept, float64 ``[..., N]``.
 
     Of a set m, with the place of all that is read in any case, ``m' G m / (m' p)^2``: exactly what
     attention over this set would give (composition of softmax by frame), mean over the queries.
 
     Args:
         lists: With outputs.
-        kept: bool ``[N, U]``; whatever stands at other places than candidates is not looked at.
+        kept: bool ``[..., N, U]``, a set of each list or several of them; whatever stands at other
+            places than candidates is not looked at.
 
     Raises:
         ValueError: The lists have no outputs.
@@ -84,13 +85,16 @@ def _mean_error(lists: Lists, kept: Tensor) -> Tensor:
             "These lists hold targets, and no outputs of later queries. Record outputs with them, "
             "or leave out what is measured on outputs."
         )
-    mask = F.pad(kept.masked_fill(~lists.candidate, 0.0), (0, 1), value=1.0)  # [N, V]
+    count = kept.shape[:-2].numel()
+    sets = kept.masked_fill(~lists.candidate, 0.0).reshape(count, *lists.candidate.shape)
+    mask = F.pad(sets, (0, 1), value=1.0).permute(1, 2, 0).unsqueeze(1)  # [N, 1, V, S]
     share, gram, query = (own.to(kept.dtype) for own in (lists.share, lists.gram, lists.query))
-    product = (gram @ mask[:, None, :, None]).squeeze(-1) @ mask.unsqueeze(-1)  # [N, R, 1]
-    total = (share @ mask.unsqueeze(-1)).clamp_min(SHARE)
-    error = (product / total.square()).squeeze(-1).clamp_min(0)
-    weight = query.sum(-1)
-    return (error * query).sum(-1) / torch.where(weight > 0, weight, 1.0)
+    square = ((gram @ mask) * mask).sum(2).clamp_min(0)  # [N, R, S]
+    total = (share @ mask.squeeze(1)).clamp_min(SHARE)
+    weight = query.sum(-1, keepdim=True)
+    query = query / torch.where(weight > 0, weight, 1.0)
+    error = (square / total.square() * query.unsqueeze(-1)).sum(1)  # [N, S]
+    return error.T.reshape(kept.shape[:-1])
 
 
 # -- losses ----------------------------------------------------------------------------------
@@ -131,7 +135,7 @@ def cut_aware(scores: Tensor, lists: Lists, k: Tensor) -> Tensor:
     top = hard_top(lists.target, lists.candidate, k)
     across = top.unsqueeze(2) & (lists.candidate & ~top).unsqueeze(1)  # [N, U, U]
     cost = lists.target.unsqueeze(2) - lists.target.unsqueeze(1)
-    cost = cost.clamp_min(0).masked_fill(~across, 0.0)
+    cost = cost.masked_fill(~across, 0.0)
     total = cost.sum((1, 2))
     loss = (cost * F.softplus(scores.unsqueeze(1) - scores.unsqueeze(2))).sum((1, 2))
     return loss / torch.where(total > 0, total, 1.0)

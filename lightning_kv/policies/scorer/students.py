@@ -120,7 +120,10 @@ class Student(nn.Module):
         Raises:
             ValueError: The columns are not those that it was made for.
         """
-        given, own = (features.shape[-1], context.shape[-1]), (len(self.prior), self.columns)
+        given, own = (
+            (features.shape[-1], context.shape[-1]),
+            (len(self.prior), self.context_columns),
+        )
         if given != own:
             raise ValueError(
                 f"This student takes {own[0]} features of a frame and {own[1]} of a list, and was "
@@ -137,8 +140,8 @@ class Student(nn.Module):
         return prior.masked_fill(absent, 0.0), residual.masked_fill(absent, 0.0)
 
     @property
-    def columns(self) -> int:
-        """Of the context."""
+    def context_columns(self) -> int:
+        """C."""
         return len(self.context_mean)
 
     def residual(
@@ -179,7 +182,7 @@ class _Joint(Student):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.width = len(self.prior) + self.columns
+        self.width = len(self.prior) + self.context_columns
         if self.embeddings:
             self.width += 2 * EMBEDDING
             self.layer_embedding = nn.Embedding(self.layers, EMBEDDING)
