@@ -13,43 +13,28 @@ from torch import Tensor
 
 from lightning_kv.cache.decisions import Event, Retention
 from lightning_kv.cache.view import CacheView, PassView
+from lightning_kv.distillation.labels import Decision
 from lightning_kv.policies.base import UnitPart
+from lightning_kv.policies.hindsight import Place
 from lightning_kv.policies.retain.oracle import Oracle
 from lightning_kv.policies.scorer.artifact import Scorer, student_on
 from lightning_kv.policies.scorer.features import Listed, forget_prompt, observe_frames
-from lightning_kv.policies.scorer.running import asked, lists_of
+from lightning_kv.policies.scorer.running import asked, budget_of, lists_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Watched:
-    """What was seen of one layer at a commit.
+    """A commit at which something had to be dropped, and what a scorer would see there.
 
     Args:
-        frames: Ids of the frames that some head holds.
-        present: Which each head holds, bool ``[H, F]``.
-        guard: Which are kept in any case, bool ``[H, F]``.
-        listed: Features of all of them.
+        decision: What there was to choose from.
+        listed: Features of the frames of each of its places.
+        budget: History frames that each head may keep, ``[1 or H]`` of each place.
     """
 
-    frames: tuple[int, ...]
-    present: Tensor
-    guard: Tensor
-    listed: Listed
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A commit at which something had to be dropped.
-
-    Args:
-        chunk: That was committed.
-        made: Frames that have been made by then.
-        layers: What was seen of each.
-    """
-
-    chunk: int
-    made: int
-    layers: tuple[Watched, ...]
+    decision: Decision
+    listed: tuple[Listed, ...]
+    budget: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -63,14 +48,14 @@ class Taught(UnitPart):
         scorer: Whose features are written down.
         teacher: Knows the reference rollout.
         share: Of the commits, how many the teacher decides.
-        decisions: Where they are written down.
+        watched: Where they are written down.
     """
 
     observes: ClassVar[tuple[str, ...]] = ("prefill", "commit")
     scorer: Scorer | None = None
     teacher: Oracle = Oracle()  # noqa: RUF009  frozen
     share: float = 1.0
-    decisions: list[Decision] = field(default_factory=list, compare=False, repr=False)
+    watched: list[Watched] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def comparable(self) -> bool:
@@ -97,12 +82,10 @@ class Taught(UnitPart):
         if not todo:
             return [None] * len(views)
         listed = lists_of(self, todo, state, self.scorer.features)
-        step = views[0].step
-        seen = tuple(
-            Watched(view.frames, view.present.expand(view.heads, -1), self._guard(view), own)
-            for view, own in zip(todo, listed, strict=True)
-        )
-        self.decisions.append(Decision(step.chunk, step.final[-1] + 1, seen))
+        guards = tuple(self.protected(view, view.frame_ids)[:, 0] for view in todo)
+        decision = Decision(views[0].step.chunk, tuple(map(Place.of, todo)), guards)
+        budgets = tuple(budget_of(self, view) for view in todo)
+        self.watched.append(Watched(decision, tuple(listed), budgets))
         taught = random.Random(f"{views[0].seed} taught {step.chunk}").random() < self.share
         if taught:
             state["scores"] = {view.layer: self.teacher.scores(view, state) for view in todo}
@@ -114,6 +97,3 @@ class Taught(UnitPart):
     def scores(self, view: CacheView, state: Any) -> Tensor:
         """What the one who decides says of each frame."""
         return state["scores"].pop(view.layer)
-
-    def _guard(self, view: CacheView) -> Tensor:
-        return self.protected(view, view.frame_ids)[:, 0].expand(view.heads, -1)

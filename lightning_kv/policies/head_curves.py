@@ -275,7 +275,10 @@ def described(geometry: Geometry) -> dict[str, Any]:
 
 
 def check_shape(
-    own: dict[str, Any], geometry: Geometry, allow: bool = False, what: str = "head curves were measured"
+    own: dict[str, Any],
+    geometry: Geometry,
+    allow: bool = False,
+    what: str = "head curves were measured",
 ) -> None:
     """Refuse curves, or whatever was made for a model, where the model has other sizes.
 
