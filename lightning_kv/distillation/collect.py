@@ -86,7 +86,9 @@ class Taught(UnitPart):
         decision = Decision(views[0].step.chunk, tuple(map(Place.of, todo)), guards)
         budgets = tuple(budget_of(self, view) for view in todo)
         self.watched.append(Watched(decision, tuple(listed), budgets))
-        taught = random.Random(f"{views[0].seed} taught {step.chunk}").random() < self.share
+        taught = (
+            random.Random(f"{views[0].seed} taught {views[0].step.chunk}").random() < self.share
+        )
         if taught:
             state["scores"] = {view.layer: self.teacher.scores(view, state) for view in todo}
         else:

@@ -1,6 +1,7 @@
 """How well an order of frames serves lists: what it keeps of their worth, and what outputs lose.
 
-A budget k is the number of candidates that a list keeps. Every measure is a ratio of two sums over
+A budget k is the number of candidates that a list keeps; ``own`` is that of the rollout that the
+list is from. Every measure is a ratio of two sums over
 lists, so it is the same however lists are spread over batches and ranks; lists with nothing to
 decide (k is 0, or all candidates) have no part in it. Sums are kept by layer, head and clip.
 
@@ -22,6 +23,8 @@ from lightning_kv.cache.table import summed
 from lightning_kv.distillation.lists import Lists
 from lightning_kv.distillation.losses import output_error, ranks
 
+OWN = "own"
+"""The budget of the rollout that a list is from."""
 DRAWS = 16  # random sets of a list that stand for all
 WORST = 0.05  # share of heads
 
@@ -38,7 +41,7 @@ class Cut:
     """What a budget makes of lists, whoever ranks their frames.
 
     Args:
-        k: Candidates that are kept.
+        k: int64 ``[N]``: candidates that are kept.
         candidate: bool ``[N, U]``.
         worth: float64 ``[N, U]``: targets as shares of their sum; 0 where all targets are 0.
         ideal: int64 ``[N, U]``: ranks of the targets.
@@ -48,7 +51,7 @@ class Cut:
             head alone), and of keeping nothing; None without outputs.
     """
 
-    k: int
+    k: Tensor
     candidate: Tensor
     worth: Tensor
     ideal: Tensor
@@ -62,7 +65,7 @@ class Cut:
 
     def top(self, rank: Tensor) -> Tensor:
         """What a ranking keeps, bool ``[N, U]``."""
-        return (rank < self.k) & self.candidate
+        return (rank < self.k.unsqueeze(-1)) & self.candidate
 
     def ratio(self, above: Tensor, below: Tensor) -> Ratio:
         """Both sides of the lists in which there is something to decide, 0 of the others."""
@@ -71,12 +74,12 @@ class Cut:
         return Ratio(above.double() * decides, below.double() * decides)
 
 
-def cuts_of(lists: Lists, budgets: Sequence[int], outputs: bool = False) -> list[Cut]:
+def cuts_of(lists: Lists, budgets: Sequence[int | str], outputs: bool = False) -> list[Cut]:
     """What each budget makes of lists; once for all rankings that are judged on them.
 
     Args:
         lists: With targets.
-        budgets: Candidates that are kept, for each cut.
+        budgets: Candidates that are kept, for each cut; ``own`` for those of the rollout.
         outputs: Whether errors of outputs are wanted, which take longest.
 
     Raises:
@@ -90,8 +93,10 @@ def cuts_of(lists: Lists, budgets: Sequence[int], outputs: bool = False) -> list
     age = ranks(place, lists.candidate)
     noise = [ranks(_noise(lists, n), lists.candidate) for n in range(DRAWS if outputs else 0)]
     found = []
-    for k in budgets:
-        one = Cut(k, lists.candidate, worth, ideal, (age < k) & lists.candidate, None)
+    for budget in budgets:
+        k = lists.keep if budget == OWN else torch.full_like(lists.keep, budget)
+        newest = (age < k.unsqueeze(-1)) & lists.candidate
+        one = Cut(k, lists.candidate, worth, ideal, newest, None)
         if outputs:
             sets = [one.best, torch.zeros_like(one.best), *(one.top(rank) for rank in noise)]
             best, none, *random = output_error(lists, torch.stack(sets))
@@ -246,7 +251,7 @@ class ListMetric(Metric):
     ``worst_regret@k``: the mean regret of the worst 5 % of the heads, of one at least.
 
     Args:
-        budgets: Candidates that are kept.
+        budgets: Candidates that are kept; ``own`` for those of the rollout.
         layers: Of the model.
         heads: Of a layer.
         clips: How many there are, where sums are to be kept by clip too.
@@ -258,7 +263,7 @@ class ListMetric(Metric):
         >>> one = torch.tensor([0])
         >>> lists = Lists(
         ...     torch.zeros(1, 4, 1), torch.zeros(1, 1), torch.ones(1, 4, dtype=torch.bool),
-        ...     torch.tensor([[0.5, 0.5, 0.0, 0.0]]), one, one, one, torch.ones(1),
+        ...     torch.tensor([[0.5, 0.5, 0.0, 0.0]]), one, one, one, torch.ones(1), one,
         ... )
         >>> metric.update(torch.tensor([[3.0, 0.0, 2.0, 1.0]]), lists)
         >>> {name: value.item() for name, value in metric.compute().items() if "a" in name}
@@ -271,7 +276,7 @@ class ListMetric(Metric):
 
     def __init__(
         self,
-        budgets: Sequence[int],
+        budgets: Sequence[int | str],
         *,
         layers: int,
         heads: int,

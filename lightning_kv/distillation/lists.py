@@ -22,11 +22,12 @@ SHAPES = {
     "head": "N",
     "clip": "N",
     "weight": "N",
+    "keep": "N",
     "share": "NRV",
     "gram": "NRVV",
     "query": "NR",
 }
-KINDS = {"candidate": torch.bool} | dict.fromkeys(("layer", "head", "clip"), torch.int64)
+KINDS = {"candidate": torch.bool} | dict.fromkeys(("layer", "head", "clip", "keep"), torch.int64)
 OUTPUTS = ("share", "gram", "query")
 
 
@@ -46,6 +47,7 @@ class Lists:
         head: int64 ``[N]``.
         clip: int64 ``[N]``: the clip that each decision was made in.
         weight: ``[N]``: what each list counts.
+        keep: int64 ``[N]``: how many candidates the budget of the rollout lets a head keep.
         share: ``[N, R, U + 1]``: of some later queries, the softmax share p of each place, and
             last of all that is read in any case; None where outputs were not recorded.
         gram: ``[N, R, U + 1, U + 1]``: scalar products of the pulls p (o - a) with each other,
@@ -64,6 +66,7 @@ class Lists:
     head: Tensor
     clip: Tensor
     weight: Tensor
+    keep: Tensor
     share: Tensor | None = None
     gram: Tensor | None = None
     query: Tensor | None = None

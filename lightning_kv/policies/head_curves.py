@@ -298,10 +298,10 @@ def check_shape(
     other = [key for key, value in here.items() if own.get(key) and own[key] != value]
     if {"layers", "heads", "head_dim"} & set(other):
         raise ValueError(
-            f"The {what.rpartition(' ')[0]} made for another model: {own['layers']} layers of {own['heads']} heads "
-            f"({own.get('head_dim', '?')} numbers each). This one has {geometry.layers} layers of "
-            f"{geometry.heads} heads ({geometry.head_dim} numbers). Give those of "
-            "this model."
+            f"The {what.rpartition(' ')[0]} made for another model: {own['layers']} layers of "
+            f"{own['heads']} heads ({own.get('head_dim', '?')} numbers each). This one has "
+            f"{geometry.layers} layers of {geometry.heads} heads ({geometry.head_dim} numbers). "
+            "Give those of this model."
         )
     other = [key for key in other if key != "tokens_per_frame"]  # the grid says the same
     if other and not allow:

@@ -75,6 +75,7 @@ def random_lists(count=40, places=7, queries=3, features=5, context=2, seed=0, f
         head=below(4),
         clip=below(5),
         weight=torch.rand(count, generator=rng) + 0.5,
+        keep=(length * 2) // 3,
         share=share.float(),
         gram=torch.einsum("nrud,nrvd->nruv", pull, pull).float(),
         query=attention.query.float(),
