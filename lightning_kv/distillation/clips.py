@@ -208,9 +208,7 @@ class ClipCollector:
         needs = dict(policy.retain.needs) | self.collecting.teacher.needs
         labels = self._shadow(latents, key, prompt, needs)
         asked = {name: [labels[name]] for name in policy.retain.needs}
-        pushed_through(
-            self.model, policy, latents, key, prompt, tables=asked, **self._settings
-        )
+        pushed_through(self.model, policy, latents, key, prompt, tables=asked, **self._settings)
         if progress:
             progress(1.0)
         return self._record(key, unit, validates, policy, labels)
