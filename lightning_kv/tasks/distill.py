@@ -290,7 +290,7 @@ class Distillation:
         """What is to be said."""
         prompts = several(self.data.total - self.plan.validate, "prompt")
         found = [
-            f"{self.out}: a {self.plan.student} student, taught on {prompts} in "
+            f"{self.out}: student {self.plan.student}, taught on {prompts} in "
             f"{several(self.plan.rounds + 1, 'round')}."
         ]
         if not table:

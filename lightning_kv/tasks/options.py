@@ -84,6 +84,17 @@ class TrainerOptions:
 
 
 @dataclass
+class DistillTrainerOptions(TrainerOptions):
+    """Where clips are collected, on all devices, and students fitted, on the first alone."""
+
+    REFUSED: ClassVar[dict[str, str]] = {
+        name: OF_RECIPE if why == NOT_TRAINED else why
+        for name, why in TrainerOptions.REFUSED.items()
+    }
+    """Arguments of Lightning's Trainer that make no sense here, and why."""
+
+
+@dataclass
 class TrainingTrainerOptions:
     """Where a training runs, and what of Lightning's Trainer takes part in it: nothing of numbers.
 
