@@ -265,7 +265,8 @@ class Work:
             f"Disk: {format_bytes(self.record)} a clip, {format_bytes(self.record * self.clips)} "
             f"in all. Tensors of a process: about {format_bytes(self.memory)}.",
             self._reference,
-            f"Time: about {time_words(self.hours)} at {flop_words(self.rate)} a second and process ({what}).",
+            f"Time: about {time_words(self.hours)} at {flop_words(self.rate)} a second and process "
+            f"({what}).",
         ]
         return lines
 

@@ -187,7 +187,8 @@ class PolicyDistiller(Training):
                 own = self.looked(name)
                 found |= {f"baseline/{name}/{measure}": x for measure, x in own.items()}
             self._told = True
-        self.log_dict({name: x.float() for name, x in found.items()})
+        shared = self._together()  # all ranks have the same; Lightning wants to be told
+        self.log_dict({name: x.float() for name, x in found.items()}, sync_dist=shared)
         if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
             return
         regret = found[MONITOR].float().to(self.least)

@@ -167,7 +167,8 @@ class DistillWork:
             f"held out; {several(self.rounds + 1, 'round')}"
             + (", and held-out clips once more" if self.validate else "")
             + f") on {self.ranks} {processes}.",
-            f"A clip: {self._rollouts()}; about {self.lists} decisions of {self.places:.3g} frames.",
+            f"A clip: {self._rollouts()}; about {self.lists} decisions among {self.places:.3g} "
+            "frames.",
             f"Arithmetic: {flop_words(sum(self.flops.values()))} in all; "
             + "; ".join(f"{n} {flop_words(own)}" for n, own in self.flops.items() if own)
             + ".",
