@@ -233,8 +233,7 @@ class Distillation:
             last: Records of held-out clips that the last scorer decided.
         """
         plan, keys = self.plan, set(self.data.keys())
-        scorer, named = self.scorers[-1], {"distilled": self.scorers[-1]}
-        named["prior"] = self.fresh(plan.student)
+        named = {"distilled": self.scorers[-1], "prior": self.fresh(plan.student)}
         if plan.controls and plan.student != CONTROL:
             named[CONTROL], _ = self.fitted(None, CONTROL)
         regrets: dict[str, list[float | None]] = {"off_policy": [], "on_policy": []}
@@ -249,9 +248,10 @@ class Distillation:
         about = self.about(table, regrets)
         for name, path in (("distilled", self.out), (CONTROL, self.control)):
             if name in named:
-                told = {"fit": named[name].about.get("fit", {})}
-                replace(named[name], about=about | told).save(path)
-        return Distilled(scorer, self.out, table, self.words(table, regrets))
+                told = {"fit": named[name].about["fit"]}
+                named[name] = replace(named[name], about=about | told)
+                named[name].save(path)
+        return Distilled(named["distilled"], self.out, table, self.words(table, regrets))
 
     @property
     def control(self) -> Path:
@@ -369,10 +369,10 @@ def features_without(left_out: Sequence[str]) -> tuple[str, ...]:
     """All features but some, or some groups of them.
 
     >>> len(features_without(["mass", "age"])), "lag" in features_without(["age"])
-    (16, True)
+    (16, False)
 
     Args:
-        left_out: Names of features or of groups.
+        left_out: Names of features or of groups; ``age`` is the group.
 
     Raises:
         ValueError: One is neither, or nothing is left.
@@ -381,7 +381,7 @@ def features_without(left_out: Sequence[str]) -> tuple[str, ...]:
     for name in left_out:
         if name not in GROUPS and name not in FEATURES:
             raise ValueError(unknown("feature or group of features", name, [*GROUPS, *FEATURES]))
-        gone |= {name} if name in FEATURES else set(GROUPS[name])
+        gone |= set(GROUPS.get(name, (name,)))
     found = tuple(name for name in FEATURES if name not in gone)
     if not found:
         raise ValueError(

@@ -224,8 +224,9 @@ class ListWriter(ClipRecordWriter):
 
     def setup(self, trainer: L.Trainer, pl_module: CollectModule, stage: str) -> None:
         """Take up what an earlier start has left; records will say how they were made."""
-        self.run.made = pl_module.made()
         super().setup(trainer, pl_module, stage)
+        if stage == "test":
+            self.run.made = pl_module.made()
 
     def concluded(
         self, trainer: L.Trainer, module: CollectModule, wanted: Mapping[str, Wanted]

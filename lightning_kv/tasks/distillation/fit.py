@@ -88,6 +88,7 @@ def fit(
         val_check_interval=every,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
+        limit_val_batches=1.0 if looking else 0,
         enable_checkpointing=False,
         log_every_n_steps=min(50, every),
     )
