@@ -121,9 +121,9 @@ class Distillation:
     rollouts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.folders: list[Path] = []
+        self.folders: list[Path] = []  # of the rounds so far
         self.scorers: list[Scorer] = []
-        self.fits: list[dict[str, Any]] = []
+        self._about: dict[str, Any] = {}
 
     def check(self) -> None:
         """Refuse what would be noticed after minutes of work.
@@ -144,9 +144,7 @@ class Distillation:
             start = self.scorers[-1] if self.scorers else None
             trainer, folder = self.collect(turn, start)
             self.folders.append(folder)
-            scorer, told = on_first(trainer, lambda own=start: self.fitted(own))
-            self.scorers.append(scorer)
-            self.fits.append(told)
+            self.scorers.append(on_first(trainer, lambda own=start: self.fitted(own)))
         folder = None
         if plan.validate:  # what the last one itself leads to
             trainer, folder = self.collect(plan.rounds + 1, self.scorers[-1], held_out=True)
@@ -178,11 +176,12 @@ class Distillation:
         module = self.module(turn, scorer, held_out)
         if is_first():
             writer.open(trainer, module, self.data)
-        self._about = module.about() | {"surroundings": surroundings(trainer)}
+        if not turn:
+            self._about = module.about() | {"surroundings": surroundings(trainer)}
         trainer.test(module, datamodule=self.data, verbose=False)
         return trainer, self.records / name
 
-    def fitted(self, start: Scorer | None, kind: str | None = None) -> tuple[Scorer, dict]:
+    def fitted(self, start: Scorer | None, kind: str | None = None) -> Scorer:
         """Fit a student to all records so far.
 
         Args:
@@ -235,7 +234,7 @@ class Distillation:
         plan, keys = self.plan, set(self.data.keys())
         named = {"distilled": self.scorers[-1], "prior": self.fresh(plan.student)}
         if plan.controls and plan.student != CONTROL:
-            named[CONTROL], _ = self.fitted(None, CONTROL)
+            named[CONTROL] = self.fitted(None, CONTROL)
         regrets: dict[str, list[float | None]] = {"off_policy": [], "on_policy": []}
         table: Table = {}
         if last is not None:

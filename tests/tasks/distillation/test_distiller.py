@@ -43,7 +43,8 @@ def fitted(folder, folders, recipe=RECIPE, scorer=None, beside=(), **data):
     lists = StatisticsData(folders, recipe.steps, recipe.batch, **data)
     task = PolicyDistiller(scorer or fresh(), recipe)
     made = lambda own, *place, **given: trainer_of([*own, *beside], *place, **given)  # noqa: E731
-    return fit(folder, task, lists, made), task
+    found = fit(folder, task, lists, made)
+    return (found, found.about["fit"]), task
 
 
 def weights(scorer):
