@@ -51,6 +51,7 @@ def quiet() -> None:
         "srun. command is available",
         "Checkpoint directory .* exists and is not empty",  # that is how a run goes on
         "was called before the ``update`` method",  # the reference has nothing to be compared with
+        "to accumulate the metric across",  # a fit is one process, while other ranks wait
         "no pre-optimization state was saved",  # the state after the step is the one wanted
     ):
         warnings.filterwarnings("ignore", f".*{text}.*")

@@ -192,7 +192,7 @@ class PolicyDistiller(Training):
                 own = self.looked(name)
                 found |= {f"baseline/{name}/{measure}": x for measure, x in own.items()}
             self._told = True
-        # All ranks have the same; Lightning would warn wherever a process group is about.
+        # All ranks have the same, so their mean is that; Lightning wants to be told.
         self.log_dict({name: x.float() for name, x in found.items()}, sync_dist=True)
         if self.trainer.state.fn != "fit":
             return
