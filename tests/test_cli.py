@@ -12,6 +12,7 @@ import yaml
 
 from lightning_kv.cli import COMMANDS, main, parse
 from lightning_kv.commands.calibrate import CalibrateOptions
+from lightning_kv.commands.distill import DistillOptions
 from lightning_kv.commands.evaluate import EvaluateOptions
 from lightning_kv.models.embedded import WEIGHTS
 from lightning_kv.tasks.options import PretrainEncoderOptions, PretrainOptions
@@ -515,6 +516,7 @@ def test_every_config_parses_and_explains_its_keys(path):
         "pretrain_panorama": ("pretrain", PretrainOptions),
         "pretrain_encoder": ("pretrain-encoder", PretrainEncoderOptions),
         "calibrate": ("calibrate", CalibrateOptions),
+        "distill": ("distill", DistillOptions),
     }.get(path.stem, ("evaluate", EvaluateOptions))
     options = parse(command, ["-c", str(path)])
     assert isinstance(options, kind)

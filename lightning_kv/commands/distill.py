@@ -368,7 +368,7 @@ COMMAND = Command(
     run,
     """\
 The file serves every budget: {part: distilled, scorer: FILE, budget: 9f}. A stopped run goes on
-when started again, also with other --devices; what other settings can use of it, they use. Say:
+when started again, also with other --devices; settings share what they can of it. For example:
   lightning-kv distill -c configs/distill.yaml --trainer.devices 2 -o scorer.safetensors
   lightning-kv distill --model wan-1.3b --frames 126 --devices 8 --dry_run""",
     metavars={
