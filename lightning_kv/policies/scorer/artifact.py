@@ -261,14 +261,7 @@ class ScorerFile:
         """
         if self.file != "auto":
             return _loaded(self.path, self.sha256)
-        path = shipped_scorers().get(geometry.model)
-        if path is None:
-            whose = f"the model {geometry.model!r}" if geometry.model else "a model without a name"
-            raise ValueError(
-                f"No scorer is shipped for {whose}, and the setting is scorer: auto. {MAKE[:-1]}, "
-                "and give its path."
-            )
-        return _loaded(str(path), checksum(path))
+        return _shipped(geometry.model)
 
 
 def check_model(scorer: Scorer, geometry: Geometry, transfer: bool) -> str:
@@ -277,9 +270,11 @@ def check_model(scorer: Scorer, geometry: Geometry, transfer: bool) -> str:
     Raises:
         ValueError: It has other layers or heads; or, unless allowed, another chunk or grid.
     """
-    told = scorer.about.get("model", {})
+    told, student = scorer.about.get("model", {}), scorer.student
     sizes = dict(told.get("geometry", {}))
-    if not scorer.student.embeddings:
+    if student.embeddings:
+        sizes |= {"layers": student.layers, "heads": student.heads}
+    else:
         for name in ("layers", "heads", "head_dim"):
             sizes.pop(name, None)
     check_shape(sizes, geometry, transfer, "scorer was taught")
@@ -294,7 +289,21 @@ def check_model(scorer: Scorer, geometry: Geometry, transfer: bool) -> str:
 
 @lru_cache(maxsize=16)
 def _loaded(path: str, sha256: str) -> Scorer:
+    ScorerFile(Path(path).name, sha256, path)  # it may have changed since it was named
     with torch.inference_mode(False):  # kept for later
+        return Scorer.load(path)
+
+
+@lru_cache(maxsize=16)
+def _shipped(model: str) -> Scorer:
+    path = shipped_scorers().get(model)
+    if path is None:
+        whose = f"the model {model!r}" if model else "a model without a name"
+        raise ValueError(
+            f"No scorer is shipped for {whose}, and the setting is scorer: auto. {MAKE[:-1]}, "
+            "and give its path."
+        )
+    with torch.inference_mode(False):
         return Scorer.load(path)
 
 

@@ -225,6 +225,8 @@ def _aligned(seen: Seen, views: Sequence[CacheView], there: Tensor) -> Seen:
     known = [seen.frames[layer] for layer in layers]
     if known != list(frames):
         own |= _placed(own, views, known)
+    else:  # other layers may have more
+        own |= {name: own[name][:, :, : there.shape[-1]] for name in names[:3]}
     return Seen(
         frames, **own, there=there, queries=seen.queries, chunks=seen.chunks,
         everywhere=seen.everywhere, shared=seen.shared,
