@@ -18,9 +18,8 @@ from lightning_kv.policies.base import UnitPart
 from lightning_kv.policies.hindsight import Place
 from lightning_kv.policies.retain.oracle import Oracle
 from lightning_kv.policies.scorer.artifact import Scorer, student_on
-from lightning_kv.policies.scorer.features import Listed
+from lightning_kv.policies.scorer.features import Listed, forget_prompt, observe_frames
 from lightning_kv.policies.scorer.running import asked, budget_of, lists_of
-from lightning_kv.policies.scorer.seen import forget_prompt, observe_frames
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,6 +32,8 @@ from lightning_kv.policies.scorer.seen import (
     places,
     stacked,
 )
+from lightning_kv.policies.scorer.seen import forget_prompt as forget_prompt
+from lightning_kv.policies.scorer.seen import observe_frames as observe_frames
 from lightning_kv.policies.statistics import standardised
 
 State = dict[Any, Any]
