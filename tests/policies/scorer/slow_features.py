@@ -1,7 +1,7 @@
 """What a scorer sees, said again in plain loops: one head, one query, one row at a time.
 
-Masses are kept as a list, one number for each clean pass since a frame was made. Shares no code with
-the package but the rotary embedding of its slow twin.
+Masses are kept as a list, one number for each clean pass since a frame was made. No code is that
+of the package but the rotary embedding of its slow twin.
 """
 
 import math

@@ -1,7 +1,7 @@
 """What a scorer sees: against plain loops, whatever the sampler, and with nothing of the future."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from golden_features import GOLDEN
 from slow_features import every_list
 
 from lightning_kv.cache.decisions import Event
@@ -16,7 +17,8 @@ from lightning_kv.policies.base import PositionsPart
 from lightning_kv.policies.registry import policy_from_dict
 from lightning_kv.policies.scorer import running
 from lightning_kv.policies.scorer.artifact import Scorer
-from lightning_kv.policies.scorer.features import CONTEXT, FEATURES
+from lightning_kv.policies.scorer.features import CONTEXT, FEATURES, GROUPS, feature_hash
+from lightning_kv.policies.scorer.seen import STATS, held_rows
 from lightning_kv.testing.candidate import play
 from lightning_kv.testing.schedules import chunked, rolling
 from lightning_kv.testing.tapes import random_tape
@@ -116,9 +118,8 @@ def test_features_are_those_of_plain_loops(watched, scorer, name, budget, positi
     tape = TAPES[name]()
     policy = policy_of(scorer(tape), budget, positions=positions)
     decisions = play(policy, tape).decisions
-    kept = {key[2:4]: None for key in decisions.kept} and {
-        (key[4], *key[2:4]): {row[0] for row in rows} for key, rows in decisions.kept.items()
-    }
+    spots = decisions.kept.items()
+    kept = {(key[4], *key[2:4]): {row[0] for row in rows} for key, rows in spots}
     each = [[5 * x for x in row] for row in SHARES] if budget is UNEVEN else [[5] * 3] * 2
     read = {} if positions == "absolute" else {"read": clipped}
     slow = every_list(tape, kept, each, QUERIES, **read)
@@ -129,6 +130,146 @@ def test_features_are_those_of_plain_loops(watched, scorer, name, budget, positi
         assert rows.keys() == theirs.keys()
         for frame, own in rows.items():
             wanted = torch.tensor([theirs[frame][feature] for feature in NAMES])
-            torch.testing.assert_close(own, wanted, atol=2e-5, rtol=1e-4, msg=lambda t: f"{t}")
+            torch.testing.assert_close(own, wanted, atol=2e-5, rtol=1e-4)
         wanted = torch.tensor([around[feature] for feature in CONTEXT])
         torch.testing.assert_close(context, wanted, atol=2e-5, rtol=1e-4)
+
+
+def played(watched, path, tape, **others):
+    """What is seen on a tape, from the start."""
+    watched.clear()
+    play(policy_of(path, **others), tape)
+    return numbers(watched)
+
+
+def assert_same(ours, theirs, atol=0.0):
+    assert ours.keys() == theirs.keys() and len(ours) >= 6
+    for place, (rows, context) in ours.items():
+        others, around = theirs[place]
+        for own, other in zip(rows.values(), others.values(), strict=True):
+            torch.testing.assert_close(own, other, atol=atol, rtol=0)
+        torch.testing.assert_close(context, around, atol=atol, rtol=0)
+
+
+def later(entry, by):
+    """A pass so many frames later."""
+    step = entry.step
+    frames, final = (tuple(f + by for f in own) for own in (step.frames, step.final))
+    return replace(entry, step=replace(step, frames=frames, final=final))
+
+
+@pytest.mark.parametrize("name", ["chunks", "a short last chunk"])
+def test_a_shift_of_all_times_changes_nothing(watched, scorer, name):
+    tape = TAPES[name]()
+    shifted = replace(tape, entries=tuple(later(entry, 999) for entry in tape.entries))
+    path = scorer(tape)
+    assert_same(played(watched, path, tape), played(watched, path, shifted), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["chunks", "a switch"])
+def test_what_comes_later_changes_nothing(watched, scorer, name):
+    tape, until = TAPES[name](), 4
+    path, rng = scorer(tape), torch.Generator().manual_seed(3)
+
+    def noise(entry):
+        layers = tuple(
+            tuple(torch.randn(x.shape, generator=rng, dtype=x.dtype) for x in own)
+            for own in entry.layers
+        )
+        return replace(entry, layers=layers) if entry.step.chunk > until else entry
+
+    other = replace(tape, entries=tuple(map(noise, tape.entries)))
+    ours, theirs = (played(watched, path, x) for x in (tape, other))
+    early = [place for place in ours if place[0] <= until]
+    assert_same({x: ours[x] for x in early}, {x: theirs[x] for x in early})
+    assert any(not ours[x][1].equal(theirs[x][1]) for x in ours.keys() - set(early))
+
+
+def test_noisy_passes_change_nothing(watched, scorer):
+    tape = TAPES["chunks"]()
+    path = scorer(tape)
+    clean = replace(tape, entries=tuple(e for e in tape.entries if e.step.clean))
+    assert_same(played(watched, path, tape), played(watched, path, clean))
+
+
+def test_heads_are_seen_in_whatever_order(watched, scorer):
+    tape, order = TAPES["chunks"](), [2, 0, 1]
+    path = scorer(tape)
+    entries = tuple(
+        replace(e, layers=tuple(tuple(x[:, :, order] for x in own) for own in e.layers))
+        for e in tape.entries
+    )
+    ours = played(watched, path, tape)
+    theirs = played(watched, path, replace(tape, entries=entries))
+    moved = {(chunk, layer, order[head]): own for (chunk, layer, head), own in theirs.items()}
+    assert_same(ours, moved, 1e-6)
+
+
+def both_branches(tape):
+    """The same passes in two namespaces; in the second, queries and keys are others."""
+    entries = []
+    for e in tape.entries:
+        other = tuple((q.flip(1), k.flip(1), v) for q, k, v in e.layers)
+        entries.append(e)
+        entries.append(replace(e, step=replace(e.step, namespace="uncond"), layers=other))
+    return replace(tape, entries=tuple(entries), geometry=replace(tape.geometry, branches=2))
+
+
+@pytest.mark.parametrize("branches", ["each", "shared"])
+def test_branches_under_guidance_are_seen_apart(watched, scorer, branches):
+    tape = TAPES["chunks"]()
+    path = scorer(tape)
+    alone = played(watched, path, tape)
+    both = played(watched, path, both_branches(tape), branches=branches)
+    assert_same(alone, both)
+    other = numbers(watched, "uncond")
+    assert len(other) == (len(alone) if branches == "each" else 0)
+    assert all(not own[1].equal(alone[place][1]) for place, own in other.items())
+
+
+@pytest.mark.parametrize("group", [*GROUPS])
+def test_features_that_are_left_out_change_no_others(watched, scorer, group):
+    tape = TAPES["chunks"]()
+    names = tuple(name for name in FEATURES if name not in GROUPS[group] or name == "total-mass")
+    whole = played(watched, scorer(tape), tape)
+    some = played(watched, scorer(tape, features=names), tape)
+    index = [NAMES.index(name) for name in names]
+    assert_same(
+        {x: ({f: own[index] for f, own in rows.items()}, c) for x, (rows, c) in whole.items()}, some
+    )
+
+
+def test_rows_that_come_back_are_what_they_were(scorer):
+    """What is found in memory is what was seen when a frame was made."""
+    tape = TAPES["chunks"]()
+    session = tape.session(policy_of(scorer(tape), "9f"))
+    for step, _ in tape.running(session):
+        if step.chunk == 2 and step.final:
+            break
+    seen = session.samples[0].states["cond"]["retain"]["seen"]
+    norms = [STATS.index(name) for name in ("key", "spread", "value")]
+    for view in session.samples[0].views(step):
+        found = held_rows(view, view.frames[::-1])
+        assert found.frames == seen.frames[view.layer][::-1]
+        for ours, theirs in (
+            (found.keys, seen.keys),
+            (found.values, seen.values),
+            (found.norms, seen.stats[..., norms]),
+        ):
+            torch.testing.assert_close(ours.flip(1), theirs[view.layer], atol=1e-6, rtol=1e-6)
+
+
+# -- golden ----------------------------------------------------------------------------------
+
+
+def test_definitions_do_not_drift(watched, scorer):
+    """Where these numbers change, the version of a definition must, and every hash with it."""
+    assert feature_hash(NAMES) == GOLDEN["hash"]
+    tape = random_tape(chunked((3,) * 5, 1), layers=1, heads=1, **SIZES)
+    rows, context = played(watched, scorer(tape), tape)[4, 0, 0]
+    assert [*rows] == GOLDEN["frames"]
+    for place, name in enumerate(NAMES):
+        own = [float(row[place]) for row in rows.values()]
+        assert own == pytest.approx(GOLDEN[name], abs=2e-4), name
+    for number, name in zip(context.tolist(), CONTEXT, strict=True):
+        assert number == pytest.approx(GOLDEN[f"context {name}"], abs=2e-4), name
