@@ -10,6 +10,8 @@ from typing import Any
 from lightning_kv.commands.options import Command
 from lightning_kv.commands.terminal import console, say
 
+NAMED = 3  # of a list of names
+
 
 @dataclass(frozen=True)
 class InspectOptions:
@@ -84,7 +86,9 @@ def told(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
         if isinstance(value, dict):
             yield from told(value, f"{above}{name}.")
         elif isinstance(value, list) and any(isinstance(x, str) for x in value):
-            yield f"{above}{name}", f"{len(value)} ({', '.join(map(str, value[:3]))}, ...)"
+            more = ", ..." * (len(value) > NAMED)
+            first = ", ".join(map(str, value[:NAMED]))
+            yield f"{above}{name}", f"{len(value)} ({first}{more})"
         else:
             yield f"{above}{name}", f"{value:.4g}" if isinstance(value, float) else str(value)
 
