@@ -239,7 +239,7 @@ def _placed(
     own: dict[str, Tensor], views: Sequence[CacheView], known: Sequence[tuple[int, ...]]
 ) -> dict[str, Tensor]:
     """What is known of frames at the places where views have them; masses of lost ones are 0."""
-    pairs = zip(views, known, strict=True)
+    pairs = zip(views, map(set, known), strict=True)
     lost = [tuple(f for f in view.frames if f not in frames) for view, frames in pairs]
     index = indices(places(known, lost, [view.frames for view in views]), own["stats"])
     found = {name: own[name] for name in ("stats", "keys", "values")}

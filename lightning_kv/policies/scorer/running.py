@@ -82,7 +82,9 @@ def budget_of(part: ScoredPart, view: CacheView) -> Tensor:
     return upload(frames, view.frame_ids, torch.float32)
 
 
-def asked(student: torch.nn.Module, views: Sequence[CacheView], listed: Sequence[Listed]) -> Any:
+def asked(
+    student: torch.nn.Module, views: Sequence[CacheView], listed: Sequence[Listed]
+) -> list[Tensor]:
     """Scores of the frames of each layer, ``[H, F]``; the student runs once for all of them.
 
     Frames that are no candidates score lowest; those a head must keep are kept all the same.

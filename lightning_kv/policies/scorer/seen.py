@@ -149,7 +149,7 @@ def _glance(view: PassView, old: Seen | None, queries: int) -> Glance:
     """What a clean pass shows of one layer."""
     final = view.step.final
     fresh = _own_rows(view)
-    known = () if old is None else old.frames[view.layer]
+    known = set(() if old is None else old.frames[view.layer])
     if lost := tuple(frame for frame in view.frames if frame not in known):
         fresh = _together(fresh, held_rows(view, lost))
     looked = _looked(view, queries)

@@ -91,17 +91,27 @@ def numbers(watched, namespace="cond"):
 SHARES = [[0.6, 1.0, 1.4], [1.4, 0.6, 1.0]]
 UNEVEN = {"part": "table", "amount": "5f", "shares": SHARES}
 SIZES = {"dtype": torch.float64, "gain": 3.0}
+
+
+def in_threes(tape):
+    """Whatever was given at once, what is made comes in chunks of three."""
+    return replace(tape, geometry=replace(tape.geometry, chunk=3))
+
+
 TAPES = {
     "chunks": lambda: random_tape(chunked((3,) * 6, 1), **SIZES),
     "a short last chunk": lambda: random_tape(chunked((3, 3, 3, 3, 2), 1), **SIZES),
     "given frames": lambda: random_tape(chunked((2,) * 6, 1, context=3), grid=(1, 4), **SIZES),
+    "a long prefill": lambda: in_threes(
+        random_tape(chunked((6, 3, 3, 3, 3), 1, context=1), grid=(1, 4), **SIZES)
+    ),
     "rolling": lambda: random_tape(rolling(2, 12, 3), grid=(1, 4), **SIZES),
     "a switch": lambda: random_tape(
         chunked((3,) * 6, 1), events=(Event("prompt_switch", 9, "x"),), **SIZES
     ),
 }
 CASES = [
-    *((name, "5f", "absolute") for name in TAPES),
+    *((name, "7f" if "prefill" in name else "5f", "absolute") for name in TAPES),
     ("chunks", UNEVEN, "absolute"),
     ("rolling", UNEVEN, "absolute"),
     ("chunks", "5f", "clipped-at-4"),
@@ -120,7 +130,9 @@ def test_features_are_those_of_plain_loops(watched, scorer, name, budget, positi
     decisions = play(policy, tape).decisions
     spots = decisions.kept.items()
     kept = {(key[4], *key[2:4]): {row[0] for row in rows} for key, rows in spots}
-    each = [[5 * x for x in row] for row in SHARES] if budget is UNEVEN else [[5] * 3] * 2
+    each = (
+        [[5 * x for x in row] for row in SHARES] if budget is UNEVEN else [[int(budget[0])] * 3] * 2
+    )
     read = {} if positions == "absolute" else {"read": clipped}
     slow = every_list(tape, kept, each, QUERIES, **read)
     found = numbers(watched)

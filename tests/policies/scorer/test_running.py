@@ -229,3 +229,15 @@ def test_lists_of_one_layer_are_those_of_all_together(file):
                 compared += 1
             widths = {own_list.candidate.shape[1] for own_list in every}
     assert compared == 10 and len(widths) == 2
+
+
+def test_a_shipped_scorer_is_dealt_to_tapes_of_other_heads(panorama):
+    own, small = preset("distilled"), tape("chunks of 3").geometry
+    assert headed(own, panorama.network.geometry()) == own
+    shipped = own.retain.scorer.scorer(panorama.network.geometry()).student
+    dealt = headed(own, small).retain.scorer.scorer(small).student
+    assert (dealt.layers, dealt.heads) == (small.layers, small.heads)
+    for name, value in dealt.state_dict().items():
+        whole = shipped.state_dict()[name]
+        assert value.equal(whole[: len(value)])
+    assert headed(headed(own, small), small) == headed(own, small)
