@@ -64,7 +64,7 @@ def _lists_of_layer(
     guard = watched.decision.guards[place]
     candidate = listed.candidate
     heads, count = len(candidate), candidate.sum(-1)
-    order = (~candidate).to(torch.int8).argsort(-1, stable=True)  # [H, F]
+    order = (~candidate).to(torch.int8).argsort(dim=-1, stable=True)  # [H, F]
     order = order[:, : max(1, int(count.max()))]
     inside = candidate.gather(1, order)
     kept = (guard & where.present).expand(heads, -1).sum(-1)
