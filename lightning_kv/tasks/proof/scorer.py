@@ -412,6 +412,8 @@ def closed(gap: Quotient) -> str:
     """The share of the gap to the oracle that is closed, in words."""
     if gap.value is None:
         return "there is no gap to the oracle"
+    if gap.value <= 0:
+        return "none of the gap to the oracle closed"
     ends = "" if gap.low is None else f" [{percent(gap.low, 1)}, {percent(gap.high, 1)}]"
     return f"{percent(gap.value, 1)}{ends} of the gap to the oracle closed"
 

@@ -77,6 +77,15 @@ class ScorerSource:
         check_model(scorer, geometry, transfer=False)
         return cls(where, scorer)
 
+    @classmethod
+    def read(cls, path: str | Path) -> ScorerSource:
+        """Whatever model it is of.
+
+        Raises:
+            ValueError: There is none, or it is damaged.
+        """
+        return cls(Path(path), Scorer.load(path))
+
     @property
     def prompts(self) -> tuple[str, ...]:
         """Keys of those that it was fitted on, as far as it says."""
