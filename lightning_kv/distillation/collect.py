@@ -6,7 +6,7 @@ Shapes: L layers, H heads, F frames that a layer holds, K features, C context nu
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -48,6 +48,7 @@ class Taught(UnitPart):
         scorer: Whose features are written down.
         teacher: Knows the reference rollout.
         share: Of the commits, how many the teacher decides.
+        features: Which are written down; those of the scorer where there are none.
         watched: Where they are written down.
     """
 
@@ -55,6 +56,7 @@ class Taught(UnitPart):
     scorer: Scorer | None = None
     teacher: Oracle = Oracle()  # noqa: RUF009  frozen
     share: float = 1.0
+    features: tuple[str, ...] = ()
     watched: list[Watched] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -81,7 +83,8 @@ class Taught(UnitPart):
         todo = [view for view in views if not self.fits(view)]
         if not todo:
             return [None] * len(views)
-        listed = lists_of(self, todo, state, self.scorer.features)
+        names = self.features or self.scorer.features
+        listed = lists_of(self, todo, state, names)
         guards = tuple(self.protected(view, view.frame_ids)[:, 0] for view in todo)
         decision = Decision(views[0].step.chunk, tuple(map(Place.of, todo)), guards)
         budgets = tuple(budget_of(self, view) for view in todo)
@@ -92,7 +95,9 @@ class Taught(UnitPart):
         if taught:
             state["scores"] = {view.layer: self.teacher.scores(view, state) for view in todo}
         else:
-            found = asked(student_on(self.scorer, views[0].device), todo, listed)
+            places = [names.index(name) for name in self.scorer.features]
+            shown = [replace(own, features=own.features[..., places]) for own in listed]
+            found = asked(student_on(self.scorer, views[0].device), todo, shown)
             state["scores"] = {v.layer: x.unsqueeze(1) for v, x in zip(todo, found, strict=True)}
         return super().commit(views, state)
 
