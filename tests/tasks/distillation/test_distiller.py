@@ -95,7 +95,7 @@ def test_a_fit_that_was_stopped_goes_on(done, folders, tmp_path, step):
 
 
 def test_it_ends_when_looks_bring_nothing_also_where_it_was_stopped_then(folders, tmp_path):
-    recipe = replace(RECIPE, lr=1e-9, final=0.0, patience=2)  # nothing is learned
+    recipe = replace(RECIPE, lr=1e-9, final=0.0, patience=2, first=0.0)  # nothing is learned
     (_, told), _ = fitted(tmp_path / "one", folders, recipe)
     assert told["steps"] == 30
 
@@ -237,3 +237,9 @@ def test_two_processes_see_and_learn_what_one_does(folders, tmp_path, workers):
     (one, _), _ = fitted(tmp_path / "one", folders)
     for name, own in one.student.state_dict().items():
         torch.testing.assert_close(loaded.student.state_dict()[name], own, atol=2e-3, rtol=1e-2)
+
+
+def test_it_does_not_end_before_outputs_count(folders, tmp_path):
+    recipe = replace(RECIPE, lr=1e-9, final=0.0, patience=1, first=0.5)
+    (_, told), _ = fitted(tmp_path, folders, recipe)
+    assert told["steps"] == 40  # the first look that counts is that of step 30
