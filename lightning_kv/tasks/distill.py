@@ -121,9 +121,9 @@ class Distillation:
     rollouts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.folders: list[Path] = []
+        self.folders: list[Path] = []  # of the rounds so far
         self.scorers: list[Scorer] = []
-        self.fits: list[dict[str, Any]] = []
+        self._about: dict[str, Any] = {}
 
     def check(self) -> None:
         """Refuse what would be noticed after minutes of work.
@@ -144,9 +144,7 @@ class Distillation:
             start = self.scorers[-1] if self.scorers else None
             trainer, folder = self.collect(turn, start)
             self.folders.append(folder)
-            scorer, told = on_first(trainer, lambda own=start: self.fitted(own))
-            self.scorers.append(scorer)
-            self.fits.append(told)
+            self.scorers.append(on_first(trainer, lambda own=start: self.fitted(own)))
         folder = None
         if plan.validate:  # what the last one itself leads to
             trainer, folder = self.collect(plan.rounds + 1, self.scorers[-1], held_out=True)
@@ -178,11 +176,12 @@ class Distillation:
         module = self.module(turn, scorer, held_out)
         if is_first():
             writer.open(trainer, module, self.data)
-        self._about = module.about() | {"surroundings": surroundings(trainer)}
+        if not turn:
+            self._about = module.about() | {"surroundings": surroundings(trainer)}
         trainer.test(module, datamodule=self.data, verbose=False)
         return trainer, self.records / name
 
-    def fitted(self, start: Scorer | None, kind: str | None = None) -> tuple[Scorer, dict]:
+    def fitted(self, start: Scorer | None, kind: str | None = None) -> Scorer:
         """Fit a student to all records so far.
 
         Args:
@@ -233,10 +232,9 @@ class Distillation:
             last: Records of held-out clips that the last scorer decided.
         """
         plan, keys = self.plan, set(self.data.keys())
-        scorer, named = self.scorers[-1], {"distilled": self.scorers[-1]}
-        named["prior"] = self.fresh(plan.student)
+        named = {"distilled": self.scorers[-1], "prior": self.fresh(plan.student)}
         if plan.controls and plan.student != CONTROL:
-            named[CONTROL], _ = self.fitted(None, CONTROL)
+            named[CONTROL] = self.fitted(None, CONTROL)
         regrets: dict[str, list[float | None]] = {"off_policy": [], "on_policy": []}
         table: Table = {}
         if last is not None:
@@ -249,9 +247,10 @@ class Distillation:
         about = self.about(table, regrets)
         for name, path in (("distilled", self.out), (CONTROL, self.control)):
             if name in named:
-                told = {"fit": named[name].about.get("fit", {})}
-                replace(named[name], about=about | told).save(path)
-        return Distilled(scorer, self.out, table, self.words(table, regrets))
+                told = {"fit": named[name].about["fit"]}
+                named[name] = replace(named[name], about=about | told)
+                named[name].save(path)
+        return Distilled(named["distilled"], self.out, table, self.words(table, regrets))
 
     @property
     def control(self) -> Path:
@@ -369,10 +368,10 @@ def features_without(left_out: Sequence[str]) -> tuple[str, ...]:
     """All features but some, or some groups of them.
 
     >>> len(features_without(["mass", "age"])), "lag" in features_without(["age"])
-    (16, True)
+    (16, False)
 
     Args:
-        left_out: Names of features or of groups.
+        left_out: Names of features or of groups; ``age`` is the group.
 
     Raises:
         ValueError: One is neither, or nothing is left.
@@ -381,7 +380,7 @@ def features_without(left_out: Sequence[str]) -> tuple[str, ...]:
     for name in left_out:
         if name not in GROUPS and name not in FEATURES:
             raise ValueError(unknown("feature or group of features", name, [*GROUPS, *FEATURES]))
-        gone |= {name} if name in FEATURES else set(GROUPS[name])
+        gone |= set(GROUPS.get(name, (name,)))
     found = tuple(name for name in FEATURES if name not in gone)
     if not found:
         raise ValueError(

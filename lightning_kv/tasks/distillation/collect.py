@@ -115,7 +115,7 @@ class CollectModule(RecordsModule):
 
     def about(self) -> dict[str, Any]:
         """What the file of a scorer says of model, teacher and settings."""
-        own, network = self.collecting, self.network
+        own, network, told = self.collecting, self.network, self.describe()
         return {
             "model": {
                 "name": network.config.model or self.model_name,
@@ -127,8 +127,8 @@ class CollectModule(RecordsModule):
             "teacher": asdict(own.teacher),
             "labels": own.labels,
             "budgets": list(own.budgets),
-            "cache": {"reference": super().describe()["reference"]},
-            "settings": {"fingerprint": f"sha256:{fingerprint(self.describe())}"},
+            "cache": {"reference": told["reference"]},
+            "settings": {"fingerprint": f"sha256:{fingerprint(told)}"},
         }
 
     def validated(self, data: PromptDataModule) -> frozenset[str]:
@@ -224,8 +224,9 @@ class ListWriter(ClipRecordWriter):
 
     def setup(self, trainer: L.Trainer, pl_module: CollectModule, stage: str) -> None:
         """Take up what an earlier start has left; records will say how they were made."""
-        self.run.made = pl_module.made()
         super().setup(trainer, pl_module, stage)
+        if stage == "test":
+            self.run.made = pl_module.made()
 
     def concluded(
         self, trainer: L.Trainer, module: CollectModule, wanted: Mapping[str, Wanted]

@@ -99,7 +99,8 @@ class PolicyDistiller(Training):
                 "trainer.fit(module, datamodule=StatisticsData(folders, steps))."
             )
         if stage == "fit":
-            moments = data.moments()
+            mean, deviation, *context = data.moments()
+            moments = (mean[self.columns], deviation[self.columns], *context)
             for own in (self.student, self.average, self.best):
                 own.standardise_by(*moments)
         self._cuts, self._told = {}, False
@@ -188,15 +189,19 @@ class PolicyDistiller(Training):
 
     def on_validation_epoch_end(self) -> None:
         """Log what all ranks have found, and keep the best student."""
+        if self.trainer.sanity_checking:  # of some lists only
+            for metric in self.metrics.values():
+                metric.reset()
+            return
         found = {f"val/{name}": x for name, x in self.looked("student").items()}
         if not self._told:
             for name in BASELINES:
                 own = self.looked(name)
                 found |= {f"baseline/{name}/{measure}": x for measure, x in own.items()}
             self._told = True
-        shared = self._together()  # all ranks have the same; Lightning wants to be told
-        self.log_dict({name: x.float() for name, x in found.items()}, sync_dist=shared)
-        if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
+        # All ranks have the same; Lightning would warn wherever a process group is about.
+        self.log_dict({name: x.float() for name, x in found.items()}, sync_dist=True)
+        if self.trainer.state.fn != "fit":
             return
         regret = found[self.monitor(self.trainer.datamodule.held_out.lists)].float().to(self.least)
         if regret < self.least:

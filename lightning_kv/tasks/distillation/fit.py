@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -67,9 +66,7 @@ class LookSaver(L.Callback):
             trainer.save_checkpoint(self.file, weights_only=False)
 
 
-def fit(
-    folder: Path, task: PolicyDistiller, data: StatisticsData, trainer_of: TrainerOf
-) -> tuple[Scorer, dict[str, Any]]:
+def fit(folder: Path, task: PolicyDistiller, data: StatisticsData, trainer_of: TrainerOf) -> Scorer:
     """Fit, or go on with a fit, or take up what it came to.
 
     Args:
@@ -79,15 +76,14 @@ def fit(
         trainer_of: Makes a Trainer of one process.
 
     Returns:
-        The scorer, and what the fit says of itself: steps, looks, losses.
+        The scorer; its ``about["fit"]`` tells the steps and the last losses.
 
     Raises:
         ValueError: A checkpoint cannot be taken up, or the fit has come to nothing.
     """
     done = folder / SCORER
     if done.is_file():
-        found = Scorer.load(done)
-        return found, found.about["fit"]
+        return Scorer.load(done)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = last_checkpoint(folder, task)
     recipe, looking = task.recipe, data.held_out.lists is not None
@@ -107,17 +103,17 @@ def fit(
         val_check_interval=every,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
+        limit_val_batches=1.0 if looking else 0,
         enable_checkpointing=False,
         log_every_n_steps=min(50, every),
     )
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     check_finite(task.state_dict_of_student(), f"after step {trainer.global_step}", task.advice)
-    told = {"steps": trainer.global_step, "losses": task.losses}
     scorer = task.distilled()
-    scorer.about["fit"] = told
+    scorer.about["fit"] = {"steps": trainer.global_step, "losses": task.losses}
     scorer.save(done)
     (folder / LAST).unlink(missing_ok=True)
-    return scorer, told
+    return scorer
 
 
 def judged(lists: Lists | None, scorers: Mapping[str, Scorer], kept: Sequence[int] = KEPT) -> Table:

@@ -43,7 +43,8 @@ def fitted(folder, folders, recipe=RECIPE, scorer=None, beside=(), **data):
     lists = StatisticsData(folders, recipe.steps, recipe.batch, **data)
     task = PolicyDistiller(scorer or fresh(), recipe)
     made = lambda own, *place, **given: trainer_of([*own, *beside], *place, **given)  # noqa: E731
-    return fit(folder, task, lists, made), task
+    found = fit(folder, task, lists, made)
+    return (found, found.about["fit"]), task
 
 
 def weights(scorer):
@@ -111,8 +112,8 @@ def test_it_ends_when_looks_bring_nothing_also_where_it_was_stopped_then(folders
 
 def test_a_linear_student_with_some_features_and_no_outputs(folders, tmp_path):
     names = tuple(name for name in FEATURES if name not in ("logit", "age"))
-    scorer = fresh("linear", names)
-    (found, told), task = fitted(tmp_path, folders, replace(RECIPE, outputs=0.0), scorer)
+    scorer, recipe = fresh("linear", names), replace(RECIPE, outputs=0.0, lr=0.05)
+    (found, told), task = fitted(tmp_path, folders, recipe, scorer)
     assert found.features == names and "output" not in told["losses"]
     groups = task.optimizer().param_groups
     assert [x.ndim for x in groups[0]["params"]] == [2] and groups[1]["weight_decay"] == 0
