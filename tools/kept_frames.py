@@ -103,7 +103,15 @@ def draw(policies: Sequence[str], prompt: int, seed: int, head: str | None, out:
             interpolation="nearest",
         )
         chunks, frames = held.nonzero(as_tuple=True)
-        axis.scatter(chunks, frames, s=16, marker="s", facecolors="none", edgecolors="tab:orange", linewidth=1.1)
+        axis.scatter(
+            chunks,
+            frames,
+            s=16,
+            marker="s",
+            facecolors="none",
+            edgecolors="tab:orange",
+            linewidth=1.1,
+        )
         axis.set_title(f"{Path(name).name}: holds {covered:.0%} of what is looked at", fontsize=10)
         axis.set_xlabel("chunk that is made")
     axes[0].set_ylabel("frame in memory")

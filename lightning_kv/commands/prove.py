@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,25 +21,36 @@ from lightning_kv.utilities.nearest import unknown
 
 if TYPE_CHECKING:  # they take seconds
     from lightning_kv.report.proof_page import Section
+    from lightning_kv.tasks.calibration.module import SitesModule
+    from lightning_kv.tasks.callbacks.clip_records import ClipRecordWriter
     from lightning_kv.tasks.proof.reads import ReadsProof
+    from lightning_kv.tasks.proof.scorer import ScorerProof
 
-KINDS = ("budgets",)
+KINDS = {
+    "budgets": ("select", "scorer", "measure", "chunks"),
+    "scorer": ("linear", "outputs"),
+}
+"""What is proved, and the options that only it has."""
+EXAMPLES = {"budgets": "heads.safetensors", "scorer": "scorer.safetensors"}
+TITLES = {"budgets": "Budgets by head", "scorer": "A learned scorer"}
 
 
 @dataclass
 class ProveOptions:
-    """Are budgets by head better than uniform ones, on prompts that did not choose them?
+    """Are budgets by head, or a learned scorer, better on prompts that did not choose them?
 
     Args:
-        what: What is proved, budgets.
-        heads: File of head curves that calibrate made, or auto; not with --run.
-        means: History frames per head (6f,9f,12f of 24: about 25, 35 and 50 %).
-        select: Part that chooses what is read, whole frames by score.
-        scorer: Of the curves (mass for top-attention, else the part).
-        measure: Of the curves, gn, exact, output or mass.
-        chunks: Chunks of a clip that are made again under each rule.
-        records: Folder of the records: an unfinished proof goes on there.
-        run: Of evaluate, with policies NAME-RULE@MEAN, judged instead (none).
+        what: What is proved, budgets or scorer.
+        file: Of head curves (calibrate) or a scorer (distill), or auto; not with --run.
+        means: History frames per head (budgets 25, 35, 50 % of the reach; scorer 6f,9f,15f).
+        select: (budgets) Part that chooses what is read, whole frames by score.
+        scorer: (budgets) Of the curves (mass for top-attention, else the part).
+        measure: (budgets) Of the curves, gn, exact, output or mass.
+        chunks: (budgets) Chunks of a clip that are made again under each rule.
+        linear: (scorer) File of a linear student, to see if it does as well (none).
+        outputs: (scorer) Also judge what outputs lose; takes memory in long clips.
+        records: Folder where an unfinished proof goes on (runs/prove; runs/prove_scorer).
+        run: Of evaluate, judged instead: NAME-RULE@MEAN, or distilled@MEAN (none).
         metric: Of such a run (recall, latent_relative, revisit_error).
         out: Page to write, .html or .md (none).
         force: Replace it.
@@ -63,13 +74,15 @@ class ProveOptions:
     """
 
     what: str
-    heads: Path | None = None
+    file: Path | None = None
     means: list[str] | None = None
     select: str = "top-attention"
     scorer: str | None = None
     measure: str = "gn"
     chunks: int = 3
-    records: Path = Path("runs/prove")
+    linear: Path | None = None
+    outputs: bool = True
+    records: Path | None = None
     run: Path | None = None
     metric: list[str] | None = None
     out: Path | None = None
@@ -103,30 +116,48 @@ def run(options: ProveOptions) -> None:
     _check(options)
     quiet()
     if options.run is not None:
-        from lightning_kv.runs.directory import RunDirectory
-        from lightning_kv.tasks.proof import rollouts
+        _tell_run(options)
+    elif options.what == "scorer":
+        from lightning_kv.tasks.proof import scorer
 
-        groups = rollouts.of_run(RunDirectory(options.run), options.metric)
-        told = {"groups": [dataclasses.asdict(own) for own in groups]}
-        _tell(options, [rollouts.extent(groups)], rollouts.sections(groups), told)
-        return
-    from lightning_kv.tasks.proof import reads
+        if (found := prove_scorer(options)) is not None:  # else another rank tells
+            _tell(options, found.words, scorer.sections(found), dataclasses.asdict(found))
+    else:
+        from lightning_kv.tasks.proof import reads
 
-    found = prove(options)
-    if found is not None:  # else another rank tells
-        _tell(options, found.words, reads.sections(found), dataclasses.asdict(found))
+        if (found := prove(options)) is not None:
+            _tell(options, found.words, reads.sections(found), dataclasses.asdict(found))
+
+
+def _tell_run(options: ProveOptions) -> None:
+    """What a run of whole rollouts proves."""
+    from lightning_kv.runs.directory import RunDirectory
+    from lightning_kv.tasks.proof import rollouts, scorer_rollouts
+
+    kind = scorer_rollouts if options.what == "scorer" else rollouts
+    groups = kind.of_run(RunDirectory(options.run), options.metric)
+    told = {"groups": [dataclasses.asdict(own) for own in groups]}
+    _tell(options, kind.extent(groups), kind.sections(groups), told)
 
 
 def _check(options: ProveOptions) -> None:
     """Refuse what would be noticed after minutes of work."""
     if options.what not in KINDS:
         raise ValueError(unknown("thing that is proved", options.what, KINDS))
-    if (options.heads is None) == (options.run is None):
+    usual = ProveOptions(options.what)
+    for other in (name for kind in KINDS if kind != options.what for name in KINDS[kind]):
+        if getattr(options, other) != getattr(usual, other):
+            raise ValueError(
+                f"--{other} has no part in `prove {options.what}`, and {getattr(options, other)} "
+                f"was given. Its own options are --{', --'.join(KINDS[options.what])}."
+            )
+    if (options.file is None) == (options.run is None):
         given = "neither is" if options.run is None else "both are"
+        what, file = options.what, EXAMPLES[options.what]
         raise ValueError(
-            f"Reads are judged from a file of head curves, rollouts from a run, and {given} given. "
-            "Type `lightning-kv prove budgets heads.safetensors`, or `lightning-kv prove budgets "
-            "--run runs/NAME`."
+            f"What was fitted is judged from its file, whole rollouts from a run, and {given} "
+            f"given. Type `lightning-kv prove {what} {file}`, or `lightning-kv prove {what} --run "
+            "runs/NAME`."
         )
     if options.out is None:
         return
@@ -145,26 +176,66 @@ def prove(options: ProveOptions) -> ReadsProof | None:
     Raises:
         ValueError: Anything that does not fit, before anything is measured.
     """
-    from lightning_kv.models.sources import find_model
     from lightning_kv.policies.head_curves import HeadCurves
-    from lightning_kv.tasks.budgets import read_frames
     from lightning_kv.tasks.callbacks import ProofWriter
     from lightning_kv.tasks.prove import ProveBudgetsModule
 
-    means = [int(read_frames(str(text), "means", whole=True)) for text in options.means or ()]
-    if str(options.heads) != "auto":  # before gigabytes are read
-        HeadCurves.load(options.heads)
+    if str(options.file) != "auto":  # before gigabytes are read
+        HeadCurves.load(options.file)
     module_of = partial(
         ProveBudgetsModule,
-        heads=options.heads,
-        means=means,
+        heads=options.file,
+        means=_means(options),
         select=options.select,
         scorer=options.scorer,
         metric=options.measure,
         chunks=options.chunks,
         backend=options.backend,
     )
-    return measured(options, find_model(options.model), ProofWriter(options.records), module_of)
+    return _measured(options, ProofWriter(options.records or "runs/prove"), module_of)
+
+
+def prove_scorer(options: ProveOptions) -> ScorerProof | None:
+    """Run, or go on with, a proof of a scorer from its decisions; rank 0 concludes.
+
+    Raises:
+        ValueError: Anything that does not fit, before anything is measured.
+    """
+    from lightning_kv.policies.scorer.artifact import Scorer
+    from lightning_kv.tasks.callbacks import ScorerProofWriter
+    from lightning_kv.tasks.prove import ProveScorerModule
+
+    for path in filter(None, (options.file, options.linear)):
+        if str(path) != "auto":  # before gigabytes are read
+            Scorer.load(path)
+    module_of = partial(
+        ProveScorerModule,
+        scorer=options.file,
+        linear=options.linear,
+        budgets=_means(options),
+        outputs=options.outputs,
+        backend=options.backend,
+    )
+    return _measured(options, ScorerProofWriter(options.records or "runs/prove_scorer"), module_of)
+
+
+def _means(options: ProveOptions) -> list[int]:
+    """History frames per head.
+
+    Raises:
+        ValueError: One is no whole number.
+    """
+    from lightning_kv.tasks.budgets import read_frames
+
+    return [int(read_frames(str(text), "means", whole=True)) for text in options.means or ()]
+
+
+def _measured(
+    options: ProveOptions, writer: ClipRecordWriter, module_of: Callable[..., SitesModule]
+) -> Any:
+    from lightning_kv.models.sources import find_model
+
+    return measured(options, find_model(options.model), writer, module_of)
 
 
 def _tell(
@@ -177,8 +248,8 @@ def _tell(
     if options.out:
         from lightning_kv.report.proof_page import write_proof_page
 
-        source = options.heads or options.run
-        title = f"Budgets by head on held-out prompts: {source.name}"
+        source = options.file or options.run
+        title = f"{TITLES[options.what]} on held-out prompts: {source.name}"
         write_proof_page(options.out, title, sentences, sections, _typed(options))
     if options.json:
         sys.stdout.write(json.dumps(told, indent=1, allow_nan=False) + "\n")
@@ -203,7 +274,7 @@ def _tell(
 def _typed(options: ProveOptions) -> str:
     """The command with all that differs from the defaults."""
     usual = ProveOptions(options.what)
-    words = ["lightning-kv", "prove", options.what, *filter(None, [str(options.heads or "")])]
+    words = ["lightning-kv", "prove", options.what, *filter(None, [str(options.file or "")])]
     for each in dataclasses.fields(options)[2:]:
         value = getattr(options, each.name)
         if each.name in ("json", "force", "data", "trainer") or value == getattr(usual, each.name):
@@ -222,10 +293,13 @@ COMMAND = Command(
     run,
     """\
 example: lightning-kv prove budgets heads.safetensors --trainer.devices 2 -o prove.html
-Of whole rollouts: evaluate -c configs/prove_budgets_memory.yaml, then prove budgets --run DIR""",
-    positional={"what": "WHAT", "heads": "HEADS"},
+         lightning-kv prove scorer scorer.safetensors --linear scorer-linear.safetensors
+Of whole rollouts: evaluate -c configs/prove_budgets_memory.yaml, then prove budgets --run DIR, or
+evaluate -c configs/distilled_vs_training_free.yaml, then prove scorer --run DIR""",
+    positional={"what": "WHAT", "file": "FILE"},
     metavars={
         "means": "FRAMES,...",
+        "linear": "FILE",
         "records": "FOLDER",
         "run": "DIR",
         "metric": "NAME,...",

@@ -1,8 +1,10 @@
-"""Prove head budgets: on prompts that did not choose them, what does a chunk lose by each rule?"""
+"""Prove head budgets and scorers: what are they worth on prompts that did not choose them?"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,8 +19,13 @@ from lightning_kv.stats.proof import FAMILY, fewest_prompts
 from lightning_kv.tasks.calibration.module import SitesModule
 from lightning_kv.tasks.measuring.fingerprint import weights_of
 from lightning_kv.tasks.proof.design import SHUFFLES, Design, Source, select_part
+from lightning_kv.tasks.proof.scorer import warn_fitted_scorer
+from lightning_kv.tasks.proof.scorer_design import ScorerDesign, ScorerSource
+from lightning_kv.tasks.proof.scorer_meter import ScorerMeter
 from lightning_kv.tasks.rollouts.lengths import read_size
 from lightning_kv.tasks.rollouts.policies import foreign_curves, warn_fitted
+from lightning_kv.tasks.trainer import is_first
+from lightning_kv.utilities.formatting import several
 
 SPREAD = 0.15
 """Standard deviation of log-ratios between prompts that a number of prompts is planned with."""
@@ -118,6 +125,112 @@ class ProveBudgetsModule(SitesModule):
         super().setup(stage)
         keys = {sample.key for sample in self.trainer.datamodule.prompt_samples()}
         warn_fitted(self.design.policies(), self.design.geometry, keys)
+
+
+class ProveScorerModule(SitesModule):
+    """Rolls the reference out, then memories under a scorer and its teacher, and judges rankings.
+
+    Run it with ``Trainer(...).test(module, datamodule=PromptDataModule(...))`` and a
+    :class:`~lightning_kv.tasks.callbacks.ScorerProofWriter`.
+
+    Args:
+        model: The model, or its name as :func:`lightning_kv.load_model` takes it.
+        scorer: File of the scorer, or ``auto``.
+        linear: File of a linear student that was taught alike; none is compared where None.
+        budgets: History frames of each head; 6, 9 and 15 where empty.
+        outputs: Whether outputs are judged too; the reference then records some of them.
+        size: HEIGHTxWIDTH in pixels; the model's own where None.
+        seed: Of the noise.
+        rollouts: frames, context_frames, negative and backend, see the base.
+
+    Raises:
+        ValueError: A file is no scorer, or of a model of other sizes; a budget leaves nothing to
+            choose; or as in the base.
+    """
+
+    task: ClassVar[str] = "prove scorer"
+
+    def __init__(
+        self,
+        model: VideoModel | str = "panorama",
+        scorer: str | Path = "auto",
+        linear: str | Path | None = None,
+        budgets: Sequence[int] = (),
+        *,
+        outputs: bool = True,
+        size: str | None = None,
+        seed: int = 0,
+        **rollouts: Any,
+    ) -> None:
+        model = load_model(model, decode=False) if isinstance(model, str) else model
+        config = model.network.config
+        if config.sampler == "rolling":
+            raise ValueError(
+                f"A scorer cannot be judged on {model.name!r}: it looks at clean passes, and the "
+                "sampler 'rolling' has none. Use a model that makes one chunk at a time."
+            )
+        own = config.model or model.name
+        geometry = replace(model.network.geometry(read_size(size, config)), model=own)
+        linear_source = None if linear is None else ScorerSource.of(linear, geometry)
+        design = ScorerDesign(
+            ScorerSource.of(scorer, geometry), linear_source, tuple(budgets), geometry, outputs
+        )
+        super().__init__(
+            model,
+            SiteSettings(
+                reach=max(design.budgets),
+                scorers=("mass",),
+                chunks=2,  # one that drops something, and one after it that may miss it
+                steps=(0,),
+                probes=0,
+                exact=(),
+            ),
+            "full",
+            size=size,
+            seed=seed,
+            **rollouts,
+        )
+        self.design = design
+        for budget in design.budgets:
+            policy = design.policy(budget, by_scorer=True)
+            policy.check(geometry, config.chunk, self.settings.frames)
+        for said in design.notes if is_first() else ():
+            warnings.warn(said, stacklevel=2)
+
+    @cached_property
+    def meter(self) -> ScorerMeter:
+        """Measures a clip."""
+        return self.metered(ScorerMeter, design=self.design)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that a record depends on beside its clip: part of a run's fingerprint."""
+        return super().describe() | {"design": self.design.describe()}
+
+    def check_data(self, data: Any) -> None:
+        """Refuse prompts that can show nothing, and videos.
+
+        Raises:
+            ValueError: They are too few, videos, or as in the base.
+        """
+        super().check_data(data)
+        if data.video_infos:
+            raise ValueError(
+                f"A scorer is judged on clips that the model makes, and "
+                f"{several(len(data.video_infos), 'video')} were given. Give prompts."
+            )
+        if data.total < (least := fewest_prompts(len(self.design.budgets))):
+            raise ValueError(
+                f"Too few prompts: on {data.total} no test at "
+                f"{several(len(self.design.budgets), 'budget')} can show anything, however large "
+                f"the effect. Give {least} or more."
+            )
+
+    def setup(self, stage: str) -> None:
+        """Check the data, and say which prompts the scorer was fitted on."""
+        super().setup(stage)
+        keys = {sample.key for sample in self.trainer.datamodule.prompt_samples()}
+        for source in filter(None, (self.design.source, self.design.linear)):
+            warn_fitted_scorer(source, keys)
 
 
 def check_sampler(model: VideoModel) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         RolloutProgressBar,
         TrainingProgressBar,
     )
-    from lightning_kv.tasks.callbacks.proof import ProofWriter
+    from lightning_kv.tasks.callbacks.proof import ProofWriter, ScorerProofWriter
     from lightning_kv.tasks.callbacks.records import RecordWriter
     from lightning_kv.tasks.callbacks.traces import TraceWriter
     from lightning_kv.tasks.callbacks.videos import ComparisonVideos, PairVideos
@@ -32,6 +32,7 @@ _HOMES = {
     "ProofWriter": "proof",
     "RecordWriter": "records",
     "RolloutProgressBar": "progress",
+    "ScorerProofWriter": "proof",
     "TraceWriter": "traces",
     "TrainingProgressBar": "progress",
 }
@@ -46,6 +47,7 @@ __all__ = [
     "ProofWriter",
     "RecordWriter",
     "RolloutProgressBar",
+    "ScorerProofWriter",
     "TraceWriter",
     "TrainingProgressBar",
 ]

@@ -30,6 +30,8 @@ KEPT = (3, 6, 12)
 """Candidates that are kept, of the fixed budgets on which held-out lists are looked at."""
 MONITOR = f"val/regret@{OWN}"
 """What says whether a student has become better: lower is."""
+OUTPUT_MONITOR = f"val/output_regret@{OWN}"
+"""The same where a student is taught on errors of outputs, and held-out lists have them."""
 
 
 class PolicyDistiller(Training):
@@ -38,7 +40,7 @@ class PolicyDistiller(Training):
     Under a Trainer of your own: ``Trainer(...).fit(PolicyDistiller(scorer, recipe), datamodule=
     StatisticsData(folders, recipe.steps))``, with any logger, callbacks and number of processes.
     Held-out lists are looked at as ``val/MEASURE@k``, k candidates being kept, or ``own``: as many
-    as the rollout kept; ``val/regret@own`` is the one to monitor. The first look also tells what
+    as the rollout kept; :meth:`monitor` says which of them decides. The first look also tells what
     rankings by hand reach, as ``baseline/NAME/MEASURE@k``.
 
     Args:
@@ -77,6 +79,11 @@ class PolicyDistiller(Training):
         self.metrics = nn.ModuleDict()
         self._cuts: dict[int, list[Cut]] = {}
         self._told = False  # what baselines reach
+
+    def monitor(self, held: Lists | None) -> str:
+        """Name of what says whether the student has become better on held-out lists."""
+        outputs = held is not None and held.gram is not None and self.recipe.outputs
+        return OUTPUT_MONITOR if outputs else MONITOR
 
     def setup(self, stage: str) -> None:
         """Columns are standardised by the lists to learn; a checkpoint brings its own.
@@ -196,7 +203,7 @@ class PolicyDistiller(Training):
         self.log_dict({name: x.float() for name, x in found.items()}, sync_dist=True)
         if self.trainer.state.fn != "fit":
             return
-        regret = found[MONITOR].float().to(self.least)
+        regret = found[self.monitor(self.trainer.datamodule.held_out.lists)].float().to(self.least)
         if regret < self.least:
             self.least.copy_(regret)
             self.best.load_state_dict(self.average.state_dict())

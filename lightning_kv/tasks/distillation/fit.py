@@ -16,7 +16,7 @@ from lightning_kv.distillation.lists import Lists
 from lightning_kv.policies.scorer.artifact import Scorer
 from lightning_kv.policies.scorer.features import FEATURES
 from lightning_kv.tasks.distillation.data import StatisticsData
-from lightning_kv.tasks.distillation.distiller import KEPT, MONITOR, PolicyDistiller
+from lightning_kv.tasks.distillation.distiller import KEPT, OUTPUT_MONITOR, PolicyDistiller
 from lightning_kv.tasks.training.module import LAST, check_finite, last_checkpoint
 
 SCORER = "scorer.safetensors"
@@ -28,7 +28,21 @@ Table = dict[str, dict[str, float | None]]
 
 
 class Patience(EarlyStopping):
-    """Ends a fit after some looks without a better one, also one that was stopped right then."""
+    """Ends a fit after some looks without a better one, also one that was stopped right then.
+
+    Args:
+        begin: Step before which looks do not count: losses come in later.
+        settings: Of the base.
+    """
+
+    def __init__(self, *args: Any, begin: int = 0, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.begin = begin
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count a look."""
+        if trainer.global_step >= self.begin:
+            super().on_validation_end(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What an earlier start has seen counts."""
@@ -75,7 +89,12 @@ def fit(folder: Path, task: PolicyDistiller, data: StatisticsData, trainer_of: T
     recipe, looking = task.recipe, data.held_out.lists is not None
     callbacks: list[L.Callback] = []
     if looking:
-        callbacks += [Patience(MONITOR, patience=recipe.patience), LookSaver(folder / LAST)]
+        monitor = task.monitor(data.held_out.lists)
+        begin = math.ceil(recipe.first * recipe.steps) if monitor == OUTPUT_MONITOR else 0
+        callbacks += [
+            Patience(monitor, patience=recipe.patience, begin=begin),
+            LookSaver(folder / LAST),
+        ]
     every = max(1, math.ceil(recipe.steps / recipe.looks))
     trainer = trainer_of(
         callbacks,

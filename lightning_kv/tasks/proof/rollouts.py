@@ -293,10 +293,10 @@ def sections(found: Sequence[GroupProof]) -> list[Section]:
     return [Section(own.title, own.words, HEADS, tuple(cells(own))) for own in found]
 
 
-def extent(found: Sequence[GroupProof]) -> str:
-    """How much there is, in a sentence."""
+def extent(found: Sequence[GroupProof]) -> tuple[str, ...]:
+    """How much there is, in sentences."""
     prompts = max(own.proof.comparisons[0].prompts for own in found)
     return (
         f"{several(prompts, 'held-out prompt')}, whole rollouts. Losses are compared as ratios (of "
-        "squares, their roots), scores as differences in which more is better."
+        "squares, their roots), scores as differences in which more is better.",
     )

@@ -1,0 +1,271 @@
+"""What is compared on held-out prompts: a learned scorer, its controls, and rankings by hand.
+
+Shapes: N lists, U places of a list, K features of a frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_kv.cache.passes import Geometry
+from lightning_kv.distillation.collect import Taught
+from lightning_kv.distillation.labels import Teacher
+from lightning_kv.distillation.lists import Lists
+from lightning_kv.models.samplers import stable_seed
+from lightning_kv.policies.base import CachePolicy
+from lightning_kv.policies.budget.uniform import Uniform
+from lightning_kv.policies.registry import preset
+from lightning_kv.policies.retain.oracle import Oracle
+from lightning_kv.policies.scorer.artifact import Scorer, ScorerFile, check_model, shipped_scorers
+from lightning_kv.policies.scorer.features import FEATURES
+from lightning_kv.policies.scorer.students import Student, make_student
+from lightning_kv.utilities.files import checksum
+
+JUDGED, LINEAR, UNTRAINED, SHUFFLED = "scorer", "linear", "untrained", "shuffled"
+RANDOM, ORACLE = "random", "oracle"
+BY_HAND = {
+    "recency": "recency",
+    "last-mass": "snap-kv",
+    "total-mass": "h2o",
+    "focused-like": "focused",
+    "future-like": "future",
+}
+"""Training-free rankings by the name that they are called here, as priors of students."""
+USUAL_BUDGETS = (6, 9, 15)
+USUAL_TEACHER = Teacher("mass-future", None, 0.8)
+"""Of a file that does not say what taught it."""
+
+
+@dataclass(frozen=True, eq=False)
+class ScorerSource:
+    """A scorer and where it comes from.
+
+    Args:
+        path: Of the file.
+        scorer: What it holds.
+    """
+
+    path: Path
+    scorer: Scorer
+
+    @classmethod
+    def of(cls, path: str | Path, geometry: Geometry) -> ScorerSource:
+        """Find the file, and see that it is of such a model.
+
+        Args:
+            path: Of the file, or ``auto``: the one that is shipped for the model.
+            geometry: Of the model.
+
+        Raises:
+            ValueError: There is none, it is damaged, or of a model of other sizes.
+        """
+        scorer = ScorerFile.read(path, "scorer").scorer(geometry)
+        where = shipped_scorers()[geometry.model] if str(path) == "auto" else Path(path)
+        student, sizes = scorer.student, (geometry.layers, geometry.heads)
+        if student.embeddings and (student.layers, student.heads) != sizes:
+            raise ValueError(
+                f"{where} was made for another model: {student.layers} layers of {student.heads} "
+                f"heads, and this one has {sizes[0]} of {sizes[1]}. Give the scorer of this model, "
+                "or one that was distilled without embeddings."
+            )
+        check_model(scorer, geometry, transfer=False)
+        return cls(where, scorer)
+
+    @classmethod
+    def read(cls, path: str | Path) -> ScorerSource:
+        """Whatever model it is of.
+
+        Raises:
+            ValueError: There is none, or it is damaged.
+        """
+        return cls(Path(path), Scorer.load(path))
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Keys of those that it was fitted on, as far as it says."""
+        return tuple(self.scorer.about.get("data", {}).get("prompts", ()))
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """What taught it, where it says so."""
+        told = self.scorer.about.get("teacher") or {}
+        known = {own.name for own in fields(Teacher)}
+        return Teacher(**{name: told[name] for name in told.keys() & known}) if told else None
+
+
+@dataclass(frozen=True, eq=False)
+class ScorerDesign:
+    """The rankings of a proof, and the memories that they are judged on.
+
+    Args:
+        source: The scorer that is judged.
+        linear: A linear one, taught alike.
+        budgets: History frames of each head.
+        geometry: Of the model.
+        outputs: Whether outputs are judged too.
+
+    Raises:
+        ValueError: A budget leaves nothing to choose, or the linear one is none, or looks
+            differently.
+    """
+
+    source: ScorerSource
+    linear: ScorerSource | None
+    budgets: tuple[int, ...]
+    geometry: Geometry
+    outputs: bool = True
+
+    def __post_init__(self) -> None:
+        budgets = tuple(sorted(set(self.budgets or USUAL_BUDGETS)))
+        object.__setattr__(self, "budgets", budgets)
+        least = Taught().smallest(self.geometry.chunk)
+        if wrong := [f"{own}f" for own in budgets if own <= least]:
+            raise ValueError(
+                f"At {', '.join(wrong)} there is nothing to choose: the newest {least} frames stay "
+                f"in any case. Give budgets of {least + 1}f or more."
+            )
+        if self.linear is None:
+            return
+        own, other = self.source.scorer, self.linear.scorer
+        if other.student.kind != "linear" or other.queries != own.queries:
+            raise ValueError(
+                f"{self.linear.path} cannot be compared with as the linear student: it is of the "
+                f"kind {other.student.kind!r} and looks with {other.queries} queries a pass, where "
+                f"{self.source.path} looks with {own.queries}. Give one that was distilled with "
+                "--student linear and the same queries."
+            )
+
+    @property
+    def teacher(self) -> Teacher:
+        """What says how much frames are worth."""
+        return self.source.teacher or USUAL_TEACHER
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What has to be said of the file."""
+        found, teacher = [check_model(self.source.scorer, self.geometry, transfer=False)], "teacher"
+        if self.source.teacher is None:
+            teacher = f"{self.teacher.target}, discount {self.teacher.discount:g}, all later chunks"
+            found.append(
+                f"{self.source.path.name} does not say what taught it: it is judged by what is "
+                f"usual ({teacher})."
+            )
+        if self.teacher.target not in ("mass-future", "out-future"):
+            found.append(
+                f"No policy decides by {self.teacher.target}, so the memories of the teacher are "
+                "those of the oracle by mass."
+            )
+        return tuple(filter(None, found))
+
+    @property
+    def needs(self) -> dict[str, dict[str, Any]]:
+        """Tables that the reference has to record."""
+        found = self.teacher.needs | self.led(self.budgets[0], by_scorer=False).needs
+        return found | ({"outputs": {"queries": self.teacher.queries}} if self.outputs else {})
+
+    @property
+    def rankings(self) -> tuple[str, ...]:
+        """All that is compared, in the order of the table."""
+        linear = (LINEAR,) if self.linear else ()
+        return (JUDGED, *linear, UNTRAINED, SHUFFLED, *BY_HAND, RANDOM, ORACLE)
+
+    def led(self, budget: int, by_scorer: bool) -> Taught:
+        """The memory of a rollout that is watched.
+
+        Args:
+            budget: History frames of each head.
+            by_scorer: Whether the scorer decides (on-policy); else its teacher does.
+        """
+        amount, own = Uniform(f"{budget}f"), self.teacher
+        objective = "output" if own.target == "out-future" else "mass"
+        teacher = Oracle(
+            budget=amount,
+            objective=objective,
+            discount=own.discount,
+            horizon=own.horizon,
+            queries=own.queries,
+        )
+        share = 0.0 if by_scorer else 1.0
+        return Taught(
+            budget=amount,
+            scorer=self.source.scorer,
+            teacher=teacher,
+            share=share,
+        )
+
+    def policy(self, budget: int, by_scorer: bool) -> CachePolicy:
+        """The same as a policy; what it sees is written down in a list of its own."""
+        name = f"{'scorer' if by_scorer else 'teacher'}@{budget}f"
+        return replace(preset("full"), name=name, retain=self.led(budget, by_scorer))
+
+    def scores(self, lists: Lists, key: str) -> dict[str, Tensor]:
+        """What each ranking says of lists with all features, ``[N, U]``: more is kept longer.
+
+        Args:
+            lists: Of one clip at one budget.
+            key: Of these lists; what is drawn at random depends on it.
+        """
+        generator = torch.Generator().manual_seed(stable_seed("prove scorer", key))
+        noise, lucky = torch.rand(2, *lists.candidate.shape, generator=generator)
+        found = {
+            JUDGED: asked(self.source.scorer, lists),
+            UNTRAINED: asked(self._untrained, lists),
+            SHUFFLED: asked(self.source.scorer, dealt(lists, noise)),
+            RANDOM: lucky,
+            ORACLE: lists.target,
+        }
+        found |= {name: asked(own, lists) for name, own in self._by_hand.items()}
+        if self.linear:
+            found[LINEAR] = asked(self.linear.scorer, lists)
+        return {name: found[name] for name in self.rankings}
+
+    @cached_property
+    def _untrained(self) -> Scorer:
+        """The scorer as it was before it was taught."""
+        student = make_student(**self.source.scorer.student.settings)
+        return replace(self.source.scorer, student=student.eval().requires_grad_(False))
+
+    @cached_property
+    def _by_hand(self) -> dict[str, Scorer]:
+        return {
+            name: Scorer.fresh("linear", self.geometry, prior=prior, embeddings=False)
+            for name, prior in BY_HAND.items()
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """What the records depend on."""
+        return {
+            "scorer": checksum(self.source.path),
+            "linear": self.linear and checksum(self.linear.path),
+            "teacher": asdict(self.teacher),
+            "budgets": list(self.budgets),
+            "outputs": self.outputs,
+        }
+
+
+def asked(scorer: Scorer, lists: Lists) -> Tensor:
+    """What a scorer says of lists that have all features, ``[N, U]``."""
+    student: Student = scorer.student
+    places = [tuple(FEATURES).index(name) for name in scorer.features]
+    with torch.no_grad():
+        return student(
+            lists.features[..., places], lists.context, lists.layer, lists.head, lists.candidate
+        )
+
+
+def dealt(lists: Lists, noise: Tensor) -> Lists:
+    """Lists in which the features of the candidates are dealt to each other.
+
+    Args:
+        lists: Candidates first, as they are in all lists of clips.
+        noise: ``[N, U]``: says to whom.
+    """
+    order = noise.masked_fill(~lists.candidate, torch.inf).argsort(dim=-1)
+    spread = order.unsqueeze(-1).expand_as(lists.features)
+    return replace(lists, features=lists.features.gather(1, spread))
