@@ -194,8 +194,8 @@ class ProveScorerModule(SitesModule):
         for budget in design.budgets:
             policy = design.policy(budget, by_scorer=True)
             policy.check(geometry, config.chunk, self.settings.frames)
-        for said in design.notes if is_first() else ():
-            warnings.warn(said, stacklevel=2)
+        if design.foreign and is_first():
+            warnings.warn(design.foreign, stacklevel=2)
 
     @cached_property
     def meter(self) -> ScorerMeter:

@@ -132,7 +132,7 @@ class BudgetProof:
         ]
         if self.hoarders:
             said.append(
-                f"More of what recency drops is kept by {' and '.join(self.hoarders)}, at a higher "
+                f"More of what recency drops is kept by {', '.join(self.hoarders)}, at a higher "
                 "regret: who keeps what is old keeps that, and misses what is new."
             )
         return tuple(said)

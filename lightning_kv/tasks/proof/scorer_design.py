@@ -147,9 +147,14 @@ class ScorerDesign:
         return self.source.teacher or USUAL_TEACHER
 
     @property
+    def foreign(self) -> str:
+        """What is to be said of a scorer of another model; nothing where it is of this one."""
+        return check_model(self.source.scorer, self.geometry, transfer=False)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What has to be said of the file."""
-        found, teacher = [check_model(self.source.scorer, self.geometry, transfer=False)], "teacher"
+        found = [self.foreign]
         if self.source.teacher is None:
             teacher = f"{self.teacher.target}, discount {self.teacher.discount:g}, all later chunks"
             found.append(

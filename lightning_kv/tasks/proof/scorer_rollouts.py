@@ -35,6 +35,7 @@ AIM = 2
 SHOWN = 3
 """Policies of other budgets in a table."""
 
+RIVALS = ("equal", "more bytes")
 Role = Literal["judged", "student", "equal", "more bytes", "other budget", "bound", "reference"]
 RANKS: tuple[Role, ...] = (
     *("judged", "student", "bound", "reference", "equal", "more bytes", "other budget"),
@@ -48,13 +49,13 @@ class PolicyRow:
     Args:
         policy: Its name.
         role: ``judged``; ``student``: another scorer; ``equal``: training-free, of the same budget
-            and no more bytes; ``more bytes``: of the same budget; ``other budget``: of no more
-            bytes; ``bound``: knows what is to come; or ``reference``.
+            and no more bytes (or 1 % of the reference's); ``more bytes``: of the same budget;
+            ``other budget``: of no more bytes; ``bound``: knows what is to come; or ``reference``.
         bytes_peak: Most bytes that the cache of a clip ever held.
         ms_per_chunk: Median, of a whole batch.
         value: Mean of the metric and its 95 % interval over prompts.
         gain: Of the judged one on this one, more is better; None of itself.
-        p: Adjusted for all equal policies of all budgets; None where it is no member.
+        p: Adjusted for all training-free policies of their budget, at all budgets; None of others.
         left_out: Clips that have no value under one of the two.
     """
 
@@ -78,7 +79,7 @@ class PolicyProof:
         metric: Its name.
         margin: A loss within it counts as none; None where nobody says.
         rows: Of all policies that it is compared with.
-        best: The best equal policy.
+        best: The best training-free policy of the budget, whatever it holds.
         gap: Share of the way from that to the bound that is gone; None without a bound.
     """
 
@@ -94,14 +95,19 @@ class PolicyProof:
         """Rows of some roles."""
         return tuple(row for row in self.rows if row.role in roles)
 
+    @property
+    def rivals(self) -> tuple[PolicyRow, ...]:
+        """Training-free policies of this budget: those with more bytes have no excuse."""
+        return self.of(*RIVALS)
+
     def row(self, policy: str) -> PolicyRow:
         """Of a policy."""
         return next(row for row in self.rows if row.policy == policy)
 
     @property
     def better(self) -> bool:
-        """Whether it is better than every equal policy."""
-        return all(row.p <= ALPHA and row.gain.gain > 0 for row in self.of("equal"))
+        """Whether it is better than every rival."""
+        return all(row.p <= ALPHA and row.gain.gain > 0 for row in self.rivals)
 
     @property
     def not_worse(self) -> bool | None:
@@ -118,13 +124,12 @@ class PolicyProof:
     @property
     def words(self) -> tuple[str, ...]:
         """The verdict at this budget and what it rests on."""
-        rivals, best, own = self.of("equal"), self.row(self.best), self.row(self.policy)
+        rivals, best, own = self.rivals, self.row(self.best), self.row(self.policy)
         beaten = sum(row.p <= ALPHA and row.gain.gain > 0 for row in rivals)
         gain = ranged(best.gain.gain, best.gain.low, best.gain.high, signed)
         said = [
-            f"Surely better than {beaten} of {len(rivals)} training-free policies of this budget "
-            f"that hold no more bytes; on the best of them, {self.best}, it gains {gain} (p "
-            f"{number(best.p)}).",
+            f"Surely better than {beaten} of {len(rivals)} training-free policies of this budget; "
+            f"on the best of them, {self.best}, it gains {gain} (p {number(best.p)}).",
         ]
         if self.gap is not None:
             said.append(f"Of what {self.best} leaves: {closed(self.gap)}.")
@@ -147,12 +152,8 @@ class PolicyProof:
 
     def _dearer(self) -> str:
         """Policies of this budget that hold more."""
-        if not (rows := self.of("more bytes")):
-            return ""
-        return (
-            f"Of this budget but with more bytes, so not counted: "
-            f"{', '.join(row.policy for row in rows)}; on the best, {_best_of(rows)}."
-        )
+        names = [row.policy for row in self.of("more bytes")]
+        return f"With more bytes than it: {', '.join(names)}." if names else ""
 
     def _cheaper(self) -> str:
         """The best of those that hold no more bytes at another budget."""
@@ -252,12 +253,11 @@ def _proof(
         _row(records, costs, own, name, role, metric, higher)
         for name, role in sorted(roles.items(), key=lambda each: RANKS.index(each[1]))
     ]
-    rivals = [row for row in rows if row.role == "equal"]
+    rivals = [row for row in rows if row.role in RIVALS]
     if not rivals:
         raise ValueError(
-            f"Nothing can be compared with {own}: no training-free policy of the budget {budget} "
-            "holds no more bytes. Evaluate some, such as "
-            f"h2o@{budget} and future-forcing@{budget}."
+            f"Nothing can be compared with {own}: this run has no training-free policy of the "
+            f"budget {budget}. Evaluate some, such as h2o@{budget} and future-forcing@{budget}."
         )
     best = min(rivals, key=lambda row: row.value[0] if not higher else -row.value[0]).policy
     bounds = [row.policy for row in rows if row.role == "bound"]
@@ -325,7 +325,7 @@ def _row(
         None if seconds is None else 1000 * seconds,
         middle(values["own" if name == own else "other"]),
         gain,
-        gain.p if gain and role == "equal" else None,
+        gain.p if gain and role in RIVALS else None,
         len(left_out),
     )
 
@@ -340,13 +340,13 @@ def _means(values: Values, name: str) -> list[float]:
 
 
 def _adjusted(found: Sequence[PolicyProof]) -> list[PolicyProof]:
-    """The same with p values adjusted for all equal policies of all budgets."""
-    each = iter(holm([row.p for own in found for row in own.of("equal")]))
+    """The same with p values adjusted for all rivals at all budgets."""
+    each = iter(holm([row.p for own in found for row in own.rows if row.role in RIVALS]))
     return [
         replace(
             own,
             rows=tuple(
-                replace(row, p=next(each)) if row.role == "equal" else row for row in own.rows
+                replace(row, p=next(each)) if row.role in RIVALS else row for row in own.rows
             ),
         )
         for own in found
@@ -392,7 +392,7 @@ def extent(found: Sequence[PolicyProof]) -> tuple[str, ...]:
     """The verdict by each metric, and what it rests on."""
     prompts = max(own.row(own.best).gain.prompts for own in found)
     metrics = list(dict.fromkeys(own.metric for own in found))
-    tests = len([row for own in found if own.metric == metrics[0] for row in own.of("equal")])
+    tests = len([row for own in found if own.metric == metrics[0] for row in own.rivals])
     said = [verdict([own for own in found if own.metric == metric]) for metric in metrics]
     said.append(
         f"{several(prompts, 'held-out prompt')}, whole rollouts; differences, more is better. P "
