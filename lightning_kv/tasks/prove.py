@@ -30,6 +30,9 @@ from lightning_kv.utilities.formatting import several
 SPREAD = 0.15
 """Standard deviation of log-ratios between prompts that a number of prompts is planned with."""
 
+NO_SITES = SiteSettings(2, ("mass",), chunks=1, steps=(0,), probes=0)
+"""The least that there is, where whole rollouts are looked at and not sites."""
+
 
 class ProveBudgetsModule(SitesModule):
     """Rolls the reference out and makes chunks of each clip again, once for each condition.
@@ -177,20 +180,14 @@ class ProveScorerModule(SitesModule):
         )
         super().__init__(
             model,
-            SiteSettings(
-                reach=max(design.budgets),
-                scorers=("mass",),
-                chunks=2,  # one that drops something, and one after it that may miss it
-                steps=(0,),
-                probes=0,
-                exact=(),
-            ),
+            NO_SITES,
             "full",
             size=size,
             seed=seed,
             **rollouts,
         )
         self.design = design
+        check_length(self.settings.frames, config.chunk, design.budgets)
         for budget in design.budgets:
             policy = design.policy(budget, by_scorer=True)
             policy.check(geometry, config.chunk, self.settings.frames)
@@ -212,12 +209,12 @@ class ProveScorerModule(SitesModule):
         Raises:
             ValueError: They are too few, videos, or as in the base.
         """
-        super().check_data(data)
-        if data.video_infos:
+        if infos := getattr(data, "video_infos", None):
             raise ValueError(
                 f"A scorer is judged on clips that the model makes, and "
-                f"{several(len(data.video_infos), 'video')} were given. Give prompts."
+                f"{several(len(infos), 'video')} were given. Give prompts."
             )
+        super().check_data(data)
         if data.total < (least := fewest_prompts(len(self.design.budgets))):
             raise ValueError(
                 f"Too few prompts: on {data.total} no test at "
@@ -243,6 +240,25 @@ def check_sampler(model: VideoModel) -> None:
         raise ValueError(
             f"Chunks of {model.name!r} cannot be made again on their own: its sampler is {own!r}. "
             "Judge whole rollouts of it (prove budgets --run), or use a few-step model."
+        )
+
+
+def check_length(frames: int, chunk: int, budgets: Sequence[int]) -> None:
+    """Refuse clips in which nothing that is dropped could be missed.
+
+    Args:
+        frames: Of a clip.
+        chunk: Frames of a chunk.
+        budgets: History frames of each head.
+
+    Raises:
+        ValueError: They are too short for some budget.
+    """
+    least = (-(-max(budgets) // chunk) + 2) * chunk  # one chunk too many, and one that looks back
+    if frames < least:
+        raise ValueError(
+            f"Clips of {frames} frames are too short for memories of {max(budgets)}f: nothing that "
+            f"is dropped could be missed. Give --frames {least} or more, or smaller --means."
         )
 
 
