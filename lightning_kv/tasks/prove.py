@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from lightning_kv.calibration.chunk_meter import ChunkMeter
 from lightning_kv.calibration.sites import SiteSettings
+from lightning_kv.models.codec import PatchCodec
 from lightning_kv.models.loading import load_model
 from lightning_kv.models.samplers import stable_seed
 from lightning_kv.models.video import VideoModel
@@ -141,7 +142,8 @@ class ProveScorerModule(SitesModule):
         scorer: File of the scorer, or ``auto``.
         linear: File of a linear student that was taught alike; none is compared where None.
         budgets: History frames of each head; 6, 9 and 15 where empty.
-        outputs: Whether outputs are judged too; the reference then records some of them.
+        outputs: Whether outputs are judged too: the reference then records some, which takes
+            memory. Where None, of the panorama's worlds, and where the teacher needs them.
         size: HEIGHTxWIDTH in pixels; the model's own where None.
         seed: Of the noise.
         rollouts: frames, context_frames, negative and backend, see the base.
@@ -160,7 +162,7 @@ class ProveScorerModule(SitesModule):
         linear: str | Path | None = None,
         budgets: Sequence[int] = (),
         *,
-        outputs: bool = True,
+        outputs: bool | None = None,
         size: str | None = None,
         seed: int = 0,
         **rollouts: Any,
@@ -176,7 +178,11 @@ class ProveScorerModule(SitesModule):
         geometry = replace(model.network.geometry(read_size(size, config)), model=own)
         linear_source = None if linear is None else ScorerSource.of(linear, geometry)
         design = ScorerDesign(
-            ScorerSource.of(scorer, geometry), linear_source, tuple(budgets), geometry, outputs
+            ScorerSource.of(scorer, geometry),
+            linear_source,
+            tuple(budgets),
+            geometry,
+            isinstance(model.codec, PatchCodec) if outputs is None else outputs,
         )
         super().__init__(
             model,

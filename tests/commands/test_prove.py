@@ -206,7 +206,7 @@ def test_a_run_with_a_scorer(tmp_path, monkeypatch, capsys):
 def test_what_cannot_work_with_a_scorer_is_refused(scorers, heads, capsys):
     before, mlp = sorted(Path.cwd().rglob("*")), scorers[0]
     said = refused(capsys, "scorer", mlp, "--select", "focused")
-    assert "--select has no part in `prove scorer`" in said and "--linear, --outputs" in said
+    assert "--select has no part in `prove scorer`" in said and "It has --linear." in said
     assert "has no part in `prove budgets`" in refused(capsys, "budgets", heads, *scorers[1:])
     assert "prove scorer scorer.safetensors" in refused(capsys, "scorer")
     assert "Give 7 or more" in refused(

@@ -108,7 +108,7 @@ class ScorerDesign:
         linear: A linear one, taught alike.
         budgets: History frames of each head.
         geometry: Of the model.
-        outputs: Whether outputs are judged too.
+        outputs: Whether outputs are judged too; they are where the teacher needs them.
 
     Raises:
         ValueError: A budget leaves nothing to choose, or the linear one is none, or looks
@@ -124,6 +124,7 @@ class ScorerDesign:
     def __post_init__(self) -> None:
         budgets = tuple(sorted(set(self.budgets or USUAL_BUDGETS)))
         object.__setattr__(self, "budgets", budgets)
+        object.__setattr__(self, "outputs", self.outputs or "outputs" in self.teacher.needs)
         least = Taught().smallest(self.geometry.chunk)
         if wrong := [f"{own}f" for own in budgets if own <= least]:
             raise ValueError(
@@ -166,6 +167,8 @@ class ScorerDesign:
                 f"No policy decides by {self.teacher.target}, so the memories of the teacher are "
                 "those of the oracle by mass."
             )
+        if not self.outputs:
+            found.append("Outputs were not recorded, so they are not judged.")
         return tuple(filter(None, found))
 
     @property

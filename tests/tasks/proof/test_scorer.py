@@ -99,7 +99,7 @@ def prompts(folder, count=6):
 
 
 def proving(folder, model, name="mlp", **settings):
-    settings = {"budgets": MEASURED, "frames": FRAMES} | settings
+    settings = {"budgets": MEASURED, "frames": FRAMES, "outputs": True} | settings
     return ProveScorerModule(model, folder / f"{name}.safetensors", **settings)
 
 
@@ -174,7 +174,7 @@ def test_memories_of_the_scorer_are_those_of_the_policy(folder, model, geometry)
 
 
 def test_an_untrained_scorer_is_its_prior(folder, model):
-    module = proving(folder, model, "fresh", outputs=False)
+    module = proving(folder, model, "fresh", outputs=None)
     found = ran(module, ScorerProofWriter(folder / "untrained"), prompts(folder))
     for own in found.budgets:
         assert own.mean("scorer") == own.mean("untrained") == own.mean("total-mass")
@@ -185,6 +185,7 @@ def test_an_untrained_scorer_is_its_prior(folder, model):
         assert rows["random"].teacher_led["regret"][0] == pytest.approx(1, abs=0.35)
     assert found.verdict != "learned" and "No linear student was given" in found.words[1]
     assert any("does not say what taught it" in said for said in found.words)
+    assert found.words[-1] == "Outputs were not recorded, so they are not judged."
     assert len(sections(found)[0].heads) == 9
 
 
@@ -276,9 +277,9 @@ def test_the_teacher_of_the_file_leads_and_judges(geometry, target, objective, s
     scorer = random_scorer(geometry, teacher=asdict(teacher) | {"of": "later versions"})
     design = ScorerDesign(ScorerSource(Path("x"), scorer), None, (4,), geometry, outputs=False)
     part = design.led(4, by_scorer=False).teacher
-    assert design.teacher == teacher and len(design.notes) == said
+    assert design.teacher == teacher and len(design.notes) == said + (not design.outputs)
     assert (part.objective, part.horizon, part.discount) == (objective, 3, 0.6)
-    assert ("outputs" in design.needs) == (objective == "output")
+    assert ("outputs" in design.needs) == design.outputs == (objective == "output")
 
 
 # -- from records to verdicts ------------------------------------------------------------------
