@@ -23,6 +23,7 @@ COMMANDS = {
     "report": "write report.html again, of one run or several, finished or not",
     "inspect": "the same in the terminal",
     "calibrate": "what each head loses with fewer frames, for budgets by head",
+    "distill": "teach a small scorer, by hindsight, which frames will be looked at",
     "prove": "whether budgets by head are better than uniform, on held-out prompts",
     "generate": "one video from a prompt, and what its cache cost",
     "pretrain": "train the embedded panorama model",

@@ -26,10 +26,11 @@ from lightning_kv.utilities.nearest import hint
 
 if TYPE_CHECKING:  # they take seconds
     from lightning_kv.calibration.sites import SiteSettings
+    from lightning_kv.data.datamodule import PromptDataModule
     from lightning_kv.models.sources import Source
     from lightning_kv.models.wan import WanConfig
     from lightning_kv.tasks.calibration.conclude import Calibration
-    from lightning_kv.tasks.calibration.module import SitesModule
+    from lightning_kv.tasks.calibration.module import RecordsModule
     from lightning_kv.tasks.calibration.work import Work
     from lightning_kv.tasks.callbacks.clip_records import ClipRecordWriter
 
@@ -146,7 +147,7 @@ def measured(
     options: Any,
     source: Source,
     writer: ClipRecordWriter,
-    module_of: Callable[..., SitesModule],
+    module_of: Callable[..., RecordsModule],
     backward: bool = False,
 ) -> Any:
     """Run, or go on with, what measures clips; what came of it, on rank 0.
@@ -161,19 +162,12 @@ def measured(
     Raises:
         ValueError: Anything that does not fit, before anything is measured.
     """
-    import torch
-
     from lightning_kv.tasks.callbacks import CalibrationProgressBar
-    from lightning_kv.tasks.trainer import is_first, launched, trainer_for
+    from lightning_kv.tasks.trainer import is_first, trainer_for
 
-    settings = launched(options.trainer)
+    settings, evaluation, data = prepared(options, source)
     if backward and settings.deterministic is None and settings.accelerator == "gpu":
         settings.deterministic = "warn"
-    if options.threads < 1:
-        raise ValueError(f"--threads {options.threads} leaves nobody to work. Use 1 or more.")
-    torch.set_num_threads(options.threads)
-    evaluation = settled(as_evaluation(options), source)
-    data = data_of(evaluation)
     trainer = trainer_for(
         settings, [writer], CalibrationProgressBar(), writer.run.path, enable_checkpointing=False
     )
@@ -187,6 +181,30 @@ def measured(
         write_atomic(writer.run.config, config_yaml(options))
     trainer.test(module, datamodule=data, verbose=False)
     return writer.found
+
+
+def prepared(
+    options: Any, source: Source
+) -> tuple[TrainerOptions, EvaluateOptions, PromptDataModule]:
+    """Trainer settings with nothing left open, model and data as an evaluation has them, prompts.
+
+    Args:
+        options: Of the command, as :func:`measured` takes them.
+        source: Of the model.
+
+    Raises:
+        ValueError: Something does not fit.
+    """
+    import torch
+
+    from lightning_kv.tasks.trainer import launched
+
+    settings = launched(options.trainer)
+    if options.threads < 1:
+        raise ValueError(f"--threads {options.threads} leaves nobody to work. Use 1 or more.")
+    torch.set_num_threads(options.threads)
+    evaluation = settled(as_evaluation(options), source)
+    return settings, evaluation, data_of(evaluation)
 
 
 def as_evaluation(options: Any) -> EvaluateOptions:
@@ -338,11 +356,11 @@ def held_at_most(options: CalibrateOptions, measuring: SiteSettings, frames: int
     return int(amount.value) if amount and amount.unit == "f" else frames
 
 
-def prompts_of(options: CalibrateOptions) -> int:
+def prompts_of(options: Any) -> int:
     """How many prompts there would be.
 
     Raises:
-        ValueError: Nothing says it.
+        ValueError: Nothing says it, or they are too few.
     """
     from lightning_kv.tasks.calibration.conclude import check_enough
 

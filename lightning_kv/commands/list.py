@@ -168,12 +168,16 @@ def needed(policy: Any) -> str:
 
 
 def tables(policy: Any) -> list[str]:
-    """The head tables of a policy, each with the models that it is shipped for."""
+    """Head tables and scorers of a policy, each with the models that it is shipped for."""
+    from lightning_kv.policies.scorer.artifact import ScorerFile, shipped_scorers
     from lightning_kv.policies.tables import HeadTable, shipped
 
     told = []
     for part in policy.parts:
         for each in (getattr(part, own.name) for own in dataclasses.fields(part)):
+            if isinstance(each, ScorerFile) and each.file == "auto":
+                models = ", ".join(shipped_scorers())
+                told.append(f"a scorer of the model (shipped for: {models or 'none'})")
             if isinstance(each, HeadTable) and each.file:
                 fit = [
                     table

@@ -6,6 +6,7 @@ Shapes: L layers, H heads, F frames that a layer holds, K features, C context nu
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from lightning_kv.policies.base import UnitPart
 from lightning_kv.policies.hindsight import Place
 from lightning_kv.policies.retain.oracle import Oracle
 from lightning_kv.policies.scorer.artifact import Scorer, student_on
-from lightning_kv.policies.scorer.features import Listed, forget_prompt, observe_frames
+from lightning_kv.policies.scorer.features import FEATURES, Listed, forget_prompt, observe_frames
 from lightning_kv.policies.scorer.running import asked, budget_of, lists_of
 
 
@@ -45,18 +46,16 @@ class Taught(UnitPart):
     (DAgger, arXiv 1011.0686): the scorer meets the memories that its own decisions lead to.
 
     Args:
-        scorer: Whose features are written down.
+        scorer: Decides, where the teacher does not.
         teacher: Knows the reference rollout.
         share: Of the commits, how many the teacher decides.
-        features: Which are written down; those of the scorer where there are none.
-        watched: Where they are written down.
+        watched: Where what is seen is written down: all features that there are.
     """
 
     observes: ClassVar[tuple[str, ...]] = ("prefill", "commit")
     scorer: Scorer | None = None
     teacher: Oracle = Oracle()  # noqa: RUF009  frozen
     share: float = 1.0
-    features: tuple[str, ...] = ()
     watched: list[Watched] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -83,8 +82,7 @@ class Taught(UnitPart):
         todo = [view for view in views if not self.fits(view)]
         if not todo:
             return [None] * len(views)
-        names = self.features or self.scorer.features
-        listed = lists_of(self, todo, state, names)
+        listed = lists_of(self, todo, state, tuple(FEATURES))
         guards = tuple(self.protected(view, view.frame_ids)[:, 0] for view in todo)
         decision = Decision(views[0].step.chunk, tuple(map(Place.of, todo)), guards)
         budgets = tuple(budget_of(self, view) for view in todo)
@@ -95,12 +93,17 @@ class Taught(UnitPart):
         if taught:
             state["scores"] = {view.layer: self.teacher.scores(view, state) for view in todo}
         else:
-            places = [names.index(name) for name in self.scorer.features]
-            shown = [replace(own, features=own.features[..., places]) for own in listed]
-            found = asked(student_on(self.scorer, views[0].device), todo, shown)
+            own = [_of_features(x, self.scorer.features) for x in listed]
+            found = asked(student_on(self.scorer, views[0].device), todo, own)
             state["scores"] = {v.layer: x.unsqueeze(1) for v, x in zip(todo, found, strict=True)}
         return super().commit(views, state)
 
     def scores(self, view: CacheView, state: Any) -> Tensor:
         """What the one who decides says of each frame."""
         return state["scores"].pop(view.layer)
+
+
+def _of_features(listed: Listed, names: Sequence[str]) -> Listed:
+    """Some of all features."""
+    every = list(FEATURES)
+    return replace(listed, features=listed.features[..., [every.index(name) for name in names]])

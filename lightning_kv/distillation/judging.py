@@ -91,7 +91,9 @@ def cuts_of(lists: Lists, budgets: Sequence[int | str], outputs: bool = False) -
     ideal = ranks(lists.target, lists.candidate)
     place = torch.arange(lists.places, device=ideal.device).double().expand_as(target)
     age = ranks(place, lists.candidate)
-    noise = [ranks(_noise(lists, n), lists.candidate) for n in range(DRAWS if outputs else 0)]
+    noise = [
+        ranks(random_scores(lists, n), lists.candidate) for n in range(DRAWS if outputs else 0)
+    ]
     found = []
     for budget in budgets:
         k = lists.keep if budget == OWN else torch.full_like(lists.keep, budget)
@@ -106,8 +108,13 @@ def cuts_of(lists: Lists, budgets: Sequence[int | str], outputs: bool = False) -
     return found
 
 
-def _noise(lists: Lists, draw: int) -> Tensor:
-    """Scores without sense, ``[N, U]``, the same for a list in whatever batch it comes."""
+def random_scores(lists: Lists, draw: int = -1) -> Tensor:
+    """Scores without sense, ``[N, U]``, the same for a list in whatever batch it comes.
+
+    Args:
+        lists: Told apart by clip, layer and head.
+        draw: Other numbers give other scores.
+    """
     place = torch.arange(lists.places, device=lists.layer.device)
     seed = torch.full_like(lists.layer, draw)
     for part in (lists.clip, lists.layer, lists.head):

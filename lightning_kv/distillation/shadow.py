@@ -12,8 +12,9 @@ from torch import Tensor
 from lightning_kv.cache.passes import CONDITIONAL
 from lightning_kv.models.samplers import ChunkPlan, Noise, Steps, clean
 from lightning_kv.models.video import VideoModel
+from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.registry import preset
-from lightning_kv.rollout import rollout
+from lightning_kv.rollout import Rollout, rollout
 
 
 def shadow_tables(
@@ -42,20 +43,40 @@ def shadow_tables(
     Returns:
         One table by name.
     """
+    made = pushed_through(model, preset("full"), latents, key, prompt, record=record, **settings)
+    return {name: own[0] for name, own in made.tables.items()}
+
+
+def pushed_through(
+    model: VideoModel,
+    policy: CachePolicy,
+    latents: Tensor,
+    key: str,
+    prompt: str,
+    **settings: Any,
+) -> Rollout:
+    """A rollout that makes nothing: each chunk of a clip goes through the model once, clean.
+
+    Args:
+        model: The model.
+        policy: What it reads and keeps on the way.
+        latents: ``[F, C, h, w]`` of the clip.
+        key: Of the clip.
+        prompt: What the model is told.
+        settings: Of :func:`~lightning_kv.rollout.rollout`.
+    """
     like = next(model.network.parameters())
     branches = model.network.config.geometry().branches
-    made = rollout(
+    return rollout(
         model,
-        preset("full"),
+        policy,
         prompt,
         len(latents),
         keys=[key],
         sampler=partial(_clean_passes, latents=latents.to(like), branches=branches),
-        record=record,
         decode=False,
         **settings,
     )
-    return {name: own[0] for name, own in made.tables.items()}
 
 
 def _clean_passes(

@@ -180,7 +180,7 @@ class EvaluateModule(ClipModule):
         }
 
     def foreign(self, warn: bool = False) -> list[str]:
-        """What is to be said of head curves of other models or weights."""
+        """What is to be said of head curves and scorers of other models or weights."""
         everyone = [self.reference, *self.policies.values()]
         geometry = self.network.geometry(self.latent_size)
         return foreign_curves(everyone, geometry, weights_of(self.model), warn)

@@ -84,6 +84,17 @@ class TrainerOptions:
 
 
 @dataclass
+class DistillTrainerOptions(TrainerOptions):
+    """Where clips are collected, on all devices, and students fitted, on the first alone."""
+
+    REFUSED: ClassVar[dict[str, str]] = {
+        name: OF_RECIPE if why == NOT_TRAINED else why
+        for name, why in TrainerOptions.REFUSED.items()
+    }
+    """Arguments of Lightning's Trainer that make no sense here, and why."""
+
+
+@dataclass
 class TrainingTrainerOptions:
     """Where a training runs, and what of Lightning's Trainer takes part in it: nothing of numbers.
 
@@ -319,3 +330,42 @@ class PretrainEncoderOptions:
     threads: int = 1
     checkpoint_every: int = 50
     trainer: TrainingTrainerOptions = field(default_factory=TrainingTrainerOptions)
+
+
+@dataclass(frozen=True)
+class DistillRecipe:
+    """Everything that fitting a student to lists depends on beside these.
+
+    Args:
+        steps: Optimiser steps of each round.
+        batch: Lists of a step.
+        lr: Peak learning rate; after the warm-up it falls to the last one along a half cosine.
+        final: Last learning rate.
+        warmup: Share of the steps in which the rate rises.
+        weight_decay: Of matrices alone.
+        first: Share of the steps before outputs count.
+        tau: The listwise loss wants shares of targets to the power 1 / tau.
+        cut: Weight of the ranking loss across the cut.
+        penalty: Weight of the mean square of what a student adds to its prior.
+        outputs: Weight of the outputs' error, over its value when it first counts.
+        soft: Softness of the cut when outputs begin to count, and at the end.
+        looks: How often held-out lists are looked at.
+        patience: Looks without a better one, after which a round is over.
+        newest: How much more often lists of the newest round are drawn than others.
+    """
+
+    steps: int = 1500
+    batch: int = 1024
+    lr: float = 3e-3
+    final: float = 1e-5
+    warmup: float = 0.05
+    weight_decay: float = 1e-3
+    first: float = 0.6
+    tau: float = 2.0
+    cut: float = 0.5
+    penalty: float = 1e-3
+    outputs: float = 1.0
+    soft: tuple[float, float] = (1.0, 0.1)
+    looks: int = 15
+    patience: int = 5
+    newest: float = 2.0

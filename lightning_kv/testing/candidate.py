@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import random
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from lightning_kv.cache.decisions import Event
@@ -22,6 +25,13 @@ from lightning_kv.policies.curve_tables import CurveTable, Reading, shipped_curv
 from lightning_kv.policies.part import Part
 from lightning_kv.policies.registry import SLOTS
 from lightning_kv.policies.scored import ScoredPart
+from lightning_kv.policies.scorer.artifact import (
+    Scorer,
+    ScorerFile,
+    check_model,
+    shipped_scorers,
+)
+from lightning_kv.policies.scorer.students import make_student
 from lightning_kv.policies.tables import HeadTable
 from lightning_kv.testing.compare import Decisions
 from lightning_kv.testing.reach import footprint
@@ -193,7 +203,8 @@ def within(policy: CachePolicy, own: Tape, most: int) -> CachePolicy:
 def headed(policy: CachePolicy, of: Geometry) -> CachePolicy:
     """The policy with head tables of a model's layers and heads, drawn from what is in its own.
 
-    Head curves start at what is protected there, and may be those that are shipped for any model.
+    Head curves start at what is protected there, and may be those that are shipped for any model;
+    so may learned scorers be.
     """
     parts = {kind: _headed(getattr(policy, kind), of) for kind in SLOTS}
     return replace(policy, **parts)
@@ -217,6 +228,8 @@ def _headed(part: Part, of: Geometry, low: int = 1) -> Part:
                 changed[name] = HeadTable.of(rows)
         elif isinstance(value, CurveTable):
             changed[name] = _dealt(value, part.reading, of, low)
+        elif isinstance(value, ScorerFile) and (other := _other_scorer(value, of)):
+            changed[name] = other
     return replace(part, **changed) if changed else part
 
 
@@ -247,6 +260,46 @@ def _dealt(table: CurveTable, how: Reading, of: Geometry, low: int) -> CurveTabl
     )
     grid = tuple(range(low, low + len(table.budgets)))
     return CurveTable(grid, curve, importance, table.reading, file=table.file, sha256=table.sha256)
+
+
+def _other_scorer(file: ScorerFile, of: Geometry) -> ScorerFile | None:
+    """A scorer for a model of other sizes: what is known of layers and heads is dealt in turn.
+
+    Args:
+        file: Of any model.
+        of: The model.
+
+    Returns:
+        None where it fits as it is.
+    """
+    shipped = shipped_scorers()
+    if file.file == "auto" and shipped and of.model not in shipped:
+        file = ScorerFile.read(next(iter(shipped.values())), "scorer")
+    scorer = file.scorer(of)
+    try:
+        check_model(scorer, of, transfer=False)
+        return None if file.file == "auto" else file
+    except ValueError:
+        return ScorerFile.read(_dealt_scorer(scorer, of.layers, of.heads), "scorer")
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="scorers-")  # removed when the process ends
+
+
+@cache
+def _dealt_scorer(scorer: Scorer, layers: int, heads: int) -> Path:
+    """A scorer with as many layers and heads, in a file."""
+    student = make_student(**scorer.student.settings | {"layers": layers, "heads": heads})
+    own, dealt = scorer.student.state_dict(), {}
+    for name, blank in student.state_dict().items():
+        rows = torch.arange(len(blank)) % len(own[name])
+        dealt[name] = own[name][rows]
+    student.load_state_dict(dealt)
+    path = Path(_folder().name) / f"{len(list(Path(_folder().name).iterdir()))}.safetensors"
+    replace(scorer, student=student, about={}).save(path)
+    return path
 
 
 def generous(policy: CachePolicy, own: Tape) -> CachePolicy:

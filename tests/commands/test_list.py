@@ -37,6 +37,8 @@ def test_what_a_policy_needs_is_said(capsys):
     for name in ("", "-longlive", "-rolling"):
         text = "numbers for heads of the model (shipped for: self-forcing)"
         assert needs[f"focused-forcing-paper{name}"] == text
+    for name in ("distilled", "distilled-reads"):
+        assert needs[name] == "a scorer of the model (shipped for: panorama)"
     assert needs["full"] == needs["h2o"] == "-"
     assert {name for name, row in rows.items() if row["deployable"] is False} == reference
     assert all(isinstance(row["deployable"], bool) for row in rows.values())

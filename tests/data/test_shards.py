@@ -23,7 +23,13 @@ from lightning_kv.data.shards import (
 )
 
 ROOT = Path(__file__).parents[2]
-SETS = ("panorama-fast13", "panorama-fast13-any", "panorama-quick", "panorama-slow12")
+SETS = (
+    "panorama-fast13",
+    "panorama-fast13-any",
+    "panorama-quick",
+    "panorama-slow12",
+    "panorama-mixed",
+)
 
 
 def numbered(count: int) -> list[tuple[str, dict[str, str]]]:
@@ -105,6 +111,17 @@ def test_committed_sets_are_balanced(name, count, look):
         assert len({palette for palette, *_ in four}) == 4
 
 
+def test_the_mixed_set_takes_turns():
+    words = [s.prompt.split() for s in PromptShards(read_index(ROOT / "data/panorama-mixed"))]
+    looks = {("fast", "n13", "left"), ("fast", "n13", "any")}
+    looks |= {("slow", "n12", "left"), ("fast", "n10", "left")}
+    for start in range(0, 64, 4):
+        four = words[start : start + 4]
+        assert {tuple(rest) for _, *rest in four} == looks
+        assert len({palette for palette, *_ in four}) == 4
+    assert len({tuple(word) for word in words}) == 16
+
+
 def test_readme_of_the_sets_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     readme = str(ROOT / "data/README.md")
@@ -115,7 +132,7 @@ def test_readme_of_the_sets_runs(tmp_path, monkeypatch):
 
 def test_sets_share_no_world():
     samples = [s for name in SETS for s in PromptShards(read_index(ROOT / "data" / name))]
-    assert len({sample.world_seed for sample in samples}) == len(samples) == 160
+    assert len({sample.world_seed for sample in samples}) == len(samples) == 224
     torch.Generator().manual_seed(max(sample.world_seed for sample in samples))
 
 

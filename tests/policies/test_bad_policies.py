@@ -28,12 +28,12 @@ def checked(spec):
 
 
 def suited(without_tables=False):
-    """Names of methods that need no head table of a model that this one is not."""
+    """Names of methods that need no head table, or scorer, of a model that this one is not."""
     for name in presets(without_tables=without_tables):
         try:
             preset(name).check(GEOMETRY, 3, FRAMES)
         except ValueError as error:
-            assert "head" in str(error), error
+            assert re.search("head|scorer", str(error)), error
         else:
             yield name
 

@@ -14,12 +14,8 @@ from lightning_kv.policies.base import UnitPart
 from lightning_kv.policies.checks import choice
 from lightning_kv.policies.part import Preset
 from lightning_kv.policies.scorer.artifact import ScorerFile
-from lightning_kv.policies.scorer.features import forget_prompt
-from lightning_kv.policies.scorer.running import (
-    check_scorer,
-    look,
-    scores_of,
-)
+from lightning_kv.policies.scorer.running import check_scorer, look, scores_of
+from lightning_kv.policies.scorer.seen import forget_prompt
 
 
 @dataclass(frozen=True)

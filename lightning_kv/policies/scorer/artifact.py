@@ -177,6 +177,31 @@ class Scorer:
                 f"{what.removesuffix('.')}. It may be damaged, or of another kind. {MAKE}"
             ) from error
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Keys of the prompts that it was taught on: nothing is to be judged on these."""
+        return tuple(self.about.get("data", {}).get("prompts", ()))
+
+    def foreign(self, model: str, weights: str = "") -> str:
+        """What to say where it was taught on another model, or on other weights; else nothing.
+
+        Args:
+            model: Name of the model that uses it; what is not known is not compared.
+            weights: What tells its weights from others.
+        """
+        told = self.about.get("model", {})
+        name, mark = told.get("name", ""), told.get("fingerprint", "")
+        if name and model and name != model:
+            whose, where = f"on the model {name!r}", f"for {model!r}"
+        elif mark and weights and mark != weights:
+            whose, where = f"on other weights of {name!r}", "here"
+        else:
+            return ""
+        return (
+            f"A scorer that was taught {whose} is used {where}. Whether it fits is an experiment: "
+            "distil one for this model to be sure."
+        )
+
     def scores(
         self, features: Tensor, context: Tensor, layer: Tensor, head: Tensor, candidate: Tensor
     ) -> Tensor:
@@ -261,14 +286,7 @@ class ScorerFile:
         """
         if self.file != "auto":
             return _loaded(self.path, self.sha256)
-        path = shipped_scorers().get(geometry.model)
-        if path is None:
-            whose = f"the model {geometry.model!r}" if geometry.model else "a model without a name"
-            raise ValueError(
-                f"No scorer is shipped for {whose}, and the setting is scorer: auto. {MAKE[:-1]}, "
-                "and give its path."
-            )
-        return _loaded(str(path), checksum(path))
+        return _shipped(geometry.model)
 
 
 def check_model(scorer: Scorer, geometry: Geometry, transfer: bool) -> str:
@@ -277,24 +295,34 @@ def check_model(scorer: Scorer, geometry: Geometry, transfer: bool) -> str:
     Raises:
         ValueError: It has other layers or heads; or, unless allowed, another chunk or grid.
     """
-    told = scorer.about.get("model", {})
+    told, student = scorer.about.get("model", {}), scorer.student
     sizes = dict(told.get("geometry", {}))
-    if not scorer.student.embeddings:
+    if student.embeddings:
+        sizes |= {"layers": student.layers, "heads": student.heads}
+    else:
         for name in ("layers", "heads", "head_dim"):
             sizes.pop(name, None)
     check_shape(sizes, geometry, transfer, "scorer was taught")
-    name = told.get("name", "")
-    if not (name and geometry.model and name != geometry.model):
-        return ""
-    return (
-        f"A scorer that was taught on the model {name!r} is used for {geometry.model!r}. Whether "
-        "it fits is an experiment: distil one for this model to be sure."
-    )
+    return scorer.foreign(geometry.model)
 
 
 @lru_cache(maxsize=16)
 def _loaded(path: str, sha256: str) -> Scorer:
+    ScorerFile(Path(path).name, sha256, path)  # it may have changed since it was named
     with torch.inference_mode(False):  # kept for later
+        return Scorer.load(path)
+
+
+@lru_cache(maxsize=16)
+def _shipped(model: str) -> Scorer:
+    path = shipped_scorers().get(model)
+    if path is None:
+        whose = f"the model {model!r}" if model else "a model without a name"
+        raise ValueError(
+            f"No scorer is shipped for {whose}, and the setting is scorer: auto. {MAKE[:-1]}, "
+            "and give its path."
+        )
+    with torch.inference_mode(False):
         return Scorer.load(path)
 
 

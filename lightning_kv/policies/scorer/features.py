@@ -4,14 +4,15 @@ All of it comes from the clean pass over the chunk (and from those before): a sa
 against what is held, and the keys and values of the new frames. Denoising passes cost nothing. No
 number changes when all times are shifted, and none knows the index of a frame or of a chunk.
 
-Shapes: H heads, F held frames, R sampled queries, D head width, K features, C context numbers.
+Shapes: L layers that are asked about, H heads, F frames of the longest list, D head width, K
+features, C context numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,19 +20,27 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightning_kv.cache.host import upload
-from lightning_kv.cache.rotary import wide
-from lightning_kv.cache.table import BLOCK
-from lightning_kv.cache.view import CacheView, PassView
-from lightning_kv.policies.future_score import QueryMeans, future_scores, update_query_means
-from lightning_kv.policies.statistics import spread_rows, standardised
+from lightning_kv.cache.rotary import Rotary, rotate
+from lightning_kv.cache.view import CacheView
+from lightning_kv.policies.scorer.seen import (
+    AT,
+    PAST,
+    Seen,
+    gathered,
+    held_rows,
+    indices,
+    places,
+    stacked,
+)
+from lightning_kv.policies.scorer.seen import forget_prompt as forget_prompt
+from lightning_kv.policies.scorer.seen import observe_frames as observe_frames
+from lightning_kv.policies.statistics import standardised
 
 State = dict[Any, Any]
 
 FLOOR = 1e-4  # of a softmax mass, before its logarithm
-DECAY = 0.8  # of a running mass, from one chunk to the next
 CLIP = 4.0  # standard deviations
 AGED = 24.0  # frames that `lag` is counted in
-PAST = 3  # earlier chunks whose mass is looked at on its own
 
 FEATURES: dict[str, str] = {
     "content-dot": "1: mean query . mean key before rotation / sqrt(D); z",
@@ -101,131 +110,6 @@ def feature_hash(names: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
-MASSES = ("last", *(f"ago{back}" for back in range(1, PAST + 1)), "running", "total", "peak")
-STATS = (*MASSES, "since", "birth", "key", "spread", "value", "motion", "logit", "top")
-"""Numbers that are remembered of each frame, in this order."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What is remembered of the frames of one layer.
-
-    Args:
-        frames: Ids, ascending.
-        stats: float32 ``[H, F, S]``, see :data:`STATS`.
-        keys: Mean key before rotation of each frame, float32 ``[H, F, D]``.
-        values: Mean value of each, float32 ``[H, F, D]``.
-        query: Mean query before rotation of the newest chunk, float32 ``[H, D]``.
-        chunks: Clean passes since the prompt switched.
-        there: Which of them a head holds, bool ``[H, F]``.
-    """
-
-    frames: tuple[int, ...]
-    stats: Tensor
-    keys: Tensor
-    values: Tensor
-    query: Tensor
-    chunks: int
-    there: Tensor
-
-
-def observe_frames(view: PassView, state: State, queries: int) -> None:
-    """Look at a pass that makes frames final; in ``state["seen"][layer]``.
-
-    Args:
-        view: Of a clean pass; others are passed over.
-        state: Of the part.
-        queries: How many of the new frames' queries look, evenly spaced.
-    """
-    if not view.clean or not view.step.final:
-        return
-    update_query_means(view, state)
-    old: Seen | None = state.setdefault("seen", {}).get(view.layer)
-    mass, logit, top = _looked(view, queries)  # [H, F + n]
-    held, tokens = len(view.frames), view.geometry.tokens
-    frames = (*view.frames, *view.step.final)
-    keys, values = (
-        wide(x[:, view.final]).unflatten(1, (-1, tokens))
-        for x in (view.own_keys("raw"), view.own_values())
-    )
-    lengths = keys.norm(dim=-1)
-    mean_keys, mean_values = keys.mean(2), values.mean(2)
-    stats = mass.new_zeros(view.heads, len(frames), len(STATS))
-    if held:
-        index = upload([old.frames.index(f) for f in view.frames], mass, torch.int64)
-        stats[:, :held] = old.stats.index_select(1, index)
-        mean_keys = torch.cat([old.keys.index_select(1, index), mean_keys], 1)
-        mean_values = torch.cat([old.values.index_select(1, index), mean_values], 1)
-    _remember(stats, mass, logit, top, held)
-    column = STATS.index
-    stats[:, held:, column("key")] = lengths.mean(2)
-    stats[:, held:, column("spread")] = lengths.std(2, correction=0)
-    stats[:, held:, column("value")] = values.norm(dim=-1).mean(2)
-    before = _predecessors(mean_keys, held)
-    stats[:, held:, column("motion")] = 1 - _cosine(mean_keys[:, held:], before)
-    query = wide(view.raw_query[:, view.final]).mean(1)
-    chunks = 1 if old is None else old.chunks + 1
-    there = torch.ones_like(mass, dtype=torch.bool)
-    there[:, :held] = view.present
-    state["seen"][view.layer] = Seen(frames, stats, mean_keys, mean_values, query, chunks, there)
-
-
-def _looked(view: PassView, queries: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mass, mean logit and mean of the largest logit, each ``[H, F + n]``: held, then final."""
-    tokens, first = view.geometry.tokens, view.final.start // view.geometry.tokens
-    count = len(view.step.final)
-    each = spread_rows(tokens, -(-queries // count), view.device)
-    own = slice(first, first + count)
-    view.scored += sum(view.lengths) * count * len(each)
-    size = max(1, BLOCK // (view.heads * (len(view) + view.flight)))
-    found = []
-    for frame in range(first, first + count):
-        for rows in (frame * tokens + each).split(size):
-            logits = view.logits(view.query.index_select(1, rows), frame)
-            looked = (logits.softmax(-1), "sum"), (logits, "mean"), (logits, "max")
-            found.append(torch.stack([_by_frame(view, x, how, own) for x, how in looked]))
-    mass, logit, top = torch.stack(found).sum(0) / (count * len(each))
-    return mass, logit, top
-
-
-def _by_frame(view: PassView, x: Tensor, how: str, own: slice) -> Tensor:
-    """Values ``[H, r, N + P]`` put together over frames and summed over r, ``[H, F + n]``."""
-    mine = x[..., len(view) :].unflatten(-1, (-1, view.geometry.tokens))[..., own, :]
-    mine = {"sum": mine.sum(-1), "mean": mine.mean(-1), "max": mine.amax(-1)}[how]
-    if not view.frames:
-        return mine.sum(1)
-    held = x[..., : len(view)].masked_fill(~view.valid.unsqueeze(1), 0.0)
-    held = view.by_frame(held, how).masked_fill(~view.present.unsqueeze(1), 0.0)
-    return torch.cat([held, mine], -1).sum(1)
-
-
-def _remember(stats: Tensor, mass: Tensor, logit: Tensor, top: Tensor, held: int) -> None:
-    """Go on with the masses of frames that were there, and begin those of the new, in place."""
-    place, old = STATS.index, stats[:, :held].clone()
-    now, new = mass[:, :held], mass[:, held:]
-    stats[:, held:, : len(MASSES)] = new.unsqueeze(-1)
-    stats[:, held:, place("birth")] = new
-    stats[:, held:, place("running")] = (1 - DECAY) * new
-    stats[..., place("logit")], stats[..., place("top")] = logit, top
-    stats[:, :held, 0] = now
-    stats[:, :held, 1 : 1 + PAST] = old[..., :PAST]
-    stats[:, :held, place("running")] = DECAY * old[..., place("running")] + (1 - DECAY) * now
-    stats[:, :held, place("total")] = old[..., place("total")] + now
-    higher = now >= old[..., place("peak")]
-    stats[:, :held, place("peak")] = torch.maximum(old[..., place("peak")], now)
-    stats[:, :held, place("since")] = (old[..., place("since")] + 1).masked_fill(higher, 0.0)
-
-
-def _predecessors(keys: Tensor, held: int) -> Tensor:
-    """Mean key of the frame before each new one, ``[H, n, D]``; its own where there is none."""
-    first = keys[:, held : held + 1] if not held else keys[:, held - 1 : held]
-    return torch.cat([first, keys[:, held:-1]], 1)
-
-
-def _cosine(x: Tensor, y: Tensor) -> Tensor:
-    return (normalize(x, dim=-1) * normalize(y, dim=-1)).sum(-1)
-
-
 @dataclass(frozen=True)
 class Listed:
     """Features of the frames of one layer, and what its lists have in common.
@@ -242,181 +126,262 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class LookedAt:
-    """Where the heads of all layers look together.
+class _Known:
+    """What is known of the frames of the layers that are asked about; every list is padded.
 
     Args:
-        frames: Ids, ascending.
-        last: Mean mass of the newest chunk in the heads that hold a frame, ``[F']``.
-        running: Mean running mass in these heads, ``[F']``.
+        seen: With the frames of these layers alone.
+        candidate: bool ``[L, H, F]``.
+        lag: Frames to the start of the next chunk, ``[L, 1, F]``.
+        others: Last and running mass in all heads, ``[2, L, 1, F]``.
+        looked: Frames from the mean place looked at to the next chunk, ``[L, 1, 1]``.
+        chunk: Frames of a chunk.
+        rotary: The model's.
     """
 
-    frames: tuple[int, ...]
-    last: Tensor
-    running: Tensor
+    seen: Seen
+    candidate: Tensor
+    lag: Tensor
+    others: Tensor
+    looked: Tensor
+    chunk: int
+    rotary: Rotary
 
-    def at(self, frames: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Last and running mass of some of the frames, ``[F]``."""
-        index = upload([self.frames.index(f) for f in frames], self.last, torch.int64)
-        return self.last.index_select(0, index), self.running.index_select(0, index)
+    def stat(self, name: str) -> Tensor:
+        """One of the numbers that are remembered, ``[L, H, F]``."""
+        return self.seen.stats[..., AT[name]]
 
-
-def looked_at(state: State) -> LookedAt:
-    """Where the heads of all layers looked in the last pass that was observed."""
-    every: list[Seen] = list(state["seen"].values())
-    frames = tuple(sorted({frame for own in every for frame in own.frames}))
-    total = every[0].stats.new_zeros(3, len(frames))
-    for own in every:
-        there = own.there.to(total)
-        index = upload([frames.index(f) for f in own.frames], total, torch.int64)
-        masses = [
-            (own.stats[..., STATS.index(name)] * there).sum(0) for name in ("last", "running")
-        ]
-        total[:, index] += torch.stack([*masses, there.sum(0)])
-    last, running = total[:2] / total[2].clamp_min(1)
-    return LookedAt(frames, last, running)
+    def log(self, name: str) -> Tensor:
+        """Its logarithm."""
+        return (self.stat(name) + FLOOR).log()
 
 
 def frame_features(
-    view: CacheView,
+    views: Sequence[CacheView],
     state: State,
-    others: LookedAt,
     names: Sequence[str],
-    guard: Tensor,
-    budget: Tensor,
-) -> Listed:
-    """Features of the frames that a layer holds, by the last clean pass.
+    guards: Sequence[Tensor],
+    budgets: Sequence[Tensor],
+) -> list[Listed]:
+    """Features of the frames that some layers hold, by the last clean pass.
 
     Args:
-        view: Of the layer.
-        state: In which :func:`observe_frames` has seen the passes.
-        others: Where all layers look, from :func:`looked_at`.
+        views: Of the layers.
+        state: In which :func:`~.seen.observe_frames` has seen the passes.
         names: Which features, in this order.
-        guard: bool ``[1 or H, F]``: frames that are kept in any case.
-        budget: History frames of each head, ``[1 or H]``.
+        guards: Of each layer, bool ``[1 or H, F]``: frames that are kept in any case.
+        budgets: Of each layer, history frames of each head, ``[1 or H]``.
     """
-    seen = aligned(state["seen"][view.layer], view.frames)
-    candidate = (view.present & ~guard).expand(view.heads, -1)
-    lag = lags(view).to(seen.stats)
-    last, running = others.at(view.frames)
-    there = candidate.any(0).to(last)
-    looked = (running * there * lag).sum() / (running * there).sum().clamp_min(FLOOR)
-    found = _masses(seen, candidate) | _content(view, seen, state, candidate)
-    found |= {
-        "age": lag.log1p(),
-        "lag": lag / AGED,
-        "others-mass": (last + FLOOR).log(),
-        "others-running": (running + FLOOR).log(),
-        "behind": (lag - looked) / 6,
-    }
-    shape = candidate.shape
-    columns = [
-        standardised(found[name].expand(shape), candidate).clamp(-CLIP, CLIP)
-        if name in SCORED
-        else found[name].expand(shape)
-        for name in names
-    ]
-    context = _context(seen, candidate, budget.expand(len(candidate)), looked)
-    return Listed(torch.stack(columns, -1).float(), context, candidate)
+    known = _known(views, state["seen"], guards)
+    shape = known.candidate.shape
+    scored = [name for name in names if name in SCORED]
+    found = {name: own.expand(shape) for name, own in _found(known, names).items()}
+    if scored:
+        scores = standardised(torch.stack([found[name] for name in scored]), known.candidate)
+        found |= dict(zip(scored, scores.clamp(-CLIP, CLIP), strict=True))
+    features = torch.stack([found[name] for name in names], -1).float()
+    context = _context(known, torch.stack([own.expand(shape[1]) for own in budgets]))
+    sizes = [len(view.frames) for view in views]
+    each = zip(features, context, known.candidate, sizes, strict=True)
+    return [Listed(x[:, :size], c, own[:, :size]) for x, c, own, size in each]
 
 
-def lags(view: CacheView) -> Tensor:
-    """Frames from each held frame to the start of the chunk that comes next, int64 ``[F]``."""
+def _known(views: Sequence[CacheView], seen: Seen, guards: Sequence[Tensor]) -> _Known:
+    """What is known of the frames of some layers."""
+    heads, like = views[0].heads, seen.stats
+    frames = tuple(view.frames for view in views)
+    there = stacked([view.present.expand(heads, -1) for view in views])
+    guard = stacked([own.expand(heads, -1) for own in guards])
+    seen = _aligned(seen, views, there)
+    most = there.shape[-1]
+    each = [lags(view) + [0] * (most - len(view.frames)) for view in views]
+    lag = upload([x for row in each for x in row], like, torch.float32).view(-1, 1, most)
+    place = {frame: number for number, frame in enumerate(seen.everywhere)}
+    at = [[place.get(frame, len(place)) for frame in own] for own in frames]
+    others = seen.shared[:, indices(at, like)].unsqueeze(2)
+    candidate = there & ~guard
+    any_head = candidate.any(1, keepdim=True)
+    weight = others[1] * any_head
+    total = weight.sum(-1, keepdim=True).clamp_min(FLOOR)
+    looked = (weight * lag).sum(-1, keepdim=True) / total
+    geometry = views[0].geometry
+    chunk = geometry.chunk or len(views[0].step.final) or views[0].query_frames
+    return _Known(seen, candidate, lag, others, looked, chunk, geometry.rotary)
+
+
+def lags(view: CacheView) -> list[int]:
+    """Frames from each held frame to the start of the chunk that comes next."""
     step = view.step
     start = step.final[-1] + 1 if step.final and view.query is None else step.start
-    return start - view.frame_ids
+    return [start - frame for frame in view.frames]
 
 
-def aligned(seen: Seen, frames: tuple[int, ...]) -> Seen:
-    """What is remembered of some of the frames, in their order."""
-    if seen.frames == frames:
-        return seen
-    index = upload([seen.frames.index(f) for f in frames], seen.stats, torch.int64)
-    names = ("stats", "keys", "values", "there")
-    kept = {name: getattr(seen, name).index_select(1, index) for name in names}
-    return replace(seen, frames=frames, **kept)
+def _aligned(seen: Seen, views: Sequence[CacheView], there: Tensor) -> Seen:
+    """The same of some layers, and of the frames that they hold by now."""
+    layers, frames = [view.layer for view in views], tuple(view.frames for view in views)
+    names = ("stats", "keys", "values", "query", "past")
+    own = {name: getattr(seen, name) for name in names}
+    if layers != [*range(len(seen.frames))]:
+        index = upload(layers, there, torch.int64)
+        own = {name: x.index_select(0, index) for name, x in own.items()}
+    known = [seen.frames[layer] for layer in layers]
+    if known != list(frames):
+        own |= _placed(own, views, known)
+    else:  # other layers may have more
+        own |= {name: own[name][:, :, : there.shape[-1]] for name in names[:3]}
+    return Seen(
+        frames, **own, there=there, queries=seen.queries, chunks=seen.chunks,
+        everywhere=seen.everywhere, shared=seen.shared,
+    )  # fmt: skip
 
 
-def forget_prompt(state: State) -> None:
-    """A prompt switch: queries to come are no longer like those of the past."""
-    state.pop("query_means", None)
-    for layer, own in state.get("seen", {}).items():
-        state["seen"][layer] = replace(own, chunks=0)
+def _placed(
+    own: dict[str, Tensor], views: Sequence[CacheView], known: Sequence[tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """What is known of frames at the places where views have them; masses of lost ones are 0."""
+    pairs = zip(views, known, strict=True)
+    lost = [tuple(f for f in view.frames if f not in frames) for view, frames in pairs]
+    index = indices(places(known, lost, [view.frames for view in views]), own["stats"])
+    found = {name: own[name] for name in ("stats", "keys", "values")}
+    if any(lost):
+        rows = [held_rows(view, frames) for view, frames in zip(views, lost, strict=True)]
+        norms = stacked([each.norms for each in rows])
+        blank = own["stats"].new_zeros(*norms.shape[:3], own["stats"].shape[-1])
+        blank[..., AT["key"] : AT["motion"]] = norms
+        more = {"stats": blank}
+        more |= {name: stacked([getattr(x, name) for x in rows]) for name in ("keys", "values")}
+        found = {name: torch.cat([x, more[name]], 2) for name, x in found.items()}
+    return {name: gathered(x, index) for name, x in found.items()}
 
 
-def _masses(seen: Seen, candidate: Tensor) -> dict[str, Tensor]:
-    """Features from masses, each ``[H, F]``."""
-    column = {name: seen.stats[..., place] for place, name in enumerate(STATS)}
-    told = {name: (column[name] + FLOOR).log() for name in (*MASSES, "birth")}
-    lower = column["running"].unsqueeze(2) > column["running"].unsqueeze(1)  # [H, F, F]
-    count = candidate.sum(-1, keepdim=True).clamp_min(2)
+def _found(known: _Known, names: Sequence[str]) -> dict[str, Tensor]:
+    """Features that were asked for, before they are made standard scores, ``[L, 1 or H, F]``."""
+    found: dict[str, Tensor] = {}
+    for make, own in MAKERS:
+        if wanted := set(own) & set(names):
+            made = make(known)
+            found |= {name: made[name] for name in wanted}
+    return found
+
+
+def _masses(known: _Known) -> dict[str, Tensor]:
+    """Features from masses."""
+    running, last = known.stat("running"), known.log("last")
+    lower = running.unsqueeze(3) > running.unsqueeze(2)  # [L, H, F, F]
+    count = known.candidate.sum(-1, keepdim=True).clamp_min(2)
+    ago = {f"mass-{back}": known.log(f"ago{back}") for back in range(1, PAST + 1)}
+    told = {f"{name}-mass": known.log(name) for name in ("running", "total", "peak", "birth")}
     return {
-        "last-mass": told["last"],
-        **{f"mass-{back}": told[f"ago{back}"] for back in range(1, PAST + 1)},
-        "running-mass": told["running"],
-        "total-mass": told["total"],
-        "peak-mass": told["peak"],
-        "birth-mass": told["birth"],
-        "since-peak": column["since"].log1p(),
-        "trend": told["last"] - told["running"],
-        "rank": (lower & candidate.unsqueeze(1)).sum(-1) / (count - 1),
-        "key-norm": column["key"],
-        "key-spread": column["spread"],
-        "value-norm": column["value"],
-        "motion": column["motion"],
-        "logit": column["logit"],
-        "max-logit": column["top"],
+        "last-mass": last,
+        **ago,
+        **told,
+        "since-peak": known.stat("since").log1p(),
+        "trend": last - told["running-mass"],
+        "rank": (lower & known.candidate.unsqueeze(2)).sum(-1) / (count - 1),
     }
 
 
-def _content(view: CacheView, seen: Seen, state: State, candidate: Tensor) -> dict[str, Tensor]:
-    """Features from mean keys, values and queries, each ``[H, F]``."""
-    width, rotary = seen.keys.shape[-1] ** 0.5, view.geometry.rotary
-    chunk = len(view.step.final) or view.query_frames
-    means: QueryMeans = state["query_means"][view.layer]
-    lag = lags(view).to(seen.keys).unsqueeze(0)
-    near, far = (
-        future_scores(means, seen.keys, lag, offsets, rotary, gate=0.0) / width
-        for offsets in ((chunk, 2 * chunk), (3 * chunk, 4 * chunk))
-    )
+def _rows(known: _Known) -> dict[str, Tensor]:
+    """Features from what rows are like, and from single logits."""
+    named = {"key-norm": "key", "key-spread": "spread", "value-norm": "value", "motion": "motion"}
+    named |= {"logit": "logit", "max-logit": "top"}
+    return {name: known.stat(stat) for name, stat in named.items()}
+
+
+def _ages(known: _Known) -> dict[str, Tensor]:
+    """Features from the age alone."""
+    return {"age": known.lag.log1p(), "lag": known.lag / AGED}
+
+
+def _others(known: _Known) -> dict[str, Tensor]:
+    """Features from where all heads look."""
+    last, running = (known.others + FLOOR).log()
+    behind = (known.lag - known.looked) / 6
+    return {"others-mass": last, "others-running": running, "behind": behind}
+
+
+def _asked(known: _Known) -> dict[str, Tensor]:
+    """Features from mean queries and mean keys."""
+    seen, width = known.seen, known.seen.keys.shape[-1] ** 0.5
+    near, far = _future(known).unbind(-1)
+    content = (seen.keys @ seen.query.unsqueeze(-1)).squeeze(-1)
+    return {
+        "content-dot": content / width,
+        "future-near": near / width,
+        "future-far": far / width,
+    }
+
+
+def _future(known: _Known) -> Tensor:
+    """Logits times sqrt(D) that the mean query would have 1 and 2, and 3 and 4 chunks on.
+
+    As :func:`~lightning_kv.policies.future_score.future_scores` with a gate of 0, both at once.
+    Zeros where the prompt has just switched.
+
+    Returns:
+        ``[L, H, F, 2]``.
+    """
+    seen, rotary = known.seen, known.rotary
+    if not seen.queries:
+        return seen.keys.new_zeros(*seen.keys.shape[:3], 2)
+    still = torch.zeros((), dtype=torch.float64, device=seen.keys.device)
+    at = upload([float(known.chunk * ahead) for ahead in (1, 2, 3, 4)], still, torch.float64)
+    asked = rotate(seen.past.unsqueeze(2), rotary.angles(at, still, still), rotary.work)
+    asked = asked.unflatten(2, (2, 2)).mean(3)  # [L, H, 2, D]
+    back = rotate(seen.keys, rotary.angles(-known.lag, still, still), rotary.work)
+    return back @ asked.to(back).transpose(2, 3)
+
+
+def _content(known: _Known) -> dict[str, Tensor]:
+    """Features from how keys and values are alike."""
+    seen = known.seen
     keys, values = normalize(seen.keys, dim=-1), normalize(seen.values, dim=-1)
-    there = view.present.expand(view.heads, -1)
-    mean = (seen.keys * candidate.unsqueeze(-1)).sum(1, keepdim=True)
+    count = keys.shape[2]
+    later = torch.ones(count, count, dtype=torch.bool, device=keys.device).triu(1)
+    newer = later & seen.there.unsqueeze(2)  # [L, H, F, F]
+    alike, same = keys @ keys.transpose(2, 3), values @ values.transpose(2, 3)
+    place = torch.arange(count, device=keys.device)
+    after = torch.where(newer, place, count).amin(-1, keepdim=True)
+    neighbour = alike.gather(3, after.clamp_max(count - 1)).masked_fill(after == count, 0.0)
+    mean = (seen.keys * known.candidate.unsqueeze(-1)).sum(2, keepdim=True)
     return {
-        "content-dot": torch.einsum("hd,hfd->hf", seen.query, seen.keys) / width,
-        "future-near": near,
-        "future-far": far,
         "novelty": 1 - (keys * normalize(mean, dim=-1)).sum(-1),
-        "newer-key": _newer(keys, there),
-        "newer-value": _newer(values, there),
-        "neighbour": _next(keys, there),
+        "newer-key": _most(alike, newer),
+        "newer-value": _most(same, newer),
+        "neighbour": neighbour.squeeze(-1),
     }
 
 
-def _newer(unit: Tensor, there: Tensor) -> Tensor:
-    """Largest cosine to a newer frame that the head holds, ``[H, F]``; 0 without any."""
-    alike = unit @ unit.transpose(1, 2)  # [H, F, F]
-    newer = torch.ones_like(alike, dtype=torch.bool).triu(1) & there.unsqueeze(1)
+def _most(alike: Tensor, newer: Tensor) -> Tensor:
+    """Largest cosine to a newer frame that the head holds, ``[L, H, F]``; 0 without any."""
     best = alike.masked_fill(~newer, -torch.inf).amax(-1)
-    return torch.where(best.isfinite(), best, 0.0)
+    return best.masked_fill(best == -torch.inf, 0.0)
 
 
-def _next(unit: Tensor, there: Tensor) -> Tensor:
-    """Cosine to the next newer frame that the head holds, ``[H, F]``; 0 without any."""
-    count = unit.shape[1]
-    place = torch.arange(count, device=unit.device)
-    later = place.unsqueeze(0) > place.unsqueeze(1)  # [F, F]
-    after = torch.where(later & there.unsqueeze(1), place, count).amin(-1)  # [H, F]
-    index = after.clamp_max(count - 1).unsqueeze(-1).expand_as(unit)
-    return _cosine(unit, unit.gather(1, index)).masked_fill(after == count, 0.0)
+MAKERS: tuple[tuple[Callable[[_Known], dict[str, Tensor]], tuple[str, ...]], ...] = (
+    (_masses, GROUPS["mass"]),
+    (_rows, ("logit", "max-logit", *GROUPS["norms"])),
+    (_ages, GROUPS["age"]),
+    (_others, GROUPS["others"]),
+    (_asked, ("content-dot", "future-near", "future-far")),
+    (_content, ("novelty", "newer-key", "newer-value", "neighbour")),
+)
+"""What makes which features."""
 
 
-def _context(seen: Seen, candidate: Tensor, budget: Tensor, looked: Tensor) -> Tensor:
-    """Numbers of each list, ``[H, C]``, as :data:`CONTEXT` names them."""
-    mass, count = seen.stats[..., 0] * candidate, candidate.sum(-1).to(seen.stats)
+def _context(known: _Known, budget: Tensor) -> Tensor:
+    """Numbers of each list, ``[L, H, C]``, as :data:`CONTEXT` names them.
+
+    Args:
+        known: Of the frames.
+        budget: ``[L, H]``; less than a frame counts as one.
+    """
+    candidate = known.candidate
+    mass, count = known.stat("last") * candidate, candidate.sum(-1).to(known.seen.stats)
     total = mass.sum(-1)
     share = mass / total.clamp_min(FLOOR).unsqueeze(-1)
     entropy = -(share * share.clamp_min(FLOOR).log()).sum(-1) / count.clamp_min(2).log()
-    alike = torch.stack([looked / AGED, looked.new_full((), min(seen.chunks, 4) / 4)])
-    own = [budget.to(total).log(), count.log1p(), entropy, (total + FLOOR).log()]
-    return torch.cat([torch.stack(own, -1), alike.expand(len(total), -1)], -1).float()
+    looked = (known.looked / AGED).squeeze(-1).expand_as(total)
+    switch = torch.full_like(total, min(known.seen.chunks, 4) / 4)
+    every = [budget.clamp_min(1).to(total).log(), count.log1p(), entropy, (total + FLOOR).log()]
+    return torch.stack([*every, looked, switch], -1).float()

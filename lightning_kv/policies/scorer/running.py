@@ -18,12 +18,8 @@ from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView, PassView
 from lightning_kv.policies.scored import ScoredPart
 from lightning_kv.policies.scorer.artifact import check_model, student_on
-from lightning_kv.policies.scorer.features import (
-    Listed,
-    frame_features,
-    looked_at,
-    observe_frames,
-)
+from lightning_kv.policies.scorer.features import Listed, frame_features
+from lightning_kv.policies.scorer.seen import observe_frames
 
 State = dict[Any, Any]
 
@@ -51,7 +47,7 @@ def scores_of(part: Any, views: Sequence[CacheView], state: State) -> list[Tenso
     """
     if not views:
         return []
-    if views[0].layer not in state.get("seen", {}):
+    if "seen" not in state or state.get("noisy"):
         raise ValueError(
             f"{named(part, views[0])} looks at clean passes, and frames have become final without "
             "one. Use a sampler that commits frames in a pass at t = 0."
@@ -74,18 +70,8 @@ def lists_of(
         state: Of the part.
         names: Which features.
     """
-    others = looked_at(state)
-    return [
-        frame_features(
-            view,
-            state,
-            others,
-            names,
-            part.protected(view, view.frame_ids)[:, 0],
-            budget_of(part, view),
-        )
-        for view in views
-    ]
+    guards = [part.protected(view, view.frame_ids)[:, 0] for view in views]
+    return frame_features(views, state, names, guards, [budget_of(part, view) for view in views])
 
 
 def budget_of(part: ScoredPart, view: CacheView) -> Tensor:

@@ -1,8 +1,9 @@
 """Records of clips on disk: one file for each, whole or not there.
 
-``clips/KEY.safetensors`` holds float64 ``site/CHUNK/STEP/NAME`` and ``profile/NAME``. A file takes
-its name when it is whole and on the disk, so the names of a folder say what is finished; whoever
-was stopped, and wherever, leaves nothing to repair. Two ranks that measure one clip write the same.
+A file ``clips/KEY.safetensors`` takes its name when it is whole and on the disk, so the names of a
+folder say what is finished; whoever was stopped, and wherever, leaves nothing to repair. Two ranks
+that measure one clip write the same. Those of a calibration hold float64 ``site/CHUNK/STEP/NAME``
+and ``profile/NAME``.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from lightning_kv.utilities.files import checksum, write_atomic
 SUFFIX = ".safetensors"
 
 
-class CalibrationDirectory(RunDirectory):
-    """A run whose records are those of :class:`~lightning_kv.calibration.clips.ClipRecord`.
+class ClipDirectory(RunDirectory):
+    """A run whose records are a file for each clip.
 
     Args:
         path: The directory.
@@ -39,25 +40,33 @@ class CalibrationDirectory(RunDirectory):
         """Where the record of a clip is, or will be."""
         return self.path / "clips" / f"{part_of_path(key)}{SUFFIX}"
 
-    def write(self, record: ClipRecord, sample: PromptSample) -> None:
+    def tensors_of(self, record: Any) -> dict[str, Tensor]:
+        """What of a record is tensors, by name."""
+        raise NotImplementedError
+
+    def about_of(self, record: Any) -> dict[str, Any]:
+        """What else a record says, plain data."""
+        return {}
+
+    def serves(self, told: Mapping[str, Any], asked: Wanted) -> bool:
+        """Whether a record of a clip holds what is wanted of it."""
+        return bool(told["validates"]) or not asked.validates
+
+    def write(self, record: Any, sample: PromptSample) -> None:
         """Keep a record.
 
         Args:
-            record: Of a clip.
+            record: Of a clip: has ``key``, ``unit`` and ``validates``.
             sample: Its prompt, or its video.
         """
-        tensors = {
-            f"site/{chunk}/{step}/{name}": own
-            for (chunk, step), site in record.sites.items()
-            for name, own in site.items()
-        }
-        tensors |= {f"profile/{name}": own for name, own in record.profile.items()}
         told = {
             "key": record.key,
             "unit": record.unit,
             "sample": mark_of(sample),
             "validates": record.validates,
+            **self.about_of(record),
         }
+        tensors = self.tensors_of(record)
         content = {name: own.contiguous() for name, own in sorted(tensors.items())}
         text = json.dumps(told, sort_keys=True)
         write_atomic(self.file_of(record.key), save(content, {"lightning_kv": text}))
@@ -68,25 +77,7 @@ class CalibrationDirectory(RunDirectory):
         Raises:
             ValueError: The file is damaged.
         """
-        return _read(self.file_of(key), False)[0] if self.file_of(key).is_file() else None
-
-    def read(self, key: str) -> ClipRecord:
-        """The record of a clip.
-
-        Raises:
-            ValueError: The file is damaged, or not there.
-        """
-        told, tensors = _read(self.file_of(key), True)
-        sites: dict[tuple[int, int], dict[str, Tensor]] = {}
-        profile = {}
-        for name, own in tensors.items():
-            kind, _, rest = name.partition("/")
-            if kind == "profile":
-                profile[rest] = own
-            else:
-                chunk, step, what = rest.split("/", 2)
-                sites.setdefault((int(chunk), int(step)), {})[what] = own
-        return ClipRecord(told["key"], told["unit"], sites, profile)
+        return read_record(self.file_of(key), False)[0] if self.file_of(key).is_file() else None
 
     def finished(self, wanted: Mapping[str, Wanted]) -> set[str]:
         """Keys of clips whose record is there, and holds all that is wanted of it.
@@ -104,9 +95,40 @@ class CalibrationDirectory(RunDirectory):
                     "its prompt, world or video was another one. Give these prompts other names, "
                     "or another directory."
                 )
-            if told["validates"] or not asked.validates:
+            if self.serves(told, asked):
                 done.add(key)
         return done
+
+
+class CalibrationDirectory(ClipDirectory):
+    """A run whose records are those of :class:`~lightning_kv.calibration.clips.ClipRecord`."""
+
+    def tensors_of(self, record: ClipRecord) -> dict[str, Tensor]:
+        """What was measured at the sites, and the profile."""
+        tensors = {
+            f"site/{chunk}/{step}/{name}": own
+            for (chunk, step), site in record.sites.items()
+            for name, own in site.items()
+        }
+        return tensors | {f"profile/{name}": own for name, own in record.profile.items()}
+
+    def read(self, key: str) -> ClipRecord:
+        """The record of a clip.
+
+        Raises:
+            ValueError: The file is damaged, or not there.
+        """
+        told, tensors = read_record(self.file_of(key))
+        sites: dict[tuple[int, int], dict[str, Tensor]] = {}
+        profile = {}
+        for name, own in tensors.items():
+            kind, _, rest = name.partition("/")
+            if kind == "profile":
+                profile[rest] = own
+            else:
+                chunk, step, what = rest.split("/", 2)
+                sites.setdefault((int(chunk), int(step)), {})[what] = own
+        return ClipRecord(told["key"], told["unit"], sites, profile)
 
 
 @dataclass(frozen=True)
@@ -115,7 +137,7 @@ class Wanted:
 
     Args:
         sample: Its prompt, or its video.
-        validates: Losses measured exactly too.
+        validates: Whether it validates: see the module.
     """
 
     sample: PromptSample
@@ -129,7 +151,16 @@ def mark_of(sample: PromptSample) -> str:
     return fingerprint({"prompt": sample.prompt, "world_seed": seed, "video": video})
 
 
-def _read(path: Path, whole: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_record(path: Path, whole: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a record says about itself, and its tensors.
+
+    Args:
+        path: Of the file.
+        whole: Also read tensors.
+
+    Raises:
+        ValueError: The file is damaged, or not there.
+    """
     try:
         with safe_open(path, "pt") as file:
             told = json.loads(file.metadata()["lightning_kv"])

@@ -257,18 +257,21 @@ class Work:
             f"Passes of a clip: {passes} of its rollouts; "
             + (f"{looks} in which memories are looked up; " if looks else "")
             + f"{self.site_passes} in which heads are judged (such as in chunks {chunks}).",
-            f"Arithmetic: {_flop(sum(self.flops.values()))} in all; "
-            + "; ".join(f"{name} {_flop(value)}" for name, value in self.flops.items() if value)
+            f"Arithmetic: {flop_words(sum(self.flops.values()))} in all; "
+            + "; ".join(
+                f"{name} {flop_words(value)}" for name, value in self.flops.items() if value
+            )
             + ".",
             f"Disk: {format_bytes(self.record)} a clip, {format_bytes(self.record * self.clips)} "
             f"in all. Tensors of a process: about {format_bytes(self.memory)}.",
             self._reference,
-            f"Time: about {_time(self.hours)} at {_flop(self.rate)} a second and process ({what}).",
+            f"Time: about {time_words(self.hours)} at {flop_words(self.rate)} a second and process "
+            f"({what}).",
         ]
         return lines
 
 
-def _flop(value: float) -> str:
+def flop_words(value: float) -> str:
     """FLOP with a decimal prefix."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if value < 1000:
@@ -277,7 +280,7 @@ def _flop(value: float) -> str:
     return f"{value:.3g} EFLOP"
 
 
-def _time(hours: float) -> str:
+def time_words(hours: float) -> str:
     """Hours, or minutes where they are few, or seconds."""
     if hours >= 1:
         return f"{hours:.3g} hours"

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import lightning as L
 
 from lightning_kv.runs.directory import fingerprint
-from lightning_kv.tasks.calibration.module import SitesModule
-from lightning_kv.tasks.calibration.records import CalibrationDirectory, Wanted
+from lightning_kv.tasks.calibration.module import RecordsModule
+from lightning_kv.tasks.calibration.records import CalibrationDirectory, ClipDirectory, Wanted
 from lightning_kv.tasks.measuring.fingerprint import surroundings
 
 
@@ -27,19 +27,21 @@ class ClipRecordWriter(L.Callback):
         found: What came of it, on the first rank, once the test has ended.
     """
 
-    measured_by: ClassVar[type[SitesModule]]
+    measured_by: ClassVar[type[RecordsModule]]
     """The module whose clips it writes."""
+    directory: ClassVar[type[ClipDirectory]] = CalibrationDirectory
+    """What its records are."""
 
     def __init__(self, records: str | Path) -> None:
-        self.run = CalibrationDirectory(records)
+        self.run = self.directory(records)
         self.opened, self.found = False, None
 
-    def check(self, module: SitesModule) -> None:
+    def check(self, module: RecordsModule) -> None:
         """Refuse what would be noticed when all is measured."""
         return
 
     def concluded(
-        self, trainer: L.Trainer, module: SitesModule, wanted: Mapping[str, Wanted]
+        self, trainer: L.Trainer, module: RecordsModule, wanted: Mapping[str, Wanted]
     ) -> Any:
         """What comes of the records, on the first rank."""
         raise NotImplementedError
@@ -48,7 +50,7 @@ class ClipRecordWriter(L.Callback):
         """What loggers are told of it."""
         return {}
 
-    def open(self, trainer: L.Trainer, module: SitesModule, data: Any) -> None:
+    def open(self, trainer: L.Trainer, module: RecordsModule, data: Any) -> None:
         """Make the directory, or check that it holds records of these very settings; for one rank.
 
         Raises:
@@ -64,7 +66,7 @@ class ClipRecordWriter(L.Callback):
         self.run.open(fingerprint(described), described, None, beside)
         self.opened = True
 
-    def setup(self, trainer: L.Trainer, pl_module: SitesModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: RecordsModule, stage: str) -> None:
         """Take up what an earlier start has left.
 
         Raises:
@@ -82,17 +84,18 @@ class ClipRecordWriter(L.Callback):
             self.open(trainer, pl_module, trainer.datamodule)
         trainer.strategy.barrier("the folder of records is there")
         wanted = pl_module.wanted(trainer.datamodule)
-        trainer.datamodule.finished = self.run.finished(wanted)
+        others = set(trainer.datamodule.keys()) - wanted.keys()
+        trainer.datamodule.finished = self.run.finished(wanted) | others
         trainer.datamodule.longest = {key for key, own in wanted.items() if own.validates}
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: SitesModule, outputs: Any, *_: Any
+        self, trainer: L.Trainer, pl_module: RecordsModule, outputs: Any, *_: Any
     ) -> None:
         """Write what was measured."""
         for record, sample in zip(outputs["clips"], outputs["samples"], strict=True):
             self.run.write(record, sample)
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: SitesModule) -> None:
+    def on_test_end(self, trainer: L.Trainer, pl_module: RecordsModule) -> None:
         """Conclude, once all ranks are done."""
         trainer.strategy.barrier("records are written")
         if not trainer.is_global_zero:
@@ -119,14 +122,14 @@ class ClipRecordWriter(L.Callback):
                 "machines share (--records), copy theirs into it, and start again."
             )
 
-    def teardown(self, trainer: L.Trainer, pl_module: SitesModule, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: RecordsModule, stage: str) -> None:
         """What comes next is another run, until it is compared with what is there."""
         self.opened = False
         if trainer.datamodule is not None:
             trainer.datamodule.finished = trainer.datamodule.longest = ()
 
     def on_exception(
-        self, trainer: L.Trainer, pl_module: SitesModule, exception: BaseException
+        self, trainer: L.Trainer, pl_module: RecordsModule, exception: BaseException
     ) -> None:
         """After an error or an interrupt too: there is no teardown then."""
         self.teardown(trainer, pl_module, "test")

@@ -11,7 +11,7 @@ from lightning_kv.tasks.progress import ProgressLine, RolloutProgress
 
 if TYPE_CHECKING:  # a training shows its steps without all that is measured elsewhere
     from lightning_kv.data.video_pairs import Piece
-    from lightning_kv.tasks.calibration.module import SitesModule
+    from lightning_kv.tasks.calibration.module import RecordsModule
     from lightning_kv.tasks.compare import CompareModule
     from lightning_kv.tasks.measuring.clip_module import ClipModule
 
@@ -132,7 +132,7 @@ class CalibrationProgressBar(LineProgressBar):
         super().__init__()
         self.clips, self.part = 0, 0.0  # done, and of the running one
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: SitesModule) -> None:
+    def on_test_start(self, trainer: L.Trainer, pl_module: RecordsModule) -> None:
         """Begin the line."""
         left = trainer.datamodule.left()
         self.begin(ProgressLine(left, "clips", "measuring", visible=trainer.is_global_zero))
@@ -145,13 +145,13 @@ class CalibrationProgressBar(LineProgressBar):
         self.bar.at(self.clips + self.part, key)
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: SitesModule, outputs: Any, *_: Any
+        self, trainer: L.Trainer, pl_module: RecordsModule, outputs: Any, *_: Any
     ) -> None:
         """Clips are done; shares of them need not add up to whole numbers."""
         self.clips, self.part = self.clips + len(outputs["clips"]), 0.0
         self.bar.at(self.clips)
 
-    def close(self, pl_module: SitesModule) -> None:
+    def close(self, pl_module: RecordsModule) -> None:
         """Leave the terminal tidy, and the module without listeners."""
         if self.further in pl_module.heard:
             pl_module.heard.remove(self.further)

@@ -205,7 +205,6 @@ class ScorerDesign:
             scorer=self.source.scorer,
             teacher=teacher,
             share=share,
-            features=tuple(FEATURES),
         )
 
     def policy(self, budget: int, by_scorer: bool) -> CachePolicy:

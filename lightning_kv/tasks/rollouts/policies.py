@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 from lightning_kv.cache.passes import Geometry
@@ -14,6 +15,7 @@ from lightning_kv.policies.curve_tables import CurveTable
 from lightning_kv.policies.plugins import imported
 from lightning_kv.policies.registry import load_policy
 from lightning_kv.policies.scored import ScoredPart
+from lightning_kv.policies.scorer.artifact import Scorer, ScorerFile
 from lightning_kv.tasks.class_paths import divided
 from lightning_kv.tasks.trainer import is_first
 from lightning_kv.utilities import addresses
@@ -21,6 +23,7 @@ from lightning_kv.utilities.formatting import several
 from lightning_kv.utilities.lists import items_of
 
 NAMED = 6  # prompts that a warning names
+OTHERS = "Evaluate on others: another set, or another --data.seed."
 
 Spec = str | dict[str, Any] | CachePolicy
 
@@ -141,10 +144,29 @@ def curve_files(
     return list(found.values())
 
 
+def scorer_files(
+    policies: Iterable[CachePolicy], geometry: Geometry
+) -> list[tuple[str, Scorer, list[str]]]:
+    """Files of learned scorers: name, what is in it, and the names of the policies that use it.
+
+    Args:
+        policies: Of a run.
+        geometry: Of the model.
+    """
+    found: dict[str, tuple[str, Scorer, list[str]]] = {}
+    for policy in policies:
+        values = [getattr(part, own.name) for part in policy.parts for own in fields(part)]
+        files = {own.sha256: own for own in values if isinstance(own, ScorerFile)}
+        for mark, own in files.items():
+            made = found.setdefault(mark, (own.file, own.scorer(geometry), []))
+            made[2].append(policy.name)
+    return list(found.values())
+
+
 def warn_fitted(
     policies: Iterable[CachePolicy], geometry: Geometry, prompts: Collection[str]
 ) -> None:
-    """Say which prompts of an evaluation head curves come from: there budgets look too good.
+    """Say which prompts of an evaluation head curves or scorers come from: they look too good.
 
     The first rank says it, once for each file.
 
@@ -153,9 +175,13 @@ def warn_fitted(
         geometry: Of the model.
         prompts: Keys of the prompts.
     """
+    policies = tuple(policies)
     for table, names in curve_files(policies, geometry) if is_first() else ():
         if both := [key for key in table.prompts if key in prompts]:
             warnings.warn(fitted_words(table.file, both, names), stacklevel=2)
+    for file, scorer, names in scorer_files(policies, geometry) if is_first() else ():
+        if both := [key for key in scorer.prompts if key in prompts]:
+            warnings.warn(taught_words(file, both, names), stacklevel=2)
 
 
 def fitted_words(file: str | None, prompts: Sequence[str], policies: Sequence[str]) -> str:
@@ -166,19 +192,38 @@ def fitted_words(file: str | None, prompts: Sequence[str], policies: Sequence[st
         prompts: Their keys.
         policies: Names of those that use it.
     """
-    named = ", ".join(prompts[:NAMED]) + (" and others" if len(prompts) > NAMED else "")
     whose = repr(policies[0]) if len(policies) == 1 else f"{len(policies)} policies"
     return (
         f"Head curves ({file}) were fitted on {several(len(prompts), 'prompt')} of this "
-        f"evaluation, where the budgets of {whose} look too good: {named}. Evaluate on others: "
-        "another set, or another --data.seed."
+        f"evaluation, where the budgets of {whose} look too good: {_named(prompts)}. {OTHERS}"
     )
+
+
+def taught_words(file: str, prompts: Sequence[str], policies: Sequence[str]) -> str:
+    """What to say of prompts that a scorer was taught on.
+
+    Args:
+        file: Its name.
+        prompts: Their keys.
+        policies: Names of those that use it.
+    """
+    looks = f"{policies[0]!r} looks" if len(policies) == 1 else f"{len(policies)} policies look"
+    return (
+        f"A scorer ({file}) was taught on {several(len(prompts), 'prompt')} of this evaluation, "
+        f"where {looks} too good: {_named(prompts)}. {OTHERS}"
+    )
+
+
+def _named(prompts: Sequence[str]) -> str:
+    return ", ".join(prompts[:NAMED]) + (" and others" if len(prompts) > NAMED else "")
 
 
 def foreign_curves(
     policies: Iterable[CachePolicy], geometry: Geometry, weights: str, warn: bool = False
 ) -> list[str]:
-    """What is to be said of head curves of other models, or of other weights: once for each file.
+    """What is to be said of head curves and scorers of other models, or of other weights of it.
+
+    Once for each file.
 
     Args:
         policies: Of the run.
@@ -186,11 +231,13 @@ def foreign_curves(
         weights: What tells its weights from others.
         warn: The first rank also warns of other weights; of other models, policies do so.
     """
-    found = []
-    for table, _ in curve_files(policies, geometry):
-        if said := table.foreign(geometry.model, weights):
+    policies, found = tuple(policies), []
+    files: list[CurveTable | Scorer] = [table for table, _ in curve_files(policies, geometry)]
+    files += [scorer for _, scorer, _ in scorer_files(policies, geometry)]
+    for own in files:
+        if said := own.foreign(geometry.model, weights):
             found.append(said)
-            if warn and is_first() and not table.foreign(geometry.model):
+            if warn and is_first() and not own.foreign(geometry.model):
                 warnings.warn(said, stacklevel=2)
     return found
 

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -27,6 +27,7 @@ from lightning_kv.utilities.files import write_atomic
 FORMAT = 2
 """Of checkpoints: 1 was written with two optimisers side by side and rates as factors."""
 
+ADVICE = "give a lower learning rate or a longer warm-up, with another --out"
 LAST = "last.ckpt"
 RECIPE = "recipe.json"
 
@@ -40,6 +41,9 @@ class Training(L.LightningModule):
     Args:
         steps: Optimiser steps in all.
     """
+
+    advice: ClassVar[str] = ADVICE
+    """What may help a training that has come to nothing."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
@@ -99,7 +103,7 @@ class Training(L.LightningModule):
                 f"The training has come to nothing: at step {self.global_step} of {self.steps} the "
                 f"loss is {self.losses['loss']}, with the learning rate "
                 f"{self.rate(self.global_step):.3g}. Nothing was saved since the last checkpoint; "
-                "give a lower learning rate or a longer warm-up, with another --out."
+                f"{self.advice}."
             )
         self.log_dict({**self.losses, "lr": self.rate(self.global_step)})
         return values["loss"]
@@ -128,7 +132,8 @@ class Training(L.LightningModule):
         Raises:
             ValueError: Weights are not finite.
         """
-        check_finite(checkpoint["state_dict"], f"after step {checkpoint['global_step']}")
+        when = f"after step {checkpoint['global_step']}"
+        check_finite(checkpoint["state_dict"], when, self.advice)
         checkpoint["training"] = {"format": FORMAT, "losses": self.losses}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -158,8 +163,13 @@ class LastStep(L.Callback):
             trainer.save_checkpoint(self.file, weights_only=False)
 
 
-def check_finite(weights: Mapping[str, Tensor], when: str) -> None:
+def check_finite(weights: Mapping[str, Tensor], when: str, advice: str = ADVICE) -> None:
     """Refuse weights with NaN or infinite values.
+
+    Args:
+        weights: By name.
+        when: They were made.
+        advice: What may help.
 
     Raises:
         ValueError: Names the first.
@@ -170,7 +180,7 @@ def check_finite(weights: Mapping[str, Tensor], when: str) -> None:
             raise ValueError(
                 f"The training has come to nothing: {when}, {wrong} of {tensor.numel()} values of "
                 f"{name} are not finite. They were not saved, and the last checkpoint is as it "
-                "was; give a lower learning rate or a longer warm-up, with another --out."
+                f"was; {advice}."
             )
 
 
