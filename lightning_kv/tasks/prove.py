@@ -20,7 +20,7 @@ from lightning_kv.stats.proof import FAMILY, fewest_prompts
 from lightning_kv.tasks.calibration.module import SitesModule
 from lightning_kv.tasks.measuring.fingerprint import weights_of
 from lightning_kv.tasks.proof.design import SHUFFLES, Design, Source, select_part
-from lightning_kv.tasks.proof.scorer import warn_fitted_scorer
+from lightning_kv.tasks.proof.scorer import warn_taught
 from lightning_kv.tasks.proof.scorer_design import ScorerDesign, ScorerSource
 from lightning_kv.tasks.proof.scorer_meter import ScorerMeter
 from lightning_kv.tasks.rollouts.lengths import read_size
@@ -183,6 +183,7 @@ class ProveScorerModule(SitesModule):
             tuple(budgets),
             geometry,
             isinstance(model.codec, PatchCodec) if outputs is None else outputs,
+            weights_of(model),
         )
         super().__init__(
             model,
@@ -233,7 +234,7 @@ class ProveScorerModule(SitesModule):
         super().setup(stage)
         keys = {sample.key for sample in self.trainer.datamodule.prompt_samples()}
         for source in filter(None, (self.design.source, self.design.linear)):
-            warn_fitted_scorer(source, keys)
+            warn_taught(source, keys)
 
 
 def check_sampler(model: VideoModel) -> None:

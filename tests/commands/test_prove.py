@@ -176,7 +176,7 @@ def test_a_scorer(scorers, capsys):
     assert Path("runs/prove_scorer/clips").is_dir()
     page = Page()
     page.feed(Path("p.html").read_text())
-    assert page.rows == 2 * 12 and not page.fetched
+    assert page.rows == 2 * 14 and not page.fetched
     assert "A learned scorer on held-out prompts: mlp.safetensors" in page.text
     (typed,) = (own.split() for own in page.text if own.startswith("lightning-kv prove scorer"))
     again = parse("prove", [*typed[2:], "--accelerator", "cpu"])
@@ -184,7 +184,7 @@ def test_a_scorer(scorers, capsys):
     main([*words, "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["verdict"] == "learned" and [own["budget"] for own in found["budgets"]] == [4, 6]
-    assert found["budgets"][0]["best"] == "total-mass" and found["budgets"][0]["p"] < 0.05
+    assert found["budgets"][0]["best"] == "h2o" and found["budgets"][0]["p"] < 0.05
 
 
 def test_a_run_with_a_scorer(tmp_path, monkeypatch, capsys):

@@ -7,11 +7,11 @@ A run is made by ``evaluate`` with policies that are called ``NAME@BUDGET``, one
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lightning_kv.policies.scorer.artifact import ScorerFile, shipped_scorers
+from lightning_kv.policies.scorer.artifact import Scorer, ScorerFile, shipped_scorers
 from lightning_kv.report.proof_page import Section, ranged
 from lightning_kv.runs.candidates import EQUAL
 from lightning_kv.runs.costs import policy_cost
@@ -23,8 +23,9 @@ from lightning_kv.stats.proof import ALPHA, fewest_prompts
 from lightning_kv.stats.score_proof import Difference, as_losses, difference, signed
 from lightning_kv.stats.scorer_proof import Quotient, gap_closed
 from lightning_kv.tasks.proof.rollouts import Values, chosen_metrics, middle, values_of
-from lightning_kv.tasks.proof.scorer import ScorerSource, closed, fitted_scorer_words
+from lightning_kv.tasks.proof.scorer import closed
 from lightning_kv.tasks.report import open_run
+from lightning_kv.tasks.rollouts.policies import taught_words
 from lightning_kv.utilities.formatting import format_bytes, number, several
 
 PART = "distilled"
@@ -185,7 +186,7 @@ def of_run(run: RunDirectory, metrics: Sequence[str] | None = None) -> tuple[Pol
     opened = open_run(run.path)
     about, records = opened.about(), opened.records()
     judged = judged_policies(run, about["policies"])
-    warn_fitted_policies(about, judged.values(), {unit_of(record) for record in records})
+    warn_taught_policies(about, judged.values(), {unit_of(record) for record in records})
     by_policy: dict[str, list[Record]] = {}
     for record in records:
         by_policy.setdefault(record["policy"], []).append(record)
@@ -353,10 +354,10 @@ def _adjusted(found: Sequence[PolicyProof]) -> list[PolicyProof]:
     ]
 
 
-def warn_fitted_policies(
-    about: Mapping[str, Any], judged: Sequence[str], prompts: set[str]
+def warn_taught_policies(
+    about: Mapping[str, Any], judged: Collection[str], prompts: set[str]
 ) -> None:
-    """Say which prompts of a run its scorer was fitted on, or that this cannot be told.
+    """Say which prompts of a run its scorer was taught on, or that this cannot be told.
 
     Args:
         about: What the run says of itself.
@@ -368,17 +369,16 @@ def warn_fitted_policies(
     for file in {own["sha256"]: own for own in files}.values():
         try:
             told = ScorerFile.of(dict(file))
-            path = told.path or shipped_scorers()[about["model"].get("model", "")]
-            source = ScorerSource.read(path)
+            scorer = Scorer.load(told.path or shipped_scorers()[about["model"].get("model", "")])
         except (ValueError, LookupError):
             warnings.warn(
                 f"The scorer {file['file']} of this run is not at hand as it was, so it cannot be "
-                "told whether it was fitted on these prompts.",
+                "told whether it was taught on these prompts.",
                 stacklevel=3,
             )
             continue
-        if both := [key for key in source.prompts if key in prompts]:
-            warnings.warn(fitted_scorer_words(source.path.name, both), stacklevel=3)
+        if both := [key for key in scorer.prompts if key in prompts]:
+            warnings.warn(taught_words(file["file"], both, list(judged)), stacklevel=3)
 
 
 def _with_scorer(part: Any) -> bool:

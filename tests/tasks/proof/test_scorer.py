@@ -149,7 +149,7 @@ def test_a_record_holds_what_each_ranking_keeps(judged, folder, model):
         }
         found["oracle"] = lists.target
         found["recency"] = torch.arange(lists.places).float().expand_as(lists.target)
-        found["total-mass"] = lists.features[..., tuple(FEATURES).index("total-mass")]
+        found["h2o"] = lists.features[..., tuple(FEATURES).index("total-mass")]
         for name, scores in found.items():
             metric = ListMetric([OWN], layers=2, heads=2, outputs=True)
             metric.update(scores, lists)
@@ -177,11 +177,11 @@ def test_an_untrained_scorer_is_its_prior(folder, model):
     module = proving(folder, model, "fresh", outputs=None)
     found = ran(module, ScorerProofWriter(folder / "untrained"), prompts(folder))
     for own in found.budgets:
-        assert own.mean("scorer") == own.mean("untrained") == own.mean("total-mass")
+        assert own.mean("scorer") == own.mean("untrained") == own.mean("h2o")
         assert own.mean("oracle") == 0 and own.mean("oracle", "recall") == 1
         assert own.linear is None and own.rows[0].teacher_led["output_error"] == (None,) * 3
         rows = {row.ranking: row for row in own.rows}
-        assert rows["total-mass"].against.gain == 0 and rows["total-mass"].against.p == 1
+        assert rows["h2o"].against.gain == 0 and rows["h2o"].against.p == 1
         assert rows["random"].teacher_led["regret"][0] == pytest.approx(1, abs=0.35)
     assert found.verdict != "learned" and "No linear student was given" in found.words[1]
     assert any("does not say what taught it" in said for said in found.words)
@@ -224,7 +224,7 @@ def test_prompts_of_the_file_are_named(judged, folder, model, geometry, tmp_path
     keys = prompts(folder).keys()
     about = {"data": {"prompts": [keys[2], "elsewhere", keys[5]]}, "model": {"name": "another"}}
     random_scorer(geometry, **about).save(tmp_path / "s.safetensors")
-    with pytest.warns(UserWarning, match="taught on the model 'another' is used for 'tiny'"):
+    with pytest.warns(UserWarning, match="taught on.*another"):
         module = proving(tmp_path, model, "s")
     run = ScorerProofWriter(folder / "proof").run
     record = run.read(run.path.joinpath("clips").glob("*").__next__().stem)
@@ -233,11 +233,11 @@ def test_prompts_of_the_file_are_named(judged, folder, model, geometry, tmp_path
         "measured",
         lambda self, item: replace(record, key=item.key, unit=item.prompt.key),
     )
-    with pytest.warns(UserWarning, match="was fitted on 2 prompts") as seen:
+    with pytest.warns(UserWarning, match="was taught on 2 prompts") as seen:
         found = ran(module, ScorerProofWriter(tmp_path / "p"), prompts(folder))
-    (told,) = (str(own.message) for own in seen if "fitted" in str(own.message))
+    (told,) = (str(own.message) for own in seen if "taught on 2" in str(own.message))
     assert keys[2] in told and keys[5] in told and keys[0] not in told
-    assert any("'another' is used for 'tiny'" in said for said in found.words)
+    assert any("another" in said for said in found.words)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_measured(folder, model, tmp_path):
@@ -258,7 +258,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_measured(folder, model,
     of(r"No scorer at", "absent")
     with pytest.raises(ValueError, match="No scorer is shipped for the model 'tiny'"):
         ProveScorerModule(model, frames=FRAMES)
-    with pytest.raises(ValueError, match=r"another model: 2 layers of 2 heads, and this one has 6"):
+    with pytest.raises(ValueError, match="another model"):
         ProveScorerModule("panorama", folder / "mlp.safetensors")
     rolling = CausalWan(replace(model.network.config, sampler="rolling")).eval()
     with pytest.raises(ValueError, match="'rolling' has none"):
@@ -276,7 +276,7 @@ def test_the_teacher_of_the_file_leads_and_judges(geometry, target, objective, s
     teacher = Teacher(target, 3, 0.6, 2)
     scorer = random_scorer(geometry, teacher=asdict(teacher) | {"of": "later versions"})
     design = ScorerDesign(ScorerSource(Path("x"), scorer), None, (4,), geometry, outputs=False)
-    part = design.led(4, by_scorer=False).teacher
+    part = design.policy(4, by_scorer=False).retain.teacher
     assert design.teacher == teacher and len(design.notes) == said + (not design.outputs)
     assert (part.objective, part.horizon, part.discount) == (objective, 3, 0.6)
     assert ("outputs" in design.needs) == design.outputs == (objective == "output")
@@ -291,18 +291,20 @@ USUAL = {
     "untrained": 0.6,
     "shuffled": 1.0,
     "recency": 1.1,
-    "last-mass": 0.8,
-    "total-mass": 0.6,
-    "focused-like": 0.7,
-    "future-like": 0.65,
+    "snap-kv": 0.8,
+    "h2o": 0.6,
+    "focused": 0.7,
+    "future": 0.65,
+    "running-mass": 0.75,
+    "logit": 0.9,
     "random": 1.0,
     "oracle": 0.0,
 }
 
 
-def records(prompts=8, samples=2, spread=0.02, on=1.1, skill=None, budgets=BUDGETS, **changed):
+def records(prompts=8, samples=2, spread=0.01, on=1.1, skill=None, budgets=BUDGETS, **changed):
     """Clips with such regrets (by budget where they differ), and skills that are 1 less these."""
-    rng, found = np.random.default_rng(0), []
+    found = []
     for n in range(prompts):
         for sample in range(samples):
             sites = {}
@@ -310,6 +312,7 @@ def records(prompts=8, samples=2, spread=0.02, on=1.1, skill=None, budgets=BUDGE
                 for who in (0, 1):
                     site = {"lists": torch.tensor(10.0, dtype=torch.float64)}
                     for name, usual in (USUAL | changed).items():
+                        rng = np.random.default_rng([n, sample, place, who, *name.encode()])
                         regret = usual[place] if isinstance(usual, tuple) else usual
                         regret += (rng.normal(0, spread) if regret else 0) * (who == 0)
                         regret *= on if who and name == "scorer" else 1
@@ -348,9 +351,9 @@ def test_figures_are_those_of_the_records(design):
 
     tests = []
     for own in found.budgets:
-        scorer, best = regrets("scorer", own.budget), regrets("total-mass", own.budget)
+        scorer, best = regrets("scorer", own.budget), regrets("h2o", own.budget)
         row = own.rows[0]
-        assert own.best == "total-mass" and own.state == "better" and own.needed is None
+        assert own.best == "h2o" and own.state == "better" and own.needed is None
         assert own.mean("scorer") == pytest.approx(scorer.mean())
         assert row.teacher_led["regret"][1] < scorer.mean() < row.teacher_led["regret"][2]
         assert own.against_best.gain == pytest.approx((best - scorer).mean())
@@ -372,7 +375,7 @@ def test_the_verdict_takes_three_sentences(design):
     assert first.startswith(
         "Learned: less regret than the best training-free ranking on 8 held-out prompts: 0."
     )
-    assert "of total-mass at 4f (8" in first and "of total-mass at 6f (8" in first
+    assert "of h2o at 4f (8" in first and "of h2o at 6f (8" in first
     assert second.startswith("It is better than the linear student at 4f, 6f (regret +0.")
     assert "; it has skill beyond recency at 4f, 6f (of what that drops it keeps 0." in second
     assert third.endswith("within the 1.15 that are allowed.") and "1.1" in third
@@ -404,7 +407,7 @@ def test_skill_is_what_chance_does_not_keep(design):
     found = proved(records(skill=-0.01), design)
     assert "no skill beyond recency is shown" in found.words[1]
     own = proved(records(skill=0.37), design).budgets[0]
-    assert own.hoarders == ("total-mass",) and "is kept by total-mass" in own.words[-1]
+    assert own.hoarders == ("h2o",) and "is kept by h2o" in own.words[-1]
     assert not proved(records(), design).budgets[0].hoarders
 
 

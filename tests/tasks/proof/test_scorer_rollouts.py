@@ -212,7 +212,7 @@ def test_prompts_that_the_scorer_was_fitted_on_are_named(tmp_path):
     part = {"part": "distilled", "budget": "9f", "scorer": str(tmp_path / "s.safetensors")}
     made, _ = chosen_policies([{"name": "distilled@9f", "retain": part}])
     file = policy_to_dict(made["distilled@9f"])["retain"]["scorer"]
-    with pytest.warns(UserWarning, match=r"s.safetensors was fitted on 1 prompt .*: p3\."):
+    with pytest.warns(UserWarning, match=r"\(s.safetensors\) was taught on 1 prompt .*: p3\."):
         of_run(recorded(tmp_path / "run", scorer=file), ["recall"])
     scorer.save(tmp_path / "s.safetensors")
     with pytest.warns(UserWarning, match="not at hand as it was, so it cannot be told"):
