@@ -24,7 +24,7 @@ COMMANDS = {
     "inspect": "the same in the terminal",
     "calibrate": "what each head loses with fewer frames, for budgets by head",
     "distill": "teach a small scorer, by hindsight, which frames will be looked at",
-    "prove": "whether budgets by head are better than uniform, on held-out prompts",
+    "prove": "whether budgets by head, or a learned scorer, hold on held-out prompts",
     "generate": "one video from a prompt, and what its cache cost",
     "pretrain": "train the embedded panorama model",
     "pretrain-encoder": "train the encoder that its clips are compared with",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # they take seconds
 
 KINDS = {
     "budgets": ("select", "scorer", "measure", "chunks"),
-    "scorer": ("linear", "outputs"),
+    "scorer": ("linear",),
 }
 """What is proved, and the options that only it has."""
 EXAMPLES = {"budgets": "heads.safetensors", "scorer": "scorer.safetensors"}
@@ -41,16 +41,15 @@ class ProveOptions:
 
     Args:
         what: What is proved, budgets or scorer.
-        file: Of head curves (calibrate) or a scorer (distill), or auto; not with --run.
-        means: History frames per head (budgets 25, 35, 50 % of the reach; scorer 6f,9f,15f).
-        select: (budgets) Part that chooses what is read, whole frames by score.
+        file: Of head curves, or a scorer; or auto. Not with --run.
+        means: History frames per head (25, 35, 50 %; scorer 6f,9f,15f).
+        select: (budgets) Part that chooses what is read.
         scorer: (budgets) Of the curves (mass for top-attention, else the part).
         measure: (budgets) Of the curves, gn, exact, output or mass.
         chunks: (budgets) Chunks of a clip that are made again under each rule.
         linear: (scorer) File of a linear student, to see if it does as well (none).
-        outputs: (scorer) Also judge what outputs lose; takes memory in long clips.
-        records: Folder where an unfinished proof goes on (runs/prove; runs/prove_scorer).
-        run: Of evaluate, judged instead: NAME-RULE@MEAN, or distilled@MEAN (none).
+        records: Where an unfinished one goes on (runs/prove, prove_scorer).
+        run: Of evaluate: NAME-RULE@MEAN, or distilled@MEAN (none).
         metric: Of such a run (recall, latent_relative, revisit_error).
         out: Page to write, .html or .md (none).
         force: Replace it.
@@ -60,7 +59,7 @@ class ProveOptions:
         text: Folder of embeddings, or of a text encoder (the shards' own).
         vae: Folder of the VAE (the fetched one).
         data: Held-out prompts and worlds.
-        videos: Folder, shards or .csv of videos with captions, instead of prompts (none).
+        videos: (budgets) Folder, shards or .csv, for prompts (none).
         prompts: Number of prompts from the start of the set; null for all.
         samples: Noises per prompt; statistics count prompts.
         frames: Latent frames per clip, context included (the model's; panorama 72).
@@ -81,7 +80,6 @@ class ProveOptions:
     measure: str = "gn"
     chunks: int = 3
     linear: Path | None = None
-    outputs: bool = True
     records: Path | None = None
     run: Path | None = None
     metric: list[str] | None = None
@@ -149,7 +147,7 @@ def _check(options: ProveOptions) -> None:
         if getattr(options, other) != getattr(usual, other):
             raise ValueError(
                 f"--{other} has no part in `prove {options.what}`, and {getattr(options, other)} "
-                f"was given. Its own options are --{', --'.join(KINDS[options.what])}."
+                f"was given. It has --{', --'.join(KINDS[options.what])}."
             )
     if (options.file is None) == (options.run is None):
         given = "neither is" if options.run is None else "both are"
@@ -213,7 +211,6 @@ def prove_scorer(options: ProveOptions) -> ScorerProof | None:
         scorer=options.file,
         linear=options.linear,
         budgets=_means(options),
-        outputs=options.outputs,
         backend=options.backend,
     )
     return _measured(options, ScorerProofWriter(options.records or "runs/prove_scorer"), module_of)
@@ -292,10 +289,8 @@ COMMAND = Command(
     ProveOptions,
     run,
     """\
-example: lightning-kv prove budgets heads.safetensors --trainer.devices 2 -o prove.html
-         lightning-kv prove scorer scorer.safetensors --linear scorer-linear.safetensors
-Of whole rollouts: evaluate -c configs/prove_budgets_memory.yaml, then prove budgets --run DIR, or
-evaluate -c configs/distilled_vs_training_free.yaml, then prove scorer --run DIR""",
+example: lightning-kv prove budgets heads.safetensors -o prove.html, or prove scorer FILE
+--run: evaluate -c configs/prove_budgets_memory.yaml, or configs/distilled_vs_training_free.yaml""",
     positional={"what": "WHAT", "file": "FILE"},
     metavars={
         "means": "FRAMES,...",

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from lightning_kv.calibration.chunk_meter import ChunkMeter
 from lightning_kv.calibration.sites import SiteSettings
+from lightning_kv.models.codec import PatchCodec
 from lightning_kv.models.loading import load_model
 from lightning_kv.models.samplers import stable_seed
 from lightning_kv.models.video import VideoModel
@@ -19,7 +20,7 @@ from lightning_kv.stats.proof import FAMILY, fewest_prompts
 from lightning_kv.tasks.calibration.module import SitesModule
 from lightning_kv.tasks.measuring.fingerprint import weights_of
 from lightning_kv.tasks.proof.design import SHUFFLES, Design, Source, select_part
-from lightning_kv.tasks.proof.scorer import warn_fitted_scorer
+from lightning_kv.tasks.proof.scorer import warn_taught
 from lightning_kv.tasks.proof.scorer_design import ScorerDesign, ScorerSource
 from lightning_kv.tasks.proof.scorer_meter import ScorerMeter
 from lightning_kv.tasks.rollouts.lengths import read_size
@@ -29,6 +30,9 @@ from lightning_kv.utilities.formatting import several
 
 SPREAD = 0.15
 """Standard deviation of log-ratios between prompts that a number of prompts is planned with."""
+
+NO_SITES = SiteSettings(2, ("mass",), chunks=1, steps=(0,), probes=0)
+"""The least that there is, where whole rollouts are looked at and not sites."""
 
 
 class ProveBudgetsModule(SitesModule):
@@ -138,7 +142,8 @@ class ProveScorerModule(SitesModule):
         scorer: File of the scorer, or ``auto``.
         linear: File of a linear student that was taught alike; none is compared where None.
         budgets: History frames of each head; 6, 9 and 15 where empty.
-        outputs: Whether outputs are judged too; the reference then records some of them.
+        outputs: Whether outputs are judged too: the reference then records some, which takes
+            memory. Where None, of the panorama's worlds, and where the teacher needs them.
         size: HEIGHTxWIDTH in pixels; the model's own where None.
         seed: Of the noise.
         rollouts: frames, context_frames, negative and backend, see the base.
@@ -157,7 +162,7 @@ class ProveScorerModule(SitesModule):
         linear: str | Path | None = None,
         budgets: Sequence[int] = (),
         *,
-        outputs: bool = True,
+        outputs: bool | None = None,
         size: str | None = None,
         seed: int = 0,
         **rollouts: Any,
@@ -173,29 +178,28 @@ class ProveScorerModule(SitesModule):
         geometry = replace(model.network.geometry(read_size(size, config)), model=own)
         linear_source = None if linear is None else ScorerSource.of(linear, geometry)
         design = ScorerDesign(
-            ScorerSource.of(scorer, geometry), linear_source, tuple(budgets), geometry, outputs
+            ScorerSource.of(scorer, geometry),
+            linear_source,
+            tuple(budgets),
+            geometry,
+            isinstance(model.codec, PatchCodec) if outputs is None else outputs,
+            weights_of(model),
         )
         super().__init__(
             model,
-            SiteSettings(
-                reach=max(design.budgets),
-                scorers=("mass",),
-                chunks=2,  # one that drops something, and one after it that may miss it
-                steps=(0,),
-                probes=0,
-                exact=(),
-            ),
+            NO_SITES,
             "full",
             size=size,
             seed=seed,
             **rollouts,
         )
         self.design = design
+        check_length(self.settings.frames, config.chunk, design.budgets)
         for budget in design.budgets:
             policy = design.policy(budget, by_scorer=True)
             policy.check(geometry, config.chunk, self.settings.frames)
-        for said in design.notes if is_first() else ():
-            warnings.warn(said, stacklevel=2)
+        if design.foreign and is_first():
+            warnings.warn(design.foreign, stacklevel=2)
 
     @cached_property
     def meter(self) -> ScorerMeter:
@@ -212,12 +216,12 @@ class ProveScorerModule(SitesModule):
         Raises:
             ValueError: They are too few, videos, or as in the base.
         """
-        super().check_data(data)
-        if data.video_infos:
+        if infos := getattr(data, "video_infos", None):
             raise ValueError(
                 f"A scorer is judged on clips that the model makes, and "
-                f"{several(len(data.video_infos), 'video')} were given. Give prompts."
+                f"{several(len(infos), 'video')} were given. Give prompts."
             )
+        super().check_data(data)
         if data.total < (least := fewest_prompts(len(self.design.budgets))):
             raise ValueError(
                 f"Too few prompts: on {data.total} no test at "
@@ -230,7 +234,7 @@ class ProveScorerModule(SitesModule):
         super().setup(stage)
         keys = {sample.key for sample in self.trainer.datamodule.prompt_samples()}
         for source in filter(None, (self.design.source, self.design.linear)):
-            warn_fitted_scorer(source, keys)
+            warn_taught(source, keys)
 
 
 def check_sampler(model: VideoModel) -> None:
@@ -243,6 +247,25 @@ def check_sampler(model: VideoModel) -> None:
         raise ValueError(
             f"Chunks of {model.name!r} cannot be made again on their own: its sampler is {own!r}. "
             "Judge whole rollouts of it (prove budgets --run), or use a few-step model."
+        )
+
+
+def check_length(frames: int, chunk: int, budgets: Sequence[int]) -> None:
+    """Refuse clips in which nothing that is dropped could be missed.
+
+    Args:
+        frames: Of a clip.
+        chunk: Frames of a chunk.
+        budgets: History frames of each head.
+
+    Raises:
+        ValueError: They are too short for some budget.
+    """
+    least = (-(-max(budgets) // chunk) + 2) * chunk  # one chunk too many, and one that looks back
+    if frames < least:
+        raise ValueError(
+            f"Clips of {frames} frames are too short for memories of {max(budgets)}f: nothing that "
+            f"is dropped could be missed. Give --frames {least} or more, or smaller --means."
         )
 
 

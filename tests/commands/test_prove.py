@@ -1,8 +1,11 @@
 """`lightning-kv prove`: the tables, plain data, the page, and what cannot work."""
 
 import json
+import os
 import re
+import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,14 +14,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "policies"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tasks" / "proof"))
+import test_scorer_rollouts
 from curves import drawn
 from test_rollouts import recorded
+from test_scorer import records
 
 from lightning_kv.calibration.chunk_meter import ChunkMeter
 from lightning_kv.calibration.clips import ClipRecord
 from lightning_kv.cli import main, parse
 from lightning_kv.models.samplers import stable_seed
 from lightning_kv.models.sizes import PRESETS
+from lightning_kv.policies.scorer.artifact import Scorer
+from lightning_kv.tasks.proof.scorer_meter import ScorerMeter
 
 SMALL = ["--frames", "15", "--context_frames", "6", "--prompts", "8", "--accelerator", "cpu"]
 SMALL += ["--data.shards", "panorama-quick", "--chunks", "1"]
@@ -138,3 +145,105 @@ def test_what_cannot_work_is_refused(heads, capsys):
     assert "no curves mass/exact" in refused(capsys, "budgets", heads, "--measure", "exact")
     assert "No folder" in refused(capsys, "budgets", "--run", "nowhere")
     assert sorted(Path.cwd().rglob("*")) == before
+
+
+SCORED = [word for word in SMALL if word not in ("--chunks", "1")]
+
+
+def made_up_lists(self, key, unit, *_):
+    """In place of rollouts: regrets of which the scorer's is the least."""
+    (record,) = records(1, 1, budgets=self.design.budgets)
+    return ClipRecord(key, unit, record.sites)
+
+
+@pytest.fixture
+def scorers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ScorerMeter, "of_prompt", made_up_lists)
+    for kind in ("mlp", "linear"):
+        Scorer.fresh(kind, PRESETS["panorama"].geometry()).save(f"{kind}.safetensors")
+    return ["mlp.safetensors", "--linear", "linear.safetensors"]
+
+
+def test_a_scorer(scorers, capsys):
+    words = ["prove", "scorer", *scorers, *SCORED, "--means", "4f,6"]
+    main([*words, "-o", "p.html"])
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "Memories of 4f" in text and "Memories of 6f" in text and "The page is p.html" in text
+    assert "Learned: less regret than the best training-free ranking on 8 held-out" in text
+    assert "better than the linear student at 4f, 6f" in text
+    assert "mlp.safetensors does not say what taught it" in text
+    assert Path("runs/prove_scorer/clips").is_dir()
+    page = Page()
+    page.feed(Path("p.html").read_text())
+    assert page.rows == 2 * 14 and not page.fetched
+    assert "A learned scorer on held-out prompts: mlp.safetensors" in page.text
+    (typed,) = (own.split() for own in page.text if own.startswith("lightning-kv prove scorer"))
+    again = parse("prove", [*typed[2:], "--accelerator", "cpu"])
+    assert again == parse("prove", [*words[1:], "-o", "p.html"])
+    main([*words, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"] == "learned" and [own["budget"] for own in found["budgets"]] == [4, 6]
+    assert found["budgets"][0]["best"] == "h2o" and found["budgets"][0]["p"] < 0.05
+
+
+def test_a_run_with_a_scorer(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    test_scorer_rollouts.recorded(tmp_path / "run")
+    words = ["prove", "scorer", "--run", "run", "--metric", "recall"]
+    main([*words, "-o", "p.md"])
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "distilled@6f, recall" in text and "16 held-out prompts, whole rollouts" in text
+    assert "The aim, better at 2 budgets and nowhere worse, is met." in text
+    assert "| h2o@9f | equal |" in Path("p.md").read_text()
+    main([*words, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [own["best"] for own in found["groups"]] == [
+        f"future-forcing@{budget}" for budget in ("6f", "9f", "15f")
+    ]
+
+
+def test_what_cannot_work_with_a_scorer_is_refused(scorers, heads, capsys):
+    before, mlp = sorted(Path.cwd().rglob("*")), scorers[0]
+    said = refused(capsys, "scorer", mlp, "--select", "focused")
+    assert "--select has no part in `prove scorer`" in said and "It has --linear." in said
+    assert "has no part in `prove budgets`" in refused(capsys, "budgets", heads, *scorers[1:])
+    assert "prove scorer scorer.safetensors" in refused(capsys, "scorer")
+    assert "Give 7 or more" in refused(
+        capsys, "scorer", mlp, *SCORED, "--means", "4f,5f", "--prompts", "6"
+    )
+    assert "4f or more" in refused(capsys, "scorer", mlp, *SCORED, "--means", "3f")
+    assert "cannot be read as a scorer" in refused(capsys, "scorer", heads, *SCORED)
+    assert "No scorer at" in refused(capsys, "scorer", "none.safetensors", *SCORED)
+    assert "of the kind 'mlp'" in refused(
+        capsys, "scorer", mlp, "--linear", mlp, *SCORED, "--means", "4f"
+    )
+    assert "too short for memories of 15f" in refused(capsys, "scorer", mlp, *SCORED)
+    assert sorted(Path.cwd().rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_ranks_judge_a_scorer_alike(tmp_path):
+    """1 and 2 ranks, and one that was killed."""
+    Scorer.fresh("mlp", PRESETS["panorama"].geometry()).save(tmp_path / "s.safetensors")
+    words = [sys.executable, "-m", "lightning_kv", "prove", "scorer", "s.safetensors", *SCORED]
+    words += ["--means", "4f"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def proof(name, *more):
+        asked = [*words, "--records", name, "--json", *more]
+        done = subprocess.run(asked, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    one = proof("one")
+    assert proof("two", "--devices", "2") == one
+    started = subprocess.Popen([*words, "--records", "killed"], cwd=tmp_path, env=environment)
+    clips = tmp_path / "killed/clips"
+    while not (clips.is_dir() and len(list(clips.iterdir())) > 1):
+        assert started.poll() is None
+        time.sleep(0.05)
+    started.kill()
+    started.wait()
+    assert len(list(clips.iterdir())) < 8
+    assert proof("killed", "--devices", "2") == one

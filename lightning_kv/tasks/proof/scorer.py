@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lightning_kv.calibration.clips import ClipRecord
+from lightning_kv.distillation.baselines import HAND_MADE
 from lightning_kv.distillation.judging import OUTPUTS, RANKED, WORST
 from lightning_kv.report.proof_page import Section, ranged
 from lightning_kv.stats.bootstrap import Array, bca_interval
@@ -30,7 +31,6 @@ from lightning_kv.stats.scorer_proof import (
 )
 from lightning_kv.tasks.calibration.records import CalibrationDirectory, Wanted
 from lightning_kv.tasks.proof.scorer_design import (
-    BY_HAND,
     JUDGED,
     LINEAR,
     ORACLE,
@@ -39,7 +39,7 @@ from lightning_kv.tasks.proof.scorer_design import (
     ScorerSource,
 )
 from lightning_kv.tasks.proof.scorer_meter import SCORER_LED, TEACHER_LED
-from lightning_kv.tasks.rollouts.policies import NAMED
+from lightning_kv.tasks.rollouts.policies import taught_words
 from lightning_kv.tasks.trainer import is_first
 from lightning_kv.utilities.formatting import number, percent, several
 
@@ -120,19 +120,19 @@ class BudgetProof:
     def hoarders(self) -> tuple[str, ...]:
         """Training-free rankings that keep more of what recency drops."""
         own = self.mean(JUDGED, SKILL)
-        return tuple(name for name in BY_HAND if (self.mean(name, SKILL) or 0) > (own or 0))
+        return tuple(name for name in HAND_MADE if (self.mean(name, SKILL) or 0) > (own or 0))
 
     @property
     def words(self) -> tuple[str, ...]:
         """What holds at this budget."""
         said = [
-            f"Against {self.best}, the best of {len(BY_HAND)} training-free rankings on these "
+            f"Against {self.best}, the best of {len(HAND_MADE)} training-free rankings on these "
             f"prompts: {self.state}, {closed(self.gap)} (p {number(self.p)}).",
             f"On the scorer's own memories: {closed(self.on_policy_gap)}.",
         ]
         if self.hoarders:
             said.append(
-                f"More of what recency drops is kept by {' and '.join(self.hoarders)}, at a higher "
+                f"More of what recency drops is kept by {', '.join(self.hoarders)}, at a higher "
                 "regret: who keeps what is old keeps that, and misses what is new."
             )
         return tuple(said)
@@ -263,7 +263,7 @@ def _budget(sums: Sums, budget: int, design: ScorerDesign, fewest: int) -> Budge
         return by_prompt(sums[budget, who, ranking], measure)
 
     def best(who: int) -> str:
-        return min(BY_HAND, key=lambda name: _mean(of(name, REGRET, who)))
+        return min(HAND_MADE, key=lambda name: _mean(of(name, REGRET, who)))
 
     sides = {name: of(name) for name in design.rankings}
     losses = as_losses(sides, higher_is_better=False)
@@ -418,31 +418,16 @@ def closed(gap: Quotient) -> str:
     return f"{percent(gap.value, 1)}{ends} of the gap to the oracle closed"
 
 
-def warn_fitted_scorer(source: ScorerSource, prompts: Collection[str]) -> None:
-    """Say which prompts of a proof a scorer was fitted on; the first rank does.
+def warn_taught(source: ScorerSource, prompts: Collection[str]) -> None:
+    """Say which prompts of a proof a scorer was taught on; the first rank does.
 
     Args:
         source: The scorer.
         prompts: Keys of the prompts.
     """
-    both = [key for key in source.prompts if key in prompts]
+    both = [key for key in source.scorer.prompts if key in prompts]
     if both and is_first():
-        warnings.warn(fitted_scorer_words(source.path.name, both), stacklevel=2)
-
-
-def fitted_scorer_words(file: str, prompts: Sequence[str]) -> str:
-    """What to say of prompts that a scorer was fitted on.
-
-    Args:
-        file: Its name.
-        prompts: Their keys.
-    """
-    named = ", ".join(prompts[:NAMED]) + (" and others" if len(prompts) > NAMED else "")
-    return (
-        f"The scorer {file} was fitted on {several(len(prompts), 'prompt')} of this evaluation, "
-        f"where it looks too good: {named}. Judge it on others: another set, or another "
-        "--data.seed."
-    )
+        warnings.warn(taught_words(source.path.name, both, [JUDGED]), stacklevel=2)
 
 
 # -- tables --------------------------------------------------------------------------------

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from lightning_kv.cache.passes import Geometry
+from lightning_kv.distillation.baselines import HAND_MADE, by_hand
+from lightning_kv.distillation.clips import Collecting
 from lightning_kv.distillation.collect import Taught
 from lightning_kv.distillation.labels import Teacher
 from lightning_kv.distillation.lists import Lists
 from lightning_kv.models.samplers import stable_seed
 from lightning_kv.policies.base import CachePolicy
-from lightning_kv.policies.budget.uniform import Uniform
-from lightning_kv.policies.registry import preset
-from lightning_kv.policies.retain.oracle import Oracle
 from lightning_kv.policies.scorer.artifact import Scorer, ScorerFile, check_model, shipped_scorers
 from lightning_kv.policies.scorer.features import FEATURES
 from lightning_kv.policies.scorer.students import Student, make_student
@@ -29,14 +28,6 @@ from lightning_kv.utilities.files import checksum
 
 JUDGED, LINEAR, UNTRAINED, SHUFFLED = "scorer", "linear", "untrained", "shuffled"
 RANDOM, ORACLE = "random", "oracle"
-BY_HAND = {
-    "recency": "recency",
-    "last-mass": "snap-kv",
-    "total-mass": "h2o",
-    "focused-like": "focused",
-    "future-like": "future",
-}
-"""Training-free rankings by the name that they are called here, as priors of students."""
 USUAL_BUDGETS = (6, 9, 15)
 USUAL_TEACHER = Teacher("mass-future", None, 0.8)
 """Of a file that does not say what taught it."""
@@ -66,16 +57,8 @@ class ScorerSource:
             ValueError: There is none, it is damaged, or of a model of other sizes.
         """
         scorer = ScorerFile.read(path, "scorer").scorer(geometry)
-        where = shipped_scorers()[geometry.model] if str(path) == "auto" else Path(path)
-        student, sizes = scorer.student, (geometry.layers, geometry.heads)
-        if student.embeddings and (student.layers, student.heads) != sizes:
-            raise ValueError(
-                f"{where} was made for another model: {student.layers} layers of {student.heads} "
-                f"heads, and this one has {sizes[0]} of {sizes[1]}. Give the scorer of this model, "
-                "or one that was distilled without embeddings."
-            )
         check_model(scorer, geometry, transfer=False)
-        return cls(where, scorer)
+        return cls(shipped_scorers()[geometry.model] if str(path) == "auto" else Path(path), scorer)
 
     @classmethod
     def read(cls, path: str | Path) -> ScorerSource:
@@ -85,11 +68,6 @@ class ScorerSource:
             ValueError: There is none, or it is damaged.
         """
         return cls(Path(path), Scorer.load(path))
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """Keys of those that it was fitted on, as far as it says."""
-        return tuple(self.scorer.about.get("data", {}).get("prompts", ()))
 
     @property
     def teacher(self) -> Teacher | None:
@@ -108,7 +86,8 @@ class ScorerDesign:
         linear: A linear one, taught alike.
         budgets: History frames of each head.
         geometry: Of the model.
-        outputs: Whether outputs are judged too.
+        outputs: Whether outputs are judged too; they are where the teacher needs them.
+        weights: What tells the weights of the model from others.
 
     Raises:
         ValueError: A budget leaves nothing to choose, or the linear one is none, or looks
@@ -120,10 +99,12 @@ class ScorerDesign:
     budgets: tuple[int, ...]
     geometry: Geometry
     outputs: bool = True
+    weights: str = ""
 
     def __post_init__(self) -> None:
         budgets = tuple(sorted(set(self.budgets or USUAL_BUDGETS)))
         object.__setattr__(self, "budgets", budgets)
+        object.__setattr__(self, "outputs", self.outputs or "outputs" in self.teacher.needs)
         least = Taught().smallest(self.geometry.chunk)
         if wrong := [f"{own}f" for own in budgets if own <= least]:
             raise ValueError(
@@ -147,9 +128,14 @@ class ScorerDesign:
         return self.source.teacher or USUAL_TEACHER
 
     @property
+    def foreign(self) -> str:
+        """What is to be said of a scorer of another model, or other weights; else nothing."""
+        return self.source.scorer.foreign(self.geometry.model, self.weights)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What has to be said of the file."""
-        found, teacher = [check_model(self.source.scorer, self.geometry, transfer=False)], "teacher"
+        found = [self.foreign]
         if self.source.teacher is None:
             teacher = f"{self.teacher.target}, discount {self.teacher.discount:g}, all later chunks"
             found.append(
@@ -161,48 +147,32 @@ class ScorerDesign:
                 f"No policy decides by {self.teacher.target}, so the memories of the teacher are "
                 "those of the oracle by mass."
             )
+        if not self.outputs:
+            found.append("Outputs were not recorded, so they are not judged.")
         return tuple(filter(None, found))
 
     @property
     def needs(self) -> dict[str, dict[str, Any]]:
         """Tables that the reference has to record."""
-        found = self.teacher.needs | self.led(self.budgets[0], by_scorer=False).needs
+        found = self.teacher.needs | self.policy(self.budgets[0], by_scorer=False).needs
         return found | ({"outputs": {"queries": self.teacher.queries}} if self.outputs else {})
 
     @property
     def rankings(self) -> tuple[str, ...]:
         """All that is compared, in the order of the table."""
         linear = (LINEAR,) if self.linear else ()
-        return (JUDGED, *linear, UNTRAINED, SHUFFLED, *BY_HAND, RANDOM, ORACLE)
+        return (JUDGED, *linear, UNTRAINED, SHUFFLED, *HAND_MADE, RANDOM, ORACLE)
 
-    def led(self, budget: int, by_scorer: bool) -> Taught:
-        """The memory of a rollout that is watched.
+    def policy(self, budget: int, by_scorer: bool) -> CachePolicy:
+        """The memory of a rollout that is watched; what it sees is in a list of its own.
 
         Args:
             budget: History frames of each head.
             by_scorer: Whether the scorer decides (on-policy); else its teacher does.
         """
-        amount, own = Uniform(f"{budget}f"), self.teacher
-        objective = "output" if own.target == "out-future" else "mass"
-        teacher = Oracle(
-            budget=amount,
-            objective=objective,
-            discount=own.discount,
-            horizon=own.horizon,
-            queries=own.queries,
-        )
-        share = 0.0 if by_scorer else 1.0
-        return Taught(
-            budget=amount,
-            scorer=self.source.scorer,
-            teacher=teacher,
-            share=share,
-        )
-
-    def policy(self, budget: int, by_scorer: bool) -> CachePolicy:
-        """The same as a policy; what it sees is written down in a list of its own."""
-        name = f"{'scorer' if by_scorer else 'teacher'}@{budget}f"
-        return replace(preset("full"), name=name, retain=self.led(budget, by_scorer))
+        share, who = (0.0, JUDGED) if by_scorer else (1.0, "teacher")
+        found = Collecting(self.teacher).policy(self.source.scorer, budget, share)
+        return replace(found, name=f"{who}@{budget}f")
 
     def scores(self, lists: Lists, key: str) -> dict[str, Tensor]:
         """What each ranking says of lists with all features, ``[N, U]``: more is kept longer.
@@ -220,7 +190,7 @@ class ScorerDesign:
             RANDOM: lucky,
             ORACLE: lists.target,
         }
-        found |= {name: asked(own, lists) for name, own in self._by_hand.items()}
+        found |= {name: by_hand(lists, own) for name, own in HAND_MADE.items()}
         if self.linear:
             found[LINEAR] = asked(self.linear.scorer, lists)
         return {name: found[name] for name in self.rankings}
@@ -230,13 +200,6 @@ class ScorerDesign:
         """The scorer as it was before it was taught."""
         student = make_student(**self.source.scorer.student.settings)
         return replace(self.source.scorer, student=student.eval().requires_grad_(False))
-
-    @cached_property
-    def _by_hand(self) -> dict[str, Scorer]:
-        return {
-            name: Scorer.fresh("linear", self.geometry, prior=prior, embeddings=False)
-            for name, prior in BY_HAND.items()
-        }
 
     def describe(self) -> dict[str, Any]:
         """What the records depend on."""

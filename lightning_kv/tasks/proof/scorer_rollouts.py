@@ -7,11 +7,11 @@ A run is made by ``evaluate`` with policies that are called ``NAME@BUDGET``, one
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lightning_kv.policies.scorer.artifact import ScorerFile, shipped_scorers
+from lightning_kv.policies.scorer.artifact import Scorer, ScorerFile, shipped_scorers
 from lightning_kv.report.proof_page import Section, ranged
 from lightning_kv.runs.candidates import EQUAL
 from lightning_kv.runs.costs import policy_cost
@@ -23,8 +23,9 @@ from lightning_kv.stats.proof import ALPHA, fewest_prompts
 from lightning_kv.stats.score_proof import Difference, as_losses, difference, signed
 from lightning_kv.stats.scorer_proof import Quotient, gap_closed
 from lightning_kv.tasks.proof.rollouts import Values, chosen_metrics, middle, values_of
-from lightning_kv.tasks.proof.scorer import ScorerSource, closed, fitted_scorer_words
+from lightning_kv.tasks.proof.scorer import closed
 from lightning_kv.tasks.report import open_run
+from lightning_kv.tasks.rollouts.policies import taught_words
 from lightning_kv.utilities.formatting import format_bytes, number, several
 
 PART = "distilled"
@@ -35,6 +36,7 @@ AIM = 2
 SHOWN = 3
 """Policies of other budgets in a table."""
 
+RIVALS = ("equal", "more bytes")
 Role = Literal["judged", "student", "equal", "more bytes", "other budget", "bound", "reference"]
 RANKS: tuple[Role, ...] = (
     *("judged", "student", "bound", "reference", "equal", "more bytes", "other budget"),
@@ -48,13 +50,13 @@ class PolicyRow:
     Args:
         policy: Its name.
         role: ``judged``; ``student``: another scorer; ``equal``: training-free, of the same budget
-            and no more bytes; ``more bytes``: of the same budget; ``other budget``: of no more
-            bytes; ``bound``: knows what is to come; or ``reference``.
+            and no more bytes (or 1 % of the reference's); ``more bytes``: of the same budget;
+            ``other budget``: of no more bytes; ``bound``: knows what is to come; or ``reference``.
         bytes_peak: Most bytes that the cache of a clip ever held.
         ms_per_chunk: Median, of a whole batch.
         value: Mean of the metric and its 95 % interval over prompts.
         gain: Of the judged one on this one, more is better; None of itself.
-        p: Adjusted for all equal policies of all budgets; None where it is no member.
+        p: Adjusted for all training-free policies of their budget, at all budgets; None of others.
         left_out: Clips that have no value under one of the two.
     """
 
@@ -78,7 +80,7 @@ class PolicyProof:
         metric: Its name.
         margin: A loss within it counts as none; None where nobody says.
         rows: Of all policies that it is compared with.
-        best: The best equal policy.
+        best: The best training-free policy of the budget, whatever it holds.
         gap: Share of the way from that to the bound that is gone; None without a bound.
     """
 
@@ -94,14 +96,19 @@ class PolicyProof:
         """Rows of some roles."""
         return tuple(row for row in self.rows if row.role in roles)
 
+    @property
+    def rivals(self) -> tuple[PolicyRow, ...]:
+        """Training-free policies of this budget: those with more bytes have no excuse."""
+        return self.of(*RIVALS)
+
     def row(self, policy: str) -> PolicyRow:
         """Of a policy."""
         return next(row for row in self.rows if row.policy == policy)
 
     @property
     def better(self) -> bool:
-        """Whether it is better than every equal policy."""
-        return all(row.p <= ALPHA and row.gain.gain > 0 for row in self.of("equal"))
+        """Whether it is better than every rival."""
+        return all(row.p <= ALPHA and row.gain.gain > 0 for row in self.rivals)
 
     @property
     def not_worse(self) -> bool | None:
@@ -118,13 +125,12 @@ class PolicyProof:
     @property
     def words(self) -> tuple[str, ...]:
         """The verdict at this budget and what it rests on."""
-        rivals, best, own = self.of("equal"), self.row(self.best), self.row(self.policy)
+        rivals, best, own = self.rivals, self.row(self.best), self.row(self.policy)
         beaten = sum(row.p <= ALPHA and row.gain.gain > 0 for row in rivals)
         gain = ranged(best.gain.gain, best.gain.low, best.gain.high, signed)
         said = [
-            f"Surely better than {beaten} of {len(rivals)} training-free policies of this budget "
-            f"that hold no more bytes; on the best of them, {self.best}, it gains {gain} (p "
-            f"{number(best.p)}).",
+            f"Surely better than {beaten} of {len(rivals)} training-free policies of this budget; "
+            f"on the best of them, {self.best}, it gains {gain} (p {number(best.p)}).",
         ]
         if self.gap is not None:
             said.append(f"Of what {self.best} leaves: {closed(self.gap)}.")
@@ -147,12 +153,8 @@ class PolicyProof:
 
     def _dearer(self) -> str:
         """Policies of this budget that hold more."""
-        if not (rows := self.of("more bytes")):
-            return ""
-        return (
-            f"Of this budget but with more bytes, so not counted: "
-            f"{', '.join(row.policy for row in rows)}; on the best, {_best_of(rows)}."
-        )
+        names = [row.policy for row in self.of("more bytes")]
+        return f"With more bytes than it: {', '.join(names)}." if names else ""
 
     def _cheaper(self) -> str:
         """The best of those that hold no more bytes at another budget."""
@@ -184,7 +186,7 @@ def of_run(run: RunDirectory, metrics: Sequence[str] | None = None) -> tuple[Pol
     opened = open_run(run.path)
     about, records = opened.about(), opened.records()
     judged = judged_policies(run, about["policies"])
-    warn_fitted_policies(about, judged.values(), {unit_of(record) for record in records})
+    warn_taught_policies(about, judged.values(), {unit_of(record) for record in records})
     by_policy: dict[str, list[Record]] = {}
     for record in records:
         by_policy.setdefault(record["policy"], []).append(record)
@@ -252,12 +254,11 @@ def _proof(
         _row(records, costs, own, name, role, metric, higher)
         for name, role in sorted(roles.items(), key=lambda each: RANKS.index(each[1]))
     ]
-    rivals = [row for row in rows if row.role == "equal"]
+    rivals = [row for row in rows if row.role in RIVALS]
     if not rivals:
         raise ValueError(
-            f"Nothing can be compared with {own}: no training-free policy of the budget {budget} "
-            "holds no more bytes. Evaluate some, such as "
-            f"h2o@{budget} and future-forcing@{budget}."
+            f"Nothing can be compared with {own}: this run has no training-free policy of the "
+            f"budget {budget}. Evaluate some, such as h2o@{budget} and future-forcing@{budget}."
         )
     best = min(rivals, key=lambda row: row.value[0] if not higher else -row.value[0]).policy
     bounds = [row.policy for row in rows if row.role == "bound"]
@@ -325,7 +326,7 @@ def _row(
         None if seconds is None else 1000 * seconds,
         middle(values["own" if name == own else "other"]),
         gain,
-        gain.p if gain and role == "equal" else None,
+        gain.p if gain and role in RIVALS else None,
         len(left_out),
     )
 
@@ -340,23 +341,23 @@ def _means(values: Values, name: str) -> list[float]:
 
 
 def _adjusted(found: Sequence[PolicyProof]) -> list[PolicyProof]:
-    """The same with p values adjusted for all equal policies of all budgets."""
-    each = iter(holm([row.p for own in found for row in own.of("equal")]))
+    """The same with p values adjusted for all rivals at all budgets."""
+    each = iter(holm([row.p for own in found for row in own.rows if row.role in RIVALS]))
     return [
         replace(
             own,
             rows=tuple(
-                replace(row, p=next(each)) if row.role == "equal" else row for row in own.rows
+                replace(row, p=next(each)) if row.role in RIVALS else row for row in own.rows
             ),
         )
         for own in found
     ]
 
 
-def warn_fitted_policies(
-    about: Mapping[str, Any], judged: Sequence[str], prompts: set[str]
+def warn_taught_policies(
+    about: Mapping[str, Any], judged: Collection[str], prompts: set[str]
 ) -> None:
-    """Say which prompts of a run its scorer was fitted on, or that this cannot be told.
+    """Say which prompts of a run its scorer was taught on, or that this cannot be told.
 
     Args:
         about: What the run says of itself.
@@ -368,17 +369,16 @@ def warn_fitted_policies(
     for file in {own["sha256"]: own for own in files}.values():
         try:
             told = ScorerFile.of(dict(file))
-            path = told.path or shipped_scorers()[about["model"].get("model", "")]
-            source = ScorerSource.read(path)
+            scorer = Scorer.load(told.path or shipped_scorers()[about["model"].get("model", "")])
         except (ValueError, LookupError):
             warnings.warn(
                 f"The scorer {file['file']} of this run is not at hand as it was, so it cannot be "
-                "told whether it was fitted on these prompts.",
+                "told whether it was taught on these prompts.",
                 stacklevel=3,
             )
             continue
-        if both := [key for key in source.prompts if key in prompts]:
-            warnings.warn(fitted_scorer_words(source.path.name, both), stacklevel=3)
+        if both := [key for key in scorer.prompts if key in prompts]:
+            warnings.warn(taught_words(file["file"], both, list(judged)), stacklevel=3)
 
 
 def _with_scorer(part: Any) -> bool:
@@ -392,7 +392,7 @@ def extent(found: Sequence[PolicyProof]) -> tuple[str, ...]:
     """The verdict by each metric, and what it rests on."""
     prompts = max(own.row(own.best).gain.prompts for own in found)
     metrics = list(dict.fromkeys(own.metric for own in found))
-    tests = len([row for own in found if own.metric == metrics[0] for row in own.of("equal")])
+    tests = len([row for own in found if own.metric == metrics[0] for row in own.rivals])
     said = [verdict([own for own in found if own.metric == metric]) for metric in metrics]
     said.append(
         f"{several(prompts, 'held-out prompt')}, whole rollouts; differences, more is better. P "
