@@ -29,8 +29,15 @@ COMMANDS = [
 TOUR = [line for line in COMMANDS if "tiny-wan" in line]
 MEASURES = [line for line in COMMANDS if "tour/" in line]
 OWN = [line for line in COMMANDS if "mine.thinned" in line]
-FITTING = [line for line in COMMANDS if line.split()[1] in ("calibrate", "budgets", "prove")]
-COMMANDS = [line for line in COMMANDS if line not in (*TOUR, *MEASURES, *OWN, *FITTING)]
+TEACHING = [
+    line for line in COMMANDS if line.split()[1:3] in (["distill", "-c"], ["prove", "scorer"])
+]
+FITTING = [
+    line
+    for line in COMMANDS
+    if line.split()[1] in ("calibrate", "budgets", "prove") and line not in TEACHING
+]
+COMMANDS = [line for line in COMMANDS if line not in (*TOUR, *MEASURES, *OWN, *FITTING, *TEACHING)]
 PYTHON = [block for kind, block in BLOCKS if kind == "python" and "mine" not in block]
 UNDER_LIGHTNING = [code for code in PYTHON if "lightning_kv.tasks" in code]
 OWN_FILE, OWN_PYTHON = (block for kind, block in BLOCKS if kind == "python" and "mine" in block)
@@ -149,6 +156,33 @@ def test_the_tour_of_budgets_by_head_runs(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert [line.split()[1] for line in FITTING] == ["calibrate", "budgets", "prove"]
     assert "frames of heads" in text and "8 held-out prompts" in text
+
+
+@pytest.mark.slow
+def test_the_tour_of_a_scorer_runs(tmp_path, monkeypatch, capsys):
+    """In its order, on few worlds and short clips."""
+    for shared in ("configs", "data"):
+        (tmp_path / shared).symlink_to(ROOT / shared)
+    monkeypatch.chdir(tmp_path)
+    short = ["--frames", "36"]
+    few = [
+        "--prompts",
+        "6",
+        "--validate",
+        "2",
+        "--rounds",
+        "1",
+        "--recipe",
+        "{steps: 30, looks: 3}",
+    ]
+    more = {"distill": [*short, *few], "prove": [*short, "--prompts", "9", "--means", "6f"]}
+    for line in TEACHING:
+        command, *words = shlex.split(line)[1:]
+        words = [word if word != "2" else "1" for word in words]  # processes
+        main([command, *words, *more[command]])
+    text = capsys.readouterr().out
+    assert [line.split()[1] for line in TEACHING] == ["distill", "prove"]
+    assert "taught on 4 prompts in 2 rounds" in text and "9 held-out prompts" in text
 
 
 @pytest.mark.slow
