@@ -113,10 +113,17 @@ def run(options: DistillOptions) -> None:
     if found.table:
         show(out, found.table)
     say(out, found.words)
-    file = f"{{retain: {{part: distilled, scorer: {found.file}, budget: 9f}}}}"
-    out.print(
-        f"Run it: lightning-kv evaluate --policies 'full,{file}'", soft_wrap=True, markup=False
-    )
+    words = f"Run it: lightning-kv evaluate --policies 'full,{policy_text(found.file)}'"
+    out.print(words, soft_wrap=True, markup=False)
+
+
+def policy_text(file: Path) -> str:
+    """A policy that runs with a scorer, as it is typed.
+
+    >>> policy_text(Path("mine.safetensors"))
+    '{name: mine, retain: {part: distilled, scorer: mine.safetensors, budget: 9f}}'
+    """
+    return f"{{name: {file.stem}, retain: {{part: distilled, scorer: {file}, budget: 9f}}}}"
 
 
 def show(out: Any, table: Table) -> None:

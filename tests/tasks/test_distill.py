@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_context_videos import lossless
 
 from lightning_kv.cli import main, parse
-from lightning_kv.commands.distill import plan_of
+from lightning_kv.commands.distill import plan_of, policy_text
 from lightning_kv.data.datamodule import PromptDataModule
 from lightning_kv.data.panorama import world_for
 from lightning_kv.distillation import clips
@@ -112,15 +112,12 @@ def test_the_file_says_what_it_was_taught(four):
 
 
 def test_a_policy_runs_with_it(four, model, tmp_path):
-    policy = {"name": "mine", "retain": {"part": "distilled", "scorer": str(four[0])}}
-    policy["retain"]["budget"] = "5f"
-    (tmp_path / "mine.yaml").write_text(json.dumps(policy))
-    words = ["--policies", f"full,{tmp_path / 'mine.yaml'}", "--data.shards", str(SHARDS)]
-    words += ["--prompts", "2", "--frames", "15", "--context_frames", "6", "--decode", "false"]
+    words = ["--policies", f"full,{policy_text(four[0])}", "--data.shards", str(SHARDS)]
+    words += ["--prompts", "2", "--frames", "27", "--context_frames", "6", "--decode", "false"]
     words += ["--metrics", "latent_relative", "--trainer.accelerator", "cpu"]
     main(["evaluate", *words, "--out", str(tmp_path / "run")])
     told = json.loads((tmp_path / "run/summary.json").read_text())
-    assert "mine" in json.dumps(told["policies"])
+    assert "scorer" in json.dumps(told["policies"])
 
 
 def test_clips_are_drawn_and_decided_by_round_and_hold_out(four):

@@ -15,7 +15,7 @@ from lightning_kv.tasks.calibration.work import Passes, flop_words, time_words
 from lightning_kv.tasks.options import DistillRecipe
 from lightning_kv.utilities.formatting import format_bytes, several
 
-CPU_FACTOR = 4.5
+CPU_FACTOR = 2.5
 """How many times longer a rollout takes on the embedded model that is watched, and whose labels are
 made, than its passes alone: measured."""
 STUDENTS = {"linear": 100.0, "mlp": 30e3, "set": 130e3}
