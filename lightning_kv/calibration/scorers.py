@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_kv.cache.view import PassView
 from lightning_kv.policies.base import CachePolicy, SelectPart
 from lightning_kv.policies.part import PARTS
-from lightning_kv.policies.registry import load_policy, preset, presets
+from lightning_kv.policies.registry import discover, load_policy, preset, presets
 from lightning_kv.utilities.nearest import unknown
 
 Scorer = Callable[[PassView, Tensor], Tensor]
@@ -42,6 +42,7 @@ def scorer_of(name: str) -> Scorer | CachePolicy:
     """
     if name in SCORERS:
         return SCORERS[name]
+    discover()
     if scorer := _select_scorer(name):
         return scorer
     if name not in PARTS["retain"] and name not in presets(any_model=True):
@@ -79,8 +80,8 @@ def _select_scorer(name: str) -> Scorer | None:
     if part is None and name in presets(any_model=True):
         part = preset(name).select
     scores = part is not None and type(part).scores is not SelectPart.scores
-    if not scores or part.unit != "frame" or part.needs:
-        return None
+    if not scores or part.unit != "frame" or part.needs or part.observes:
+        return None  # one that has looked at earlier passes says nothing of this one alone
 
     def scored(view: PassView, mass: Tensor) -> Tensor:
         found = part.scores(view, part.fresh())  # a pass at a time: nothing is remembered
