@@ -109,6 +109,7 @@ def _not_memory(policy: CachePolicy) -> str | None:
 
 def scorer_names() -> list[str]:
     """Every name that :func:`scorer_of` takes, but for presets of two parts."""
+    discover()
     kinds = {
         name
         for name in PARTS["retain"]
