@@ -279,8 +279,8 @@ def recipe_of(given: dict[str, Any]) -> DistillRecipe:
     """
     found = known(given, DistillRecipe, "recipe")
     if "soft" in found:
-        found["soft"] = tuple(map(float, listed(found["soft"])))
-        if len(found["soft"]) != 2:
+        found["soft"] = tuple(number_in(str(own)) for own in listed(found["soft"]))
+        if [*map(type, found["soft"])] != [float, float]:
             raise ValueError(
                 f"--recipe.soft {given['soft']!r} does not fit. Give two numbers, such as 1.0,0.1."
             )

@@ -114,16 +114,21 @@ class Teacher:
                 f"A teacher was asked for the target {self.target!r}, which is unknown. Use one "
                 f"of: {', '.join(TARGETS)}."
             )
+        share = {
+            name: isinstance(own := getattr(self, name), (int, float)) and 0 <= own <= 1
+            for name in ("discount", "threshold")
+        }
         fine = {
-            "horizon": self.horizon is None or self.horizon >= 1,
-            "discount": 0 <= self.discount <= 1,
-            "queries": self.queries >= 1,
-            "threshold": 0 <= self.threshold < 1,
+            "horizon": self.horizon is None or (type(self.horizon) is int and self.horizon >= 1),
+            "queries": type(self.queries) is int and self.queries >= 1,
+            "discount": share["discount"],
+            "threshold": share["threshold"] and self.threshold < 1,
         }
         if wrong := [f"{name}={getattr(self, name)}" for name, yes in fine.items() if not yes]:
             raise ValueError(
                 f"A teacher was given {', '.join(wrong)}, out of range. Use a horizon and queries "
-                "of 1 or more, a discount from 0 to 1, and a threshold from 0 to below 1."
+                "of 1 or more, whole numbers (or no horizon, null), a discount from 0 to 1, and a "
+                "threshold from 0 to below 1."
             )
 
     @property

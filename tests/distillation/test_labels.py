@@ -436,8 +436,10 @@ def test_tables_that_a_teacher_needs():
     [
         ({"target": "mass"}, r"the target 'mass', which is unknown\. Use one of: mass-now, mass-f"),
         ({"horizon": 0}, r"horizon=0, out of range\. Use a horizon and queries of 1 or more"),
-        ({"discount": 1.1, "queries": 0}, r"discount=1.1, queries=0, out of range"),
+        ({"discount": 1.1, "queries": 0}, r"queries=0, discount=1.1, out of range"),
         ({"discount": float("nan")}, "discount=nan"),
+        ({"horizon": "six", "queries": 1.5}, r"horizon=six, queries=1.5, out of range"),
+        ({"discount": "much", "threshold": None}, "discount=much, threshold=None"),
         ({"threshold": 1.0}, "threshold=1.0"),
     ],
 )

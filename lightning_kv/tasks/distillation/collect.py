@@ -170,6 +170,12 @@ def check_budgets(budgets: tuple[int, ...], frames: int, chunk: int) -> None:
         ValueError: Names the first.
     """
     most = frames - chunk - 1
+    if most <= chunk:
+        raise ValueError(
+            f"Clips of {frames} frames are too short to teach anything: the newest {chunk} "
+            f"always stay, and what is dropped must be missed later. Give {2 * chunk + 2} or more "
+            "(--frames)."
+        )
     for own in budgets:
         if not chunk < own <= most:
             raise ValueError(
