@@ -29,6 +29,8 @@ from lightning_kv.tasks.rollouts.policies import taught_words
 from lightning_kv.utilities.formatting import format_bytes, number, several
 
 PART = "distilled"
+LEARNED = (PART, "distilled-reads")
+"""Parts in which a scorer decides: none of them is training-free."""
 BOUND = "oracle"
 AIM = 2
 """Budgets at which the scorer is to be better, and nowhere worse."""
@@ -149,7 +151,7 @@ class PolicyProof:
         told = " and ".join(
             f"{own.ms_per_chunk - row.ms_per_chunk:+.1f} ms against {row.policy}" for row in others
         )
-        return f"A chunk takes {own.ms_per_chunk:.1f} ms: {told}."
+        return f"A chunk takes {own.ms_per_chunk:.1f} ms, of all clips of a batch: {told}."
 
     def _dearer(self) -> str:
         """Policies of this budget that hold more."""
@@ -232,7 +234,7 @@ def judged_policies(run: RunDirectory, policies: Mapping[str, Any]) -> dict[str,
 def uses_scorer(policy: Mapping[str, Any]) -> bool:
     """Whether a learned scorer decides in a policy, from what a run says of it."""
     parts = [policy.get(kind) for kind in ("retain", "select")]
-    return any(isinstance(own, dict) and own.get("part") == PART for own in parts)
+    return any(isinstance(own, dict) and own.get("part") in LEARNED for own in parts)
 
 
 def _proof(

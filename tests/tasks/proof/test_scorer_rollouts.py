@@ -104,6 +104,13 @@ def test_who_is_compared_with_whom(found):
     assert "oracle@6f" not in roles["9f"] and "distilled-linear@6f" not in roles["9f"]
 
 
+def test_reads_by_a_scorer_are_not_training_free(tmp_path):
+    more = POLICIES | {"distilled-reads@6f": (0.9, 700, 0.1)}
+    (first, *_) = of_run(recorded(tmp_path / "run", more), ["recall"])
+    assert first.policy == "distilled@6f" and first.best == "future-forcing@6f"
+    assert first.row("distilled-reads@6f").role == "student"
+
+
 def test_differences_and_p_values_are_those_of_the_records(run, found):
     pairs, rows = [], []
     for budget, own in found.items():
@@ -132,7 +139,8 @@ def test_the_best_is_the_best_of_the_budget_whatever_it_holds(run, found):
     assert found["9f"].gap is None
     words = " ".join(found["6f"].words)
     assert "better than 3 of 3 training-free policies" in words
-    assert "A chunk takes 120.0 ms: +20.0 ms against full and +10.0 ms against future" in words
+    assert "A chunk takes 120.0 ms, of all clips of a batch: +20.0 ms against full and" in words
+    assert " and +10.0 ms against future" in words
     assert "With more bytes than it: future-forcing@6f." in words
     assert "Against distilled-linear@6f: +0.1" in words
     assert "6 training-free; on the best, int4, it gains -0.00" in " ".join(found["15f"].words)
