@@ -315,6 +315,9 @@ class Distillation:
             *found,
             said,
             f"After each round, on the teacher's memories {off}; on its own {on}.",
+            "These prompts also said when fits stop, and clips have other budgets in each round: "
+            "to judge it, and its own memories against the teacher's, `lightning-kv prove scorer "
+            f"{self.out}`.",
         )
 
 

@@ -19,12 +19,13 @@ SETTINGS = {"metrics": ["psnr"], "frames": 15, "context_frames": 6}
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory, panorama):
-    """A scorer that was taught on three prompts of the shards."""
+    """A scorer that was taught on two prompts of the shards, and stopped by a third."""
     path, geometry = tmp_path_factory.mktemp("scorers") / "mine.safetensors", panorama.network
     geometry = geometry.geometry()
-    prompts = sorted(PromptDataModule(SHARDS, 3, seed=1).keys())
+    *taught, held = sorted(PromptDataModule(SHARDS, 3, seed=1).keys())
+    data = {"prompts": taught, "validation_prompts": [held]}
     model = {"name": "panorama", "fingerprint": weights_of(panorama)}
-    about = {"model": model | {"geometry": described(geometry)}, "data": {"prompts": prompts}}
+    about = {"model": model | {"geometry": described(geometry)}, "data": data}
     replace(Scorer.fresh("linear", geometry), about=about).save(path)
     return str(path)
 
@@ -51,7 +52,10 @@ def test_prompts_that_a_scorer_was_taught_on_are_named_once_for_the_file(file, k
         module.check_data(PromptDataModule(SHARDS, 3, seed=1))
     (said,) = (str(own.message) for own in seen)
     assert said.startswith("A scorer (mine.safetensors) was taught on 3 prompts of this evaluation")
-    assert f"where {whose} too good: " in said and "another --data.seed" in said
+    assert (
+        f"or stopped by them, and there {whose} too good: " in said
+        and "another --data.seed" in said
+    )
     keys = PromptDataModule(SHARDS, 3, seed=1).keys()
     assert all(key in said for key in keys)
     with warnings.catch_warnings():

@@ -179,8 +179,12 @@ class Scorer:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Keys of the prompts that it was taught on: nothing is to be judged on these."""
-        return tuple(self.about.get("data", {}).get("prompts", ()))
+        """Keys of the prompts that it was taught on, then of those that said when to stop.
+
+        Nothing is to be judged on any of them: the second chose among students.
+        """
+        told = self.about.get("data", {})
+        return (*told.get("prompts", ()), *told.get("validation_prompts", ()))
 
     def foreign(self, model: str, weights: str = "") -> str:
         """What to say where it was taught on another model, or on other weights; else nothing.

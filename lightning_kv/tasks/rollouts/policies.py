@@ -200,7 +200,7 @@ def fitted_words(file: str | None, prompts: Sequence[str], policies: Sequence[st
 
 
 def taught_words(file: str, prompts: Sequence[str], policies: Sequence[str]) -> str:
-    """What to say of prompts that a scorer was taught on.
+    """What to say of prompts that a scorer was taught on, or stopped by.
 
     Args:
         file: Its name.
@@ -209,8 +209,8 @@ def taught_words(file: str, prompts: Sequence[str], policies: Sequence[str]) -> 
     """
     looks = f"{policies[0]!r} looks" if len(policies) == 1 else f"{len(policies)} policies look"
     return (
-        f"A scorer ({file}) was taught on {several(len(prompts), 'prompt')} of this evaluation, "
-        f"where {looks} too good: {_named(prompts)}. {OTHERS}"
+        f"A scorer ({file}) was taught on {several(len(prompts), 'prompt')} of this evaluation, or "
+        f"stopped by them, and there {looks} too good: {_named(prompts)}. {OTHERS}"
     )
 
 
