@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from lightning_kv.data.datamodule.distribution import place
 from lightning_kv.distillation.lists import Lists, column_moments, concatenated
 from lightning_kv.models.samplers import stable_seed
-from lightning_kv.tasks.distillation.records import Decided, read_lists
+from lightning_kv.tasks.distillation.records import Decided, check_alike, read_lists
 
 OWN = 0.5  # of the lists of a batch, how many keep as many frames as the rollout did
 
@@ -82,7 +82,7 @@ class StatisticsData(L.LightningDataModule):
         """Lists to learn, of all rounds, and float64 ``[N]``: how often each is drawn.
 
         Raises:
-            ValueError: There are none, or they are of different models.
+            ValueError: There are none, or they are of different models, teachers or labels.
         """
         rounds = [read_lists(folder, False, self.keys) for folder in self.folders]
         found = [own.lists for own in rounds if own.lists is not None]
@@ -97,6 +97,9 @@ class StatisticsData(L.LightningDataModule):
                 f"Records are of models of different sizes: {sorted(sizes)} (layers, heads). Give "
                 "folders of one model."
             )
+        where = ", ".join(map(str, self.folders))
+        for own in rounds[1:]:
+            check_alike(where, rounds[0].made, own.made, ("teacher", "labels"))
         weights = [
             torch.full((len(own.lists),), self.newest if own is rounds[-1] else 1.0).double()
             for own in rounds

@@ -80,7 +80,8 @@ def read_lists(
         keys: Of the clips that count; all where None.
 
     Raises:
-        ValueError: There are none, one is damaged, or their features are defined otherwise here.
+        ValueError: There are none, one is damaged, they were made in different ways, or their
+            features are defined otherwise here.
     """
     files = sorted((Path(folder) / "clips").glob("*.safetensors"))
     wanted, found, made, clips = None if keys is None else set(keys), [], {}, 0
@@ -89,6 +90,7 @@ def read_lists(
         check_made(file, told.get("made", {}))
         if wanted is not None and told["key"] not in wanted:
             continue
+        check_alike(folder, made or told["made"], told["made"])
         made = told["made"]
         if held_out is not None and bool(told["validates"]) != held_out:
             continue
@@ -103,6 +105,29 @@ def read_lists(
             "none of them asked for. Give the folder of a round that `lightning-kv distill` made."
         )
     return Decided(concatenated(found) if found else None, clips, made)
+
+
+def check_alike(
+    where: Any, first: Mapping[str, Any], other: Mapping[str, Any], names: Iterable[str] = ()
+) -> None:
+    """Refuse records that were made in different ways.
+
+    Args:
+        where: They are.
+        first: How some were made.
+        other: How others were.
+        names: Of the settings that must be alike; all where empty.
+
+    Raises:
+        ValueError: Names the first setting that is not.
+    """
+    for name in names or sorted(first.keys() | other.keys()):
+        if first.get(name) != other.get(name):
+            raise ValueError(
+                f"Records in {where} were made in different ways: {name} is "
+                f"{first.get(name, 'not told')} of some and {other.get(name, 'not told')} of "
+                "others. Put those together that were made with the same settings."
+            )
 
 
 def check_made(file: Path, made: Mapping[str, Any]) -> None:

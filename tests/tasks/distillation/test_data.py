@@ -1,5 +1,6 @@
 """Lists on disk and in batches: each is seen once or drawn by its weight, by any processes."""
 
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -139,6 +140,14 @@ def test_records_that_cannot_be_used_are_refused(tmp_path, folders):
     (wide,) = made_rounds(tmp_path / "wide", 1, made=MADE | {"layers": 9})
     with pytest.raises(ValueError, match="models of different sizes"):
         _ = StatisticsData([folders[0], wide], 4).taught
+    (judged,) = made_rounds(tmp_path / "judged", 1, made=MADE | {"teacher": {"target": "mass-now"}})
+    with pytest.raises(ValueError, match=r"different ways: teacher is not told of some and .*Put"):
+        _ = StatisticsData([folders[0], judged], 4).taught
+    shutil.copy(judged / "clips/p3.safetensors", tmp_path / "p3")  # of another machine
+    (mixed,) = made_rounds(tmp_path / "mixed", 1)
+    shutil.copy(tmp_path / "p3", mixed / "clips/p3.safetensors")
+    with pytest.raises(ValueError, match="different ways: teacher is not told of some"):
+        read_lists(mixed)
     with pytest.raises(ValueError, match="There is nothing to learn: 1 folders, steps=0"):
         StatisticsData(folders[:1], 0)
     next((wide / "clips").iterdir()).write_bytes(b"half")
