@@ -22,17 +22,6 @@ HALVINGS = 50  # of the bracket of a threshold: in float64 nothing is left of it
 SHARE = 1e-15  # the smallest that outputs are divided by: float32 cannot hold its square's products
 
 
-def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
-    """Mean of a loss over lists, each with its weight; 0 where nothing has any.
-
-    Args:
-        values: ``[N]``.
-        weight: ``[N]``, 0 or more.
-    """
-    total = weight.sum()
-    return (values * weight).sum() / torch.where(total > 0, total, 1.0)
-
-
 # -- sets ------------------------------------------------------------------------------------
 
 

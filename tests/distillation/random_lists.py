@@ -81,3 +81,8 @@ def random_lists(count=40, places=7, queries=3, features=5, context=2, seed=0, f
         query=attention.query.float(),
     )
     return lists, attention
+
+
+def weighted_mean(values, weight):
+    """Of a loss over lists."""
+    return (values * weight).sum() / weight.sum()

@@ -21,7 +21,6 @@ from lightning_kv.distillation.losses import (
     output_loss,
     residual_penalty,
     soft_top,
-    weighted_mean,
 )
 
 LOSSES = {
@@ -221,12 +220,6 @@ def test_an_output_that_underflows_is_no_nan():
     scores = scores_of(lists).requires_grad_()
     output_loss(scores, lists, budgets_of(lists), 1.0).sum().backward()
     assert (scores.grad == 0).all()
-
-
-def test_lists_count_by_their_weight():
-    values, weight = torch.tensor([1.0, 2.0, 5.0]), torch.tensor([1.0, 3.0, 0.0])
-    assert weighted_mean(values, weight) == 7 / 4
-    assert weighted_mean(values, weight * 0) == 0
 
 
 def test_descending_the_output_loss_finds_good_sets():

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from random_lists import random_lists
+from random_lists import random_lists, weighted_mean
 
 from lightning_kv.distillation.judging import ListMetric
 from lightning_kv.distillation.lists import column_moments
-from lightning_kv.distillation.losses import cut_aware, listwise, output_loss, weighted_mean
+from lightning_kv.distillation.losses import cut_aware, listwise, output_loss
 from lightning_kv.policies.scorer.students import make_student
 
 BUDGETS = (2, 4, 6)

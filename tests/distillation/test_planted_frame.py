@@ -4,12 +4,18 @@ Nothing of the chunks between tells that it will be needed: recency drops it, an
 softmax mass, which is lowest on this very frame.
 """
 
+import sys
+from pathlib import Path
+
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from random_lists import weighted_mean
 
 from lightning_kv.distillation.collect import Taught
 from lightning_kv.distillation.labels import Teacher
 from lightning_kv.distillation.lists import column_moments, concatenated
-from lightning_kv.distillation.losses import cut_aware, listwise, weighted_mean
+from lightning_kv.distillation.losses import cut_aware, listwise
 from lightning_kv.distillation.samples import lists_of_clip
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.registry import load_policy, policy_from_dict

@@ -60,15 +60,6 @@ class ScorerSource:
         check_model(scorer, geometry, transfer=False)
         return cls(shipped_scorers()[geometry.model] if str(path) == "auto" else Path(path), scorer)
 
-    @classmethod
-    def read(cls, path: str | Path) -> ScorerSource:
-        """Whatever model it is of.
-
-        Raises:
-            ValueError: There is none, or it is damaged.
-        """
-        return cls(Path(path), Scorer.load(path))
-
     @property
     def teacher(self) -> Teacher | None:
         """What taught it, where it says so."""
