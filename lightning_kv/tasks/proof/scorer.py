@@ -168,8 +168,9 @@ class ScorerProof:
             f"{linear_words(self.budgets)}; {skill_words(self.budgets)}.",
             on_policy_words(self.budgets),
             f"{several(len(self.prompts), 'held-out prompt')}, {several(self.lists, 'decision')} "
-            f"of heads, worth by {self.target}. Tests are on the memories that the teacher leads "
-            "to; the best training-free ranking was chosen on the same prompts, which flatters it.",
+            f"of heads on both memories, worth by {self.target}. Tests are on those that the "
+            "teacher leads to; the best training-free ranking was chosen on the same prompts, "
+            "which flatters it.",
             *self.notes,
         )
 
