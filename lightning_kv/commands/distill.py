@@ -163,6 +163,11 @@ def distill(options: DistillOptions) -> Distilled | None:
 
     records = options.records or options.out.with_suffix(".records")
     check_file(options.out, records)
+    if (limit := options.trainer.limit_test_batches) is not None:
+        raise ValueError(
+            f"A scorer is taught on whole rounds, and --trainer.limit_test_batches {limit} would "
+            "leave clips out that its file says it was taught on. Give fewer prompts (--prompts)."
+        )
     source = find_model(options.model)
     settings, evaluation, data = prepared(options, source)
     config, _ = config_of(options.model)

@@ -84,6 +84,7 @@ def test_the_configuration_learns_from_other_worlds_than_an_evaluation():
         (["--budgets", "70f"], "Give budgets from 4 to 68, or longer clips"),
         (["--out", "scorer.json"], "Give scorer.safetensors"),
         (["--threads", "0"], "leaves nobody to work"),
+        (["--trainer.limit_test_batches", "2"], "would leave clips out that its file says"),
         (["--max_steps", "3"], "--max_steps is refused: what the numbers depend on is in the"),
     ],
 )
