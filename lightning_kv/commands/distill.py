@@ -163,11 +163,7 @@ def distill(options: DistillOptions) -> Distilled | None:
 
     records = options.records or options.out.with_suffix(".records")
     check_file(options.out, records)
-    if (limit := options.trainer.limit_test_batches) is not None:
-        raise ValueError(
-            f"A scorer is taught on whole rounds, and --trainer.limit_test_batches {limit} would "
-            "leave clips out that its file says it was taught on. Give fewer prompts (--prompts)."
-        )
+    check_whole(options.trainer)
     source = find_model(options.model)
     settings, evaluation, data = prepared(options, source)
     config, _ = config_of(options.model)
@@ -190,6 +186,20 @@ def distill(options: DistillOptions) -> Distilled | None:
         records.mkdir(parents=True, exist_ok=True)
         write_atomic(records / "config.yaml", config_yaml(options))
     return made.run()
+
+
+def check_whole(trainer: TrainerOptions) -> None:
+    """Refuse rounds that are cut short: their fits would be taken up by whole ones.
+
+    Raises:
+        ValueError: They would be.
+    """
+    if trainer.limit_test_batches is not None:
+        raise ValueError(
+            f"A scorer is taught on whole rounds, and --trainer.limit_test_batches "
+            f"{trainer.limit_test_batches} would leave clips out that its file says it was taught "
+            "on. Give fewer prompts (--prompts)."
+        )
 
 
 def collector(settings: TrainerOptions, callbacks: list[L.Callback], folder: Path) -> L.Trainer:
