@@ -7,6 +7,7 @@ import pytest
 
 from lightning_kv.cli import main, parse
 from lightning_kv.commands.distill import plan_of, work_of
+from lightning_kv.data.datamodule import PromptDataModule
 from lightning_kv.distillation.clips import Collecting
 from lightning_kv.distillation.labels import Teacher
 from lightning_kv.policies.scorer.features import FEATURES, GROUPS
@@ -54,7 +55,16 @@ def test_what_is_typed_is_what_is_distilled():
 def test_the_configuration_learns_from_other_worlds_than_an_evaluation():
     told = options("-c", CONFIG)
     evaluation = parse("evaluate", ["-c", str(ROOT / "configs/evaluate.yaml")])
-    assert told.data.shards == evaluation.data.shards and told.data.seed != evaluation.data.seed
+    mine, theirs = (
+        {
+            sample.key
+            for sample in PromptDataModule(
+                ROOT / own.data.shards, own.prompts, seed=own.data.seed
+            ).prompt_samples()
+        }
+        for own in (told, evaluation)
+    )
+    assert len(mine) == 56 and not mine & theirs and told.data.seed != evaluation.data.seed
     assert (told.frames, told.context_frames) == (evaluation.frames, evaluation.context_frames)
     assert plan_of(told, 72, 3).validate == 8 and options().data.seed == told.data.seed
 

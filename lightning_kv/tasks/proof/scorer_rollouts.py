@@ -38,7 +38,8 @@ AIM = 2
 SHOWN = 3
 """Policies of other budgets in a table."""
 
-RIVALS = ("equal", "more bytes")
+RIVALS = ("equal", "more bytes", "other budget")
+"""Training-free policies of its budget, whatever they hold, and all that hold no more bytes."""
 Role = Literal["judged", "student", "equal", "more bytes", "other budget", "bound", "reference"]
 RANKS: tuple[Role, ...] = (
     *("judged", "student", "bound", "reference", "equal", "more bytes", "other budget"),
@@ -58,7 +59,7 @@ class PolicyRow:
         ms_per_chunk: Median, of a whole batch.
         value: Mean of the metric and its 95 % interval over prompts.
         gain: Of the judged one on this one, more is better; None of itself.
-        p: Adjusted for all training-free policies of their budget, at all budgets; None of others.
+        p: Adjusted for all training-free policies at all budgets; None of others.
         left_out: Clips that have no value under one of the two.
     """
 
@@ -82,7 +83,7 @@ class PolicyProof:
         metric: Its name.
         margin: A loss within it counts as none; None where nobody says.
         rows: Of all policies that it is compared with.
-        best: The best training-free policy of the budget, whatever it holds.
+        best: The best training-free policy of the budget, or of no more bytes.
         gap: Share of the way from that to the bound that is gone; None without a bound.
     """
 
@@ -100,7 +101,7 @@ class PolicyProof:
 
     @property
     def rivals(self) -> tuple[PolicyRow, ...]:
-        """Training-free policies of this budget: those with more bytes have no excuse."""
+        """Training-free policies of this budget, or of no more bytes."""
         return self.of(*RIVALS)
 
     def row(self, policy: str) -> PolicyRow:
@@ -131,12 +132,13 @@ class PolicyProof:
         beaten = sum(row.p <= ALPHA and row.gain.gain > 0 for row in rivals)
         gain = ranged(best.gain.gain, best.gain.low, best.gain.high, signed)
         said = [
-            f"Surely better than {beaten} of {len(rivals)} training-free policies of this budget; "
-            f"on the best of them, {self.best}, it gains {gain} (p {number(best.p)}).",
+            f"Surely better than {beaten} of {len(rivals)} training-free policies of this budget "
+            f"or of no more bytes; on the best of them, {self.best}, it gains {gain} "
+            f"(p {number(best.p)}).",
         ]
         if self.gap is not None:
             said.append(f"Of what {self.best} leaves: {closed(self.gap)}.")
-        said += [self._overhead(own, best), self._dearer(), self._cheaper()]
+        said += [self._overhead(own, best), self._dearer(own)]
         said += [
             f"Against {row.policy}: {ranged(row.gain.gain, row.gain.low, row.gain.high, signed)}."
             for row in self.of("student")
@@ -153,26 +155,15 @@ class PolicyProof:
         )
         return f"A chunk takes {own.ms_per_chunk:.1f} ms, of all clips of a batch: {told}."
 
-    def _dearer(self) -> str:
-        """Policies of this budget that hold more."""
-        names = [row.policy for row in self.of("more bytes")]
-        return f"With more bytes than it: {', '.join(names)}." if names else ""
-
-    def _cheaper(self) -> str:
-        """The best of those that hold no more bytes at another budget."""
-        if not (rows := self.of("other budget")):
+    def _dearer(self, own: PolicyRow) -> str:
+        """What it holds, against the policies of this budget."""
+        alike = [row for row in self.of("equal", "more bytes") if row.bytes_peak]
+        if not own.bytes_peak or not alike:
             return ""
+        least, most = (f(row.bytes_peak / own.bytes_peak for row in alike) for f in (min, max))
         return (
-            f"Of other budgets, or none, and with no more bytes: {len(rows)} training-free; on the "
-            f"best, {_best_of(rows)}."
+            f"Policies of this budget hold {least:.2f} to {most:.2f} times the bytes that it does."
         )
-
-
-def _best_of(rows: Sequence[PolicyRow]) -> str:
-    """The policy that the scorer gains least on, and what."""
-    least = min(rows, key=lambda row: row.gain.gain)
-    found = ranged(least.gain.gain, least.gain.low, least.gain.high, signed)
-    return f"{least.policy}, it gains {found}"
 
 
 def of_run(run: RunDirectory, metrics: Sequence[str] | None = None) -> tuple[PolicyProof, ...]:
@@ -260,7 +251,8 @@ def _proof(
     if not rivals:
         raise ValueError(
             f"Nothing can be compared with {own}: this run has no training-free policy of the "
-            f"budget {budget}. Evaluate some, such as h2o@{budget} and future-forcing@{budget}."
+            f"budget {budget}, or of no more bytes. Evaluate some, such as h2o@{budget} and "
+            f"future-forcing@{budget}."
         )
     best = min(rivals, key=lambda row: row.value[0] if not higher else -row.value[0]).policy
     bounds = [row.policy for row in rows if row.role == "bound"]
@@ -410,9 +402,9 @@ def verdict(found: Sequence[PolicyProof]) -> str:
     """By one metric, at all budgets."""
     name, metric = found[0].policy.partition("@")[0], found[0].metric
     better = [own.budget for own in found if own.better]
-    first = f"better than every training-free policy at {', '.join(better)}"
+    first = f"better than every training-free policy of its budget or bytes at {', '.join(better)}"
     if not better:
-        first = "not shown to be better than every training-free policy at any budget"
+        first = "at no budget shown to be better than every training-free policy of it or its bytes"
     said = f"By {metric}, {name} is {first}"
     if any(own.not_worse is None for own in found):
         return f"{said}; what loss would count as none is not known in this metric."
