@@ -30,9 +30,6 @@ if TYPE_CHECKING:  # they take seconds
     from lightning_kv.tasks.distillation.work import DistillWork
     from lightning_kv.tasks.options import TrainerOptions
 
-TEACHER = {"target": "out-future", "horizon": None, "discount": 0.8}
-"""What is usual of a teacher here."""
-
 
 @dataclass
 class DistillOptions:
@@ -54,12 +51,13 @@ class DistillOptions:
         context_frames: Given frames at the start (panorama 15, else 0).
         student: linear, mlp or set.
         prior: It begins as h2o, snap-kv, recency, focused or future.
+        embeddings: It knows layer and head; without, it can go to other models.
         without: Features left out, or content, norms, age, mass, others.
-        teacher: target, horizon, discount, queries, threshold.
+        teacher: As --teacher.target mass-future, .horizon 6, .discount 0.9.
         labels: From the reference rollout, or a shadow: a full cache on the clip itself.
         rounds: After the first, in which the scorer decides more and more.
         budgets: History frames, one per clip (4f to 12f, 15f, 18f).
-        recipe: Of a fit: steps, batch, lr, looks, patience and more.
+        recipe: Of a fit, as --recipe.steps 3000, .batch, .lr, .patience.
         controls: Also fit a linear student, OUT-linear.safetensors.
         seed: Of noise, weights and what is drawn.
         size: HEIGHTxWIDTH in pixels (the model's own).
@@ -84,6 +82,7 @@ class DistillOptions:
     context_frames: int | None = None
     student: str = "mlp"
     prior: str = "h2o"
+    embeddings: bool = True
     without: list[str] = field(default_factory=list)
     teacher: dict[str, Any] = field(default_factory=dict)
     labels: str = "reference"
@@ -266,6 +265,7 @@ def plan_of(options: DistillOptions, frames: int, chunk: int) -> Plan:
         student=options.student,
         prior=options.prior,
         features=features,
+        embeddings=options.embeddings,
         collecting=Collecting(teacher_of(options.teacher), options.labels, budgets),
         rounds=options.rounds,
         recipe=recipe_of(options.recipe),
@@ -283,7 +283,7 @@ def teacher_of(given: dict[str, Any]) -> Teacher:
     """
     from lightning_kv.distillation.labels import Teacher
 
-    return Teacher(**(TEACHER | known(given, Teacher, "teacher")))
+    return Teacher(**known(given, Teacher, "teacher"))
 
 
 def recipe_of(given: dict[str, Any]) -> DistillRecipe:

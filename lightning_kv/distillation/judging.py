@@ -3,7 +3,7 @@
 A budget k is the number of candidates that a list keeps; ``own`` is that of the rollout that the
 list is from. Every measure is a ratio of two sums over
 lists, so it is the same however lists are spread over batches and ranks; lists with nothing to
-decide (k is 0, or all candidates) have no part in it. Sums are kept by layer, head and clip.
+decide (k is 0, or all candidates) have no part in it. Sums are kept by head.
 
 Shapes: N lists, U places of a list, B budgets, M measures, L layers, H heads of a layer.
 """
@@ -261,7 +261,6 @@ class ListMetric(Metric):
         budgets: Candidates that are kept; ``own`` for those of the rollout.
         layers: Of the model.
         heads: Of a layer.
-        clips: How many there are, where sums are to be kept by clip too.
         outputs: Whether outputs are judged; then lists must hold them.
         kwargs: Of ``torchmetrics.Metric``.
 
@@ -279,7 +278,6 @@ class ListMetric(Metric):
 
     full_state_update = False
     sums: Tensor
-    clip_sums: Tensor
 
     def __init__(
         self,
@@ -287,19 +285,16 @@ class ListMetric(Metric):
         *,
         layers: int,
         heads: int,
-        clips: int = 0,
         outputs: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.budgets, self.layers, self.heads = tuple(budgets), layers, heads
-        self.clips, self.outputs = clips, outputs
+        self.outputs = outputs
         self.names = (*RANKED, *(OUTPUTS if outputs else ()))
         shape = (len(self.names), 2, len(self.budgets))
-        sizes = {"sums": layers * heads} | ({"clip_sums": clips} if clips else {})
-        for name, count in sizes.items():
-            empty = torch.zeros(*shape, count, dtype=torch.float64)
-            self.add_state(name, empty, dist_reduce_fx="sum")
+        empty = torch.zeros(*shape, layers * heads, dtype=torch.float64)
+        self.add_state("sums", empty, dist_reduce_fx="sum")
 
     def update(self, scores: Tensor, lists: Lists, cuts: Sequence[Cut] | None = None) -> None:
         """Add lists.
@@ -310,7 +305,7 @@ class ListMetric(Metric):
             cuts: Of these lists, from :func:`cuts_of`, where several rankings are judged on them.
 
         Raises:
-            ValueError: Lists are of layers, heads or clips that there are not, or have NaN scores.
+            ValueError: Lists are of layers or heads that there are not, or have NaN scores.
         """
         self._check(scores, lists)
         cuts = cuts or cuts_of(lists, self.budgets, self.outputs)
@@ -326,8 +321,6 @@ class ListMetric(Metric):
         values = (values * lists.weight.double()).flatten(0, 2).T.unsqueeze(0)  # [1, N, M 2 B]
         head = lists.layer * self.heads + lists.head
         self.sums += self._added(values, head, self.layers * self.heads)
-        if self.clips:
-            self.clip_sums += self._added(values, lists.clip, self.clips)
 
     def compute(self) -> dict[str, Tensor]:
         """Every measure at every budget, as ``NAME@k``."""
@@ -338,29 +331,6 @@ class ListMetric(Metric):
                 found[f"{name}@{k}"] = above / below
             found[f"worst_regret@{k}"] = _worst(*each[:, place])
         return found
-
-    def by_layer(self) -> dict[str, Tensor]:
-        """The same of each layer, ``[L]``."""
-        return self._each(lambda: self.sums.unflatten(-1, (self.layers, self.heads)).sum(-1))
-
-    def by_head(self) -> dict[str, Tensor]:
-        """The same of each head, ``[L, H]``."""
-        return self._each(lambda: self.sums.unflatten(-1, (self.layers, self.heads)))
-
-    def by_clip(self) -> dict[str, Tensor]:
-        """The same of each clip, ``[clips]``, where sums were kept by clip."""
-        return self._each(lambda: self.clip_sums)
-
-    def _each(self, sums: Callable[[], Tensor]) -> dict[str, Tensor]:
-        """Measures of parts, over all ranks."""
-        alone = not self._is_synced
-        with self.sync_context(self.dist_sync_fn, should_sync=alone, should_unsync=alone):
-            above, below = sums().unbind(1)
-        return {
-            f"{name}@{k}": above[m, b] / below[m, b]
-            for b, k in enumerate(self.budgets)
-            for m, name in enumerate(self.names)
-        }
 
     def _added(self, values: Tensor, bucket: Tensor, count: int) -> Tensor:
         """Sums by bucket, ``[M, 2, B, count]``."""
@@ -374,10 +344,7 @@ class ListMetric(Metric):
                 f"Of {len(lists)} lists {wrong} were given scores with NaN, which have no order. "
                 "Give numbers; if a student made them, a lower learning rate may help it."
             )
-        most = {"layer": self.layers, "head": self.heads} | (
-            {"clip": self.clips} if self.clips else {}
-        )
-        for name, count in most.items():
+        for name, count in (("layer", self.layers), ("head", self.heads)):
             own = getattr(lists, name)
             if len(own) and not 0 <= int(own.min()) <= int(own.max()) < count:
                 raise ValueError(

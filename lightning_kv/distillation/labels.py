@@ -103,7 +103,7 @@ class Teacher:
     """
 
     target: str = "out-future"
-    horizon: int | None = 6
+    horizon: int | None = None
     discount: float = 0.8
     queries: int = 4
     threshold: float = 0.15

@@ -47,6 +47,8 @@ class Plan:
         student: linear, mlp or set.
         prior: What it begins as, see :data:`~lightning_kv.policies.scorer.artifact.PRIORS`.
         features: What it looks at, in order.
+        embeddings: Whether it knows which layer and head a list is of; without, it can be tried on
+            a model of other layers and heads.
         collecting: Of round 0.
         rounds: On-policy rounds after it.
         recipe: Of each fit.
@@ -58,6 +60,7 @@ class Plan:
     student: str = "mlp"
     prior: str = "h2o"
     features: tuple[str, ...] = tuple(FEATURES)
+    embeddings: bool = True
     collecting: Collecting = field(default_factory=lambda: Collecting(Teacher()))
     rounds: int = 2
     recipe: DistillRecipe = field(default_factory=DistillRecipe)
@@ -216,7 +219,8 @@ class Distillation:
         geometry = self.module(0, None).geometry
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stable_seed(self.plan.seed, "student"))
-            return Scorer.fresh(kind, geometry, self.plan.features, self.plan.prior)
+            plan = self.plan
+            return Scorer.fresh(kind, geometry, plan.features, plan.prior, plan.embeddings)
 
     @cached_property
     def marks(self) -> list[tuple[str, str]]:
@@ -333,13 +337,13 @@ def on_first(trainer: L.Trainer, work: Callable[[], Found]) -> Found:
         work: Must not speak to other ranks.
 
     Raises:
-        ValueError: The work has failed; the first rank says why, and others end.
+        Exception: The work has failed; the first rank says why, and others end.
     """
     found, error = None, None
     if trainer.is_global_zero:
         try:
             found = work()
-        except ValueError as wrong:
+        except Exception as wrong:  # whatever it is, the others wait for an answer
             error = wrong
     found, failed = trainer.strategy.broadcast((found, error is not None))
     if error is not None:

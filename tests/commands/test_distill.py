@@ -43,6 +43,7 @@ def test_what_is_typed_is_what_is_distilled():
         "set",
         "recency",
         names,
+        True,
         Collecting(Teacher("mass-future", 4, 0.8), "shadow", (6, 9)),
         1,
         DistillRecipe(steps=9, lr=1e-3, soft=(2.0, 0.5)),

@@ -16,12 +16,12 @@ from random_lists import random_lists
 from lightning_kv.distillation.judging import ListMetric, cuts_of
 from lightning_kv.distillation.lists import concatenated
 
-L, H, CLIPS, BUDGETS = 3, 4, 5, (1, 3, 6)
+L, H, BUDGETS = 3, 4, (1, 3, 6)
 NAMES = {"mass", "regret", "recall", "age_residual_recall", "ndcg", "output_error", "output_regret"}
 
 
 def metric(budgets=BUDGETS, **given):
-    return ListMetric(budgets, layers=L, heads=H, **({"clips": CLIPS, "outputs": True} | given))
+    return ListMetric(budgets, layers=L, heads=H, **({"outputs": True} | given))
 
 
 def judged(lists, scores, **given):
@@ -94,19 +94,12 @@ def test_measures_are_those_of_loops():
     lists, attention = random_lists(count=60)
     scores = scores_of(lists)
     made = judged(lists, scores)
-    found, layers, heads, clips = made.compute(), made.by_layer(), made.by_head(), made.by_clip()
+    found = made.compute()
     for k in BUDGETS:
         hand = [*by_hand(lists, scores, attention, k)]
         for name in NAMES - {"output_regret"}:
             own = [(n, parts[name]) for n, parts in hand]
             close(found[f"{name}@{k}"], ratio(own, lists))
-            for layer in range(L):
-                part = [(n, pair) for n, pair in own if lists.layer[n] == layer]
-                close(layers[f"{name}@{k}"][layer], ratio(part, lists))
-            part = [(n, x) for n, x in own if (lists.layer[n], lists.head[n]) == (1, 2)]
-            close(heads[f"{name}@{k}"][1, 2], ratio(part, lists))
-            part = [(n, pair) for n, pair in own if lists.clip[n] == 4]
-            close(clips[f"{name}@{k}"][4], ratio(part, lists))
 
 
 def test_gain_is_that_of_torchmetrics():
@@ -167,7 +160,8 @@ def test_the_worst_heads_are_a_twentieth_of_all():
     lists = replace(lists, layer=torch.arange(900) % 5, head=torch.arange(900) // 5 % 9)
     made = ListMetric([3], layers=5, heads=9)
     made.update(scores_of(lists), lists)
-    each = made.by_head()["regret@3"].flatten().sort(descending=True).values
+    above, below = made.sums[made.names.index("regret"), :, 0]
+    each = (above / below).sort(descending=True).values
     close(made.compute()["worst_regret@3"], each[:3].mean().item())  # 3 of 45, 2.25 rounded up
 
 
@@ -216,12 +210,9 @@ def test_sums_over_uneven_shards_are_those_of_the_whole():
     for own in (*ranks, idle):
         total.merge_state(own)
     assert torch.allclose(total.sums, whole.sums, rtol=1e-12, atol=1e-14)
-    for each in ("compute", "by_layer", "by_head", "by_clip"):
-        one, other = getattr(total, each)(), getattr(whole, each)()
-        for name in one:
-            torch.testing.assert_close(
-                one[name], other[name], rtol=1e-9, atol=1e-12, equal_nan=True
-            )
+    one, other = total.compute(), whole.compute()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-12, equal_nan=True)
 
 
 def test_tables_are_over_all_ranks():
@@ -231,16 +222,14 @@ def test_tables_are_over_all_ranks():
     other = judged(lists.select(half[1]), scores[half[1]])
 
     def gather(value, group=None):
-        name = "sums" if value.shape == other.sums.shape else "clip_sums"
-        return [value, getattr(other, name)]
+        return [value, other.sums]
 
     one = metric(dist_sync_fn=gather, distributed_available_fn=lambda: True)
     one.update(scores[half[0]], lists.select(half[0]))
     whole = judged(lists, scores)
-    for each in ("by_layer", "by_clip", "compute", "by_head"):
-        found, expected = getattr(one, each)(), getattr(whole, each)()
-        for name in found:
-            torch.testing.assert_close(found[name], expected[name], equal_nan=True)
+    found, expected = one.compute(), whole.compute()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], equal_nan=True)
     assert not torch.allclose(one.sums, whole.sums)  # what it holds itself is its own again
 
 
@@ -266,7 +255,7 @@ def test_scores_without_order_are_refused():
 
 def test_lists_of_another_model_are_refused():
     lists, _ = random_lists()
-    for name, count in (("layer", L), ("head", H), ("clip", CLIPS)):
+    for name, count in (("layer", L), ("head", H)):
         wrong = replace(lists, **{name: getattr(lists, name) + 1})
         said = f"made for {count} {name}s, counted from 0, and lists have numbers from 1 to {count}"
         with pytest.raises(ValueError, match=said):

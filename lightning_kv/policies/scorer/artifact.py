@@ -294,18 +294,18 @@ class ScorerFile:
 
 
 def check_model(scorer: Scorer, geometry: Geometry, transfer: bool) -> str:
-    """Refuse a model of other sizes; what is to be said of another model, or nothing.
+    """Refuse a model of other layers or heads; what is to be said of another model, or nothing.
+
+    Features do not depend on the width of a head. A scorer without embeddings knows no heads.
 
     Raises:
         ValueError: It has other layers or heads; or, unless allowed, another chunk or grid.
     """
     told, student = scorer.about.get("model", {}), scorer.student
-    sizes = dict(told.get("geometry", {}))
+    left_out = ("layers", "heads", "head_dim")
+    sizes = {k: own for k, own in told.get("geometry", {}).items() if k not in left_out}
     if student.embeddings:
         sizes |= {"layers": student.layers, "heads": student.heads}
-    else:
-        for name in ("layers", "heads", "head_dim"):
-            sizes.pop(name, None)
     check_shape(sizes, geometry, transfer, "scorer was taught")
     return scorer.foreign(geometry.model)
 

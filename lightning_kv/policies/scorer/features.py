@@ -2,7 +2,8 @@
 
 All of it comes from the clean pass over the chunk (and from those before): a sample of its queries
 against what is held, and the keys and values of the new frames. Denoising passes cost nothing. No
-number changes when all times are shifted, and none knows the index of a frame or of a chunk.
+number changes when all times are shifted, and none knows the index of a frame; of the number of
+chunks, only whether the prompt began less than four ago.
 
 Shapes: L layers that are asked about, H heads, F frames of the longest list, D head width, K
 features, C context numbers.

@@ -22,15 +22,15 @@ from lightning_kv.distillation.lists import Lists
 from lightning_kv.models.samplers import stable_seed
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.scorer.artifact import Scorer, ScorerFile, check_model, shipped_scorers
-from lightning_kv.policies.scorer.features import FEATURES
+from lightning_kv.policies.scorer.features import FEATURES, GROUPS
 from lightning_kv.policies.scorer.students import Student, make_student
 from lightning_kv.utilities.files import checksum
 
 JUDGED, LINEAR, UNTRAINED, SHUFFLED = "scorer", "linear", "untrained", "shuffled"
 RANDOM, ORACLE = "random", "oracle"
 USUAL_BUDGETS = (6, 9, 15)
-USUAL_TEACHER = Teacher("mass-future", None, 0.8)
-"""Of a file that does not say what taught it."""
+USUAL_TEACHER = Teacher("mass-future")
+"""Of a file that does not say what taught it; it needs no outputs, which take memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,12 +214,17 @@ def asked(scorer: Scorer, lists: Lists) -> Tensor:
 
 
 def dealt(lists: Lists, noise: Tensor) -> Lists:
-    """Lists in which the features of the candidates are dealt to each other.
+    """Lists in which all features but those of age are dealt to other candidates.
+
+    What a scorer can still tell from these is a matter of age.
 
     Args:
-        lists: Candidates first, as they are in all lists of clips.
+        lists: With all features; candidates first, as they are in all lists of clips.
         noise: ``[N, U]``: says to whom.
     """
     order = noise.masked_fill(~lists.candidate, torch.inf).argsort(dim=-1)
     spread = order.unsqueeze(-1).expand_as(lists.features)
-    return replace(lists, features=lists.features.gather(1, spread))
+    age = torch.tensor([name in GROUPS["age"] for name in FEATURES], device=noise.device)
+    return replace(
+        lists, features=torch.where(age, lists.features, lists.features.gather(1, spread))
+    )

@@ -180,7 +180,8 @@ def test_another_model_is_refused_or_said():
     assert check_model(made, replace(GEOMETRY, model="mine"), False) == ""
     said = check_model(made, replace(GEOMETRY, model="theirs"), False)
     assert "taught on the model 'mine' is used for 'theirs'" in said and "distil one" in said
-    for other in ({"layers": 4}, {"heads": 2}, {"head_dim": 24}):
+    assert check_model(made, replace(GEOMETRY, head_dim=24), False) == ""
+    for other in ({"layers": 4}, {"heads": 2}):
         with pytest.raises(
             ValueError, match=r"made for another model: 2 layers of 3 heads .* Give"
         ):

@@ -30,7 +30,7 @@ from lightning_kv.policies.budget.uniform import Uniform
 from lightning_kv.policies.registry import policy_from_dict, preset
 from lightning_kv.policies.retain.oracle import Oracle
 from lightning_kv.policies.scorer.artifact import Scorer
-from lightning_kv.policies.scorer.features import CONTEXT, FEATURES
+from lightning_kv.policies.scorer.features import CONTEXT, FEATURES, GROUPS
 from lightning_kv.rollout import rollout
 from lightning_kv.stats.inference import holm, sign_flip_p
 from lightning_kv.tasks.callbacks import ProofWriter, ScorerProofWriter
@@ -193,13 +193,19 @@ def test_features_are_dealt_among_the_candidates_of_a_list(geometry):
     lists, _ = random_lists(features=len(FEATURES), context=len(CONTEXT))
     lists = replace(lists, layer=lists.layer % 2, head=lists.head % 2)
     noise = torch.rand(lists.candidate.shape, generator=torch.Generator().manual_seed(1))
-    own, moved = random_scorer(geometry), dealt(lists, noise)
-    scores, other = asked(own, lists), asked(own, moved)
+    moved = dealt(lists, noise)
+    age = [name in GROUPS["age"] for name in FEATURES]
+    rest = [not own for own in age]
     changed = 0
-    for row, after, there in zip(scores, other, lists.candidate, strict=True):
-        assert torch.allclose(row[there].sort().values, after[there].sort().values, atol=1e-5)
-        changed += not torch.allclose(row[there], after[there])
-    assert changed > 25 and torch.equal(moved.target, lists.target)
+    for row, after, there in zip(lists.features, moved.features, lists.candidate, strict=True):
+        assert torch.equal(row[:, age], after[:, age])  # alone where it was
+        own, other = row[there][:, rest], after[there][:, rest]  # all others, together
+        place = [int((other == line).all(1).nonzero()) for line in own]
+        assert sorted(place) == list(range(len(own)))
+        changed += place != sorted(place)
+    assert changed > 20 and torch.equal(moved.target, lists.target)
+    scores, other = (asked(random_scorer(geometry), own) for own in (lists, moved))
+    assert not torch.allclose(scores[lists.candidate], other[lists.candidate])
 
 
 def test_what_was_stopped_goes_on(judged, folder, model, tmp_path):
