@@ -364,3 +364,22 @@ def test_a_fit_that_comes_to_nothing_is_said_once(tmp_path):
     made = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert made.returncode == 2 and made.stderr.count("error: ") == 1
     assert "come to nothing" in made.stderr and "Traceback" not in made.stderr
+
+
+def test_budgets_by_head_and_a_scorer_go_together(four, tmp_path, monkeypatch):
+    """calibrate with the scorer as memory, then evaluate it at the budgets that came of that."""
+    monkeypatch.chdir(tmp_path)
+    scorer, _ = four
+    usual = ["--data.shards", str(SHARDS), "--context_frames", "6", "--frames", "18"]
+    words = ["calibrate", *usual, "--prompts", "3", "--validate", "0", "--chunks", "1"]
+    words += ["--scorers", "distilled", "--reach", "9f", "--labels", "false", "--probes", "1"]
+    main(words)
+    by_head = "{part: calibrated, heads: heads.safetensors, amount: 5f}"
+    for name, budget in (("taught", "5f"), ("by-head", by_head)):
+        part = f"{{part: distilled, scorer: {scorer}, budget: {budget}}}"
+        Path(f"{name}.yaml").write_text(f"name: {name}\nretain: {part}\n")
+    words = ["evaluate", *usual, "--prompts", "2", "--videos", "0", "--metrics", "latent_relative"]
+    main([*words, "--policies", "[full,taught.yaml,by-head.yaml]", "--out", "run"])
+    summary = json.loads(Path("run/summary.json").read_text())["policies"]
+    kept = {name: own["metrics"]["latent_relative"]["mean"] for name, own in summary.items()}
+    assert kept["full"] == 0 < kept["by-head"] and kept["taught"] != kept["by-head"]

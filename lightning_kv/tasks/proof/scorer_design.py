@@ -125,8 +125,13 @@ class ScorerDesign:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What has to be said of the file."""
-        found = [self.foreign]
+        """What has to be said of the rankings and of the file."""
+        found = [
+            self.foreign,
+            "Rankings by hand are sums of the same features, stand-ins for the policies that they "
+            f"are named after; {SHUFFLED} is the scorer with all features but age dealt to other "
+            "candidates.",
+        ]
         if self.source.teacher is None:
             teacher = f"{self.teacher.target}, discount {self.teacher.discount:g}, all later chunks"
             found.append(
