@@ -139,7 +139,8 @@ def same(four, out):
     return content(out) == content(four[0])
 
 
-@pytest.mark.parametrize("at", [0, 3, 6])
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("at", [3, 0, 6])
 def test_what_was_stopped_goes_on(four, model, tmp_path, monkeypatch, at):
     """In the first round, between clips of the second, and before the last."""
     out, real, seen = tmp_path / "scorer.safetensors", CollectModule.measured, []
