@@ -50,7 +50,8 @@ def show_scorer(path: Path) -> None:
     from lightning_kv.utilities.files import checksum
 
     found, out = rows_of(path), console()
-    say(out, [f"{path}: {found.pop('student')}", f"SHA-256 {checksum(path)}"])
+    for line in (f"{path}: {found.pop('student')}", f"SHA-256 {checksum(path)}"):
+        out.print(line, soft_wrap=True, markup=False)
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for name, value in found.items():
         table.add_row(name, value)

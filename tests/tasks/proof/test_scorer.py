@@ -283,7 +283,7 @@ def test_the_teacher_of_the_file_leads_and_judges(geometry, target, objective, s
     scorer = random_scorer(geometry, teacher=asdict(teacher) | {"of": "later versions"})
     design = ScorerDesign(ScorerSource(Path("x"), scorer), None, (4,), geometry, outputs=False)
     part = design.policy(4, by_scorer=False).retain.teacher
-    assert design.teacher == teacher and len(design.notes) == said + (not design.outputs)
+    assert design.teacher == teacher and len(design.notes) == 1 + said + (not design.outputs)
     assert (part.objective, part.horizon, part.discount) == (objective, 3, 0.6)
     assert ("outputs" in design.needs) == design.outputs == (objective == "output")
 
@@ -386,7 +386,7 @@ def test_the_verdict_takes_three_sentences(design):
     assert "; it has skill beyond recency at 4f, 6f (of what that drops it keeps 0." in second
     assert third.endswith("within the 1.15 that are allowed.") and "1.1" in third
     assert "320 decisions" not in rest[0] and "640 decisions of heads" in rest[0]
-    assert len(rest) == 1 and "flatters" in rest[0]
+    assert len(rest) == 2 and "flatters" in rest[0] and "stand-ins" in rest[1]
 
 
 def test_other_verdicts(design):
