@@ -393,6 +393,15 @@ def extent(found: Sequence[PolicyProof]) -> tuple[str, ...]:
         f"values are adjusted for {tests} training-free policies of all budgets (Holm). The best "
         "of many was chosen on the same prompts, which flatters it."
     )
+    fewer = {
+        row.policy: row.gain.prompts
+        for own in found
+        for row in own.rows
+        if row.gain and row.gain.prompts < prompts
+    }
+    if fewer:
+        told = ", ".join(f"{name} ({count})" for name, count in fewer.items())
+        said.append(f"Compared over fewer prompts, as the run has no more of them: {told}.")
     if prompts < (least := fewest_prompts(tests)):
         said.append(f"No effect can be shown on fewer than {least} prompts.")
     return tuple(said)

@@ -192,6 +192,17 @@ def test_losses_are_better_when_lower(run, found):
     assert [row[1] for row in last.rows].count("other budget") == 3  # of 6
 
 
+def test_policies_that_are_not_finished_are_named(tmp_path):
+    run = recorded(tmp_path / "run")
+    file = next((tmp_path / "run").rglob("*.jsonl"))
+    lines = file.read_text().splitlines(keepends=True)
+    kept = [x for x in lines if '"int4"' not in x or '"p3"' not in x]
+    file.write_text("".join(kept))
+    assert len(kept) == len(lines) - 1
+    (_, _, said) = extent(of_run(run, ["recall"]))
+    assert said == ("Compared over fewer prompts, as the run has no more of them: int4 (15).")
+
+
 def test_few_prompts_are_said(tmp_path):
     said = extent(of_run(recorded(tmp_path / "few", prompts=5), ["recall"]))
     assert said[-1] == "No effect can be shown on fewer than 10 prompts."
