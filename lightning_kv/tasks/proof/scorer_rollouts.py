@@ -84,7 +84,7 @@ class PolicyProof:
         margin: A loss within it counts as none; None where nobody says.
         rows: Of all policies that it is compared with.
         best: The best training-free policy of the budget, or of no more bytes.
-        gap: Share of the way from that to the bound that is gone; None without a bound.
+        gap: Share of the way from that to the bound that is gone; None without a bound above it.
     """
 
     policy: str
@@ -257,7 +257,9 @@ def _proof(
     best = min(rivals, key=lambda row: row.value[0] if not higher else -row.value[0]).policy
     bounds = [row.policy for row in rows if row.role == "bound"]
     bound = next((name for name in bounds if name.partition("@")[0] == BOUND), None)
-    gap = None if bound is None else _gap(records, own, best, bound, metric)
+    means = {row.policy: row.value[0] if higher else -row.value[0] for row in rows}
+    open_ = bound is not None and means[bound] > means[best]  # else there is nothing to close
+    gap = _gap(records, own, best, bound, metric) if open_ else None
     return PolicyProof(own, budget, metric, MARGINS.get(metric), tuple(rows), best, gap)
 
 

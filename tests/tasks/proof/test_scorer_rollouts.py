@@ -192,6 +192,12 @@ def test_losses_are_better_when_lower(run, found):
     assert [row[1] for row in last.rows].count("other budget") == 3  # of 6
 
 
+def test_a_bound_below_the_best_leaves_no_gap(tmp_path):
+    policies = POLICIES | {"oracle@6f": (0.2, *POLICIES["oracle@6f"][1:])}
+    (first, *_) = of_run(recorded(tmp_path / "run", policies), ["recall"])
+    assert first.gap is None and "gap to the oracle" not in " ".join(first.words)
+
+
 def test_policies_that_are_not_finished_are_named(tmp_path):
     run = recorded(tmp_path / "run")
     file = next((tmp_path / "run").rglob("*.jsonl"))
