@@ -23,7 +23,9 @@ from lightning_kv.tasks.rollouts.context import panorama_start
 PROMPTS = ["dusk fast n10 left", "noon fast n13 left", "night slow n7 any", "mist fast n5 left"]
 FRAMES = 24
 NAMES = [sized(name, "6f") for name in presets(without_tables=True, any_model=True)]
-SPARING = ("tether-cache@6f", "forcing-kv@6f", "pyramid-kv@6f")  # some heads read less than 6f
+SPARING = (  # some heads read less than 6f
+    *("tether-cache@6f", "forcing-kv@6f", "pyramid-kv@6f", "head-forcing@6f"),
+)
 
 
 def preset_saves(name):

@@ -331,7 +331,7 @@ def test_the_command_writes_the_file_of_the_module(four, tmp_path, capsys):
     assert list((tmp_path / "scorer.records").glob("round-1-*/fit-*/log/*/metrics.csv"))
 
 
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("devices", [3, pytest.param(2, marks=pytest.mark.full)])
 @pytest.mark.slow
 def test_any_number_of_ranks_writes_the_same_file(four, tmp_path, devices):
     out = tmp_path / "scorer.safetensors"

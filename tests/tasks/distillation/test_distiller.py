@@ -212,7 +212,7 @@ if fits.is_global_zero:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [2, pytest.param(0, marks=pytest.mark.full)])
 def test_two_processes_see_and_learn_what_one_does(folders, tmp_path, workers):
     fresh().save(tmp_path / "scorer.safetensors")
     (tmp_path / "two.py").write_text(SCRIPT)
