@@ -7,29 +7,22 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_kv.cache.decisions import Event, Retention
-from lightning_kv.cache.passes import Geometry
-from lightning_kv.cache.view import CacheView, PassView
+from lightning_kv.cache.decisions import Retention
+from lightning_kv.cache.view import CacheView
 from lightning_kv.policies.base import UnitPart
 from lightning_kv.policies.checks import choice
 from lightning_kv.policies.part import Preset
-from lightning_kv.policies.scorer.artifact import ScorerFile
-from lightning_kv.policies.scorer.running import check_scorer, look, scores_of
-from lightning_kv.policies.scorer.seen import forget_prompt
+from lightning_kv.policies.scorer.running import RanksByScorer, scores_of
 
 
 @dataclass(frozen=True)
-class Distilled(UnitPart):
+class Distilled(RanksByScorer, UnitPart):
     """Keep the frames that a scorer ranks highest, and the newest chunk.
 
     The scorer was taught offline, by ``lightning-kv distill``, which frames a reference rollout
     looks at later. It looks at each frame once a chunk, when the chunk is committed, with a sample
     of the queries of the clean pass; denoising passes cost nothing. One order serves all budgets.
     Its weights, and what it remembers of each frame, count as bytes of the cache.
-
-    Args:
-        scorer: File (.safetensors), or ``auto``: the one that is shipped for the model.
-        transfer: Take a scorer that was taught with another chunk or token grid.
     """
 
     name: ClassVar[str] = "distilled"
@@ -42,32 +35,10 @@ class Distilled(UnitPart):
             parts={"retain": {"part": "distilled", "budget": "9f"}},
         ),
     )
-    observes: ClassVar[tuple[str, ...]] = ("prefill", "commit")
-    scorer: ScorerFile = ScorerFile()  # noqa: RUF009  frozen
-    transfer: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choice(self, granularity=("frame",))
-        object.__setattr__(self, "scorer", ScorerFile.of(self.scorer))
-
-    @property
-    def comparable(self) -> bool:
-        """Ranks within a head are all that it was taught."""
-        return False
-
-    def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
-        """The scorer is of such a model."""
-        check_scorer(self, geometry)
-
-    def observe(self, view: PassView, state: Any) -> None:
-        """What the frames that become final look at."""
-        look(self, view, state)
-
-    def event(self, event: Event, views: list[CacheView], state: Any) -> None:
-        """A prompt switch forgets the queries of the old prompt."""
-        if event.kind == "prompt_switch":
-            forget_prompt(state)
 
     def commit(self, views: list[CacheView], state: Any) -> list[Retention | None]:
         """All layers at once: the scorer runs once a chunk."""

@@ -7,39 +7,63 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_kv.cache.checks import named
+from lightning_kv.cache.decisions import Event
 from lightning_kv.cache.host import upload
 from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView, PassView
 from lightning_kv.policies.scored import ScoredPart
-from lightning_kv.policies.scorer.artifact import check_model, student_on
+from lightning_kv.policies.scorer.artifact import ScorerFile, check_model, student_on
 from lightning_kv.policies.scorer.features import Listed, frame_features
-from lightning_kv.policies.scorer.seen import observe_frames
+from lightning_kv.policies.scorer.seen import forget_prompt, observe_frames
 
 State = dict[Any, Any]
 
 
-def check_scorer(part: Any, geometry: Geometry) -> None:
-    """Refuse a scorer of a model of other sizes; warn of one of another model.
+@dataclass(frozen=True)
+class RanksByScorer(ScoredPart):
+    """What the parts have in common that rank by a scorer, whatever they do with the order.
 
-    Raises:
-        ValueError: See :func:`~lightning_kv.policies.scorer.artifact.check_model`.
+    Args:
+        scorer: File (.safetensors), or ``auto``: the one that is shipped for the model.
+        transfer: Take a scorer that was taught with another chunk or token grid.
     """
-    if said := check_model(part.scorer.scorer(geometry), geometry, part.transfer):
-        warnings.warn(said, stacklevel=2)
+
+    observes: ClassVar[tuple[str, ...]] = ("prefill", "commit")
+    scorer: ScorerFile = ScorerFile()  # noqa: RUF009  frozen
+    transfer: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "scorer", ScorerFile.of(self.scorer))
+
+    @property
+    def comparable(self) -> bool:
+        """Ranks within a head are all that it was taught."""
+        return False
+
+    def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
+        """The scorer is of such a model; of one that was taught on another it is said."""
+        if said := check_model(self.scorer.scorer(geometry), geometry, self.transfer):
+            warnings.warn(said, stacklevel=2)
+
+    def observe(self, view: PassView, state: State) -> None:
+        """What the frames that become final look at."""
+        observe_frames(view, state, self.scorer.scorer(view.geometry).queries)
+
+    def event(self, event: Event, views: list[CacheView], state: State) -> None:
+        """A prompt switch forgets the queries of the old prompt."""
+        if event.kind == "prompt_switch":
+            forget_prompt(state)
 
 
-def look(part: Any, view: PassView, state: State) -> None:
-    """See a clean pass of one layer; in the state of the part."""
-    observe_frames(view, state, part.scorer.scorer(view.geometry).queries)
-
-
-def scores_of(part: Any, views: Sequence[CacheView], state: State) -> list[Tensor]:
+def scores_of(part: RanksByScorer, views: Sequence[CacheView], state: State) -> list[Tensor]:
     """What the scorer of a part says of the frames of some layers, each ``[H, 1, F]``.
 
     Raises:

@@ -7,29 +7,21 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_kv.cache.decisions import Event
-from lightning_kv.cache.passes import Geometry
 from lightning_kv.cache.view import CacheView, PassView
 from lightning_kv.policies.base import SelectPart
 from lightning_kv.policies.checks import choice
 from lightning_kv.policies.part import Preset
-from lightning_kv.policies.scorer.artifact import ScorerFile
-from lightning_kv.policies.scorer.running import check_scorer, look, scores_of
-from lightning_kv.policies.scorer.seen import forget_prompt
+from lightning_kv.policies.scorer.running import RanksByScorer, scores_of
 
 
 @dataclass(frozen=True)
-class DistilledReads(SelectPart):
+class DistilledReads(RanksByScorer, SelectPart):
     """Read the frames that a scorer ranks highest, and the last chunk.
 
     The scorer of ``distilled``, which was taught what to keep, decides what is read: once a chunk,
     by the clean pass over the chunk before, so no query of the chunk is looked at. All that is held
     is looked at in that pass. Over ``retain: distilled`` the clean pass is looked at twice, once
     for each part.
-
-    Args:
-        scorer: File (.safetensors), or ``auto``: the one that is shipped for the model.
-        transfer: Take a scorer that was taught with another chunk or token grid.
     """
 
     name: ClassVar[str] = "distilled-reads"
@@ -43,31 +35,10 @@ class DistilledReads(SelectPart):
         ),
     )
     observes: ClassVar[tuple[str, ...]] = ("prefill", "commit", "rebuild")
-    scorer: ScorerFile = ScorerFile()  # noqa: RUF009  frozen
-    transfer: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choice(self, refresh=("chunk",))  # in a pass nothing new is seen
-        object.__setattr__(self, "scorer", ScorerFile.of(self.scorer))
-
-    @property
-    def comparable(self) -> bool:
-        """Ranks within a head are all that it was taught."""
-        return False
-
-    def check(self, geometry: Geometry, chunk: int, frames: int) -> None:
-        """The scorer is of such a model."""
-        check_scorer(self, geometry)
-
-    def observe(self, view: PassView, state: Any) -> None:
-        """What the frames that become final look at."""
-        look(self, view, state)
-
-    def event(self, event: Event, views: list[CacheView], state: Any) -> None:
-        """A prompt switch forgets the queries of the old prompt."""
-        if event.kind == "prompt_switch":
-            forget_prompt(state)
 
     def scores(self, view: PassView, state: Any) -> Tensor:
         """What the scorer says of each frame."""
