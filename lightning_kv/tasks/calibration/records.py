@@ -23,6 +23,7 @@ from lightning_kv.data.datamodule import PromptSample
 from lightning_kv.runs.directory import RunDirectory, fingerprint
 from lightning_kv.runs.features import part_of_path
 from lightning_kv.utilities.files import checksum, write_atomic
+from lightning_kv.utilities.formatting import several
 
 SUFFIX = ".safetensors"
 
@@ -129,6 +130,20 @@ class CalibrationDirectory(ClipDirectory):
                 chunk, step, what = rest.split("/", 2)
                 sites.setdefault((int(chunk), int(step)), {})[what] = own
         return ClipRecord(told["key"], told["unit"], sites, profile)
+
+    def measured(self, wanted: Mapping[str, Wanted]) -> list[ClipRecord]:
+        """All records that are asked for and there, by key.
+
+        Raises:
+            ValueError: A record is damaged, or no clip has one.
+        """
+        done = sorted(self.finished(wanted))
+        if not done:
+            raise ValueError(
+                f"Nothing is measured so far: {self.path} has no record of any of "
+                f"{several(len(wanted), 'clip')}. Run the same command again."
+            )
+        return list(map(self.read, done))
 
 
 @dataclass(frozen=True)

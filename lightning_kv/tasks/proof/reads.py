@@ -142,14 +142,7 @@ def conclude(run: CalibrationDirectory, wanted: Mapping[str, Wanted], design: De
     Raises:
         ValueError: A record is damaged, or no clip has one.
     """
-    done = sorted(run.finished(wanted))
-    if not done:
-        raise ValueError(
-            f"Nothing is measured so far: {run.path} has no record of any of "
-            f"{several(len(wanted), 'clip')}. Run the same command again."
-        )
-    clips = [run.read(key) for key in done]
-    return proved(clips, design)
+    return proved(run.measured(wanted), design)
 
 
 def proved(clips: Sequence[ClipRecord], design: Design) -> ReadsProof:

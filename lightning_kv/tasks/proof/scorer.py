@@ -191,13 +191,7 @@ def conclude(
     Raises:
         ValueError: A record is damaged, or no clip has one.
     """
-    done = sorted(run.finished(wanted))
-    if not done:
-        raise ValueError(
-            f"Nothing is measured so far: {run.path} has no record of any of "
-            f"{several(len(wanted), 'clip')}. Run the same command again."
-        )
-    return proved(map(run.read, done), design)
+    return proved(run.measured(wanted), design)
 
 
 def proved(records: Iterable[ClipRecord], design: ScorerDesign) -> ScorerProof:
