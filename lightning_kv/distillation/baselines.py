@@ -1,14 +1,15 @@
-"""Rankings by hand, that a scorer is compared with on the same lists."""
+"""What rankings say of lists: that of a scorer, and those by hand that it is compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from lightning_kv.distillation.judging import random_scores
 from lightning_kv.distillation.lists import Lists
-from lightning_kv.policies.scorer.artifact import PRIORS
+from lightning_kv.policies.scorer.artifact import PRIORS, Scorer
 from lightning_kv.policies.scorer.features import FEATURES
 from lightning_kv.policies.statistics import standardised
 
@@ -33,6 +34,20 @@ def by_hand(lists: Lists, weights: dict[str, float]) -> Tensor:
         for name, weight in weights.items()
     ]
     return sum(found[1:], found[0])
+
+
+def by_scorer(lists: Lists, scorer: Scorer) -> Tensor:
+    """Scores ``[N, U]`` of a scorer; 0 where there is no candidate.
+
+    Args:
+        lists: With all features, in order.
+        scorer: Is shown those that it looks at.
+    """
+    every = list(FEATURES)
+    shown = lists.features[..., [every.index(name) for name in scorer.features]]
+    with torch.no_grad():
+        found = scorer.scores(shown, lists.context, lists.layer, lists.head, lists.candidate)
+    return found.masked_fill(~lists.candidate, 0.0)
 
 
 BASELINES: dict[str, Callable[[Lists], Tensor]] = {

@@ -1,9 +1,9 @@
 """How well an order of frames serves lists: what it keeps of their worth, and what outputs lose.
 
 A budget k is the number of candidates that a list keeps; ``own`` is that of the rollout that the
-list is from. Every measure is a ratio of two sums over
-lists, so it is the same however lists are spread over batches and ranks; lists with nothing to
-decide (k is 0, or all candidates) have no part in it. Sums are kept by head.
+list is from. Every measure is a ratio of two sums over lists, so it is the same however lists are
+spread over batches and ranks; lists with nothing to decide (k is 0, or all candidates) have no part
+in it. Sums are kept by head.
 
 Shapes: N lists, U places of a list, B budgets, M measures, L layers, H heads of a layer.
 """

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
-from lightning_kv.distillation.baselines import BASELINES
+from lightning_kv.distillation.baselines import BASELINES, by_scorer
 from lightning_kv.distillation.judging import OWN, ListMetric, cuts_of
 from lightning_kv.distillation.lists import Lists
 from lightning_kv.policies.scorer.artifact import Scorer
-from lightning_kv.policies.scorer.features import FEATURES
 from lightning_kv.tasks.distillation.data import StatisticsData
 from lightning_kv.tasks.distillation.distiller import KEPT, OUTPUT_MONITOR, PolicyDistiller
 from lightning_kv.tasks.training.module import LAST, check_finite, last_checkpoint
@@ -130,15 +128,9 @@ def judged(lists: Lists | None, scorers: Mapping[str, Scorer], kept: Sequence[in
     budgets = (OWN, *kept)
     outputs = lists.gram is not None
     size = {"layers": int(lists.layer.max()) + 1, "heads": int(lists.head.max()) + 1}
-    cuts, every, found = cuts_of(lists, budgets, outputs), list(FEATURES), {}
+    cuts, found = cuts_of(lists, budgets, outputs), {}
     scores = {name: scores_of(lists) for name, scores_of in BASELINES.items()}
-    for name, scorer in scorers.items():
-        columns = [every.index(own) for own in scorer.features]
-        features = lists.features[..., columns]
-        told = (lists.context, lists.layer, lists.head, lists.candidate)
-        with torch.no_grad():
-            own = scorer.scores(features, *told)
-        scores[name] = own.masked_fill(~lists.candidate, 0.0)
+    scores |= {name: by_scorer(lists, scorer) for name, scorer in scorers.items()}
     for name, own in scores.items():
         metric = ListMetric(budgets, outputs=outputs, sync_on_compute=False, **size)
         metric.update(own, lists, cuts)

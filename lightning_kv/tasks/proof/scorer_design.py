@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_kv.cache.passes import Geometry
-from lightning_kv.distillation.baselines import HAND_MADE, by_hand
+from lightning_kv.distillation.baselines import HAND_MADE, by_hand, by_scorer
 from lightning_kv.distillation.clips import Collecting
 from lightning_kv.distillation.collect import Taught
 from lightning_kv.distillation.labels import Teacher
@@ -23,7 +23,7 @@ from lightning_kv.models.samplers import stable_seed
 from lightning_kv.policies.base import CachePolicy
 from lightning_kv.policies.scorer.artifact import Scorer, ScorerFile, check_model, shipped_scorers
 from lightning_kv.policies.scorer.features import FEATURES, GROUPS
-from lightning_kv.policies.scorer.students import Student, make_student
+from lightning_kv.policies.scorer.students import make_student
 from lightning_kv.utilities.files import checksum
 
 JUDGED, LINEAR, UNTRAINED, SHUFFLED = "scorer", "linear", "untrained", "shuffled"
@@ -180,15 +180,15 @@ class ScorerDesign:
         generator = torch.Generator().manual_seed(stable_seed("prove scorer", key))
         noise, lucky = torch.rand(2, *lists.candidate.shape, generator=generator)
         found = {
-            JUDGED: asked(self.source.scorer, lists),
-            UNTRAINED: asked(self._untrained, lists),
-            SHUFFLED: asked(self.source.scorer, dealt(lists, noise)),
+            JUDGED: by_scorer(lists, self.source.scorer),
+            UNTRAINED: by_scorer(lists, self._untrained),
+            SHUFFLED: by_scorer(dealt(lists, noise), self.source.scorer),
             RANDOM: lucky,
             ORACLE: lists.target,
         }
         found |= {name: by_hand(lists, own) for name, own in HAND_MADE.items()}
         if self.linear:
-            found[LINEAR] = asked(self.linear.scorer, lists)
+            found[LINEAR] = by_scorer(lists, self.linear.scorer)
         return {name: found[name] for name in self.rankings}
 
     @cached_property
@@ -206,16 +206,6 @@ class ScorerDesign:
             "budgets": list(self.budgets),
             "outputs": self.outputs,
         }
-
-
-def asked(scorer: Scorer, lists: Lists) -> Tensor:
-    """What a scorer says of lists that have all features, ``[N, U]``."""
-    student: Student = scorer.student
-    places = [tuple(FEATURES).index(name) for name in scorer.features]
-    with torch.no_grad():
-        return student(
-            lists.features[..., places], lists.context, lists.layer, lists.head, lists.candidate
-        )
 
 
 def dealt(lists: Lists, noise: Tensor) -> Lists:

@@ -20,6 +20,7 @@ from tiny_network import TINY, encoder
 from lightning_kv.calibration.clips import ClipRecord
 from lightning_kv.data.datamodule import PromptDataModule
 from lightning_kv.data.make_shards import make_prompt_shards
+from lightning_kv.distillation.baselines import by_scorer
 from lightning_kv.distillation.collect import Taught
 from lightning_kv.distillation.judging import OUTPUTS, OWN, RANKED, ListMetric
 from lightning_kv.distillation.labels import Teacher
@@ -35,7 +36,7 @@ from lightning_kv.rollout import rollout
 from lightning_kv.stats.inference import holm, sign_flip_p
 from lightning_kv.tasks.callbacks import ProofWriter, ScorerProofWriter
 from lightning_kv.tasks.proof.scorer import conclude, headline, proved, sections
-from lightning_kv.tasks.proof.scorer_design import ScorerDesign, ScorerSource, asked, dealt
+from lightning_kv.tasks.proof.scorer_design import ScorerDesign, ScorerSource, dealt
 from lightning_kv.tasks.prove import ProveScorerModule
 
 FRAMES, BUDGETS = 15, (4, 6)
@@ -204,7 +205,7 @@ def test_features_are_dealt_among_the_candidates_of_a_list(geometry):
         assert sorted(place) == list(range(len(own)))
         changed += place != sorted(place)
     assert changed > 20 and torch.equal(moved.target, lists.target)
-    scores, other = (asked(random_scorer(geometry), own) for own in (lists, moved))
+    scores, other = (by_scorer(own, random_scorer(geometry)) for own in (lists, moved))
     assert not torch.allclose(scores[lists.candidate], other[lists.candidate])
 
 
