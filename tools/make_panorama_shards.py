@@ -23,8 +23,17 @@ SETS: dict[str, tuple[int, tuple[Kind, ...]]] = {
     "panorama-quick": (32, (("fast", 10, "left"),)),
     "panorama-slow12": (32, (("slow", 12, "left"),)),
     "panorama-mixed": (
-        64,
-        (("fast", 13, "left"), ("fast", 13, "any"), ("slow", 12, "left"), ("fast", 10, "left")),
+        96,
+        (
+            ("fast", 13, "any"),  # every other one: no two of them begin alike
+            ("fast", 13, "left"),
+            ("fast", 13, "any"),
+            ("slow", 12, "left"),
+            ("fast", 13, "any"),
+            ("fast", 13, "left"),
+            ("fast", 13, "any"),
+            ("fast", 10, "left"),
+        ),
     ),
 }
 """Prompts, and the kinds that take turns."""
@@ -42,7 +51,7 @@ def panorama_samples(
     Args:
         name: Name of the set; part of every key, so that two sets never share a world.
         count: Prompts.
-        kinds: One, or as many as there are palettes.
+        kinds: One, or a multiple of the number of palettes.
     """
     found, palettes = [], list(PALETTES)
     for number in range(count):

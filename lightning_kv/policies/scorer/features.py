@@ -173,7 +173,7 @@ def frame_features(
         guards: Of each layer, bool ``[1 or H, F]``: frames that are kept in any case.
         budgets: Of each layer, history frames of each head, ``[1 or H]``.
     """
-    known = _known(views, state["seen"], guards)
+    known = _known(views, state["seen"].spread(), guards)
     shape = known.candidate.shape
     scored = [name for name in names if name in SCORED]
     found = {name: own.expand(shape) for name, own in _found(known, names).items()}

@@ -2,10 +2,12 @@
 
 A pass shows every layer for itself; what it shows is put together once the last layer has been
 seen, for all layers in one go. Layers and heads hold different frames: lists of all layers are as
-long as the longest, and ``there`` says what a head holds.
+long as the longest, and ``there`` says what a head holds. Between passes each head has numbers of
+its own frames alone: all heads together hold several times as many.
 
-Shapes: L layers, H heads, F frames of the longest list, n frames that become final, R sampled
-queries, N held rows, P rows in flight, D head width, S numbers of a frame.
+Shapes: L layers, H heads, F frames of the longest list, M frames of the head that holds most, n
+frames that become final, R sampled queries, N held rows, P rows in flight, D head width, S numbers
+of a frame.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from lightning_kv.cache.host import upload
+from lightning_kv.cache.host import compact, upload
 from lightning_kv.cache.rotary import wide
 from lightning_kv.cache.table import BLOCK
 from lightning_kv.cache.view import CacheView, PassView
@@ -66,6 +68,7 @@ class Glance:
         there: Which frames a head holds, bool ``[H, F]``.
         fresh: The n frames that become final; then those that nothing was known of.
         query: Mean query before rotation of the new frames, ``[H, D]``.
+        most: Frames that no head holds more of; known to the host.
     """
 
     frames: Frames
@@ -73,6 +76,7 @@ class Glance:
     there: Tensor
     fresh: Rows
     query: Tensor
+    most: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ class Seen:
 
     Args:
         frames: Ids of each layer, ascending; those that became final are the last.
-        stats: float32 ``[L, H, F, S]``, see :data:`STATS`.
+        stats: float32 ``[L, H, F, S]``, see :data:`STATS`; here and in the next two M instead of F
+            places where each head's own frames stand together, see :meth:`packed`.
         keys: Mean key before rotation of each frame, ``[L, H, F, D]``.
         values: Mean value of each, ``[L, H, F, D]``.
         there: Which of them a head holds, bool ``[L, H, F]``.
@@ -105,6 +110,31 @@ class Seen:
     chunks: int
     everywhere: Frames
     shared: Tensor
+
+    def packed(self, most: int) -> Seen:
+        """Without places of frames that a head does not hold.
+
+        Args:
+            most: M, no less than any head holds.
+        """
+        most = min(most, self.there.shape[2])
+        return self._moved(compact(self.there, most)) if most < self.there.shape[2] else self
+
+    def spread(self) -> Seen:
+        """With a place for every frame of a layer again; 0 where a head does not hold it."""
+        if self.stats.shape[2] == self.there.shape[2]:
+            return self
+        rank = (self.there.cumsum(2) - 1).clamp(0, self.stats.shape[2] - 1)
+        return self._moved(rank, self.there)
+
+    def _moved(self, index: Tensor, where: Tensor | None = None) -> Seen:
+        """Places ``[L, H, F']`` of what is remembered of frames; 0 but where it is said."""
+        found = {}
+        for name in ("stats", "keys", "values"):
+            own: Tensor = getattr(self, name)
+            own = own.gather(2, index.unsqueeze(-1).expand(*index.shape, own.shape[-1]))
+            found[name] = own if where is None else own.masked_fill(~where.unsqueeze(-1), 0.0)
+        return replace(self, **found)
 
 
 # -- a pass ----------------------------------------------------------------------------------
@@ -135,7 +165,9 @@ def observe_frames(view: PassView, state: State, queries: int) -> None:
         count = len(view.step.final)
         every = [glances[layer] for layer in sorted(glances)]
         rows = count * view.geometry.tokens
-        state["seen"] = _after(state.get("seen"), every, count, rows)
+        old: Seen | None = state.get("seen")
+        seen = _after(old and old.spread(), every, count, rows)
+        state["seen"] = seen.packed(max(own.most for own in every))
         del state["glances"]
 
 
@@ -157,7 +189,10 @@ def _glance(view: PassView, old: Seen | None, queries: int) -> Glance:
     if view.frames:
         there[:, : len(view.frames)] = view.present
     query = wide(view.raw_query[:, view.final]).mean(1)
-    return Glance((*view.frames, *final), looked, there, fresh, query)
+    most = len(view.frames)
+    if view.whole and not len(view.archive):  # else a frame may come back to a head
+        most = max(view.lengths) // view.geometry.tokens
+    return Glance((*view.frames, *final), looked, there, fresh, query, most + len(final))
 
 
 def _own_rows(view: PassView) -> Rows:
@@ -382,6 +417,7 @@ def _renew(view: PassView, state: State) -> None:
     known = [number for number, frame in enumerate(view.step.final) if frame in mine]
     if not known:
         return
+    old = old.spread()
     own, like = _own_rows(view), old.stats
     there = upload([mine.index(view.step.final[number]) for number in known], like, torch.int64)
     taken = upload(known, like, torch.int64)

@@ -11,6 +11,7 @@ from lightning_kv.policies.registry import policy_from_dict, policy_to_dict, siz
 from lightning_kv.policies.scorer.artifact import Scorer
 from lightning_kv.policies.scorer.features import FEATURES
 from lightning_kv.policies.scorer.running import lists_of
+from lightning_kv.policies.scorer.seen import STATS, Seen
 from lightning_kv.testing.candidate import headed, play, tape, within
 from lightning_kv.testing.schedules import chunked, without_commits
 from lightning_kv.testing.tapes import random_tape
@@ -157,7 +158,7 @@ def test_parts_refuse_what_they_were_not_taught():
 
 
 def test_bytes_of_the_scorer_and_of_what_is_seen_are_bytes_of_the_cache(file):
-    own = tape("chunks of 3")
+    own = random_tape(chunked((3,) * 6, 1), gain=3.0)
     path = file(own.geometry, "h2o")
     session = own.session(kept_by(path))
     for _ in own.running(session):
@@ -168,7 +169,32 @@ def test_bytes_of_the_scorer_and_of_what_is_seen_are_bytes_of_the_cache(file):
     every = (seen.stats, seen.keys, seen.values, seen.there, seen.query, seen.past, seen.shared)
     remembered = sum(x.numel() * x.element_size() for x in every)
     assert session.samples[0]._fixed_bytes(CONDITIONAL) >= student + remembered
-    assert seen.stats.shape[2] <= 6 * own.geometry.heads + 3  # frames of one layer
+    assert seen.stats.shape[2] <= 6 + 3  # frames of one head
+    assert seen.there.shape[2] > 6 + 3  # all heads of a layer hold more
+
+
+def test_each_head_remembers_its_own_frames_alone():
+    """With places for all frames again, it knows of its own what it knew, of others nothing."""
+    generator = torch.Generator().manual_seed(0)
+    there = torch.rand(2, 3, 11, generator=generator) < 0.5
+    there[0, 0] = False
+    most = int(there.sum(-1).max())
+    sizes = {"stats": len(STATS), "keys": 4, "values": 5}
+    whole = {x: torch.randn(2, 3, 11, size, generator=generator) for x, size in sizes.items()}
+    frames = (tuple(range(11)),) * 2
+    blank = torch.zeros(2, 3, 4)
+    seen = Seen(frames, **whole, there=there, query=blank, past=blank, queries=1, chunks=1,
+                everywhere=frames[0], shared=blank[0])  # fmt: skip
+    for room in (most, most + 2):
+        packed = seen.packed(room)
+        assert packed.stats.shape == (2, 3, room, len(STATS))
+        for name, own in whole.items():
+            found = getattr(packed.spread(), name)
+            assert found.equal(own * there.unsqueeze(-1))
+            for layer, head in ((0, 1), (1, 2)):
+                mine = own[layer, head][there[layer, head]]
+                assert getattr(packed, name)[layer, head, : len(mine)].equal(mine)
+    assert seen.packed(11) is seen.packed(11).spread() is seen
 
 
 def test_one_student_serves_all_samples_and_branches(file):
