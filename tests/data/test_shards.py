@@ -5,6 +5,7 @@ import io
 import json
 import runpy
 import tarfile
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +15,7 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_kv.data.panorama import PALETTES
 from lightning_kv.data.shards import (
     PromptShards,
     prompt_key,
@@ -113,13 +115,16 @@ def test_committed_sets_are_balanced(name, count, look):
 
 def test_the_mixed_set_takes_turns():
     words = [s.prompt.split() for s in PromptShards(read_index(ROOT / "data/panorama-mixed"))]
-    looks = {("fast", "n13", "left"), ("fast", "n13", "any")}
-    looks |= {("slow", "n12", "left"), ("fast", "n10", "left")}
-    for start in range(0, 64, 4):
-        four = words[start : start + 4]
-        assert {tuple(rest) for _, *rest in four} == looks
-        assert len({palette for palette, *_ in four}) == 4
-    assert len({tuple(word) for word in words}) == 16
+    looks = {("fast", "n13", "any"): 4, ("fast", "n13", "left"): 2}
+    looks |= {("slow", "n12", "left"): 1, ("fast", "n10", "left"): 1}
+    assert len(words) == 96
+    for start in range(0, 96, 8):
+        eight = words[start : start + 8]
+        assert Counter(tuple(rest) for _, *rest in eight) == looks
+        assert len({palette for palette, *_ in eight[:4]}) == 4
+        assert len({palette for palette, *_ in eight[4:]}) == 4
+    met = Counter(tuple(word) for word in words)
+    assert met == {(one, *look): 3 * looks[look] for one in PALETTES for look in looks}
 
 
 def test_readme_of_the_sets_runs(tmp_path, monkeypatch):
@@ -132,7 +137,7 @@ def test_readme_of_the_sets_runs(tmp_path, monkeypatch):
 
 def test_sets_share_no_world():
     samples = [s for name in SETS for s in PromptShards(read_index(ROOT / "data" / name))]
-    assert len({sample.world_seed for sample in samples}) == len(samples) == 224
+    assert len({sample.world_seed for sample in samples}) == len(samples) == 256
     torch.Generator().manual_seed(max(sample.world_seed for sample in samples))
 
 
