@@ -49,7 +49,7 @@ class DistillOptions:
         validate: Prompts of these that are held out; 0 for none.
         frames: Latent frames per clip, context included (panorama 72).
         context_frames: Given frames at the start (panorama 15, else 0).
-        student: linear, mlp or set.
+        student: set (attention among candidates), mlp or linear.
         prior: It begins as h2o, snap-kv, recency, focused or future.
         embeddings: It knows layer and head; without, it can go to other models.
         without: Features left out, or content, norms, age, mass, others.
@@ -80,7 +80,7 @@ class DistillOptions:
     validate: int = 8
     frames: int | None = None
     context_frames: int | None = None
-    student: str = "mlp"
+    student: str = "set"
     prior: str = "h2o"
     embeddings: bool = True
     without: list[str] = field(default_factory=list)

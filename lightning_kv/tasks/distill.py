@@ -44,7 +44,7 @@ class Plan:
     """What is distilled, beside model and data.
 
     Args:
-        student: linear, mlp or set.
+        student: set (attention among candidates), mlp or linear.
         prior: What it begins as, see :data:`~lightning_kv.policies.scorer.artifact.PRIORS`.
         features: What it looks at, in order.
         embeddings: Whether it knows which layer and head a list is of; without, it can be tried on
@@ -57,7 +57,7 @@ class Plan:
         seed: Of the noise, of weights and of what is drawn.
     """
 
-    student: str = "mlp"
+    student: str = "set"
     prior: str = "h2o"
     features: tuple[str, ...] = tuple(FEATURES)
     embeddings: bool = True

@@ -108,7 +108,7 @@ def test_the_file_says_what_it_was_taught(four):
         scorer.features == tuple(FEATURES)
         and json.loads(out.with_suffix(".json").read_text()) == about
     )
-    assert found.words[0].startswith(f"{out}: student mlp, taught on 3 prompts in 2 rounds")
+    assert found.words[0].startswith(f"{out}: student set, taught on 3 prompts in 2 rounds")
 
 
 def test_a_policy_runs_with_it(four, model, tmp_path):
