@@ -5,14 +5,13 @@ seen, for all layers in one go. Layers and heads hold different frames: lists of
 long as the longest, and ``there`` says what a head holds. Between passes each head has numbers of
 its own frames alone: all heads together hold several times as many.
 
-Shapes: L layers, H heads, F frames of the longest list, M frames of the head that holds most, n
-frames that become final, R sampled queries, N held rows, P rows in flight, D head width, S numbers
-of a frame.
+Shapes: L layers, H heads, F frames of the longest list, n frames that become final, R sampled
+queries, N held rows, P rows in flight, D head width, S numbers of a frame.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -68,7 +67,8 @@ class Glance:
         there: Which frames a head holds, bool ``[H, F]``.
         fresh: The n frames that become final; then those that nothing was known of.
         query: Mean query before rotation of the new frames, ``[H, D]``.
-        most: Frames that no head holds more of; known to the host.
+        held: Frames that its heads hold, put together; None where the host cannot know it, or where
+            one may come back to a head.
     """
 
     frames: Frames
@@ -76,7 +76,7 @@ class Glance:
     there: Tensor
     fresh: Rows
     query: Tensor
-    most: int
+    held: int | None
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Seen:
 
     Args:
         frames: Ids of each layer, ascending; those that became final are the last.
-        stats: float32 ``[L, H, F, S]``, see :data:`STATS`; here and in the next two M instead of F
-            places where each head's own frames stand together, see :meth:`packed`.
+        stats: float32 ``[L, H, F, S]``, see :data:`STATS`; here and in the next two one line for
+            each frame that a head holds where they are :meth:`packed`.
         keys: Mean key before rotation of each frame, ``[L, H, F, D]``.
         values: Mean value of each, ``[L, H, F, D]``.
         there: Which of them a head holds, bool ``[L, H, F]``.
@@ -111,30 +111,31 @@ class Seen:
     everywhere: Frames
     shared: Tensor
 
-    def packed(self, most: int) -> Seen:
+    def packed(self, count: int) -> Seen:
         """Without places of frames that a head does not hold.
 
         Args:
-            most: M, no less than any head holds.
+            count: How many are held, by all heads of all layers.
         """
-        most = min(most, self.there.shape[2])
-        return self._moved(compact(self.there, most)) if most < self.there.shape[2] else self
+        index = compact(self.there.flatten(), count)
+        return self._with(lambda own: own.flatten(0, 2).index_select(0, index))
 
     def spread(self) -> Seen:
         """With a place for every frame of a layer again; 0 where a head does not hold it."""
-        if self.stats.shape[2] == self.there.shape[2]:
+        if self.stats.ndim == 4:
             return self
-        rank = (self.there.cumsum(2) - 1).clamp(0, self.stats.shape[2] - 1)
-        return self._moved(rank, self.there)
+        there = self.there.flatten()
+        index, absent = (there.cumsum(0) - 1).clamp_min(0), ~there.unsqueeze(-1)
+        return self._with(
+            lambda own: (
+                own.index_select(0, index).masked_fill(absent, 0.0).view(*self.there.shape, -1)
+            )
+        )
 
-    def _moved(self, index: Tensor, where: Tensor | None = None) -> Seen:
-        """Places ``[L, H, F']`` of what is remembered of frames; 0 but where it is said."""
-        found = {}
-        for name in ("stats", "keys", "values"):
-            own: Tensor = getattr(self, name)
-            own = own.gather(2, index.unsqueeze(-1).expand(*index.shape, own.shape[-1]))
-            found[name] = own if where is None else own.masked_fill(~where.unsqueeze(-1), 0.0)
-        return replace(self, **found)
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Seen:
+        """Another layout of what is remembered of frames."""
+        names = ("stats", "keys", "values")
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
 # -- a pass ----------------------------------------------------------------------------------
@@ -167,7 +168,8 @@ def observe_frames(view: PassView, state: State, queries: int) -> None:
         rows = count * view.geometry.tokens
         old: Seen | None = state.get("seen")
         seen = _after(old and old.spread(), every, count, rows)
-        state["seen"] = seen.packed(max(own.most for own in every))
+        held = [own.held for own in every if own.held is not None]
+        state["seen"] = seen.packed(sum(held)) if len(held) == len(every) else seen
         del state["glances"]
 
 
@@ -189,10 +191,10 @@ def _glance(view: PassView, old: Seen | None, queries: int) -> Glance:
     if view.frames:
         there[:, : len(view.frames)] = view.present
     query = wide(view.raw_query[:, view.final]).mean(1)
-    most = len(view.frames)
-    if view.whole and not len(view.archive):  # else a frame may come back to a head
-        most = max(view.lengths) // view.geometry.tokens
-    return Glance((*view.frames, *final), looked, there, fresh, query, most + len(final))
+    held = None
+    if view.whole and not len(view.archive):
+        held = sum(view.lengths) // view.geometry.tokens + view.heads * len(final)
+    return Glance((*view.frames, *final), looked, there, fresh, query, held)
 
 
 def _own_rows(view: PassView) -> Rows:

@@ -258,7 +258,7 @@ def test_rows_that_come_back_are_what_they_were(scorer):
     for step, _ in tape.running(session):
         if step.chunk == 2 and step.final:
             break
-    seen = session.samples[0].states["cond"]["retain"]["seen"]
+    seen = session.samples[0].states["cond"]["retain"]["seen"].spread()
     norms = [STATS.index(name) for name in ("key", "spread", "value")]
     for view in session.samples[0].views(step):
         found = held_rows(view, view.frames[::-1])

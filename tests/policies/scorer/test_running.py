@@ -169,7 +169,8 @@ def test_bytes_of_the_scorer_and_of_what_is_seen_are_bytes_of_the_cache(file):
     every = (seen.stats, seen.keys, seen.values, seen.there, seen.query, seen.past, seen.shared)
     remembered = sum(x.numel() * x.element_size() for x in every)
     assert session.samples[0]._fixed_bytes(CONDITIONAL) >= student + remembered
-    assert seen.stats.shape[2] <= 6 + 3  # frames of one head
+    layers, heads = own.geometry.layers, own.geometry.heads
+    assert len(seen.stats) == layers * heads * (6 + 3)  # lines of frames that a head holds
     assert seen.there.shape[2] > 6 + 3  # all heads of a layer hold more
 
 
@@ -178,23 +179,17 @@ def test_each_head_remembers_its_own_frames_alone():
     generator = torch.Generator().manual_seed(0)
     there = torch.rand(2, 3, 11, generator=generator) < 0.5
     there[0, 0] = False
-    most = int(there.sum(-1).max())
     sizes = {"stats": len(STATS), "keys": 4, "values": 5}
     whole = {x: torch.randn(2, 3, 11, size, generator=generator) for x, size in sizes.items()}
     frames = (tuple(range(11)),) * 2
     blank = torch.zeros(2, 3, 4)
     seen = Seen(frames, **whole, there=there, query=blank, past=blank, queries=1, chunks=1,
                 everywhere=frames[0], shared=blank[0])  # fmt: skip
-    for room in (most, most + 2):
-        packed = seen.packed(room)
-        assert packed.stats.shape == (2, 3, room, len(STATS))
-        for name, own in whole.items():
-            found = getattr(packed.spread(), name)
-            assert found.equal(own * there.unsqueeze(-1))
-            for layer, head in ((0, 1), (1, 2)):
-                mine = own[layer, head][there[layer, head]]
-                assert getattr(packed, name)[layer, head, : len(mine)].equal(mine)
-    assert seen.packed(11) is seen.packed(11).spread() is seen
+    packed = seen.packed(int(there.sum()))
+    for name, own in whole.items():
+        assert getattr(packed, name).equal(own[there])
+        assert getattr(packed.spread(), name).equal(own * there.unsqueeze(-1))
+    assert seen.spread() is seen
 
 
 def test_one_student_serves_all_samples_and_branches(file):
