@@ -65,7 +65,7 @@ def test_the_configuration_learns_from_other_worlds_than_an_evaluation():
         }
         for own in (told, evaluation)
     )
-    assert len(mine) == 56 and not mine & theirs and told.data.seed != evaluation.data.seed
+    assert len(mine) == 96 and not mine & theirs and told.data.seed != evaluation.data.seed
     assert (told.frames, told.context_frames) == (evaluation.frames, evaluation.context_frames)
     assert plan_of(told, 72, 3).validate == 8 and options().data.seed == told.data.seed
 

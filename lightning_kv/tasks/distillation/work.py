@@ -20,7 +20,7 @@ CPU_FACTOR = 2.5
 made, than its passes alone: measured."""
 STUDENTS = {"linear": 100.0, "mlp": 30e3, "set": 130e3}
 """FLOP of a step for each place of a list, forwards and backwards, about."""
-FIT_RATE = {"linear": 5e8, "mlp": 6e9, "set": 6e9}
+FIT_RATE = {"linear": 5e8, "mlp": 8e9, "set": 1.4e10}
 """FLOP per second of a fit on one core, measured: what is small waits for memory."""
 LOSS = 3e3  # FLOP of the losses for each place
 
