@@ -25,7 +25,7 @@ SETS: dict[str, tuple[int, tuple[Kind, ...]]] = {
     "panorama-mixed": (
         96,
         (
-            ("fast", 13, "any"),  # every other one: no two of them begin alike
+            ("fast", 13, "any"),  # every other one
             ("fast", 13, "left"),
             ("fast", 13, "any"),
             ("slow", 12, "left"),
@@ -45,8 +45,9 @@ def panorama_samples(
 ) -> list[tuple[str, dict[str, str]]]:
     """Keys and records of a set.
 
-    Palettes take turns, and so do kinds, so a run that is cut to a multiple of 4 prompts stays
-    balanced; of several kinds each meets each palette.
+    Palettes take turns, and so do kinds, so a run that is cut to a multiple of 4 prompts has as
+    many of each palette, and one that is cut to whole turns of the kinds their shares; of several
+    kinds each meets each palette.
 
     Args:
         name: Name of the set; part of every key, so that two sets never share a world.
